@@ -1,0 +1,56 @@
+"""mmhooks: hooked-model mechanistic interpretability for multimodal models.
+
+Public names are imported where they are first used (PEP 562), so that ``import mmhooks`` costs little
+more than importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mmhooks import errors
+
+__version__ = "0.1.0"
+
+# public name -> module that holds it
+_PUBLIC: dict[str, str] = {
+    "load": "mmhooks.models.zoo",
+    "load_head": "mmhooks.models.zoo",
+    "HookedModel": "mmhooks.models.hooked",
+    "HookedCLIP": "mmhooks.models.clip",
+    "FeatureSet": "mmhooks.hooks.features",
+    "ActivationCache": "mmhooks.hooks.cache",
+    "Zero": "mmhooks.hooks.edits",
+    "Mean": "mmhooks.hooks.edits",
+    "Resample": "mmhooks.hooks.edits",
+    "Interpolate": "mmhooks.hooks.edits",
+    "Steer": "mmhooks.hooks.edits",
+    "Clamp": "mmhooks.hooks.edits",
+    "Patch": "mmhooks.hooks.edits",
+    "TopKSAE": "mmhooks.heads.sae",
+    "NCL": "mmhooks.heads.ncl",
+    "train_head": "mmhooks.heads.train",
+    "fidelity": "mmhooks.heads.fidelity",
+    "mds": "mmhooks.analysis.mds",
+    "embed_sim": "mmhooks.analysis.interpretability",
+    "win_rate": "mmhooks.analysis.interpretability",
+    "top_activating": "mmhooks.analysis.top",
+    "retrieval": "mmhooks.analysis.retrieval",
+}
+
+__all__ = ["__version__", "data", "errors", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "data":
+        return import_module("mmhooks.data")
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mmhooks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,52 @@
+"""Every error that mmhooks raises on its own account. Messages carry the numbers and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MMHooksError(Exception):
+    """Base of every error raised by mmhooks: what was expected, what came, what to do."""
+
+
+class UnknownSite(MMHooksError, KeyError):
+    """A site name or pattern that selects nothing; the message lists near matches."""
+
+    def __init__(self, name: str, known: Iterable[str], *, where: str = "this model") -> None:
+        known = list(known)
+        near = get_close_matches(name, known, n=4, cutoff=0.5)
+        hint = f"near matches: {', '.join(near)}" if near else "model.sites() lists them all"
+        self.name, self.near = name, near
+        super().__init__(f"no site of {where} matches {name!r} ({len(known)} sites known); {hint}")
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0])
+
+
+class HookDidNotFire(MMHooksError):
+    """An edit or a hook that ran at none of its sites while its context was open."""
+
+
+class ShapeMismatch(MMHooksError, ValueError):
+    """A width, shape, dtype or device that differs from what a site or a head expects."""
+
+
+class WrongHead(MMHooksError, ValueError):
+    """A FeatureSet used on a head other than the one it was computed for."""
+
+
+class NoDecoder(MMHooksError, TypeError):
+    """A head that can be read but not spliced back, because it has no decoder."""
+
+
+class NotFinite(MMHooksError, ValueError):
+    """NaN or infinity where a measure, a training or an edit needs numbers."""
+
+
+class DataError(MMHooksError, ValueError):
+    """A picture, caption, file or table that cannot be used; names it."""
+
+
+class MissingWeights(MMHooksError, OSError):
+    """Weights, a data set or a model file that is not on this machine and cannot be fetched."""
