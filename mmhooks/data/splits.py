@@ -1,0 +1,50 @@
+"""The fixed splits of the drawing corpora: a hash of names decides, nothing is stored.
+
+A *concept* is what a drawing shows, skin tone aside; a *style* is the set it was drawn in. One concept in
+ten is held out in every style, so no model trained on ``train`` ever saw a picture of it; of the other
+concepts, one picture in twelve is held out, so its concept was seen in other styles only.
+"""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+from typing import Literal
+
+Split = Literal["train", "heldout_pictures", "heldout_concepts"]
+
+SPLITS: tuple[Split, ...] = ("train", "heldout_pictures", "heldout_concepts")
+
+_TONE = re.compile(r"\b(?:(?:medium )?(?:light|dark)|medium) skin tone\b")
+_ARTICLE = re.compile(r"^(?:a|an|the) (?=\w{2})")
+
+
+def concept_key(name: str) -> str:
+    """The concept that a drawing's name stands for: lower case, words only, no article, no skin tone.
+
+    >>> concept_key("woman farmer: medium-dark skin tone")
+    'woman farmer'
+    >>> concept_key("The_Red-Panda!")
+    'red panda'
+    """
+    words = re.sub(r"[\W_]+", " ", name.lower()).strip()
+    bare = " ".join(_TONE.sub(" ", words).split())
+    return _ARTICLE.sub("", bare) or words
+
+
+def split_of(style: str, name: str) -> Split:
+    """The split of the drawing of ``name`` (any spelling) in ``style``; the same on every machine.
+
+    >>> split_of("openmoji", "woman farmer") == split_of("openmoji", "Woman Farmer: dark skin tone")
+    True
+    """
+    key = concept_key(name)
+    if _unit_hash(f"concept/{key}") < 0.10:
+        return "heldout_concepts"
+    if _unit_hash(f"picture/{style}/{key}") < 1 / 12:
+        return "heldout_pictures"
+    return "train"
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
