@@ -16,11 +16,11 @@ Split = Literal["train", "heldout_pictures", "heldout_concepts"]
 SPLITS: tuple[Split, ...] = ("train", "heldout_pictures", "heldout_concepts")
 
 _TONE = re.compile(r"\b(?:(?:medium )?(?:light|dark)|medium) skin tone\b")
-_ARTICLE = re.compile(r"^(?:a|an|the) (?=\w{2})")
+_PREFIX = re.compile(r"^(?:(?:a|an|the) (?=\w{2})|flag (?:for )?(?:flag )?(?=\w))")
 
 
 def concept_key(name: str) -> str:
-    """The concept that a drawing's name stands for: lower case, words only, no article, no skin tone.
+    """The concept that a drawing's name stands for: lower case, words only; no article, skin tone or "flag of".
 
     >>> concept_key("woman farmer: medium-dark skin tone")
     'woman farmer'
@@ -29,7 +29,7 @@ def concept_key(name: str) -> str:
     """
     words = re.sub(r"[\W_]+", " ", name.lower()).strip()
     bare = " ".join(_TONE.sub(" ", words).split())
-    return _ARTICLE.sub("", bare) or words
+    return _PREFIX.sub("", bare) or words
 
 
 def split_of(style: str, name: str) -> Split:
