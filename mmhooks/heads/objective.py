@@ -1,0 +1,51 @@
+"""What a training loop asks of an objective; apart from any kind of head."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step, which features fired in it, and its parts for the log (detached)."""
+
+    loss: Float[Tensor, ""]
+    fired: Bool[Tensor, " n"]
+    parts: dict[str, Tensor]
+
+
+class Objective:
+    """How a kind of head is trained; a dataclass whose fields are the options.
+
+    ``dead_after``: a feature is dead when it fired for no pair of so many epochs.
+    """
+
+    dead_after: float = 1.0
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def settings(self) -> dict[str, Any]:
+        """The options, as JSON values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def start(self, head: Any, image: Tensor, text: Tensor | None) -> None:
+        """Data-dependent initialisation: once, before the first step."""
+
+    def measure(self, image: Tensor, text: Tensor | None) -> None:
+        """Constants of the data that the loss needs: at the start of every run, also of a resumed one."""
+
+    def loss(self, head: Any, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
+        """The loss of one batch of pairs, with its graph."""
+        raise NotImplementedError
+
+    def before_step(self, head: Any) -> None:
+        """The gradients are there, the optimiser has not stepped."""
+
+    def after_step(self, head: Any) -> None:
+        """The optimiser has stepped: restores constraints."""
+
+    def score(self, head: Any, image: Tensor, text: Tensor | None) -> dict[str, float]:
+        """Held-out numbers; ``"score"`` is what early stopping watches, less is better."""
+        raise NotImplementedError

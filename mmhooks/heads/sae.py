@@ -1,0 +1,103 @@
+"""Sparse autoencoders with a linear decoder, and the TopK one.
+
+One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_enc^T + b_enc)``,
+``x' = f W_dec + b_pre``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
+from mmhooks.heads.geometry import unit_rows
+
+
+class SAE(Head):
+    """Base of the SAEs: everything but the activation.
+
+    ``W_enc`` and ``W_dec`` are both ``[n_features, d_in]``: row ``i`` of the decoder is the direction that
+    feature ``i`` writes. The encoder starts as the decoder (tied initialisation), rows at random on the
+    unit sphere, drawn from ``seed``.
+    """
+
+    has_decoder = True
+    W_dec: nn.Parameter
+
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        *,
+        name: str | None = "sae",
+        normalize_input: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)
+        rows = torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(seed))
+        self.W_dec = nn.Parameter(unit_rows(rows))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_pre = nn.Parameter(torch.zeros(d_in))
+
+    def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        """The sparsifying non-linearity."""
+        raise NotImplementedError
+
+    def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
+        """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
+        self.check_width(x)
+        return F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
+        return self.activate(self.pre(x))
+
+    def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b d"]:
+        if f.shape[-1] != self.n_features:
+            raise ShapeMismatch(
+                f"head {self.name!r} decodes {self.n_features} features, came shape {tuple(f.shape)}"
+            )
+        return f @ self.W_dec + self.b_pre
+
+
+class TopKSAE(SAE):
+    """Keeps the ``k`` largest pre-activations of a vector, clipped at zero (Gao et al. 2024, 2.3).
+
+    >>> sae = TopKSAE(d_in=8, n_features=32, k=4)
+    >>> x = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+    >>> f = sae.encode(x)
+    >>> f.shape, int((f > 0).sum(-1).max()) <= 4
+    (torch.Size([5, 32]), True)
+    """
+
+    kind = "topk"
+
+    def __init__(self, d_in: int, n_features: int, k: int = 32, **kwargs: Any) -> None:
+        super().__init__(d_in, n_features, **kwargs)
+        if not 1 <= k <= n_features:
+            raise ShapeMismatch(f"k must lie in 1..n_features = {n_features}, came {k}")
+        self.k = k
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"k": self.k}
+
+    def select(self, pre: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
+        """Values (clipped at zero) and indices of the ``k`` largest pre-activations, in no set order."""
+        values, indices = pre.topk(self.k, dim=-1, sorted=False)
+        return values.relu(), indices
+
+    def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        values, indices = self.select(pre)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
+
+    def encode_topk(self, x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
+        """The same features as :meth:`encode` without the zeros: values and feature indices, ``[*b k]`` each.
+
+        A selected feature whose value is 0 is not active.
+        """
+        return self.select(self.pre(x))

@@ -1,0 +1,110 @@
+"""The SAE's training objective: reconstruction of both modalities, and AuxK that revives dead features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError
+from mmhooks.heads.fidelity import fidelity
+from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
+from mmhooks.heads.objective import Objective, StepLoss
+from mmhooks.heads.sae import SAE, TopKSAE
+
+
+@dataclass
+class SAEObjective(Objective):
+    """``sum over modalities of FVU + aux_weight * AuxK``.
+
+    Each modality's squared error is divided by that modality's own variance over the training data, so the
+    tighter of two clouds is not ignored. AuxK (Gao et al. 2024, A.2) asks the ``aux_k`` strongest *dead*
+    features to reconstruct what the living ones left over.
+
+    Attributes:
+        b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
+        init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
+        aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
+        dead_after: epochs without firing after which a feature is dead.
+    """
+
+    b_pre: Literal["median", "mean", "zero"] = "median"
+    init: Literal["random", "data"] = "random"
+    aux_k: int | None = None
+    aux_weight: float = 1 / 32
+    dead_after: float = 1.0
+    variance: tuple[float, float] = field(default=(1.0, 1.0), init=False)
+
+    @torch.no_grad()
+    def start(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
+        pooled = image if text is None else torch.cat([image, text])
+        sample = pooled[:: max(1, len(pooled) // 16384)]
+        if self.b_pre == "median":
+            head.b_pre.copy_(geometric_median(sample))
+        elif self.b_pre == "mean":
+            head.b_pre.copy_(pooled.mean(dim=0))
+        if self.init == "data":
+            rows = torch.linspace(0, len(pooled) - 1, head.n_features).long()
+            head.W_dec.copy_(unit_rows(pooled[rows] - head.b_pre))
+            head.W_enc.copy_(head.W_dec)
+
+    def measure(self, image: Tensor, text: Tensor | None) -> None:
+        variances = [total_variance(x) for x in (image, text) if x is not None]
+        if min(variances) < 1e-12:
+            raise MMHooksError(
+                f"the training vectors of a modality are all the same (variances {variances}): "
+                "there is nothing to learn"
+            )
+        self.variance = (variances[0], variances[-1])
+
+    def loss(self, head: TopKSAE, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
+        x, weight = self.stack(image, text)
+        pre = head.pre(x)
+        values, indices = head.select(pre)
+        error = x - head.decode(torch.zeros_like(pre).scatter(-1, indices, values))
+        fvu = (error.square().sum(dim=1) * weight).sum()
+        fired = torch.zeros_like(dead)
+        fired[indices[values > 0]] = True
+        loss, parts = fvu, {"loss": fvu.detach()}
+        if bool(dead.any()):
+            aux = self.auxiliary(head, pre, error.detach(), dead)
+            loss, parts = loss + self.aux_weight * aux, parts | {"aux": aux.detach()}
+        return StepLoss(loss, fired, parts)
+
+    def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
+        """Both modalities as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
+        per_image = image.new_full((len(image),), 1 / (len(image) * self.variance[0]))
+        if text is None:
+            return image, per_image
+        per_text = text.new_full((len(text),), 1 / (len(text) * self.variance[1]))
+        return torch.cat([image, text]), torch.cat([per_image, per_text]) / 2
+
+    def auxiliary(
+        self, head: SAE, pre: Float[Tensor, "b n"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
+    ) -> Float[Tensor, ""]:
+        """AuxK: ``|e - e'|^2 / |e|^2`` with ``e'`` from the strongest dead features alone."""
+        candidates = dead.nonzero().squeeze(1)
+        k = min(self.aux_k or max(1, head.d_in // 2), len(candidates))
+        values, chosen = pre[:, candidates].topk(k, dim=-1, sorted=False)
+        f = torch.zeros(len(pre), len(candidates), dtype=pre.dtype, device=pre.device)
+        guess = f.scatter(-1, chosen, values.relu()) @ head.W_dec[candidates]
+        return (error - guess).square().sum() / error.square().sum().clamp_min(1e-30)
+
+    @torch.no_grad()
+    def before_step(self, head: SAE) -> None:
+        if head.W_dec.grad is not None:
+            head.W_dec.grad.copy_(without_parallel(head.W_dec.grad, head.W_dec))
+
+    @torch.no_grad()
+    def after_step(self, head: SAE) -> None:
+        head.W_dec.copy_(unit_rows(head.W_dec))
+
+    def score(self, head: SAE, image: Tensor, text: Tensor | None) -> dict[str, float]:
+        results = {"image": fidelity(head, image)}
+        if text is not None:
+            results["text"] = fidelity(head, text)
+        scores = {f"fvu_{name}": r.fvu for name, r in results.items()}
+        return scores | {"score": sum(scores.values()) / len(scores)}

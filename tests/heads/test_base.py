@@ -1,0 +1,140 @@
+"""The interface every head keeps, its files and its content id."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmhooks.errors import MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.heads import NCL, Head, TopKSAE, load_head_dir
+
+HEADS = {
+    "topk": lambda: TopKSAE(16, 48, 5),
+    "ncl": lambda: NCL(16, 48, hidden=20),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request: pytest.FixtureRequest) -> Head:
+    return HEADS[request.param]()
+
+
+def test_shapes_signs_and_gradient_to_the_input(head: Head) -> None:
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    f = head.encode(x)
+    assert f.shape == head.pre(x).shape == (2, 3, 48)
+    assert bool((f >= 0).all()) and bool((f > 0).any())
+    f.sum().backward()
+    assert x.grad is not None and float(x.grad.abs().sum()) > 0
+    assert head.encode(torch.zeros(16)).shape == (48,)
+
+
+def test_encoder_gradient_equals_finite_differences(head: Head) -> None:
+    head.double()
+    x = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    direction = torch.randn(48, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    (grad,) = torch.autograd.grad((head.encode(x) * direction).sum(), x)
+    h = 1e-6
+    for i in range(16):
+        step = torch.zeros(16, dtype=torch.float64)
+        step[i] = h
+        slope = ((head.encode(x + step) - head.encode(x - step)) * direction).sum() / (2 * h)
+        assert float(slope.detach()) == pytest.approx(float(grad[i]), abs=1e-6)
+
+
+def test_decoder_or_a_clear_refusal(head: Head) -> None:
+    f = head.encode(torch.randn(4, 16))
+    if head.has_decoder:
+        assert head.decode(f).shape == (4, 16)
+        assert head.W_dec.shape == (48, 16)
+        with pytest.raises(ShapeMismatch, match="48"):
+            head.decode(f[:, :-1])
+    else:
+        with pytest.raises(NoDecoder, match="no decoder"):
+            head.decode(f)
+
+
+def test_wrong_width_names_both_numbers(head: Head) -> None:
+    for call in (head.pre, head.encode, head.prepare):
+        with pytest.raises(ShapeMismatch, match=r"16.*\(4, 15\)"):
+            call(torch.randn(4, 15))
+
+
+def test_prepare_normalises_and_refuses_what_is_no_number(head: Head) -> None:
+    x = torch.randn(5, 16) * 7
+    torch.testing.assert_close(head.prepare(x).norm(dim=-1), torch.ones(5))
+    x[3, 2] = float("nan")
+    with pytest.raises(NotFinite, match="1 of 5 rows, the first is row 3"):
+        head.prepare(x)
+    with pytest.raises(NotFinite, match="2 of 4 input rows are all zero"):
+        head.prepare(torch.cat([torch.zeros(2, 16), torch.ones(2, 16)]))
+
+
+def test_unnormalised_head_takes_rows_as_they_are() -> None:
+    x = torch.randn(5, 16) * 7
+    assert torch.equal(TopKSAE(16, 48, 5, normalize_input=False).prepare(x), x)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_files_round_trip(head: Head, tmp_path, dtype) -> None:
+    head.info["trained on"] = "noise"
+    head.name = "probe"
+    back = load_head_dir(head.save(tmp_path / "h", dtype=dtype))
+    assert type(back) is type(head) and back.config() == head.config()
+    assert (back.id, back.name, back.info) == (head.id, "probe", {"trained on": "noise"})
+    x = head.prepare(torch.randn(7, 16))
+    if dtype == "fp32":
+        assert torch.equal(back.encode(x), head.encode(x))
+    else:
+        torch.testing.assert_close(back.pre(x), head.pre(x), atol=5e-3, rtol=0)
+        assert all(t.dtype == torch.float16 for t in load_file(tmp_path / "h" / "model.safetensors").values())
+    assert type(head).load(tmp_path / "h").id == head.id
+    assert type(head).from_dir(tmp_path / "h").id == head.id
+
+
+def test_id_follows_content_only(head: Head) -> None:
+    before = head.id
+    head.name, head.info["x"] = "other", 1
+    assert head.id == before
+    with torch.no_grad():
+        next(head.parameters())[0, 0] += 0.1
+    assert head.id != before
+
+
+def test_id_knows_the_configuration() -> None:
+    a, b = TopKSAE(16, 48, 5), TopKSAE(16, 48, 6)
+    assert torch.equal(a.W_dec, b.W_dec) and a.id != b.id
+
+
+def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
+    with pytest.raises(MissingWeights, match="no head in"):
+        load_head_dir(tmp_path / "nowhere")
+    path = TopKSAE(16, 48, 5).save(tmp_path / "h")
+    with pytest.raises(MMHooksError, match="holds a TopKSAE, not a NCL"):
+        NCL.load(path)
+
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "b_enc"} | {"extra": torch.zeros(1)},
+        path / "model.safetensors",
+    )
+    with pytest.raises(MMHooksError, match="missing b_enc; unexpected extra"):
+        load_head_dir(path)
+    save_file(weights | {"b_pre": torch.zeros(15)}, path / "model.safetensors")
+    with pytest.raises(MMHooksError, match=r"b_pre is \[15\], not \[16\]"):
+        load_head_dir(path)
+
+    meta = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(meta | {"kind": "topkk"}))
+    with pytest.raises(MMHooksError, match=r"unknown kind of head 'topkk'; known: .*ncl, topk"):
+        load_head_dir(path)
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ShapeMismatch, match="k must lie in"):
+        TopKSAE(4, 8, 9)
+    with pytest.raises(ShapeMismatch, match="came 0 and 8"):
+        NCL(0, 8)

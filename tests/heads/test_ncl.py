@@ -1,0 +1,74 @@
+"""The contrastive head against formulas written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmhooks.errors import MMHooksError
+from mmhooks.heads import NCL, train_head
+from mmhooks.heads.fidelity import effective_rank
+from mmhooks.heads.ncl_objective import info_nce, rep_relu
+
+
+def test_forward_is_the_papers_mlp() -> None:
+    ncl = NCL(6, 10, hidden=7)
+    with torch.no_grad():
+        ncl.b1.uniform_(-0.5, 0.5)
+        ncl.b2.uniform_(-0.5, 0.5)
+    x = torch.randn(6)
+    hidden = [max(0.0, float(w @ x + b)) for w, b in zip(ncl.W1, ncl.b1, strict=True)]
+    out = [
+        max(0.0, sum(float(v) * h for v, h in zip(w, hidden, strict=True)) + float(b))
+        for w, b in zip(ncl.W2, ncl.b2, strict=True)
+    ]
+    torch.testing.assert_close(ncl.encode(x).detach(), torch.tensor(out), atol=1e-5, rtol=1e-5)
+
+
+def test_info_nce_is_symmetric_with_the_positive_in_the_denominator() -> None:
+    a, b, tau = torch.rand(5, 4), torch.rand(5, 4), 0.3
+
+    def one_way(x: torch.Tensor, y: torch.Tensor) -> float:
+        terms = []
+        for i in range(5):
+            scores = [math.exp(float(x[i] @ y[j]) / tau) for j in range(5)]
+            terms.append(-math.log(scores[i] / sum(scores)))
+        return sum(terms) / 5
+
+    expected = (one_way(a, b) + one_way(b, a)) / 2
+    assert float(info_nce(a, b, tau)) == pytest.approx(expected, rel=1e-5)
+    assert float(info_nce(b, a, tau)) == pytest.approx(expected, rel=1e-5)
+    assert float(info_nce(a, b, tau)) > 0  # without the positive it could fall below zero
+
+
+def test_rep_relu_is_relu_forward_and_gelu_backward() -> None:
+    z = torch.linspace(-3, 3, 31, requires_grad=True)
+    torch.testing.assert_close(rep_relu(z), z.relu())
+    (grad,) = torch.autograd.grad(rep_relu(z).sum(), z)
+    phi = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    cdf = (1 + torch.erf(z / math.sqrt(2))) / 2
+    torch.testing.assert_close(grad, (cdf + z * phi).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    q, _ = torch.linalg.qr(torch.randn(50, 50))
+    signs = torch.cat([q[:, :6], -q[:, :6]])
+    assert effective_rank(signs @ torch.randn(6, 9)) <= 6.0001
+    assert effective_rank(torch.cat([torch.eye(7), -torch.eye(7)])) == pytest.approx(7, rel=1e-6)
+    assert effective_rank(torch.ones(4, 3)) == 0
+
+
+def test_training_pulls_pairs_together(pairs, held_out) -> None:
+    ncl = NCL(16, 64)
+    result = train_head(ncl, *pairs, epochs=20, batch_size=200, valid=held_out, progress=False)
+    assert result.last["valid_score"] < result.history[0]["valid_score"] - 0.2
+    assert result.last["valid_r@1"] > 10 / 200
+    assert 0 < result.last["valid_l0"] < 64
+    assert 1 < result.last["valid_rank"] <= 64
+
+
+def test_needs_pairs(pairs) -> None:
+    with pytest.raises(MMHooksError, match="pass text="):
+        train_head(NCL(16, 8), pairs[0], epochs=1, progress=False)
