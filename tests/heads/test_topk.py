@@ -126,20 +126,19 @@ def test_auxk_revives_features_that_start_dead(pairs) -> None:
     def dead_after_training(weight: float) -> float:
         sae = TopKSAE(16, 64, 4)
         with torch.no_grad():
-            sae.b_enc[:24] = -0.6
-        train_head(
-            sae, *pairs, epochs=30, batch_size=100, objective=SAEObjective(aux_weight=weight), progress=False
-        )
+            sae.b_enc[:24] = -0.3
+        objective = SAEObjective(aux_weight=weight)
+        train_head(sae, *pairs, epochs=60, batch_size=100, lr=3e-3, objective=objective, progress=False)
         return fidelity(sae, *pairs).dead
 
     without, with_aux = dead_after_training(0.0), dead_after_training(1 / 32)
-    assert without > 0.25
-    assert with_aux < without / 2
+    assert without > 0.1
+    assert with_aux < without / 3
 
 
 def test_rows_stay_on_the_sphere_and_fvu_falls(pairs, held_out) -> None:
     sae = TopKSAE(16, 48, 5)
     before = fidelity(sae, held_out[0]).fvu
-    train_head(sae, *pairs, epochs=20, batch_size=100, progress=False)
+    train_head(sae, *pairs, epochs=40, batch_size=100, lr=3e-3, progress=False)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
-    assert fidelity(sae, held_out[0]).fvu < min(0.2, before / 2)
+    assert fidelity(sae, held_out[0]).fvu < min(0.3, before / 4)

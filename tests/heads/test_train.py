@@ -80,10 +80,10 @@ def test_sigkill_at_random_moments(tmp_path) -> None:
         import sys, torch
         from mmhooks.heads import TopKSAE, train_head
         torch.set_num_threads(1)
-        x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(5))
+        x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(5))
         sae = TopKSAE(32, 256, 8)
         print("ready", flush=True)
-        train_head(sae, x, x.flip(1), epochs=40, batch_size=250, checkpoint=sys.argv[1], checkpoint_every=3,
+        train_head(sae, x, x.flip(1), epochs=40, batch_size=125, checkpoint=sys.argv[1], checkpoint_every=3,
                    progress=False)
         sae.save(sys.argv[2])
         """
@@ -99,7 +99,7 @@ def test_sigkill_at_random_moments(tmp_path) -> None:
 
     assert start(tmp_path / "a", tmp_path / "whole").wait() == 0
     generator, kills = torch.Generator().manual_seed(0), 0
-    for _ in range(6):
+    for _ in range(4):
         process = start(tmp_path / "b", tmp_path / "broken")
         time.sleep(0.05 + 0.5 * float(torch.rand(1, generator=generator)))
         if process.poll() is None:
@@ -174,7 +174,9 @@ def test_a_loss_that_becomes_nan_is_named(pairs) -> None:
 
 def test_one_modality_is_enough_for_an_sae(pairs) -> None:
     sae = TopKSAE(16, 48, 5)
-    assert train_head(sae, pairs[0], **SETTINGS, valid=(pairs[0], None)).last["valid_fvu_image"] < 0.5
+    assert (
+        train_head(sae, pairs[0], **SETTINGS, lr=1e-2, valid=(pairs[0], None)).last["valid_fvu_image"] < 0.35
+    )
 
 
 def test_progress_bar_writes_to_stderr_only(pairs, capfd) -> None:
