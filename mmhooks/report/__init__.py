@@ -1,0 +1,49 @@
+"""Figures, tables and one self-contained page. This floor knows results, never models.
+
+>>> from mmhooks.report import Page, Prose, Section
+>>> page = Page("A study", [Section("Result", [Prose("Nothing <b>moved</b>.")])])
+>>> "&lt;b&gt;moved" in page.html()
+True
+"""
+
+from __future__ import annotations
+
+from mmhooks.report.blocks import (
+    Block,
+    Details,
+    FeatureCard,
+    Gallery,
+    Listing,
+    Picture,
+    Plot,
+    Prose,
+    Section,
+    TableBlock,
+    Tile,
+    Tiles,
+)
+from mmhooks.report.numbers import Estimate, fixed, percent, signed
+from mmhooks.report.page import Page
+from mmhooks.report.tables import Cell, Table
+
+__all__ = [
+    "Block",
+    "Cell",
+    "Details",
+    "Estimate",
+    "FeatureCard",
+    "Gallery",
+    "Listing",
+    "Page",
+    "Picture",
+    "Plot",
+    "Prose",
+    "Section",
+    "Table",
+    "TableBlock",
+    "Tile",
+    "Tiles",
+    "fixed",
+    "percent",
+    "signed",
+]

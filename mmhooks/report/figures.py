@@ -1,0 +1,195 @@
+"""The figures of a modality study. Each takes numbers and pictures, and returns a matplotlib ``Figure``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmhooks.errors import ShapeMismatch
+from mmhooks.report.numbers import Estimate, fixed
+from mmhooks.report.style import LIGHT, Palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+GROUPS = ("ImgD", "CrossD", "TextD")
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """One panel of Figure 1: the scores of the alive features of a model and the groups' thresholds."""
+
+    title: str
+    scores: Sequence[float]
+    mu: float
+    sigma: float
+    sizes: Mapping[str, int]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of a picture figure: a feature, its pictures, its texts."""
+
+    title: str
+    group: str
+    images: Sequence[Image]
+    texts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit changed, with the same for random sets of the same size."""
+
+    label: str
+    group: str
+    value: float
+    random: Sequence[float]
+    size: int = 0
+
+
+def mds_histograms(panels: Sequence[Histogram], palette: Palette = LIGHT) -> Figure:
+    """Figure 1: one histogram a model on a shared axis from 0 (text alone) to 1 (image alone)."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ShapeMismatch("no histogram to draw: expected at least one panel")
+    figure = Figure(figsize=(3.1 * len(panels) + 0.4, 3.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _histogram(axis, panel, palette)
+    axes[0].set_ylabel("features")
+    label = "Modality Dominance Score      0 = text alone, 1 = image alone"
+    figure.supxlabel(label, fontsize=10, color=palette.soft)
+    return figure
+
+
+def _histogram(axis: Axes, panel: Histogram, palette: Palette) -> None:
+    scores = np.asarray([s for s in panel.scores if s == s], dtype=float)
+    low, high = panel.mu - panel.sigma, panel.mu + panel.sigma
+    # Narrow distributions need narrow bins: a raw CLIP's scores all lie within a few hundredths of one half.
+    width = float(np.clip(panel.sigma / 6, 0.004, 0.025))
+    edges = np.arange(0, 1 + width, width)
+    parts = [scores[scores > high], scores[(scores >= low) & (scores <= high)], scores[scores < low]]
+    axis.hist(parts, bins=edges.tolist(), stacked=True, color=[palette.group(g) for g in GROUPS], linewidth=0)
+    for at in (low, high):
+        axis.axvline(at, color=palette.soft, linewidth=0.8, linestyle=(0, (3, 3)))
+    axis.axvline(panel.mu, color=palette.ink, linewidth=1.0)
+    axis.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", ".25", ".5", ".75", "1"))
+    axis.set_title(panel.title, pad=30)
+    line = f"μ {fixed(panel.mu)}   σ {fixed(panel.sigma)}" + (f"   {panel.note}" if panel.note else "")
+    axis.text(0, 1.13, line, transform=axis.transAxes, fontsize=9.5, color=palette.soft, parse_math=False)
+    at = 0.0
+    for group in ("TextD", "CrossD", "ImgD"):
+        text = axis.text(
+            at, 1.04, f"{group} {panel.sizes.get(group, 0)}", transform=axis.transAxes, fontsize=9.5,
+            color=palette.group(group), fontweight="bold",
+        )  # fmt: skip
+        at += 0.034 * len(text.get_text()) + 0.05
+    axis.tick_params(length=3)
+
+
+def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns: int = 8) -> Figure:
+    """Figures 2-4: a row of top pictures a feature, its top texts (Tables 3-5) to the right."""
+    from matplotlib.figure import Figure
+
+    if not strips:
+        raise ShapeMismatch("no feature to draw: expected at least one strip")
+    side, wide = 0.92, 4.3
+    figure = Figure(figsize=(columns * side + wide, len(strips) * (side + 0.42) + 0.1))
+    total_w, total_h = figure.get_size_inches()
+    for row, strip in enumerate(strips):
+        top = total_h - 0.05 - row * (side + 0.42)
+        figure.text(
+            0.1 / total_w, (top - 0.2) / total_h, strip.title, fontsize=11, fontweight="bold",
+            color=palette.group(strip.group), parse_math=False,
+        )  # fmt: skip
+        for column, image in enumerate(list(strip.images)[:columns]):
+            box = (0.1 + column * side, top - 0.3 - side, side - 0.07, side - 0.07)
+            axis = figure.add_axes((box[0] / total_w, box[1] / total_h, box[2] / total_w, box[3] / total_h))
+            axis.imshow(np.asarray(image.convert("RGB")), interpolation="lanczos")
+            axis.set(xticks=(), yticks=())
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=palette.line, linewidth=0.8)
+        if not strip.images:
+            figure.text(0.1 / total_w, (top - 0.75) / total_h, "no active picture", color=palette.soft)
+        lines = [shorten(t, 46) for t in list(strip.texts)[:5]] or ["no active text"]
+        figure.text(
+            (columns * side + 0.3) / total_w, (top - 0.3) / total_h, "\n".join(lines), fontsize=10,
+            linespacing=1.42, va="top", color=palette.ink if strip.texts else palette.soft, parse_math=False,
+        )  # fmt: skip
+    return figure
+
+
+def mask_effects(
+    panels: Mapping[str, Sequence[Effect]], palette: Palette = LIGHT, *, label: str = "change of R@1, points"
+) -> Figure:
+    """What masking each group does (dot), over the same number of random features (grey ticks and band)."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ShapeMismatch("no effect to draw: expected at least one model")
+    rows = max(len(v) for v in panels.values())
+    figure = Figure(figsize=(3.1 * len(panels) + 0.6, 0.55 * rows + 1.25), layout="constrained")
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for i, (axis, (title, effects)) in enumerate(zip(axes, panels.items(), strict=True)):
+        axis.axvline(0, color=palette.line, linewidth=1)
+        for y, effect in enumerate(effects):
+            draws = 100 * np.asarray(effect.random, dtype=float)
+            if draws.size:
+                low, high = np.quantile(draws, (0.025, 0.975))
+                axis.fill_betweenx((y - 0.26, y + 0.26), low, high, color=palette.cross, alpha=0.28, lw=0)
+                axis.plot(draws, np.full(draws.size, y), "|", color=palette.soft, markersize=9, alpha=0.35)
+            axis.plot(100 * effect.value, y, "o", color=palette.group(effect.group), markersize=8, zorder=3)
+        axis.set_title(title)
+        axis.set(ylim=(len(effects) - 0.5, -0.5), yticks=range(len(effects)))
+        axis.set_yticklabels([f"{e.label} ({e.size})" for e in effects])
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        if i == 0:
+            axis.set_xlabel(label)
+    return figure
+
+
+def beside_paper(
+    panels: Mapping[str, Sequence[tuple[str, Estimate, float | None]]], palette: Palette = LIGHT
+) -> Figure:
+    """Measured values with their intervals (filled) beside the paper's (hollow), one panel a measure."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ShapeMismatch("no measure to draw: expected at least one panel")
+    rows = max(len(v) for v in panels.values())
+    figure = Figure(figsize=(3.3 * len(panels) + 0.8, 0.5 * rows + 1.3), layout="constrained")
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for i, (axis, (title, entries)) in enumerate(zip(axes, panels.items(), strict=True)):
+        axis.axvline(0, color=palette.line, linewidth=1)
+        for y, (_, estimate, paper) in enumerate(entries):
+            if estimate.interval():
+                axis.plot((estimate.low, estimate.high), (y, y), color=palette.text, linewidth=2, alpha=0.6)
+            axis.plot(estimate.value, y, "o", color=palette.text, markersize=7)
+            if paper is not None:
+                axis.plot(paper, y, "D", markerfacecolor="none", markeredgecolor=palette.img, markersize=6.5)
+        axis.set_title(title)
+        axis.set(ylim=(len(entries) - 0.5, -0.5), yticks=range(len(entries)))
+        axis.set_yticklabels([name for name, _, _ in entries] if i == 0 else [""] * len(entries))
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    marks = "●  measured, 95 % interval       ◇  paper"
+    figure.supxlabel(marks, fontsize=10, color=palette.soft)
+    return figure
+
+
+def shorten(text: str, width: int) -> str:
+    """One line of at most ``width`` characters.
+
+    >>> shorten("a  long\\nline", 6)
+    'a lon…'
+    """
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"

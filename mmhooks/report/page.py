@@ -1,0 +1,62 @@
+"""One self-contained HTML page: no script, no address to fetch, every text from data escaped."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmhooks.report.blocks import Section
+
+_CODE = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A title, a lead, sections and a footer; :meth:`html` gives the page, :meth:`save` writes it."""
+
+    title: str
+    sections: Sequence[Section]
+    lead: str = ""
+    kicker: str = ""
+    footer: Sequence[str] = ()
+
+    def html(self) -> str:
+        sections = [(s, s.anchor or _slug(s.title)) for s in self.sections]
+        return _environment().get_template("page.html.j2").render(page=self, sections=sections)
+
+    def save(self, path: str | Path) -> Path:
+        """Written aside and renamed, so that a killed run never leaves half a page."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(path.suffix + ".part")
+        aside.write_text(self.html(), encoding="utf-8")
+        os.replace(aside, path)
+        return path
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def inline(text: str) -> Markup:
+        """Escape first, then turn `code` spans into elements: data can never open a tag."""
+        return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+
+    # Autoescape is on for every template, whatever its name: the default looks at file endings.
+    environment = Environment(
+        loader=PackageLoader("mmhooks.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["inline"] = inline
+    return environment

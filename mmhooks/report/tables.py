@@ -1,0 +1,91 @@
+"""One table, written twice: as Markdown and, through the page's template, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmhooks.errors import ShapeMismatch
+from mmhooks.report.numbers import Estimate, fixed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with what belongs beside it: its interval, and the value printed in the paper.
+
+    ``differs`` marks a cell whose direction is not the paper's; ``best`` the best of its column.
+    """
+
+    text: str
+    interval: str = ""
+    paper: str = ""
+    differs: bool = False
+    best: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        estimate: Estimate,
+        *,
+        digits: int = 3,
+        plus: bool = False,
+        paper: float | None = None,
+        differs: bool = False,
+        best: bool = False,
+    ) -> Cell:
+        return cls(
+            estimate.text(digits, plus=plus),
+            estimate.interval(digits),
+            "" if paper is None else fixed(paper, digits, plus=plus),
+            differs,
+            best,
+        )
+
+    def markdown(self) -> str:
+        text = f"**{self.text}**" if self.best else self.text
+        paper = f"(paper {self.paper})" if self.paper else ""
+        parts = [text, self.interval, paper, "≠" if self.differs else ""]
+        return _escape(" ".join(p for p in parts if p))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of strings or :class:`Cell`, a caption, and the note that stands under it.
+
+    >>> print(Table(["Model", "R"], [["CLIP", Cell(".5", "[.4, .6]")]]).markdown())
+    | Model | R |
+    |:--|--:|
+    | CLIP | .5 [.4, .6] |
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    caption: str = ""
+    note: str = ""
+    text_columns: Sequence[int] = field(default=(0,))
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ShapeMismatch(
+                    f"row {i} of table {self.caption!r} has {len(row)} cells, expected {len(self.columns)}"
+                )
+
+    def cells(self) -> list[list[Cell]]:
+        return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        """A GitHub table, its caption in bold above and its note below; pipes and line ends are escaped."""
+        rule = "|".join(":--" if i in self.text_columns else "--:" for i in range(len(self.columns)))
+        lines = [f"**{_escape(self.caption)}**", ""] if self.caption else []
+        lines += ["| " + " | ".join(_escape(c) for c in self.columns) + " |", f"|{rule}|"]
+        lines += ["| " + " | ".join(c.markdown() for c in row) + " |" for row in self.cells()]
+        if self.note:
+            lines += ["", self.note]
+        return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Text that cannot break a table row or start HTML in Markdown."""
+    flat = " ".join(text.split())
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
