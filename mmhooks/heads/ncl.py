@@ -17,7 +17,10 @@ from mmhooks.heads.base import Head
 
 
 class NCL(Head):
-    """``g+(x) = ReLU(W2 ReLU(W1 x + b1) + b2)``, width ``hidden`` inside (default: ``n_features``).
+    """``g+(x) = ReLU(W2 ReLU(W1 x + b1) + b2)``, width ``hidden`` inside.
+
+    By default ``hidden`` makes the head as large as an SAE with as many features (``2 d n`` weights), as the
+    paper has it.
 
     >>> ncl = NCL(d_in=8, n_features=32)
     >>> f = ncl.encode(torch.randn(5, 8))
@@ -38,7 +41,7 @@ class NCL(Head):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)
-        self.hidden = hidden or n_features
+        self.hidden = hidden or max(1, round(2 * d_in * n_features / (d_in + n_features)))
         generator = torch.Generator().manual_seed(seed)
         # He initialisation: unit-norm inputs keep their scale through both ReLU layers.
         self.W1 = nn.Parameter(torch.randn(self.hidden, d_in, generator=generator) * (2 / d_in) ** 0.5)

@@ -15,6 +15,8 @@ from mmhooks.heads.fidelity import effective_rank
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.objective import Objective, StepLoss
 
+_TINY = 1e-6  # keeps a constant unit from dividing by zero
+
 
 def rep_relu(z: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     """ReLU forward, GELU's gradient backward (Wang et al. 2024, B.1): units just below zero still learn."""
@@ -33,33 +35,58 @@ def info_nce(
 
 @dataclass
 class NCLObjective(Objective):
-    """``InfoNCE(g+(image), g+(text))``.
+    """``InfoNCE(g+(image), g+(text))``, by default over standardised units: alive *and* sparse.
+
+    Alone, the loss leaves most units dead (cosine: a few units suffice to tell pairs apart) or all of them
+    dense (dot: length is free). ``threshold=s`` adds what batch normalisation does in contrastive projectors:
+    each unit's pre-activation is standardised over the batch, both modalities pooled, and ``s`` taken off, so
+    a unit fires where its input stands ``s`` standard deviations above its own mean. No unit can drift to
+    silence, and by Cantelli's inequality none fires for more than ``1 / (1 + s^2)`` of the batch. Shift and
+    scale are folded into ``W2`` and ``b2`` after each step, so the head itself stays eq. 4 of the paper.
 
     Attributes:
         temperature: of the similarities.
         similarity: "cosine" gives the rows of g+ unit norm (methods.md 2.5), "dot" is the paper's eq. 3.
+        threshold: ``s`` as above; None trains on the loss alone.
         rep_relu: GELU-like gradient through the last ReLU.
         dead_after: epochs without firing after which a unit is dead (for the log).
     """
 
     temperature: float = 0.2
     similarity: Literal["cosine", "dot"] = "cosine"
+    threshold: float | None = 1.5
     rep_relu: bool = True
     dead_after: float = 1.0
 
     def start(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
         if text is None:
             raise MMHooksError("the contrastive head learns from pairs: pass text= as well as image=")
+        self.finish(head, image, text)
 
     def loss(self, head: NCL, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         assert text is not None  # start() saw to it
         z = head.pre(torch.cat([image, text]))
+        if self.threshold is not None:
+            mean, std = z.mean(dim=0), z.std(dim=0, correction=0) + _TINY
+            self._batch = mean.detach(), std.detach()
+            z = (z - mean) / std - self.threshold
         f = rep_relu(z) if self.rep_relu else z.relu()
         g = F.normalize(f, dim=-1) if self.similarity == "cosine" else f
         contrast = info_nce(g[: len(image)], g[len(image) :], self.temperature)
         active = f.detach() > 0
         parts = {"loss": contrast.detach(), "l0": active.sum(dim=1).float().mean()}
         return StepLoss(contrast, active.any(dim=0), parts)
+
+    def after_step(self, head: NCL) -> None:
+        """Folds a tenth of this batch's statistics into ``W2`` and ``b2``: the loss does not change by it."""
+        if self.threshold is not None:
+            _fold(head, *self._batch, self.threshold, rate=0.1)
+
+    def finish(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
+        """Folds the statistics of all training pairs, so that the thresholds hold exactly on them."""
+        assert text is not None
+        if self.threshold is not None:
+            _fold(head, *pre_statistics(head, image, text), self.threshold, rate=1.0)
 
     @torch.no_grad()
     def score(self, head: NCL, image: Tensor, text: Tensor | None) -> dict[str, float]:
@@ -77,3 +104,26 @@ class NCLObjective(Objective):
             "dead": float((both == 0).all(dim=0).float().mean()),
             "rank": effective_rank(both),
         }
+
+
+@torch.no_grad()
+def pre_statistics(head: NCL, *x: Float[Tensor, "_ d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Mean and standard deviation of each unit's pre-activation over all rows of all parts."""
+    rows = sum(len(part) for part in x)
+    chunks = [chunk for part in x for chunk in part.split(4096)]
+    mean = sum((head.pre(c).double().sum(dim=0) for c in chunks), torch.zeros((), dtype=torch.float64)) / rows
+    square = (
+        sum(((head.pre(c) - mean).double().square().sum(dim=0) for c in chunks), torch.zeros_like(mean))
+        / rows
+    )
+    return mean.float(), square.sqrt().float() + _TINY
+
+
+@torch.no_grad()
+def _fold(
+    head: NCL, mean: Float[Tensor, " n"], std: Float[Tensor, " n"], threshold: float, rate: float
+) -> None:
+    """Rescales and shifts each unit: at rate 1, ``pre`` becomes ``(pre - mean) / std - threshold``."""
+    scale = std.pow(-rate)
+    head.W2.mul_(scale[:, None])
+    head.b2.copy_((head.b2 - rate * (mean + threshold * std)) * scale)

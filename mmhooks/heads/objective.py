@@ -46,6 +46,9 @@ class Objective:
     def after_step(self, head: Any) -> None:
         """The optimiser has stepped: restores constraints."""
 
+    def finish(self, head: Any, image: Tensor, text: Tensor | None) -> None:
+        """Once, after the last step, on the training data."""
+
     def score(self, head: Any, image: Tensor, text: Tensor | None) -> dict[str, float]:
         """Held-out numbers; ``"score"`` is what early stopping watches, less is better."""
         raise NotImplementedError

@@ -222,6 +222,7 @@ def train_head(
                 run.store(path, mark)
     if run.best_state:
         head.load_state_dict(run.best_state)
+    objective.finish(head, image, text)
     head.eval()
     return TrainResult(
         head, len(run.history), run.step, run.stopped, time.perf_counter() - began, run.history

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import NCL, train_head
+from mmhooks.heads import NCL, fidelity, train_head
 from mmhooks.heads.fidelity import effective_rank
-from mmhooks.heads.ncl_objective import info_nce, rep_relu
+from mmhooks.heads.ncl_objective import NCLObjective, info_nce, rep_relu
 
 
 def test_forward_is_the_papers_mlp() -> None:
@@ -64,7 +65,7 @@ def test_effective_rank_counts_equal_directions() -> None:
 
 def test_training_pulls_pairs_together(pairs, held_out) -> None:
     ncl = NCL(16, 64)
-    result = train_head(ncl, *pairs, epochs=20, batch_size=200, valid=held_out, progress=False)
+    result = train_head(ncl, *pairs, epochs=20, batch_size=200, lr=3e-3, valid=held_out, progress=False)
     assert result.last["valid_score"] < result.history[0]["valid_score"] - 0.2
     assert result.last["valid_r@1"] > 10 / 200
     assert 0 < result.last["valid_l0"] < 64
@@ -74,3 +75,60 @@ def test_training_pulls_pairs_together(pairs, held_out) -> None:
 def test_needs_pairs(pairs) -> None:
     with pytest.raises(MMHooksError, match="pass text="):
         train_head(NCL(16, 8), pairs[0], epochs=1, progress=False)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def test_threshold_holds_on_the_training_data_and_the_head_stays_the_papers_mlp(pairs) -> None:
+    s, ncl = 1.5, NCL(16, 64)
+    train_head(ncl, *pairs, epochs=3, batch_size=200, objective=NCLObjective(threshold=s), progress=False)
+    z = ncl.pre(torch.cat([unit(x) for x in pairs])).detach()
+    torch.testing.assert_close(z.mean(dim=0), torch.full((64,), -s), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(dim=0, correction=0), torch.ones(64), atol=1e-4, rtol=0)
+    assert float((z > 0).float().mean(dim=0).max()) <= 1 / (1 + s * s)  # Cantelli
+    assert sorted(ncl.state_dict()) == ["W1", "W2", "b1", "b2"]  # nothing left over from training
+
+
+def test_loss_ignores_the_scale_and_shift_that_the_threshold_sets(pairs) -> None:
+    """Folding between steps is a choice of gauge: the loss of the folded head is the same."""
+    image, text = (unit(x) for x in pairs)
+    ncl, objective, dead = NCL(16, 64), NCLObjective(threshold=1.2), torch.zeros(64, dtype=torch.bool)
+    before = objective.loss(ncl, image, text, dead).loss
+    objective.after_step(ncl)
+    folded = objective.loss(ncl, image, text, dead).loss
+    with torch.no_grad():
+        ncl.W2 *= 3
+        ncl.b2 += torch.randn(64)
+    moved = objective.loss(ncl, image, text, dead).loss
+    torch.testing.assert_close(folded, before, rtol=1e-4, atol=0)
+    torch.testing.assert_close(moved, before, rtol=1e-4, atol=0)
+
+
+def test_without_threshold_the_loss_is_info_nce_of_the_heads_own_rows(pairs) -> None:
+    image, text = (unit(x) for x in pairs)
+    ncl, dead = NCL(16, 64), torch.zeros(64, dtype=torch.bool)
+    for similarity in ("cosine", "dot"):
+        objective = NCLObjective(threshold=None, similarity=similarity, temperature=0.5)
+        f = [ncl.encode(x) for x in (image, text)]
+        rows = [unit(x) for x in f] if similarity == "cosine" else f
+        expected = info_nce(rows[0], rows[1], 0.5)
+        torch.testing.assert_close(objective.loss(ncl, image, text, dead).loss, expected)
+
+
+def test_threshold_keeps_units_alive_and_sparse_where_the_loss_alone_does_not(pairs) -> None:
+    def shares(threshold: float | None, similarity: Literal["cosine", "dot"]) -> tuple[float, float]:
+        ncl = NCL(16, 64)
+        with torch.no_grad():
+            ncl.b2[:20] = -5.0  # born dead
+        objective = NCLObjective(threshold=threshold, temperature=0.2, similarity=similarity)
+        train_head(ncl, *pairs, epochs=20, batch_size=200, lr=3e-3, objective=objective, progress=False)
+        got = fidelity(ncl, *pairs)
+        return got.dead, got.density
+
+    dead, density = shares(1.5, "cosine")
+    assert dead == 0 and density < 0.1
+    assert shares(None, "cosine")[0] >= 20 / 64
+    dead, density = shares(None, "dot")
+    assert dead >= 20 / 64 and density > 0.15
