@@ -1,0 +1,143 @@
+"""The masking experiment: a group set to zero in the live model, and what that does to image→text retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from modality_page import GROUPS
+from modality_study import Subject, batches, unit
+from torch import Tensor
+
+import mmhooks as mm
+from mmhooks.report import Estimate
+
+KS = (1, 5, 10)
+Both = tuple[Tensor, Tensor]
+
+
+class Live:
+    """Runs both towers of one subject over the evaluation pairs, under whatever context is open.
+
+    With a head that has a decoder the edit is spliced back into the embeddings; a head without one (NCL) is read,
+    masked and scored in its own latent space; without a head the embedding's own coordinates are masked.
+    """
+
+    def __init__(self, s: Subject, pairs: Any, rows: Sequence[int], *, batch: int = 256) -> None:
+        self.subject, self.model, self.batch = s, s.encoded.model, batch
+        chosen = [pairs[i] for i in rows]
+        self.pixels = torch.stack([self.model.preprocess(p.image) for p in chosen])
+        self.tokens = self.model.tokenizer([p.text for p in chosen])
+        self.in_latents = s.head is not None and not s.head.has_decoder
+
+    def __enter__(self) -> Live:
+        if self.subject.head is not None:
+            self.model.attach(
+                self.subject.head, at=["image.embed", "text.embed"], name="probe", splice=not self.in_latents
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.subject.head is not None:
+            self.model.detach("probe")
+
+    @torch.no_grad()
+    def run(self) -> Both:
+        image, text = [], []
+        for rows in batches(len(self.pixels), self.batch):
+            cut = slice(rows.start, rows.stop)
+            if self.in_latents:
+                sites = ["image.embed.probe.latents", "text.embed.probe.latents"]
+                _, cache = self.model.run_with_cache(self.pixels[cut], self.tokens[cut], sites=sites)
+                image.append(cache[sites[0]])
+                text.append(cache[sites[1]])
+            else:
+                image.append(self.model.encode_image(self.pixels[cut]))
+                text.append(self.model.encode_text(self.tokens[cut]))
+        return torch.cat(image), torch.cat(text)
+
+    def masked(self, group: Any) -> Both:
+        """The line of the README, live in both towers."""
+        mask = group
+        if self.subject.head is None:  # no head: the coordinates of the embeddings themselves
+            mask = {"image.embed": group.indices, "text.embed": group.indices}
+        with self.model.hooks(mask=mask):
+            return self.run()
+
+
+@torch.no_grad()
+def by_hand(s: Subject, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None, group: Any) -> Float[Tensor, "n _"]:
+    """The same mask without hooks: coordinates or latents set to zero; for an SAE ``x + |x| (f' - f) W_dec``."""
+    index = group.indices
+    if s.head is None or f is None:
+        return x.index_fill(1, index, 0.0)
+    if not s.head.has_decoder:
+        return f.index_fill(1, index, 0.0)
+    scale = x.norm(dim=-1, keepdim=True) if s.head.normalize_input else 1.0
+    return x - scale * (f[:, index] @ s.head.W_dec[index])
+
+
+def experiment(
+    s: Subject, mds: Any, pairs: Any, rows: Sequence[int], *, draws: int, seed: int, step: Callable[[int], None]
+) -> dict[str, Any]:
+    """Masks each group live, checks it against :func:`by_hand`, and sets it beside random sets of its size."""
+    at = torch.as_tensor(list(rows))
+    x = s.encoded.image[at], s.encoded.text[at]
+    f = (s.image[at], s.text[at]) if s.head is not None else (None, None)
+    alive = torch.nonzero(~mds.dead).flatten()
+    everything = mm.FeatureSet(alive.tolist(), len(mds.R), head=mds.groups[0].head)
+    with Live(s, pairs, rows) as live:
+        before = live.run()
+        worst, groups, found = 0.0, {}, {}
+        for group, members in zip(GROUPS, mds.groups, strict=True):
+            found[group] = live.masked(members) if len(members) else before
+        after = live.run()
+        for group, members in zip(GROUPS, mds.groups, strict=True):
+            hand = tuple(by_hand(s, x[i], f[i], members) for i in (0, 1))
+            worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found[group], hand, strict=True)))
+    base = scores(before)
+    for group, members in zip(GROUPS, mds.groups, strict=True):
+        now = scores(found[group])
+        random = []
+        for draw in range(draws):
+            other = everything.sample(min(len(members), len(everything)), seed=seed * 100_003 + draw)
+            changed = scores(tuple(by_hand(s, x[i], f[i], other) for i in (0, 1)), ks=(1,))
+            random.append(changed["R@1"].value - base["R@1"].value)
+            step(1)
+        groups[group] = _beside(now, base, random, len(members))
+    return {
+        "n": len(rows),
+        "draws": draws,
+        "chance": {f"R@{k}": min(k / len(rows), 1.0) for k in KS},
+        "base": {k: e.to_json() for k, e in base.items()},
+        "groups": groups,
+        "by_hand": worst,
+        "bit_equal_after": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+    }
+
+
+def _beside(now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int) -> dict[str, Any]:
+    change = now["R@1"].value - base["R@1"].value
+    spread = torch.tensor(random or [0.0], dtype=torch.float64)
+    low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {
+        "size": size,
+        **{k: e.to_json() for k, e in now.items()},
+        "change": change,
+        "random": [round(r, 6) for r in random],
+        "random_mean": float(spread.mean()),
+        "random_interval": [low, high],
+        "beyond": "more" if change < low else ("less" if change > high else ""),
+    }
+
+
+def scores(both: Any, ks: Sequence[int] = KS) -> dict[str, Estimate]:
+    """Image→text recall at each k, with its Wilson interval."""
+    image, text = both
+    return recalls(mm.retrieval(unit(image), unit(text), ks=tuple(ks)), ks)
+
+
+def recalls(result: Any, ks: Sequence[int]) -> dict[str, Estimate]:
+    raise NotImplementedError
