@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from modality_page import GROUPS
 from modality_study import Subject, batches, unit
+from modality_tables import GROUPS
 from torch import Tensor
 
 import mmhooks as mm
@@ -68,7 +68,9 @@ class Live:
 
 
 @torch.no_grad()
-def by_hand(s: Subject, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None, group: Any) -> Float[Tensor, "n _"]:
+def by_hand(
+    s: Subject, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None, group: Any
+) -> Float[Tensor, "n _"]:
     """The same mask without hooks: coordinates or latents set to zero; for an SAE ``x + |x| (f' - f) W_dec``."""
     index = group.indices
     if s.head is None or f is None:
@@ -80,7 +82,14 @@ def by_hand(s: Subject, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None,
 
 
 def experiment(
-    s: Subject, mds: Any, pairs: Any, rows: Sequence[int], *, draws: int, seed: int, step: Callable[[int], None]
+    s: Subject,
+    mds: Any,
+    pairs: Any,
+    rows: Sequence[int],
+    *,
+    draws: int,
+    seed: int,
+    step: Callable[[int], None],
 ) -> dict[str, Any]:
     """Masks each group live, checks it against :func:`by_hand`, and sets it beside random sets of its size."""
     at = torch.as_tensor(list(rows))
@@ -118,7 +127,9 @@ def experiment(
     }
 
 
-def _beside(now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int) -> dict[str, Any]:
+def _beside(
+    now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int
+) -> dict[str, Any]:
     change = now["R@1"].value - base["R@1"].value
     spread = torch.tensor(random or [0.0], dtype=torch.float64)
     low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -140,4 +151,13 @@ def scores(both: Any, ks: Sequence[int] = KS) -> dict[str, Estimate]:
 
 
 def recalls(result: Any, ks: Sequence[int]) -> dict[str, Estimate]:
-    raise NotImplementedError
+    return {f"R@{k}": _wilson(float(result.recall[k]), result.n) for k in ks}
+
+
+def _wilson(p: float, n: int) -> Estimate:
+    z = 1.96
+    middle, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5 / (1 + z * z / n),
+    )
+    return Estimate(p, middle - half, middle + half, n)

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modality_paper import MODELS, MONOSEMANTICITY, SIMILARITY, WIN_GAP, WIN_RATE, Claim, agreement, table1_differs
+from modality_paper import MONOSEMANTICITY, Claim
+from modality_tables import (
+    GROUPS,
+    control_table,
+    estimate,
+    group_table,
+    mask_table,
+    measured_models,
+    table1,
+    table2,
+)
 from PIL.Image import Image
 
 from mmhooks.report import (
     Block,
-    Cell,
     Details,
-    Estimate,
     FeatureCard,
     Gallery,
     Listing,
@@ -30,10 +38,17 @@ from mmhooks.report import (
     fixed,
     percent,
 )
-from mmhooks.report.figures import Effect, Histogram, Strip, beside_paper, mask_effects, mds_histograms, picture_strips
+from mmhooks.report.figures import (
+    Effect,
+    Histogram,
+    Strip,
+    beside_paper,
+    mask_effects,
+    mds_histograms,
+    picture_strips,
+    summary,
+)
 from mmhooks.report.style import draw
-
-GROUPS = ("ImgD", "TextD", "CrossD")
 
 
 @dataclass(frozen=True)
@@ -58,161 +73,6 @@ class Shown:
         return f"MDS {fixed(self.score, 2)} · active on {self.pictures:,} pictures and {self.texts:,} texts"
 
 
-def estimate(results: Mapping[str, Any], model: str, *path: str) -> Estimate:
-    value: Any = results["models"][model]
-    for key in path:
-        value = value[key]
-    return Estimate.from_json(value)
-
-
-def measured_models(results: Mapping[str, Any]) -> list[str]:
-    return [m for m in MODELS if m in results["models"]]
-
-
-# -- tables ----------------------------------------------------------------------------------------------------
-
-
-def table1(results: Mapping[str, Any]) -> Table:
-    models = measured_models(results)
-    columns = [
-        ("embed_sim", "image", {m: v[0] for m, v in SIMILARITY.items()}),
-        ("embed_sim", "text", {m: v[1] for m, v in SIMILARITY.items()}),
-        ("win_rate", "image", {m: v[0] for m, v in WIN_RATE.items()}),
-        ("win_rate", "text", {m: v[1] for m, v in WIN_RATE.items()}),
-    ]
-    found = [{m: estimate(results, m, a, b) for m in models} for a, b, _ in columns]
-    best = [max((m for m in models if f[m].known), key=lambda m: f[m].value, default="") for f in found]
-    rows: list[list[str | Cell]] = []
-    for m in models:
-        cells: list[str | Cell] = [m]
-        for f, top, (_, _, paper) in zip(found, best, columns, strict=True):
-            cells.append(Cell.of(f[m], paper=paper[m], differs=table1_differs(f, paper, m), best=m == top))
-        gap = estimate(results, m, "win_rate", "gap")
-        # The paper prints |Δ|: its own columns give the sign.
-        cells.append(Cell.of(gap, plus=True, paper=WIN_GAP[m]))
-        cells.append(f"{found[0][m].n or 0:,} / {found[1][m].n or 0:,}")
-        rows.append(cells)
-    return Table(
-        ["Model", "EmbedSim image", "EmbedSim text", "WinRate image", "WinRate text", "Δ image − text", "n image / text"],
-        rows,
-        "Table 1. How alike the samples are that activate one feature",
-        "Mean over features (n of them), 95 % bootstrap interval over features, the paper's value below; ≠ where a "
-        "model lies on the other side of CLIP than in the paper. Chance: EmbedSim 0, WinRate .5. The paper's model, "
-        "data and picture embedder are others, so directions can be compared, sizes cannot.",
-    )
-
-
-def table2(results: Mapping[str, Any]) -> Table:
-    models = measured_models(results)
-    rows: list[list[str | Cell]] = []
-    for i, (modality, word) in enumerate((("image", "Visual"), ("text", "Textual"))):
-        found = {m: estimate(results, m, "monosemanticity", modality) for m in models}
-        cells: list[str | Cell] = [word]
-        for m in models:
-            differs = agreement(found[m], MONOSEMANTICITY[m][i]) == "differs"
-            cells.append(Cell.of(found[m], plus=True, paper=MONOSEMANTICITY[m][i], differs=differs))
-        rows.append(cells)
-        control: list[str | Cell] = [f"{word.lower()}, random groups of the same sizes"]
-        for m in models:
-            control.append(Cell.of(estimate(results, m, "monosemanticity", f"random_{modality}"), plus=True))
-        rows.append(control)
-    return Table(
-        ["Modality", *models],
-        rows,
-        "Table 2. Visual and textual monosemanticity",
-        "Visual: EmbedSim(ImgD) − EmbedSim(TextD) over pictures; textual: EmbedSim(TextD) − EmbedSim(ImgD) over texts. "
-        "≠ where the sign is decided and is not the paper's. Controls: mean and 95 % range over random groups.",
-    )
-
-
-def group_table(results: Mapping[str, Any]) -> Table:
-    rows: list[list[str | Cell]] = []
-    for m in measured_models(results):
-        for group in GROUPS:
-            g = results["models"][m]["groups"][group]
-            rows.append(
-                [
-                    m, group, f"{g['size']:,}",
-                    Cell.of(Estimate.from_json(g["embed_sim"]["image"])), f"{g['embed_sim']['image']['n']:,}",
-                    Cell.of(Estimate.from_json(g["embed_sim"]["text"])), f"{g['embed_sim']['text']['n']:,}",
-                ]
-            )  # fmt: skip
-    return Table(
-        ["Model", "Group", "features", "EmbedSim image", "n", "EmbedSim text", "n"],
-        rows,
-        "EmbedSim of each group",
-        "n: features of the group with at least two active samples in that modality; the others have no EmbedSim.",
-        text_columns=(0, 1),
-    )
-
-
-def control_table(results: Mapping[str, Any]) -> Table:
-    rows: list[list[str | Cell]] = []
-    for m in measured_models(results):
-        r = results["models"][m]
-        rows.append(
-            [
-                m, f"{r['n_features']:,}", f"{r['alive']:,}", f"{r['dead']:,}", f"{r['rare']:,}",
-                Cell.of(estimate(results, m, "mds", "mu")), Cell.of(estimate(results, m, "mds", "sigma")),
-                fixed(r["mds"]["ratio_of_means"]), fixed(r["mds"]["shuffled_r"]), fixed(r["mds"]["heldout_r"]),
-                f"{r['embed_sim']['excluded']['image']:,} / {r['embed_sim']['excluded']['text']:,}",
-            ]
-        )  # fmt: skip
-    return Table(
-        [
-            "Model", "features", "alive", "dead", "rare", "MDS μ", "MDS σ", "ratio of means", "r, shuffled pairs",
-            "r, held-out pairs", "excluded image / text",
-        ],
-        rows,
-        "MDS and its controls",
-        "r, shuffled pairs: correlation of the scores with those of pairs whose texts were shuffled; close to 1 means "
-        "that MDS is a statistic of the two marginals and hardly of the pairing. r, held-out pairs: with scores of "
-        "pairs that no training saw. Excluded: pairs of samples that the paper's form of EmbedSim must leave out, "
-        "because its random baseline is (nearly) zero there. Rare: active on fewer samples than a top list holds.",
-    )  # fmt: skip
-
-
-def mask_table(results: Mapping[str, Any]) -> Table:
-    rows: list[list[str | Cell]] = []
-    for m in measured_models(results):
-        r = results["models"][m]["masking"]
-        for group in GROUPS:
-            g = r["groups"][group]
-            low, high = g["random_interval"]
-            rows.append(
-                [
-                    m, group, f"{g['size']:,}",
-                    _percent_cell(r["base"]["R@1"]), _percent_cell(g["R@1"]), percent(g["change"], plus=True),
-                    f"{percent(g['random_mean'], plus=True)} [{percent(low)}, {percent(high)}]",
-                    {"less": "less than random", "more": "more than random", "": "like random"}[g["beyond"]],
-                ]
-            )  # fmt: skip
-    return Table(
-        ["Model", "Masked", "features", "R@1 before", "R@1 after", "change", "random masks, same size", "harm"],
-        rows,
-        "What masking a group does to image→text retrieval",
-        mask_note(results),
-        text_columns=(0, 1, 7),
-    )
-
-
-def mask_note(results: Mapping[str, Any]) -> str:
-    first = results["models"][measured_models(results)[0]]["masking"]
-    worst = max(results["models"][m]["masking"]["by_hand"] for m in measured_models(results))
-    return (
-        f"n = {first['n']:,} held-out pairs, R@1 in percent with 95 % Wilson intervals, chance "
-        f"{percent(first['chance']['R@1'], 2)} %. Each group was masked live with `with model.hooks(mask=group)` on both "
-        f"towers; the largest difference from recomputing by hand was {worst:.1e}, and outputs after the context were "
-        f"bit-equal to those before it. Random masks: {first['draws']:,} sets of as many alive features, mean and 95 % "
-        "range. CLIP+NCL has no decoder: it is masked, and retrieval measured, in its own latent space."
-    )
-
-
-def _percent_cell(value: Mapping[str, Any]) -> Cell:
-    e = Estimate.from_json(dict(value))
-    return Cell(percent(e.value), f"[{percent(e.low)}, {percent(e.high)}]")
-
-
 # -- figures ---------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +94,13 @@ def figures(results: Mapping[str, Any], shown: Sequence[Shown], hero: str) -> di
             "where the groups part.",
         )
     }
+    firsts = [s for g in ("ImgD", "CrossD", "TextD") for s in shown if s.model == hero and s.group == g]
+    chosen = [next(s for s in firsts if s.group == g) for g in dict.fromkeys(s.group for s in firsts)]
+    if chosen:
+        panel = panels[models.index(hero)]
+        out["summary"] = _plot(
+            lambda p: summary(panel, [strip(s) for s in chosen], p), "The result in one picture"
+        )
     for number, group in zip((2, 4, 3), ("ImgD", "CrossD", "TextD"), strict=True):
         strips = [strip(s) for s in shown if s.group == group and s.model == hero]
         if strips:
@@ -264,7 +131,7 @@ def strip(s: Shown) -> Strip:
     return Strip(title, s.group, [image for image, _ in s.top_images], [text for text, _ in s.top_texts])
 
 
-def _plot(make: Any, alt: str, caption: str) -> Plot:
+def _plot(make: Any, alt: str, caption: str = "") -> Plot:
     light, dark = draw(make, alt=alt)
     return Plot(light, dark, caption)
 
@@ -278,7 +145,11 @@ def _effects(results: Mapping[str, Any], model: str) -> list[Effect]:
 
 
 def page(
-    results: Mapping[str, Any], found: Sequence[Claim], shown: Sequence[Shown], plots: Mapping[str, Plot], hero: str
+    results: Mapping[str, Any],
+    found: Sequence[Claim],
+    shown: Sequence[Shown],
+    plots: Mapping[str, Plot],
+    hero: str,
 ) -> Page:
     data, env = results["data"], results["environment"]
     tally = {v: sum(c.verdict == v for c in found) for v in ("same", "differs", "open")}
@@ -290,15 +161,15 @@ def page(
                  f"n = {base['n']:,}, chance {percent(base['chance']['R@10'])} %"),
             Tile("Claims of the paper", f"{tally['same']} of {len(found)} hold",
                  f"{tally['differs']} differ, {tally['open']} undecided"),
-            Tile("This run", _minutes(env["seconds"]), f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
+            Tile("This run", minutes(env["seconds"]), f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
         ]
     )  # fmt: skip
     sections = [
         Section("At a glance", [tiles, plots["fig1_mds"], TableBlock(control_table(results))]),
+        Section("Features", _galleries(shown, hero, results)),
         Section("Against the paper", [Prose(COMPARED), Listing([(c.verdict, c.claim, c.measured) for c in found])]),
         Section("Interpretability", [TableBlock(table1(results)), TableBlock(table2(results)), plots["table2"],
                                      Details("EmbedSim of each group", [TableBlock(group_table(results))])]),
-        Section("Features", _galleries(shown, hero, results)),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
         Section("How it was made", _made(results)),
     ]  # fmt: skip
@@ -331,7 +202,9 @@ def _galleries(shown: Sequence[Shown], hero: str, results: Mapping[str, Any]) ->
     blocks: list[Block] = [Prose(how)]
     for group in ("ImgD", "CrossD", "TextD"):
         cards = [card(s) for s in shown if s.model == hero and s.group == group]
-        blocks.append(Gallery(cards, f"{group} features of {hero}:"))
+        blocks.append(
+            Gallery(cards, f"{group} features of {hero}:" + ("" if cards else " none falls in this group."))
+        )
     for model in measured_models(results):
         if model != hero:
             cards = [card(s) for s in shown if s.model == model]
@@ -353,14 +226,17 @@ def card(s: Shown) -> FeatureCard:
 
 def _made(results: Mapping[str, Any]) -> list[Block]:
     data, env, settings = results["data"], results["environment"], results["settings"]
-    steps = [[name, _minutes(seconds)] for name, seconds in env["steps"].items()]
+    steps = [[name, minutes(seconds)] for name, seconds in env["steps"].items()]
     facts = [
         ["Command", settings["command"]],
         ["Model", data["model"]],
         ["Data", f"{data['name']}, {data['n']:,} pairs, fingerprint {data['fingerprint']}"],
         ["Skipped pairs", f"{data['skipped']:,}"],
         ["Heads", "; ".join(f"{m}: {r['head']}" for m, r in results["models"].items() if r["head"])],
-        ["Raw features", "CLIP and DeCLIP: |x| of the embedding's coordinates (signed values make the ratio unstable)"],
+        [
+            "Raw features",
+            "CLIP and DeCLIP: |x| of the embedding's coordinates (signed values make the ratio unstable)",
+        ],
         ["Embedders", f"pictures {settings['image_embedder']}, texts {settings['text_embedder']}"],
         ["Top samples", f"m = {settings['top_m']}"],
         ["Versions", ", ".join(f"{k} {env[k]}" for k in ("python", "mmhooks", "torch", "open_clip"))],
@@ -371,7 +247,7 @@ def _made(results: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
@@ -380,7 +256,7 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     data, env = results["data"], results["environment"]
     head = (
         f"# Modality study of {data['model']}\n\n{data['n']:,} pairs of {data['name']} ({data['heldout']:,} held out), "
-        f"licence: {data['licence']}. {_minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
+        f"licence: {data['licence']}. {minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
     made = [table1, table2, group_table, control_table, mask_table]
     body = "\n\n".join(make(results).markdown() for make in made)

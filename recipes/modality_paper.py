@@ -49,7 +49,9 @@ class Claim:
     measured: str
 
     def sentence(self) -> str:
-        lead = {"same": "As in the paper", "differs": "Differs from the paper", "open": "Undecided"}[self.verdict]
+        lead = {"same": "As in the paper", "differs": "Differs from the paper", "open": "Undecided"}[
+            self.verdict
+        ]
         return f"{lead}: {self.claim} Here: {self.measured}"
 
 
@@ -114,7 +116,9 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
             change = difference(gaps[model], gaps["CLIP"])
             verdict = agreement(change, 1.0)
             text = f"|Δ| is {gaps[model].text()} against {gaps['CLIP'].text()} of CLIP {_pm(change)}."
-            out.append(Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text))
+            out.append(
+                Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text)
+            )
     for i, modality in enumerate(MODALITIES):
         word = ("Visual", "Textual")[i]
         out += _signs(word, column("monosemanticity", modality), {m: MONOSEMANTICITY[m][i] for m in MODELS})
@@ -137,9 +141,7 @@ def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]
         return []
     rival = max((m for m in found if m != winner), key=lambda m: found[m].value)
     change = difference(found[winner], found[rival])
-    text = (
-        f"{winner} {found[winner].text()}, the best of the others is {rival} with {found[rival].text()} {_pm(change)}."
-    )
+    text = f"{winner} {found[winner].text()}, the best of the others is {rival} with {found[rival].text()} {_pm(change)}."
     return [Claim(agreement(change, 1.0), claim, text)]
 
 
@@ -166,11 +168,17 @@ def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Cla
     if "CLIP" in mu:
         lean = difference(mu["CLIP"], Estimate(0.5, 0.5, 0.5))
         text = f"its mean score is {mu['CLIP'].text()} {mu['CLIP'].interval()}."
-        out.append(Claim(agreement(lean, -1.0), "CLIP's scores lean to the text side, mean below .5 (Figure 1).", text))
+        out.append(
+            Claim(
+                agreement(lean, -1.0), "CLIP's scores lean to the text side, mean below .5 (Figure 1).", text
+            )
+        )
     if "CLIP" in sigma and "DeCLIP" in sigma:
         wider = difference(sigma["DeCLIP"], sigma["CLIP"])
         text = f"σ is {sigma['DeCLIP'].text()} against {sigma['CLIP'].text()} {_pm(wider)}."
-        out.append(Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text))
+        out.append(
+            Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text)
+        )
     for model in ("CLIP+NCL", "CLIP+SAE"):
         if model in mu and "CLIP" in mu:
             half = Estimate(0.5, 0.5, 0.5)

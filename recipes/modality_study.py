@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from modality_page import GROUPS, Shown
+from modality_page import Shown
+from modality_tables import GROUPS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,7 +100,9 @@ def subject(name: str, encoded: Encoded, head: Any = None) -> Subject:
     return Subject(name, encoded, head, head.encode(enter(encoded.image)), head.encode(enter(encoded.text)))
 
 
-def train_heads(encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path) -> list[Any]:
+def train_heads(
+    encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path
+) -> list[Any]:
     """An SAE and an NCL head for a model that comes without; kept for the next run."""
     image, text = unit(encoded.image[rows]), unit(encoded.text[rows])
     d = image.shape[1]
@@ -107,7 +110,9 @@ def train_heads(encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, s
     heads = []
     for kind, head in (("sae", sae), ("ncl", ncl)):
         key = blake2b(
-            json.dumps([kind, d, n, epochs, seed]).encode() + image.numpy().tobytes() + text.numpy().tobytes(),
+            json.dumps([kind, d, n, epochs, seed]).encode()
+            + image.numpy().tobytes()
+            + text.numpy().tobytes(),
             digest_size=10,
         ).hexdigest()
         folder = cache / f"{kind}-{key}"
@@ -123,7 +128,14 @@ def train_heads(encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, s
 
 
 def measure(
-    s: Subject, embeddings: dict[str, Tensor], heldout: Sequence[int], *, data: str, top_m: int, seed: int, draws: int
+    s: Subject,
+    embeddings: dict[str, Tensor],
+    heldout: Sequence[int],
+    *,
+    data: str,
+    top_m: int,
+    seed: int,
+    draws: int,
 ) -> tuple[dict[str, Any], Any]:
     """Everything of Tables 1 and 2 and Figure 1 for one model, as JSON, and the MDS result with its groups."""
     head = "" if s.head is None else s.head.id
@@ -133,7 +145,7 @@ def measure(
         latents = {k: v.abs() for k, v in latents.items()}
     sims = {k: mm.embed_sim(latents[k], embeddings[k], m=top_m, seed=seed) for k in latents}
     wins = {k: mm.win_rate(latents[k], embeddings[k], m=top_m, seed=seed) for k in latents}
-    groups = dict(zip(GROUPS, mds.groups, strict=True))
+    groups: dict[str, Any] = dict(zip(GROUPS, mds.groups, strict=True))
     alive = torch.nonzero(~mds.dead).flatten()
     scores = mds.R
     heldout_mds = mm.mds(s.image[list(heldout)], s.text[list(heldout)], kind=s.kind, head=head, data=data)
@@ -259,14 +271,25 @@ def show(s: Subject, mds: Any, pairs: Any, *, each: int, seed: int, top: int = 8
     best_image, best_text = mm.top_activating(image, m=top), mm.top_activating(text, m=top)
     out = []
     for group, members in zip(GROUPS, mds.groups, strict=True):
-        sides = {"ImgD": [mds.image_counts], "TextD": [mds.text_counts]}.get(group, [mds.image_counts, mds.text_counts])
+        sides = {"ImgD": [mds.image_counts], "TextD": [mds.text_counts]}.get(
+            group, [mds.image_counts, mds.text_counts]
+        )
         able = [k for k in members if all(int(c[k]) >= top for c in sides)] or list(members)
         order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed)).tolist()
         for k in (able[i] for i in order[:each]):
             pictures = [(pairs[i].image, pairs[i].text) for i in samples(best_image, k)]
             texts = [(pairs.texts[i], v) for i, v in distinct(best_text, k, pairs.texts)]
             out.append(
-                Shown(s.name, k, group, float(mds.R[k]), int(mds.image_counts[k]), int(mds.text_counts[k]), pictures, texts)
+                Shown(
+                    s.name,
+                    k,
+                    group,
+                    float(mds.R[k]),
+                    int(mds.image_counts[k]),
+                    int(mds.text_counts[k]),
+                    pictures,
+                    texts,
+                )
             )
     return out
 

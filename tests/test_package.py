@@ -56,7 +56,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_unknown_site_names_its_neighbours() -> None:
     error = UnknownSite("image.embd", ["image.embed", "text.embed", "image.pooled"], where="mini")
     assert isinstance(error, (MMHooksError, KeyError))
-    assert "image.embed" in error.near and str(error).startswith("no site of mini matches 'image.embd' (3 sites")
+    assert "image.embed" in error.near and str(error).startswith(
+        "no site of mini matches 'image.embd' (3 sites"
+    )
 
 
 def test_floors_are_kept() -> None:
@@ -70,7 +72,9 @@ def test_floors_would_be_noticed(tmp_path: Path) -> None:
     """The contract bites: an import upwards, planted in a copy, breaks it."""
     import shutil
 
-    shutil.copytree(ROOT / "mmhooks", tmp_path / "mmhooks", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(
+        ROOT / "mmhooks", tmp_path / "mmhooks", ignore=shutil.ignore_patterns("assets", "__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "mmhooks" / "hooks" / "features.py").open("a") as file:
         file.write("\n\ndef _up():\n    from mmhooks.report import Page\n    return Page\n")
@@ -81,7 +85,9 @@ def test_floors_would_be_noticed(tmp_path: Path) -> None:
 
 
 def test_ruff_is_clean() -> None:
-    out = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], capture_output=True, text=True, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "."], capture_output=True, text=True, cwd=ROOT
+    )
     assert out.returncode == 0, out.stdout
 
 
@@ -99,7 +105,10 @@ def test_no_exact_pins() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
     assert wanted and [d for d in wanted if "==" in d] == []
 
 
@@ -110,7 +119,9 @@ def test_readme_commands_and_ci_agree() -> None:
     awk = (ROOT / ".ci" / "run").read_text()
     program = re.search(r"awk '(.+?)' \"\$root/README.md\"", awk, re.S)
     assert program is not None
-    out = subprocess.run(["awk", program.group(1), str(ROOT / "README.md")], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["awk", program.group(1), str(ROOT / "README.md")], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == block.group(1).strip()
 
 

@@ -126,6 +126,41 @@ def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns
     return figure
 
 
+def summary(
+    panel: Histogram, strips: Sequence[Strip], palette: Palette = LIGHT, *, columns: int = 6
+) -> Figure:
+    """The result in one picture: the scores of one model, and one feature of each group beside them."""
+    from matplotlib.figure import Figure
+
+    if not strips:
+        raise ShapeMismatch("no feature to draw: expected at least one strip")
+    side, left, texts = 0.78, 4.1, 2.5
+    height = max(len(strips) * (side + 0.42) + 0.15, 3.2)
+    width = left + columns * side + texts
+    figure = Figure(figsize=(width, height))
+    _histogram(
+        figure.add_axes((0.5 / width, 0.55 / height, 3.2 / width, (height - 1.3) / height)), panel, palette
+    )
+    figure.axes[0].set_xlabel("Modality Dominance Score: 0 = text alone, 1 = image alone", fontsize=9.5)
+    for row, strip in enumerate(strips):
+        top = height - 0.1 - row * (side + 0.42)
+        figure.text(
+            left / width, (top - 0.2) / height, strip.title, fontsize=10.5, fontweight="bold",
+            color=palette.group(strip.group), parse_math=False,
+        )  # fmt: skip
+        for column, image in enumerate(list(strip.images)[:columns]):
+            x, y = left + column * side, top - 0.3 - side
+            axis = figure.add_axes((x / width, y / height, (side - 0.06) / width, (side - 0.06) / height))
+            axis.imshow(np.asarray(image.convert("RGB")), interpolation="lanczos")
+            axis.set_axis_off()
+        lines = [shorten(t, 28) for t in list(strip.texts)[:4]] or ["active on no text"]
+        figure.text(
+            (left + columns * side + 0.15) / width, (top - 0.3) / height, "\n".join(lines), fontsize=9.5,
+            linespacing=1.4, va="top", color=palette.ink if strip.texts else palette.soft, parse_math=False,
+        )  # fmt: skip
+    return figure
+
+
 def mask_effects(
     panels: Mapping[str, Sequence[Effect]], palette: Palette = LIGHT, *, label: str = "change of R@1, points"
 ) -> Figure:

@@ -1,0 +1,319 @@
+"""Which features of CLIP belong to pictures, to texts, to both: Section 2 of the paper, end to end.
+
+Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top pictures and
+texts of features of each group (Figures 2-4, Tables 3-5), and what masking a group does to retrieval.
+
+    python recipes/modality.py --out runs/modality
+    python recipes/modality.py --model ViT-B-32 --pretrained openai --declip declip.pth --data coco --limit 5000
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Heldout = ("heldout_pictures", "heldout_concepts")
+
+
+class Clock:
+    """Seconds of each step, and one progress bar a step."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        # Tables need room where the output is a file: a terminal's own width is kept.
+        self.console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 150)
+        self.seconds: dict[str, float] = {}
+        self.bars = Progress(
+            TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.console, disable=quiet,
+        )  # fmt: skip
+
+    def bar(self, label: str, total: int) -> Callable[[int], None]:
+        task = self.bars.add_task(label, total=total)
+        return lambda done: self.bars.update(task, advance=done)
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        start = time.perf_counter()
+        task = self.bars.add_task(label, total=1)
+        yield
+        self.bars.update(task, advance=1)
+        self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - start
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="mini, or any open_clip name.")] = "mini",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
+    data: Annotated[str, typer.Option(help="mini, a folder/ with metadata.csv, coco, cc3m, …")] = "mini",
+    declip: Annotated[
+        str, typer.Option(help="DeCLIP: mini-declip, or a checkpoint of --model's class; '' leaves it out.")
+    ] = "auto",
+    sae: Annotated[
+        str | None, typer.Option(help="SAE head: name, directory, Hub id, or train; mini has its own.")
+    ] = None,
+    ncl: Annotated[str | None, typer.Option(help="NCL head, likewise.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
+        "runs/modality"
+    ),
+    limit: Annotated[int | None, typer.Option(min=8, help="Use at most so many pairs.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of baselines, bootstrap, random controls and the features shown.")
+    ] = 0,
+    top_m: Annotated[int, typer.Option("--top-m", min=2, help="m: top samples a feature.")] = 20,
+    image_embedder: Annotated[
+        str, typer.Option(help="efficientnet-lite0 (offline) or vit-b16-in21k (the paper's).")
+    ] = "efficientnet-lite0",
+    text_embedder: Annotated[
+        str, typer.Option(help="minilm (offline, the paper's) or a sentence-transformers name.")
+    ] = "minilm",
+    features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
+    epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 200,
+    draws: Annotated[int, typer.Option(help="Random masks and groups of each control.")] = 100,
+    each: Annotated[int, typer.Option(help="Features shown of each group.")] = 4,
+    batch: Annotated[int, typer.Option(help="Pairs at a time through the encoders.")] = 256,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip unreadable pictures and count them.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")] = False,
+) -> None:
+    """Section 2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end."""
+    import torch
+
+    from mmhooks.errors import MMHooksError
+
+    torch.manual_seed(seed)
+    settings = {
+        k: (str(v) if isinstance(v, Path) else v)
+        for k, v in locals().items()
+        if k not in ("torch", "MMHooksError")
+    }
+    settings["command"] = shlex.join(["python", "recipes/modality.py", *sys.argv[1:]])
+    try:
+        study(settings, quiet=quiet)
+    except MMHooksError as error:
+        typer.echo(f"modality: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """The whole study with these options; writes everything under ``o["out"]`` and returns the results."""
+    start = time.perf_counter()
+    from modality_mask import experiment
+    from modality_page import Shown, save_all
+    from modality_paper import claims
+    from modality_study import encode, measure, show, subject, train_heads
+
+    import mmhooks as mm
+
+    clock = Clock(quiet)
+    cache = cache_root() / "modality"
+    out = Path(o["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    with clock.bars:
+        with clock.step("pairs"):
+            pairs = mm.data.pairs(
+                o["data"], limit=o["limit"], seed=o["seed"], on_error="skip" if o["skip_bad"] else "raise"
+            )
+            pairs, heldout = settle(pairs, o)
+        with clock.step("picture and text embedders"):
+            embeddings = judge(pairs, o)
+        with clock.step("encoders"):
+            clip = encode(
+                mm.load(o["model"], pretrained=o["pretrained"]), o["model"], pairs, cache,
+                batch=o["batch"], progress=clock.bar,
+            )  # fmt: skip
+            other = load_declip(o)
+            declip = None if other is None else encode(
+                other, "DeCLIP", pairs, cache, batch=o["batch"], progress=clock.bar
+            )  # fmt: skip
+        with clock.step("heads"):
+            sae, ncl = head_source(o, "sae"), head_source(o, "ncl")
+            trained: list[Any] = [None, None]
+            if not (sae and ncl):
+                known = set(heldout)
+                rows = [i for i in range(len(pairs)) if i not in known]
+                trained = train_heads(
+                    clip, rows, n=o["features"], epochs=o["epochs"], seed=o["seed"], cache=cache
+                )
+            sae_head = mm.load_head(sae) if sae else trained[0]
+            ncl_head = mm.load_head(ncl) if ncl else trained[1]
+            subjects = [subject("CLIP", clip)]
+            if declip is not None:
+                subjects.append(subject("DeCLIP", declip))
+            subjects += [subject("CLIP+NCL", clip, ncl_head), subject("CLIP+SAE", clip, sae_head)]
+        models: dict[str, Any] = {}
+        shown: list[Shown] = []
+        for s in subjects:
+            with clock.step(f"measures of {s.name}"):
+                models[s.name], mds = measure(
+                    s,
+                    embeddings,
+                    heldout,
+                    data=pairs.fingerprint,
+                    top_m=o["top_m"],
+                    seed=o["seed"],
+                    draws=o["draws"],
+                )
+                shown += show(s, mds, pairs, each=o["each"], seed=o["seed"])
+            with clock.step(f"masking {s.name}"):
+                bar = clock.bar(f"random masks of {s.name}", 3 * o["draws"])
+                models[s.name]["masking"] = experiment(
+                    s, mds, pairs, heldout, draws=o["draws"], seed=o["seed"], step=bar
+                )
+        results: dict[str, Any] = {
+            "settings": o,
+            "data": about(pairs, o, len(heldout)),
+            "models": models,
+        }
+        found = claims(models)
+        results["claims"] = [vars(c) for c in found]
+        results["environment"] = environment(clock, start)
+        with clock.step("figures and page"):
+            paths = save_all(results, found, shown, out, "CLIP+SAE")
+    results["environment"] = environment(clock, start)
+    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+    if not quiet:
+        report(clock.console, results, found, [out / "results.json", *paths])
+    return results
+
+
+def head_source(o: dict[str, Any], kind: str) -> str:
+    """Where a head comes from; empty: it is trained here."""
+    if o[kind] == "train":
+        return ""
+    return o[kind] or (f"mini/{kind}" if o["model"] == "mini" else "")
+
+
+def settle(pairs: Any, o: dict[str, Any]) -> tuple[Any, list[int]]:
+    """The pairs, and the rows that no training saw: the data's own held-out splits, else a seeded fifth."""
+    import torch
+
+    from mmhooks.errors import DataError
+
+    heldout: set[str] = set()
+    if o["data"] == "mini":
+        for name in Heldout:
+            heldout |= set(pairs.split(name).ids)
+    rows = [i for i, key in enumerate(pairs.ids) if key in heldout]
+    if not rows:
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(o["seed"])).tolist()
+        rows = sorted(order[: max(len(pairs) // 5, 2)])
+    if len(pairs) < 8:
+        raise DataError(
+            f"{o['data']!r} has {len(pairs)} pairs; the study needs at least 8, sensibly a few thousand"
+        )
+    return pairs, rows
+
+
+def judge(pairs: Any, o: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings of the judges (not of the models under study), cached by data and embedder."""
+    from mmhooks.analysis.embedders import image_embedder, text_embedder
+
+    texts = text_embedder(o["text_embedder"])
+    images = image_embedder(o["image_embedder"])
+    return {
+        "image": images([pairs[i].image for i in range(len(pairs))]),
+        "text": texts(list(pairs.texts)),
+    }
+
+
+def load_declip(o: dict[str, Any]) -> Any:
+    """The DeCLIP model: embedded for mini, else the user's own checkpoint; None where there is none."""
+    import mmhooks as mm
+
+    name = o["declip"]
+    if name == "auto":
+        name = "mini-declip" if o["model"] == "mini" else ""
+    if not name:
+        return None
+    return mm.load(name) if name == "mini-declip" else mm.load(o["model"], pretrained=name)
+
+
+def about(pairs: Any, o: dict[str, Any], heldout: int) -> dict[str, Any]:
+    name = {"mini": "OpenMoji drawings", "coco": "COCO 2017", "cc3m": "CC3M validation"}.get(
+        o["data"], Path(o["data"]).name
+    )
+    return {
+        "name": name,
+        "n": len(pairs),
+        "heldout": heldout,
+        "licence": str(pairs.licence),
+        "fingerprint": str(pairs.fingerprint),
+        "skipped": len(getattr(pairs, "skipped", ())),
+        "model": o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else ""),
+    }
+
+
+def environment(clock: Clock, start: float) -> dict[str, Any]:
+    import open_clip
+    import torch
+
+    import mmhooks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": time.perf_counter() - start,
+        "steps": {k: round(v, 2) for k, v in clock.seconds.items()},
+        "peak_memory_gb": peak / (1024**3 if sys.platform == "darwin" else 1024**2),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "mmhooks": mmhooks.__version__,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+    }
+
+
+def cache_root() -> Path:
+    import platformdirs
+
+    return Path(os.environ.get("MMHOOKS_CACHE") or platformdirs.user_cache_dir("mmhooks"))
+
+
+def report(console: Any, results: dict[str, Any], found: Sequence[Any], paths: Sequence[Path]) -> None:
+    """The tables and statements on the screen, then where everything lies."""
+    from modality_tables import control_table, mask_table, table1, table2
+    from rich.table import Table as Grid
+
+    for made in (control_table, table1, table2, mask_table):
+        table = made(results)
+        grid = Grid(title=table.caption, title_justify="left", caption=table.note, caption_justify="left")
+        for i, column in enumerate(table.columns):
+            grid.add_column(column, justify="left" if i in table.text_columns else "right")
+        for row in table.cells():
+            lines = (
+                "\n".join(p for p in (c.text, c.interval, f"paper {c.paper}" if c.paper else "") if p)
+                for c in row
+            )
+            grid.add_row(*(f"{line} ≠" if c.differs else line for line, c in zip(lines, row, strict=True)))
+        console.print(grid, markup=False)
+        console.print()
+    for claim in found:
+        console.print(claim.sentence(), markup=False, highlight=False)
+    env = results["environment"]
+    console.print(
+        f"\n{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most, {env['threads']} threads",
+        markup=False,
+    )
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()
