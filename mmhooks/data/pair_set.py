@@ -1,0 +1,200 @@
+"""Pairs of a picture and a text, as a map-style data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Protocol, overload
+
+from PIL import Image
+
+from mmhooks.data.splits import SPLITS, split_of
+from mmhooks.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything about a pair but its pixels; ``picture`` is where its source finds them."""
+
+    id: str
+    text: str
+    picture: int | str
+    split: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture (RGB) with its text. ``meta`` holds what the source knows beyond: keywords, other captions."""
+
+    id: str
+    image: Image.Image
+    text: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pictures(Protocol):
+    """Where pixels come from: opens the picture of a row, with its transparency if it has one."""
+
+    def open(self, picture: int | str) -> Image.Image: ...
+
+
+class Pairs(Sequence[Pair]):
+    """A fixed list of pairs; pictures are decoded when asked for.
+
+    Attributes:
+        name: the source, as :func:`mmhooks.data.pairs` was asked for it.
+        ids, texts: of all pairs, in order.
+        licence, attribution: of the pictures and texts; shown in reports.
+        fingerprint: a short hash of ids, texts and pixels: equal where all of them are equal.
+        skipped: file or row of every pair that was left out, and why (``on_error="skip"``).
+
+    Raises:
+        DataError: (on construction) an id that occurs twice, a text that is empty, no pair at all.
+
+    >>> animals = pairs("mini").split("train")                       # doctest: +SKIP
+    >>> animals[0].image.size, animals[0].text                       # doctest: +SKIP
+    ((64, 64), 'keycap: #')
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        pictures: Pictures,
+        *,
+        name: str,
+        content: str,
+        licence: str = "",
+        attribution: str = "",
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self._rows = tuple(rows)
+        self._pictures = pictures
+        self._content = content
+        self.name, self.licence, self.attribution = name, licence, attribution
+        self.skipped: Mapping[str, str] = dict(skipped or {})
+        if not self._rows:
+            raise DataError(f"{name}: no pair is left of it ({len(self.skipped)} skipped)")
+        check_rows(self._rows, name)
+        self.ids: list[str] = [row.id for row in self._rows]
+        self.texts: list[str] = [row.text for row in self._rows]
+        self.fingerprint: str = _fingerprint(content, self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+    def __getitem__(self, index: int | slice) -> Pair | Pairs:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        row = self._rows[index]
+        return Pair(row.id, self.image(index), row.text, row.meta)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Pairs({self.name!r}, {len(self)} pairs, {self.fingerprint})"
+
+    def image(self, index: int) -> Image.Image:
+        """The picture in RGB, laid on white where it is transparent."""
+        image = self._open(index)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            over = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return image.convert("RGB")
+
+    def rgba(self, index: int) -> Image.Image:
+        """The picture with its transparency, to lay it on another ground."""
+        return self._open(index).convert("RGBA")
+
+    def images(self) -> Sequence[Image.Image]:
+        """All pictures as a sequence that decodes each when it is asked for."""
+        return _Images(self)
+
+    @property
+    def meta(self) -> list[Mapping[str, Any]]:
+        return [row.meta for row in self._rows]
+
+    @property
+    def splits(self) -> list[str]:
+        """The split of every pair: the source's own, or by hash of the text (:mod:`mmhooks.data.splits`)."""
+        return [row.split or split_of(self.name, row.text) for row in self._rows]
+
+    def split(self, name: str) -> Pairs:
+        """The pairs of one split: "train", "heldout_pictures", "heldout_concepts", or one the source names.
+
+        Raises:
+            DataError: no pair is in it; the message counts the splits that there are.
+        """
+        chosen = [i for i, split in enumerate(self.splits) if split == name]
+        if not chosen:
+            there = ", ".join(f"{split} ({n})" for split, n in Counter(self.splits).items())
+            known = f"; usual names are {', '.join(SPLITS)}" if name not in SPLITS else ""
+            raise DataError(f"{self.name} has no pair in split {name!r}; it has {there}{known}")
+        return self.select(chosen)
+
+    def select(self, indices: Iterable[int]) -> Pairs:
+        """The pairs at ``indices``, in that order."""
+        return Pairs(
+            [self._rows[i] for i in indices],
+            self._pictures,
+            name=self.name,
+            content=self._content,
+            licence=self.licence,
+            attribution=self.attribution,
+            skipped=self.skipped,
+        )
+
+    def _open(self, index: int) -> Image.Image:
+        row = self._rows[index]
+        try:
+            image = self._pictures.open(row.picture)
+            image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise DataError(
+                f"{self.name}: the picture of pair {row.id!r} ({row.picture}) cannot be read: {fault}; it was "
+                "readable when the pairs were opened: was it changed since?"
+            ) from fault
+        return image
+
+
+class _Images(Sequence[Image.Image]):
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._pairs.image(i) for i in range(*index.indices(len(self)))]
+        return self._pairs.image(index)
+
+
+def check_rows(rows: Sequence[Row], name: str) -> None:
+    """Raises DataError for a repeated id or an empty text, naming the first of them."""
+    counts = Counter(row.id for row in rows)
+    twice = [key for key, n in counts.items() if n > 1]
+    if twice:
+        raise DataError(
+            f"{name}: {len(twice)} ids occur more than once, the first is {twice[0]!r} ({counts[twice[0]]} times); "
+            "every pair needs its own id"
+        )
+    empty = [row.id for row in rows if not row.text.strip()]
+    if empty:
+        raise DataError(
+            f'{name}: {len(empty)} texts are empty, the first is that of {empty[0]!r}; on_error="skip" leaves them out'
+        )
+
+
+def _fingerprint(content: str, rows: Sequence[Row]) -> str:
+    digest = blake2b(content.encode(), digest_size=10)
+    for row in rows:
+        digest.update(f"\0{row.id}\0{row.text}".encode())
+    return digest.hexdigest()
