@@ -1,0 +1,104 @@
+"""Intervals: bootstrap over features or samples, Wilson for rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmhooks.errors import ShapeMismatch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its interval, and how many features or samples it rests on.
+
+    ``low`` and ``high`` are NaN where n is too small to say (fewer than two).
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
+
+
+def bootstrap_means(
+    values: Float[Tensor, " n"], *, draws: int = 2000, seed: int = 0
+) -> Float[Tensor, " draws"]:
+    """Means of ``draws`` resamples of ``values``; NaN are left out first. Equal seeds give equal draws."""
+    known = values[~values.isnan()].double()
+    if not len(known):
+        return torch.full((draws,), math.nan, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    rows = max(1, 2**22 // len(known))  # some 32 MB of picks at a time
+    for begin in range(0, draws, rows):
+        picks = torch.randint(len(known), (min(rows, draws - begin), len(known)), generator=generator)
+        means.append(known[picks].mean(1))
+    return torch.cat(means)
+
+
+def bootstrap(
+    values: Float[Tensor, " n"], *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """Mean of the known values with its percentile bootstrap interval.
+
+    >>> bootstrap(torch.tensor([1.0, 1.0, 1.0]))
+    Estimate(value=1.0, low=1.0, high=1.0, n=3, level=0.95)
+    """
+    n = int((~values.isnan()).sum())
+    value = float(values.double().nanmean()) if n else math.nan
+    if n < 2:
+        return Estimate(value, math.nan, math.nan, n, level)
+    return from_draws(value, bootstrap_means(values, draws=draws, seed=seed), n, level)
+
+
+def bootstrap_difference(
+    one: Float[Tensor, " a"],
+    other: Float[Tensor, " b"],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """Mean of ``one`` minus mean of ``other``, both resampled on their own; n counts both."""
+    counts = [int((~v.isnan()).sum()) for v in (one, other)]
+    value = float(one.double().nanmean()) - float(other.double().nanmean()) if all(counts) else math.nan
+    if min(counts) < 2:
+        return Estimate(value, math.nan, math.nan, sum(counts), level)
+    drawn = bootstrap_means(one, draws=draws, seed=seed) - bootstrap_means(other, draws=draws, seed=seed + 1)
+    return from_draws(value, drawn, sum(counts), level)
+
+
+def from_draws(value: float, drawn: Float[Tensor, " draws"], n: int, level: float = 0.95) -> Estimate:
+    """``value`` with the central ``level`` of ``drawn`` around it."""
+    tail = (1 - level) / 2
+    low, high = torch.quantile(drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high, n, level)
+
+
+def wilson(hits: int, n: int, *, level: float = 0.95) -> Estimate:
+    """A rate with its Wilson score interval.
+
+    Raises:
+        ShapeMismatch: ``hits`` outside ``0 .. n``.
+
+    >>> wilson(5, 20).low > .11, wilson(5, 20).high < .48
+    (True, True)
+    """
+    if not 0 <= hits <= n:
+        raise ShapeMismatch(f"{hits} hits of {n} trials is no rate")
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, level)
+    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, level)

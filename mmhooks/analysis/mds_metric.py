@@ -1,0 +1,124 @@
+"""Modality Dominance Score, streaming: sums and counts, never two dense tables."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from mmhooks.analysis.checks import CHUNK_BYTES, check_pair
+from mmhooks.errors import MMHooksError, ShapeMismatch
+
+Kind = Literal["relu", "abs", "paper"]
+KINDS: tuple[Kind, ...] = ("relu", "abs", "paper")
+_SUMS = ("ratio_sum", "ratio_square_sum", "image_sum", "text_sum", "shuffled_sum")
+_COUNTS = ("counts", "image_counts", "text_counts", "shuffled_counts")
+
+
+class MDS(Metric):
+    """The score of every feature, over batches of pairs: ``update(image, text)``, ``compute()``.
+
+    Equal to :func:`mmhooks.analysis.mds.mds` on all pairs at once, in any order of batches and over any
+    number of processes. Only the shuffled control differs: a stream shuffles texts within each batch, so
+    batches should be large (a batch of one pair adds nothing to it).
+
+    Args:
+        n_features: width of the latents.
+        kind, head, data, min_fires, seed: as in :func:`mmhooks.analysis.mds.mds`.
+
+    >>> metric = MDS(3)
+    >>> metric.update(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+    >>> metric.compute().R
+    tensor([0.5000, 0.7500,    nan], dtype=torch.float64)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    def __init__(
+        self,
+        n_features: int,
+        *,
+        kind: Kind = "relu",
+        head: str = "",
+        data: str = "",
+        min_fires: int = 20,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if kind not in KINDS:
+            raise MMHooksError(f"kind of MDS must be one of {', '.join(KINDS)}, came {kind!r}")
+        self.n_features, self.kind, self.head, self.data = n_features, kind, head, data
+        self.min_fires, self.seed = min_fires, seed
+        for name in _SUMS:
+            self.add_state(name, torch.zeros(n_features, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in _COUNTS:
+            self.add_state(name, torch.zeros(n_features, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("n_pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, image: Float[Tensor, "b n"], text: Float[Tensor, "b n2"]) -> None:
+        """Adds the latents of a batch of pairs.
+
+        Raises:
+            ShapeMismatch: sides of different shape, or a width other than ``n_features``.
+            NotFinite: NaN or infinity in either.
+        """
+        seen = int(self.n_pairs)
+        check_pair(image, text, start=seen)
+        if image.shape[1] != self.n_features:
+            raise ShapeMismatch(
+                f"latents of {image.shape[1]} features, expected {self.n_features}: are they of another head?"
+            )
+        if len(image) == 0:
+            return
+        generator = torch.Generator().manual_seed(self.seed + seen)
+        order = _no_fixed_point(len(image), generator).to(image.device) if len(image) > 1 else None
+        size = max(1, CHUNK_BYTES // (64 * self.n_features))
+        for begin in range(0, len(image), size):
+            rows = slice(begin, begin + size)
+            a_i, a_t = (activation(x[rows], self.kind) for x in (image, text))
+            ratio, counted = _ratio(a_i, a_t, self.kind)
+            self.ratio_sum += ratio.sum(0)
+            self.ratio_square_sum += ratio.square().sum(0)
+            self.counts += counted.sum(0)
+            self.image_sum += a_i.sum(0)
+            self.text_sum += a_t.sum(0)
+            self.image_counts += (a_i != 0).sum(0)
+            self.text_counts += (a_t != 0).sum(0)
+            if order is not None:
+                ratio, counted = _ratio(a_i, activation(text[order[rows]], self.kind), self.kind)
+                self.shuffled_sum += ratio.sum(0)
+                self.shuffled_counts += counted.sum(0)
+        self.n_pairs += len(image)
+
+    def compute(self) -> Any:
+        """The :class:`~mmhooks.analysis.mds.MDSResult` of everything so far."""
+        from mmhooks.analysis.mds import result_of
+
+        return result_of(self)
+
+
+def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
+    """What is compared between modalities, in double precision: ReLU(z), |z|, or z itself."""
+    z = z.detach().double()
+    return z.relu() if kind == "relu" else z.abs() if kind == "abs" else z
+
+
+def _ratio(a_i: Tensor, a_t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    total = a_i + a_t
+    counted = total != 0
+    # The paper's own form has signed activations, whose ratio has heavy tails; nothing is clipped.
+    return torch.where(counted, a_i / torch.where(counted, total, 1.0), 0.0), counted
+
+
+def _no_fixed_point(n: int, generator: torch.Generator) -> Tensor:
+    """A random cyclic order: no text stays with its own picture, as it would for one pair in a permutation."""
+    order = torch.randperm(n, generator=generator)
+    shuffled = torch.empty_like(order)
+    shuffled[order] = order.roll(1)
+    return shuffled
