@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.intervals import Estimate, bootstrap
-from mmhooks.analysis.mds_metric import MDS, Kind
+from mmhooks.analysis.mds_metric import MDS, Kind, divide
 from mmhooks.analysis.results import Result, Table, correlation
 from mmhooks.hooks.features import FeatureSet
 
@@ -123,22 +124,23 @@ def mds(
         image_latents.shape[1], kind=kind, head=head, data=data, min_fires=min_fires, seed=seed
     ).to(image_latents.device)
     metric.update(image_latents, text_latents)
-    return metric.compute()
+    return metric.result()
 
 
-def result_of(metric: MDS) -> MDSResult:
-    """Everything that follows from the sums and counts of a metric."""
-    counts, n = metric.counts.cpu(), metric.n_features
-    dead = (metric.image_counts.cpu() == 0) & (metric.text_counts.cpu() == 0)
-    score = _divide(metric.ratio_sum, metric.counts)
-    variance = (_divide(metric.ratio_square_sum, metric.counts) - score.square()).clamp_min(0)
-    # The unbiased variance of the mean: population variance over (count - 1).
+def result_of(metric: MDS, sums: Mapping[str, Tensor]) -> MDSResult:
+    """Everything that follows from the sums and counts of a metric, as its ``compute()`` returns them."""
+    sums = {name: value.cpu() for name, value in sums.items()}
+    n, counts, score = metric.n_features, sums["counts"], sums["R"]
+    n_pairs = int(sums["n_pairs"])
+    dead = (sums["image_counts"] == 0) & (sums["text_counts"] == 0)
+    variance = (divide(sums["ratio_square_sum"], counts) - score.square()).clamp_min(0)
+    # Of the mean, unbiased: population variance over (count - 1).
     error = torch.where(counts > 1, (variance / (counts - 1).clamp_min(1)).sqrt(), torch.nan)
-    shuffled = _divide(metric.shuffled_sum, metric.shuffled_counts)
+    shuffled = divide(sums["shuffled_sum"], sums["shuffled_counts"])
     alive = ~score.isnan()
     mu = float(score[alive].mean()) if alive.any() else math.nan
     sigma = float(score[alive].std(unbiased=False)) if alive.any() else math.nan
-    about = {"kind": metric.kind, "data": metric.data, "n_pairs": int(metric.n_pairs), "mu": mu, "sigma": sigma}
+    about = {"kind": metric.kind, "data": metric.data, "n_pairs": n_pairs, "mu": mu, "sigma": sigma}
     # Equal scores differ by rounding alone; that is no dominance.
     margin = sigma if sigma > 1e-9 else math.inf
     image, text = score > mu + margin, score < mu - margin
@@ -150,10 +152,10 @@ def result_of(metric: MDS) -> MDSResult:
     return MDSResult(
         R=score,
         standard_error=error,
-        ratio_of_means=_divide(metric.image_sum, metric.image_sum + metric.text_sum),
+        ratio_of_means=sums["ratio_of_means"],
         counts=counts,
-        image_counts=metric.image_counts.cpu(),
-        text_counts=metric.text_counts.cpu(),
+        image_counts=sums["image_counts"],
+        text_counts=sums["text_counts"],
         dead=dead,
         rare=~dead & (counts < metric.min_fires),
         mu=mu,
@@ -162,14 +164,10 @@ def result_of(metric: MDS) -> MDSResult:
         groups=(imgd, textd, crossd),
         shuffled_R=shuffled,
         shuffled_r=correlation(score, shuffled),
-        n_pairs=int(metric.n_pairs),
+        n_pairs=n_pairs,
         kind=metric.kind,
         min_fires=metric.min_fires,
         head=metric.head,
         data=metric.data,
     )
 
-
-def _divide(a: Tensor, b: Tensor) -> Float[Tensor, " n"]:
-    a, b = a.cpu().double(), b.cpu().double()
-    return torch.where(b != 0, a / torch.where(b != 0, b, 1.0), torch.nan)

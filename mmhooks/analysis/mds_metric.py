@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.checks import CHUNK_BYTES, check_pair
 from mmhooks.errors import MMHooksError, ShapeMismatch
+
+if TYPE_CHECKING:
+    from mmhooks.analysis.mds import MDSResult
 
 Kind = Literal["relu", "abs", "paper"]
 KINDS: tuple[Kind, ...] = ("relu", "abs", "paper")
@@ -19,7 +22,8 @@ _COUNTS = ("counts", "image_counts", "text_counts", "shuffled_counts")
 
 
 class MDS(Metric):
-    """The score of every feature, over batches of pairs: ``update(image, text)``, ``compute()``.
+    """The score of every feature, over batches of pairs: ``update(image, text)``, then ``compute()`` for
+    the tensors or :meth:`result` for everything.
 
     Equal to :func:`mmhooks.analysis.mds.mds` on all pairs at once, in any order of batches and over any
     number of processes. Only the shuffled control differs: a stream shuffles texts within each batch, so
@@ -31,7 +35,7 @@ class MDS(Metric):
 
     >>> metric = MDS(3)
     >>> metric.update(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
-    >>> metric.compute().R
+    >>> metric.compute()["R"]
     tensor([0.5000, 0.7500,    nan], dtype=torch.float64)
     """
 
@@ -96,11 +100,23 @@ class MDS(Metric):
                 self.shuffled_counts += counted.sum(0)
         self.n_pairs += len(image)
 
-    def compute(self) -> Any:
-        """The :class:`~mmhooks.analysis.mds.MDSResult` of everything so far."""
+    def compute(self) -> dict[str, Tensor]:
+        """``R``, ``ratio_of_means`` and ``counts`` of every feature, with the sums that they come from."""
+        sums = {name: getattr(self, name).reshape(-1).clone() for name in (*_SUMS, *_COUNTS, "n_pairs")}
+        means = divide(self.image_sum, self.image_sum + self.text_sum)
+        return {"R": divide(self.ratio_sum, self.counts), "ratio_of_means": means, **sums}
+
+    def result(self) -> MDSResult:
+        """The whole :class:`~mmhooks.analysis.mds.MDSResult`, groups included, of everything so far."""
         from mmhooks.analysis.mds import result_of
 
-        return result_of(self)
+        # Through compute(), which is where torchmetrics adds up the processes.
+        return result_of(self, {name: torch.atleast_1d(value) for name, value in self.compute().items()})
+
+
+def divide(a: Float[Tensor, " n"], b: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """``a / b``, NaN where ``b`` is 0."""
+    return torch.where(b != 0, a / torch.where(b != 0, b, 1), torch.nan)
 
 
 def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
