@@ -120,9 +120,10 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     from modality_study import encode, measure, show, subject, train_heads
 
     import mmhooks as mm
+    from mmhooks.data.cache import cache_dir
 
     clock = Clock(quiet)
-    cache = cache_root() / "modality"
+    cache = cache_dir("modality")
     out = Path(o["out"])
     out.mkdir(parents=True, exist_ok=True)
     with clock.bars:
@@ -206,12 +207,8 @@ def settle(pairs: Any, o: dict[str, Any]) -> tuple[Any, list[int]]:
 
     from mmhooks.errors import DataError
 
-    heldout: set[str] = set()
-    if o["data"] == "mini":
-        for name in Heldout:
-            heldout |= set(pairs.split(name).ids)
-    rows = [i for i, key in enumerate(pairs.ids) if key in heldout]
-    if not rows:
+    rows = [i for i, split in enumerate(pairs.splits) if split in Heldout] if o["data"] == "mini" else []
+    if len(rows) < 2:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(o["seed"])).tolist()
         rows = sorted(order[: max(len(pairs) // 5, 2)])
     if len(pairs) < 8:
@@ -228,7 +225,7 @@ def judge(pairs: Any, o: dict[str, Any]) -> dict[str, Any]:
     texts = text_embedder(o["text_embedder"])
     images = image_embedder(o["image_embedder"])
     return {
-        "image": images([pairs[i].image for i in range(len(pairs))]),
+        "image": images(pairs.images()),
         "text": texts(list(pairs.texts)),
     }
 
@@ -255,7 +252,8 @@ def about(pairs: Any, o: dict[str, Any], heldout: int) -> dict[str, Any]:
         "heldout": heldout,
         "licence": str(pairs.licence),
         "fingerprint": str(pairs.fingerprint),
-        "skipped": len(getattr(pairs, "skipped", ())),
+        "skipped": len(pairs.skipped),
+        "attribution": str(pairs.attribution),
         "model": o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else ""),
     }
 
@@ -278,12 +276,6 @@ def environment(clock: Clock, start: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
-
-
-def cache_root() -> Path:
-    import platformdirs
-
-    return Path(os.environ.get("MMHOOKS_CACHE") or platformdirs.user_cache_dir("mmhooks"))
 
 
 def report(console: Any, results: dict[str, Any], found: Sequence[Any], paths: Sequence[Path]) -> None:

@@ -12,6 +12,7 @@ from modality_tables import (
     GROUPS,
     control_table,
     estimate,
+    forms_table,
     group_table,
     mask_table,
     measured_models,
@@ -169,7 +170,8 @@ def page(
         Section("Features", _galleries(shown, hero, results)),
         Section("Against the paper", [Prose(COMPARED), Listing([(c.verdict, c.claim, c.measured) for c in found])]),
         Section("Interpretability", [TableBlock(table1(results)), TableBlock(table2(results)), plots["table2"],
-                                     Details("EmbedSim of each group", [TableBlock(group_table(results))])]),
+                                     Details("EmbedSim of each group, and its other forms",
+                                             [TableBlock(t(results)) for t in (group_table, forms_table)])]),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
         Section("How it was made", _made(results)),
     ]  # fmt: skip
@@ -179,7 +181,7 @@ def page(
         f"Section 2 of “The Multi-Faceted Monosemanticity in Multimodal Representations”, run on `{data['model']}` and "
         f"{data['n']:,} pairs of {data['name']}. Every number carries its n and an interval.",
         "mmhooks · modality study",
-        [f"Pictures and texts: {data['name']}; licence: {data['licence']}.",
+        [f"Pictures and texts: {data['name']}; licence: {data['licence']}. {data['attribution']}",
          f"mmhooks {env['mmhooks']}, torch {env['torch']}, seed {results['settings']['seed']}. Apache-2.0."],
     )  # fmt: skip
 
@@ -258,7 +260,7 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
         f"# Modality study of {data['model']}\n\n{data['n']:,} pairs of {data['name']} ({data['heldout']:,} held out), "
         f"licence: {data['licence']}. {minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
-    made = [table1, table2, group_table, control_table, mask_table]
+    made = [table1, table2, group_table, forms_table, control_table, mask_table]
     body = "\n\n".join(make(results).markdown() for make in made)
     lines = "\n".join(f"- {c.sentence()}" for c in found)
     return f"{head}\n{body}\n\n## Against the paper\n\n{lines}\n"

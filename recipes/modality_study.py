@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmhooks as mm
+from mmhooks.analysis.intervals import bootstrap, bootstrap_difference, from_draws
+from mmhooks.analysis.results import correlation
+from mmhooks.data.cache import written_aside
 from mmhooks.report import Estimate
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -67,9 +70,8 @@ def encode(model: Any, name: str, pairs: Any, cache: Path, *, batch: int, progre
         step(len(rows))
     found = Encoded(model, name, torch.cat(images), torch.cat(texts))
     cache.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    save_file({"image": found.image, "text": found.text}, aside)
-    aside.replace(path)
+    with written_aside(path) as aside:
+        save_file({"image": found.image, "text": found.text}, aside)
     return found
 
 
@@ -168,10 +170,16 @@ def measure(
             "scores": [None if math.isnan(x) else round(x, 6) for x in scores.tolist()],
             "ratio_of_means": finite(mds.ratio_of_means[alive].mean()),
             "shuffled_r": finite(mds.shuffled_r),
-            "heldout_r": correlation(scores, heldout_mds.R),
+            "heldout_r": finite(correlation(scores, heldout_mds.R)),
         },
         "embed_sim": {k: mean_of(v.values, seed).to_json() for k, v in sims.items()}
-        | {"excluded": {k: int(v.excluded) for k, v in sims.items()}},
+        | {
+            "excluded": {k: v.excluded for k, v in sims.items()},
+            "compared": {k: v.pairs_compared for k, v in sims.items()},
+            "s_minus": {k: finite(v.s_minus) for k, v in sims.items()},
+            "difference": {k: mean_of(v.s_plus - v.s_minus, seed).to_json() for k, v in sims.items()},
+            "paper": {k: mean_of(v.paper, seed).to_json() for k, v in sims.items()},
+        },
         "win_rate": {k: mean_of(v.values, seed).to_json() for k, v in wins.items()}
         | {"gap": gap(wins["image"].values, wins["text"].values, seed).to_json()},
         "monosemanticity": monosemanticity(sims, groups, alive, seed, draws),
@@ -193,10 +201,12 @@ def monosemanticity(
     out: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(seed)
     a, b = len(groups["ImgD"]), len(groups["TextD"])
-    for modality, sign in (("image", 1.0), ("text", -1.0)):
+    for modality, (own, foreign), sign in (
+        ("image", ("ImgD", "TextD"), 1.0),
+        ("text", ("TextD", "ImgD"), -1.0),
+    ):
         values = sims[modality].values
-        one, other = values[groups["ImgD"].indices], values[groups["TextD"].indices]
-        out[modality] = two_groups(one, other, sign, seed).to_json()
+        out[modality] = gap(values[groups[own].indices], values[groups[foreign].indices], seed).to_json()
         control = []
         for _ in range(draws):
             order = alive[torch.randperm(len(alive), generator=generator)]
@@ -210,40 +220,14 @@ def finite(x: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def resampled_means(values: Float[Tensor, " n"], seed: int, times: int = 2000) -> Float[Tensor, " t"]:
-    """Means of bootstrap samples of the known values."""
-    known = values[~values.isnan()].double()
-    if not len(known):
-        return torch.full((times,), math.nan)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(known), (times, len(known)), generator=generator)
-    return known[picks].mean(1)
-
-
-def estimate_from(value: float, resampled: Float[Tensor, " t"], n: int) -> Estimate:
-    if n < 2:
-        return Estimate(value, n=n)
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-    return Estimate(value, low, high, n)
-
-
 def mean_of(values: Float[Tensor, " n"], seed: int) -> Estimate:
     """Mean over features with a 95 % bootstrap interval; NaN features are left out of n."""
-    n = int((~values.isnan()).sum())
-    return estimate_from(float(values.double().nanmean()), resampled_means(values, seed), n)
+    return Estimate.of(bootstrap(values, seed=seed))
 
 
-def two_groups(one: Float[Tensor, " a"], other: Float[Tensor, " b"], sign: float, seed: int) -> Estimate:
-    """``sign (mean of one - mean of other)``, both groups resampled."""
-    value = sign * float(one.double().nanmean() - other.double().nanmean())
-    n = [int((~v.isnan()).sum()) for v in (one, other)]
-    spread = sign * (resampled_means(one, seed) - resampled_means(other, seed + 1))
-    return estimate_from(value, spread, min(n))
-
-
-def gap(image: Float[Tensor, " n"], text: Float[Tensor, " n"], seed: int) -> Estimate:
-    """WinRate image minus text, as the paper's Table 1: the difference of the two means."""
-    return two_groups(image, text, 1.0, seed)
+def gap(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Estimate:
+    """Mean of one minus mean of the other, both resampled; n counts both."""
+    return Estimate.of(bootstrap_difference(one, other, seed=seed))
 
 
 def range_of(values: Sequence[float]) -> Estimate:
@@ -251,15 +235,7 @@ def range_of(values: Sequence[float]) -> Estimate:
     known = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
     if not len(known):
         return Estimate(math.nan, n=0)
-    low, high = torch.quantile(known, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(known.mean()), low, high, len(known))
-
-
-def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | None:
-    both = ~(a.isnan() | b.isnan())
-    if int(both.sum()) < 3:
-        return None
-    return finite(torch.corrcoef(torch.stack([a[both], b[both]]).double())[0, 1])
+    return Estimate.of(from_draws(float(known.mean()), known, len(known)))
 
 
 # -- features to show ------------------------------------------------------------------------------------------

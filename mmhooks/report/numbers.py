@@ -88,6 +88,11 @@ class Estimate:
             return ""
         return f"[{fixed(self.low, digits)}, {fixed(self.high, digits)}]"
 
+    @classmethod
+    def of(cls, other: Any) -> Estimate:
+        """From anything with ``value``, ``low``, ``high`` and ``n``: the measures' own estimates."""
+        return cls(float(other.value), float(other.low), float(other.high), int(other.n))
+
     def to_json(self) -> dict[str, Any]:
         """JSON without NaN: what is not known is ``null``."""
         return {
