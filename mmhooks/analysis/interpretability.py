@@ -76,7 +76,16 @@ class WinRateResult(Result):
     def table(self) -> Table:
         e = self.estimate
         return Table(
-            [{"form": self.kind, "WinRate": e.value, "low": e.low, "high": e.high, "features": e.n, "m": self.m}]
+            [
+                {
+                    "form": self.kind,
+                    "WinRate": e.value,
+                    "low": e.low,
+                    "high": e.high,
+                    "features": e.n,
+                    "m": self.m,
+                }
+            ]
         )
 
 
@@ -125,7 +134,11 @@ def embed_sim(
     s_plus = torch.where(enough, (total.square().sum(1) - count) / pairs, torch.nan)
     paper, excluded, compared = _paper_similarity(unit, top, enough, eps, seed)
     gap = s_plus - s_minus
-    values = {"primary": gap / abs(s_minus) if s_minus else gap * math.nan, "difference": gap, "paper": paper}[kind]
+    values = {
+        "primary": gap / abs(s_minus) if s_minus else gap * math.nan,
+        "difference": gap,
+        "paper": paper,
+    }[kind]
     return EmbedSimResult(
         values, bootstrap(values, seed=seed), s_plus, s_minus, paper, excluded, compared, count, kind, m, len(drawn), eps, seed
     )  # fmt: skip
@@ -160,7 +173,9 @@ def win_rate(
     if kind == "expectation":
         random_cosines = _upper(unit[drawn][None])[0].sort().values
         for rows, cosines, valid in _top_cosines(unit, top):
-            below = torch.searchsorted(random_cosines, cosines.contiguous(), right=False) / len(random_cosines)
+            below = torch.searchsorted(random_cosines, cosines.contiguous(), right=False) / len(
+                random_cosines
+            )
             values[rows] = (below * valid).sum(1) / valid.sum(1).clamp_min(1)
     else:
         for rows, cosines, valid in _top_cosines(unit, top):

@@ -15,7 +15,7 @@ from mmhooks.analysis.mds_metric import MDS, Kind, divide
 from mmhooks.analysis.results import Result, Table, correlation
 from mmhooks.hooks.features import FeatureSet
 
-__all__ = ["MDS", "GROUPS", "MDSResult", "mds"]
+__all__ = ["GROUPS", "MDS", "MDSResult", "mds"]
 
 GROUPS = ("ImgD", "TextD", "CrossD")
 
@@ -120,9 +120,9 @@ def mds(
     >>> mds(image, text).R
     tensor([0.8750,    nan], dtype=torch.float64)
     """
-    metric = MDS(
-        image_latents.shape[1], kind=kind, head=head, data=data, min_fires=min_fires, seed=seed
-    ).to(image_latents.device)
+    metric = MDS(image_latents.shape[1], kind=kind, head=head, data=data, min_fires=min_fires, seed=seed).to(
+        image_latents.device
+    )
     metric.update(image_latents, text_latents)
     return metric.result()
 
@@ -170,4 +170,3 @@ def result_of(metric: MDS, sums: Mapping[str, Tensor]) -> MDSResult:
         head=metric.head,
         data=metric.data,
     )
-

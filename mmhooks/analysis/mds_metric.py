@@ -9,13 +9,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import CHUNK_BYTES, check_pair
+from mmhooks.analysis.checks import check_pair
 from mmhooks.errors import MMHooksError, ShapeMismatch
 
 if TYPE_CHECKING:
     from mmhooks.analysis.mds import MDSResult
 
 Kind = Literal["relu", "abs", "paper"]
+CACHE_BYTES = 2**20
 KINDS: tuple[Kind, ...] = ("relu", "abs", "paper")
 _SUMS = ("ratio_sum", "ratio_square_sum", "image_sum", "text_sum", "shuffled_sum")
 _COUNTS = ("counts", "image_counts", "text_counts", "shuffled_counts")
@@ -82,22 +83,23 @@ class MDS(Metric):
             return
         generator = torch.Generator().manual_seed(self.seed + seen)
         order = _no_fixed_point(len(image), generator).to(image.device) if len(image) > 1 else None
-        size = max(1, CHUNK_BYTES // (64 * self.n_features))
+        # Runs of rows that stay in the processor's cache: several times faster than whole tables.
+        size = max(1, CACHE_BYTES // (4 * self.n_features))
         for begin in range(0, len(image), size):
             rows = slice(begin, begin + size)
             a_i, a_t = (activation(x[rows], self.kind) for x in (image, text))
-            ratio, counted = _ratio(a_i, a_t, self.kind)
-            self.ratio_sum += ratio.sum(0)
-            self.ratio_square_sum += ratio.square().sum(0)
-            self.counts += counted.sum(0)
-            self.image_sum += a_i.sum(0)
-            self.text_sum += a_t.sum(0)
-            self.image_counts += (a_i != 0).sum(0)
-            self.text_counts += (a_t != 0).sum(0)
+            ratio, counted = _ratio(a_i, a_t)
+            self.ratio_sum += _sum(ratio)
+            self.ratio_square_sum += _sum(ratio.square())
+            self.counts += _count(counted)
+            self.image_sum += _sum(a_i)
+            self.text_sum += _sum(a_t)
+            self.image_counts += _count(a_i != 0)
+            self.text_counts += _count(a_t != 0)
             if order is not None:
-                ratio, counted = _ratio(a_i, activation(text[order[rows]], self.kind), self.kind)
-                self.shuffled_sum += ratio.sum(0)
-                self.shuffled_counts += counted.sum(0)
+                ratio, counted = _ratio(a_i, activation(text[order[rows]], self.kind))
+                self.shuffled_sum += _sum(ratio)
+                self.shuffled_counts += _count(counted)
         self.n_pairs += len(image)
 
     def compute(self) -> dict[str, Tensor]:
@@ -120,16 +122,25 @@ def divide(a: Float[Tensor, " n"], b: Shaped[Tensor, " n"]) -> Float[Tensor, " n
 
 
 def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
-    """What is compared between modalities, in double precision: ReLU(z), |z|, or z itself."""
-    z = z.detach().double()
+    """What is compared between modalities, at least in single precision: ReLU(z), |z|, or z itself."""
+    z = z.detach()
+    z = z if z.dtype == torch.float64 else z.float()
     return z.relu() if kind == "relu" else z.abs() if kind == "abs" else z
 
 
-def _ratio(a_i: Tensor, a_t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def _ratio(a_i: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
+    # The paper's own form has signed activations, whose ratio has heavy tails; nothing is clipped.
     total = a_i + a_t
     counted = total != 0
-    # The paper's own form has signed activations, whose ratio has heavy tails; nothing is clipped.
-    return torch.where(counted, a_i / torch.where(counted, total, 1.0), 0.0), counted
+    return torch.where(counted, a_i / torch.where(counted, total, 1), 0), counted
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float64)
+
+
+def _count(x: Tensor) -> Tensor:
+    return x.float().sum(0).long()  # exact below 2^24 rows, and runs are far shorter
 
 
 def _no_fixed_point(n: int, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, Estimate):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, FeatureSet):
-        return {"name": value.name, "n_features": value.n_features, "head": value.head, "indices": list(value)}
+        return {
+            "name": value.name,
+            "n_features": value.n_features,
+            "head": value.head,
+            "indices": list(value),
+        }
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, float):

