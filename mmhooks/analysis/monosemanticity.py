@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_rows, chunks
 from mmhooks.analysis.controls import size_matched
-from mmhooks.analysis.intervals import Estimate, bootstrap, bootstrap_difference
 from mmhooks.analysis.interpretability import EmbedSimResult
+from mmhooks.analysis.intervals import Estimate, bootstrap, bootstrap_difference
 from mmhooks.analysis.results import Result, Table
 from mmhooks.errors import WrongHead
 from mmhooks.hooks.features import FeatureSet

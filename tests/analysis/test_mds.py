@@ -17,8 +17,8 @@ from mmhooks.analysis.mds_metric import MDS
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 
 # Sparse latents: zeros are common, values are of ordinary size.
-numbers = st.one_of(st.just(0.0), st.floats(0.01, 100, width=32))
-signed = st.one_of(st.just(0.0), st.floats(0.01, 100, width=32), st.floats(-100, -0.01, width=32))
+numbers = st.one_of(st.just(0.0), st.floats(0.015625, 100, width=32))
+signed = st.one_of(st.just(0.0), st.floats(0.015625, 100, width=32), st.floats(-100, -0.015625, width=32))
 
 
 def tables(values, n_pairs=9, n=4):
