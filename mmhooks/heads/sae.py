@@ -6,16 +6,33 @@ One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import ShapeMismatch
+from mmhooks.heads import sparse
 from mmhooks.heads.base import Head
 from mmhooks.heads.geometry import unit_rows
+
+
+class TrainingPass(NamedTuple):
+    """What one batch gives the objective.
+
+    Attributes:
+        recons: reconstructions whose errors are averaged; more than one for nested heads.
+        fired: features active for any row.
+        l0: active features a row.
+        penalty: a sparsity term of the head's own, already weighted.
+    """
+
+    recons: list[Tensor]
+    fired: Bool[Tensor, " n"]
+    l0: Float[Tensor, ""]
+    penalty: Float[Tensor, ""] | None = None
 
 
 class SAE(Head):
@@ -48,6 +65,12 @@ class SAE(Head):
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         """The sparsifying non-linearity."""
         raise NotImplementedError
+
+    def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
+        """Encodes and decodes one batch for the objective; by default as in use."""
+        f = self.encode(x)
+        active = f.detach() > 0
+        return TrainingPass([self.decode(f)], active.any(dim=0), active.sum(dim=1).float().mean())
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
@@ -101,3 +124,14 @@ class TopKSAE(SAE):
         A selected feature whose value is 0 is not active.
         """
         return self.select(self.pre(x))
+
+    def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
+        """The sparse step where it pays (:mod:`mmhooks.heads.sparse`), the dense one elsewhere."""
+        if not sparse.pays(self.k, self.n_features, x.device):
+            return super().training_pass(x)
+        values, places = sparse.encode(x - self.b_pre, self.W_enc, self.b_enc, self.k)
+        active = values.detach() > 0
+        fired = torch.zeros(self.n_features, dtype=torch.bool, device=x.device)
+        fired[places.indices[active]] = True
+        recon = sparse.decode(values, places, self.W_dec) + self.b_pre
+        return TrainingPass([recon], fired, active.sum(dim=1).float().mean())

@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import fidelity
 from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
 from mmhooks.heads.objective import Objective, StepLoss
-from mmhooks.heads.sae import SAE, TopKSAE
+from mmhooks.heads.sae import SAE
 
 
 @dataclass
@@ -60,19 +61,18 @@ class SAEObjective(Objective):
             )
         self.variance = (variances[0], variances[-1])
 
-    def loss(self, head: TopKSAE, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
+    def loss(self, head: SAE, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         x, weight = self.stack(image, text)
-        pre = head.pre(x)
-        values, indices = head.select(pre)
-        error = x - head.decode(torch.zeros_like(pre).scatter(-1, indices, values))
-        fvu = (error.square().sum(dim=1) * weight).sum()
-        fired = torch.zeros_like(dead)
-        fired[indices[values > 0]] = True
-        loss, parts = fvu, {"loss": fvu.detach()}
-        if bool(dead.any()):
-            aux = self.auxiliary(head, pre, error.detach(), dead)
+        out = head.training_pass(x)
+        errors = [x - recon for recon in out.recons]
+        fvu = sum((weight @ e.square().sum(dim=1) for e in errors), x.new_zeros(())) / len(errors)
+        loss, parts = fvu, {"fvu": fvu.detach(), "l0": out.l0}
+        if out.penalty is not None:
+            loss, parts = loss + out.penalty, parts | {"penalty": out.penalty.detach()}
+        if self.aux_weight > 0 and bool(dead.any()):
+            aux = self.auxiliary(head, x, errors[-1].detach(), dead)
             loss, parts = loss + self.aux_weight * aux, parts | {"aux": aux.detach()}
-        return StepLoss(loss, fired, parts)
+        return StepLoss(loss, out.fired, parts)
 
     def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
         """Both modalities as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
@@ -83,14 +83,14 @@ class SAEObjective(Objective):
         return torch.cat([image, text]), torch.cat([per_image, per_text]) / 2
 
     def auxiliary(
-        self, head: SAE, pre: Float[Tensor, "b n"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
+        self, head: SAE, x: Float[Tensor, "b d"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
     ) -> Float[Tensor, ""]:
         """AuxK: ``|e - e'|^2 / |e|^2`` with ``e'`` from the strongest dead features alone."""
-        candidates = dead.nonzero().squeeze(1)
-        k = min(self.aux_k or max(1, head.d_in // 2), len(candidates))
-        values, chosen = pre[:, candidates].topk(k, dim=-1, sorted=False)
-        f = torch.zeros(len(pre), len(candidates), dtype=pre.dtype, device=pre.device)
-        guess = f.scatter(-1, chosen, values.relu()) @ head.W_dec[candidates]
+        rows = dead.nonzero().squeeze(1)
+        pre = F.linear(x - head.b_pre, head.W_enc[rows], head.b_enc[rows])
+        k = min(self.aux_k or max(1, head.d_in // 2), len(rows))
+        values, chosen = pre.topk(k, dim=-1, sorted=False)
+        guess = torch.zeros_like(pre).scatter(-1, chosen, values.relu()) @ head.W_dec[rows]
         return (error - guess).square().sum() / error.square().sum().clamp_min(1e-30)
 
     @torch.no_grad()
