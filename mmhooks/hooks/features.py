@@ -207,7 +207,9 @@ class FeatureSet:
                 info=content["info"],
             )
         except (KeyError, TypeError, json.JSONDecodeError) as fault:
-            raise MMHooksError(f"{path} is no FeatureSet of format {FORMAT}, as FeatureSet.save writes it: {fault}") from fault
+            raise MMHooksError(
+                f"{path} is no FeatureSet of format {FORMAT}, as FeatureSet.save writes it: {fault}"
+            ) from fault
 
 
 def _as_indices(indices: Iterable[int] | Tensor, n_features: int) -> Iterable[int]:

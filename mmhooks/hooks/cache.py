@@ -1,0 +1,143 @@
+"""Activations by site name, as they flowed on: after all edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
+from mmhooks.hooks.selection import Tokens, token_mask
+from mmhooks.hooks.sites import Pattern, match
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """What ``run_with_cache`` returns: a read-only mapping from site name to tensor.
+
+    Holds what was asked and never the model. A site that runs several times keeps its last value.
+
+    Args:
+        device, dtype: where and as what to keep the tensors (floating-point ones); default as they came.
+        detach: cut the graph. ``False`` keeps it, and :meth:`grad` works after a backward pass.
+        tokens: keep only these positions, where a site has tokens.
+        copy: keep copies, for models that write into their activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        tokens: Tokens = None,
+        copy: bool = False,
+    ) -> None:
+        self._values: dict[str, Tensor] = {}
+        self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
+        self._tokens = tokens
+        self.put = self._put_as_is if self._plain else self._put
+
+    @property
+    def _plain(self) -> bool:
+        return (
+            self._device is None
+            and self._dtype is None
+            and self._tokens is None
+            and self._detach
+            and not self._copy
+        )
+
+    # -- filling ---------------------------------------------------------------------------------------
+
+    def _put_as_is(self, name: str, value: Tensor) -> None:
+        self._values[name] = value.detach()
+
+    def _put(self, name: str, value: Tensor) -> None:
+        if self._detach:
+            value = value.detach()
+        elif value.requires_grad:
+            value.retain_grad()
+        kept = value
+        if self._tokens is not None and value.dim() > 2:
+            axis = 2 if value.dim() == 4 and name.endswith("pattern") else 1
+            mask = token_mask(self._tokens, value, axis, name)
+            if mask.shape[0] > 1:
+                raise ShapeMismatch(
+                    "a cache keeps the same tokens of every row; use one mask [L], not [batch, L]"
+                )
+            kept = kept.index_select(axis, mask.flatten().nonzero().flatten())
+        kept = kept.to(
+            device=self._device or kept.device, dtype=self._dtype if kept.is_floating_point() else None
+        )
+        self._values[name] = kept.clone() if self._copy and kept is value else kept
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._values:
+            raise UnknownSite(name, self._values, where="this cache")
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        size = sum(t.numel() * t.element_size() for t in self._values.values())
+        return f"ActivationCache({len(self)} sites, {size / 2**20:.1f} MiB: {', '.join(self._values)})"
+
+    def select(self, pattern: Pattern) -> ActivationCache:
+        """The sites that a glob or predicate selects, without copying."""
+        names = match(pattern, self._values)
+        if not names:
+            raise UnknownSite(str(pattern), self._values, where="this cache")
+        return self._with({name: self._values[name] for name in names})
+
+    def stack(self, pattern: Pattern) -> Float[Tensor, "sites ..."]:
+        """Tensors of one shape, stacked: ``cache.stack("image.blocks.*.resid_post")``."""
+        chosen = self.select(pattern)
+        shapes = {tuple(t.shape) for t in chosen.values()}
+        if len(shapes) > 1:
+            raise ShapeMismatch(
+                f"cannot stack {', '.join(chosen)}: shapes {', '.join(map(str, sorted(shapes)))} differ"
+            )
+        return torch.stack(list(chosen.values()))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ActivationCache:
+        """A cache of the same tensors elsewhere, or in another precision; the model does not move."""
+        return self._with(
+            {
+                name: t.to(device=device or t.device, dtype=dtype if t.is_floating_point() else None)
+                for name, t in self._values.items()
+            }
+        )
+
+    def grad(self, name: str) -> Tensor:
+        """The gradient at a site after ``backward()``; needs a cache made with ``detach=False``."""
+        value = self[name]
+        if value.grad is None:
+            raise MMHooksError(
+                f"no gradient at {name!r}: make the cache with detach=False, in grad mode, and call backward() first"
+            )
+        return value.grad
+
+    def to_transformer_lens(self, model: Any = None) -> Any:
+        """The same tensors as ``transformer_lens.ActivationCache`` (``model``: what it shall refer to)."""
+        from transformer_lens import ActivationCache as TheirCache
+
+        return TheirCache(dict(self._values), model)
+
+    def _with(self, values: dict[str, Tensor]) -> ActivationCache:
+        new = ActivationCache()
+        new._values = values
+        return new

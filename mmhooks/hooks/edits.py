@@ -1,0 +1,299 @@
+"""Edits: what can be done to the features of a head, or to the coordinates of any site.
+
+An edit is a value: make it once, use it in as many contexts as you like, or call it on a tensor by hand.
+With ``features=None`` it acts on all of them; ``at=`` says where (default: the attached heads whose
+features these are); ``tokens=`` restricts it to positions; ``steps=`` to steps of a diffusion run.
+At sites of attention heads (``z``, ``q``, ``pattern``, ...) the features are the attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.hooks.program import Hook
+from mmhooks.hooks.selection import Features, Tokens, feature_index, reference, token_mask
+from mmhooks.hooks.steps import active_step
+
+At = str | Callable[[str], bool] | Sequence[str] | None
+_BY_HAND = Hook("tensor")
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Base of the edits; subclasses say in :meth:`change` what becomes of the selected values."""
+
+    features: Features = None
+    _: KW_ONLY
+    at: At = None
+    tokens: Tokens = None
+    steps: Sequence[int] | range | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.index  # a bad index or mask raises where it was written, not inside a forward
+
+    @cached_property
+    def index(self) -> Int[Tensor, " m"] | None:
+        return feature_index(self.features)
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether a value of 0 always stays 0, whichever feature it belongs to."""
+        return False
+
+    def change(self, value: Float[Tensor, "..."], index: Tensor | None, hook: Hook) -> Float[Tensor, "..."]:
+        """New values of the selected features (last dimension, numbered by ``index``)."""
+        raise NotImplementedError
+
+    def __call__(self, value: Float[Tensor, "..."], *, hook: Hook = _BY_HAND) -> Float[Tensor, "..."]:
+        """The edited tensor; also by hand: ``Zero(imgd)(head.encode(x))``."""
+        if not active_step(self.steps, hook.name):
+            return value
+        axis = hook.axis
+        moved = value if axis == -1 else value.movedim(axis, -1)
+        index = self.index
+        if index is None:
+            new = self.change(moved, None, hook)
+        else:
+            self._check_width(moved.shape[-1], value, hook)
+            index = index.to(value.device)
+            part = self.change(moved.index_select(-1, index), index, hook)
+            new = moved.index_copy(-1, index, part.to(moved.dtype))
+        new = new if axis == -1 else new.movedim(-1, axis)
+        return self._at_tokens(new, value, hook)
+
+    # -- for the splice: only some columns, or only the active features --------------------------------
+
+    def on_columns(self, value: Float[Tensor, "*b u"], columns: Int[Tensor, " u"], hook: Hook) -> Tensor:
+        """The same edit on the columns ``columns`` (sorted, a superset of the edit's) of all features."""
+        if not active_step(self.steps, hook.name):
+            return value
+        assert self.index is not None
+        index = self.index.to(value.device)
+        if len(index) == len(columns):
+            new = self.change(value, index, hook)
+        else:
+            here = torch.searchsorted(columns, index)
+            part = self.change(value.index_select(-1, here), index, hook)
+            new = value.index_copy(-1, here, part.to(value.dtype))
+        return self._at_tokens(new, value, hook)
+
+    def on_active(
+        self, value: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"], n: int, hook: Hook
+    ) -> Tensor:
+        """The same edit on active features alone, given with their indices; needs :attr:`keeps_zero`."""
+        if not active_step(self.steps, hook.name):
+            return value
+        assert self.index is not None
+        member = torch.zeros(n, dtype=torch.bool, device=value.device)
+        member[self.index.to(value.device)] = True
+        new = torch.where(member[indices], self.change(value, None, hook), value)
+        return self._at_tokens(new, value, hook)
+
+    def _at_tokens(self, new: Tensor, old: Tensor, hook: Hook) -> Tensor:
+        if self.tokens is None:
+            return new
+        return torch.where(token_mask(self.tokens, old, hook.tokens, hook.name), new, old)
+
+    def _check_width(self, width: int, value: Tensor, hook: Hook) -> None:
+        index = self.index
+        if index is not None and len(index) and int(index[-1]) >= width:
+            raise ShapeMismatch(
+                f"{self.label} at {hook.name!r}: feature {int(index[-1])} of {width} (shape {tuple(value.shape)})"
+            )
+
+    @property
+    def label(self) -> str:
+        named = getattr(self.features, "name", "") or ("" if self.features is None else "...")
+        return f"{type(self).__name__}({named})"
+
+    def _reference(self, given: Any, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor | float:
+        if isinstance(given, Mapping):
+            if hook.name not in given:
+                raise MMHooksError(
+                    f"{self.label} at {hook.name!r}: the cache holds {', '.join(given) or 'nothing'}"
+                )
+            given = given[hook.name]
+        return reference(given, value, index, hook.axis, f"{self.label} at {hook.name!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Edit):
+    """Sets features to zero: ``f' = 0``; what ``mask=`` does.
+
+    >>> Zero([0, 2])(torch.ones(2, 4))
+    tensor([[0., 1., 0., 1.],
+            [0., 1., 0., 1.]])
+    """
+
+    @property
+    def keeps_zero(self) -> bool:
+        return True
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        return torch.zeros_like(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Edit):
+    """Mean-ablation: ``f' = mean``, given (a number, a tensor or a cache), or of the batch at hand.
+
+    >>> Mean([1])(torch.tensor([[1., 2.], [3., 4.]]))
+    tensor([[1., 3.],
+            [3., 3.]])
+    """
+
+    mean: Tensor | float | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        if self.mean is None:
+            return value.mean(dim=0, keepdim=True).expand_as(value)
+        return _filled(self._reference(self.mean, value, index, hook), value)
+
+
+@dataclass(frozen=True, eq=False)
+class Resample(Edit):
+    """Resample-ablation: features of other samples. From ``source [n ...]``, rows drawn with ``seed``;
+    without it, from another row of the batch (a random cycle: no row keeps its own).
+
+    >>> Resample()(torch.tensor([[1.], [2.]]))
+    tensor([[2.],
+            [1.]])
+    """
+
+    source: Tensor | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        batch = len(value)
+        if self.source is None:
+            if batch < 2:
+                raise ShapeMismatch(
+                    f"{self.label} at {hook.name!r}: a batch of {batch} has no other row; pass source="
+                )
+            order = torch.randperm(batch, generator=generator)
+            rows = torch.empty_like(order)
+            rows[order] = order.roll(1)
+            return value.index_select(0, rows.to(value.device))
+        source = self.source[hook.name] if isinstance(self.source, Mapping) else self.source
+        rows = torch.randint(len(source), (batch,), generator=generator)
+        drawn = source.index_select(0, rows.to(source.device))
+        return _filled(self._reference(drawn, value, index, hook), value)
+
+
+@dataclass(frozen=True, eq=False)
+class Interpolate(Edit):
+    """``f' = (1 - strength) f + strength * toward`` (seed 001, Section 5.3; strength 0 changes nothing).
+
+    >>> Interpolate(toward=torch.tensor([10., 0.]), strength=0.5)(torch.zeros(1, 2))
+    tensor([[5., 0.]])
+    """
+
+    toward: Tensor | float | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    strength: float | Tensor = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.toward is None:
+            raise MMHooksError(
+                "Interpolate needs toward=: a number, a tensor of the site's shape, or a cache"
+            )
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        target = _filled(self._reference(self.toward, value, index, hook), value)
+        return (value + self.strength * (target - value)).to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(Edit):
+    """Adds: ``f' = f + strength * direction`` (direction 1 where none is given).
+
+    >>> Steer([1], strength=2.0)(torch.zeros(1, 3)), Steer(direction=torch.ones(3))(torch.zeros(1, 3))
+    (tensor([[0., 2., 0.]]), tensor([[1., 1., 1.]]))
+    """
+
+    direction: Tensor | float | Mapping[str, Tensor] = field(default=1.0, kw_only=True)
+    strength: float | Tensor = field(default=1.0, kw_only=True)
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        return (value + self.strength * self._reference(self.direction, value, index, hook)).to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(Edit):
+    """Holds features in ``[min, max]``, or at ``value`` (both).
+
+    >>> Clamp([0], max=1.0)(torch.tensor([[3., 3.]])), Clamp([0], value=5.0)(torch.zeros(1, 2))
+    (tensor([[1., 3.]]), tensor([[5., 0.]]))
+    """
+
+    min: float | None = field(default=None, kw_only=True)
+    max: float | None = field(default=None, kw_only=True)
+    value: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.value is None) == (self.min is None and self.max is None):
+            raise MMHooksError("Clamp needs value=, or min= and/or max=")
+
+    @property
+    def _bounds(self) -> tuple[float | None, float | None]:
+        return (self.min, self.max) if self.value is None else (self.value, self.value)
+
+    @property
+    def keeps_zero(self) -> bool:
+        low, high = self._bounds
+        return (low is None or low <= 0) and (high is None or high >= 0)
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        low, high = self._bounds
+        return value.clamp(low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Edit):
+    """Activation patching: the values of another run, from its cache, or a tensor of the site's shape.
+
+    With a cache and no ``at=`` the sites are those of the cache. A cached batch of 1 fits any batch.
+
+    >>> Patch({"tensor": torch.ones(1, 3)}, features=[2])(torch.zeros(2, 3))
+    tensor([[0., 0., 1.],
+            [0., 0., 1.]])
+    """
+
+    source: Tensor | Mapping[str, Tensor] | None = None
+
+    def __init__(
+        self,
+        source: Tensor | Mapping[str, Tensor],
+        features: Features = None,
+        *,
+        at: At = None,
+        tokens: Tokens = None,
+        steps: Sequence[int] | range | None = None,
+    ) -> None:
+        where = list(source) if at is None and isinstance(source, Mapping) else at
+        for name, given in {
+            "source": source,
+            "features": features,
+            "at": where,
+            "tokens": tokens,
+            "steps": steps,
+        }.items():
+            object.__setattr__(self, name, given)
+        self.__post_init__()
+
+    def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        return _filled(self._reference(self.source, value, index, hook), value)
+
+
+def _filled(reference: Tensor | float, value: Tensor) -> Tensor:
+    return reference if isinstance(reference, Tensor) else torch.full_like(value, reference)

@@ -1,0 +1,189 @@
+"""All places of one model, its own and those of attached heads; and from edits to operations on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError, UnknownSite, WrongHead
+from mmhooks.hooks.edits import At, Edit, Zero
+from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.program import Binding, Op
+from mmhooks.hooks.sites import Pattern, Site, SiteMap, describe, match
+from mmhooks.hooks.splice import Attachment, HeadSite, check_splice
+
+Place = Site | HeadSite
+HookFn = Callable[..., Tensor | None]
+Planned = tuple[list[Op], list[Binding]]
+
+
+class Places:
+    """The sites of a model and of the heads attached to it, found by name, glob, predicate or tower."""
+
+    def __init__(self, sites: SiteMap) -> None:
+        self.sites = sites
+        self.attachments: dict[str, Attachment] = {}  # "image.embed.sae" -> head at its site
+
+    # -- heads -----------------------------------------------------------------------------------------
+
+    def attach(
+        self, head: Any, at: Sequence[Pattern], name: str, *, error_term: bool, splice: bool
+    ) -> list[str]:
+        sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
+        taken = [f"{site.name}.{name}" for site in sites if f"{site.name}.{name}" in self.attachments]
+        if taken:
+            raise MMHooksError(
+                f"{taken[0]!r} is attached already; detach it first, or attach with another name="
+            )
+        for site in sites:
+            self.attachments[f"{site.name}.{name}"] = Attachment(head, name, site, error_term, splice)
+        return [f"{site.name}.{name}" for site in sites]
+
+    def detach(self, what: Any) -> None:
+        """By head object, head name, or ``site.name``."""
+        gone = [key for key, a in self.attachments.items() if what is a.head or what in (a.name, key)]
+        if not gone:
+            raise UnknownSite(str(what), self.attachments, where="the attached heads")
+        for key in gone:
+            del self.attachments[key]
+
+    @property
+    def head_sites(self) -> dict[str, HeadSite]:
+        return {site.name: site for a in self.attachments.values() for site in a.sites()}
+
+    # -- finding ---------------------------------------------------------------------------------------
+
+    def names(self, pattern: Pattern | None = None) -> list[str]:
+        """Canonical sites and head sites; native paths where a pattern matches nothing else."""
+        if pattern is None:
+            return [*self.sites.names(), *self.head_sites]
+        return [place.name for place in self.find(pattern)]
+
+    def find(self, pattern: Pattern) -> list[Place]:
+        heads = self.head_sites
+        if isinstance(pattern, str) and pattern in heads:
+            return [heads[pattern]]
+        if isinstance(pattern, str) and pattern in self.attachments:
+            return [heads[f"{pattern}.latents"]]
+        found: list[Place] = [heads[name] for name in match(pattern, heads)]
+        own = match(pattern, self.sites.canonical)
+        if own or not found:
+            try:
+                found = [*self.sites.find(pattern), *found]
+            except UnknownSite:
+                raise UnknownSite(describe(pattern), [*self.names(), *self.sites.native]) from None
+        return found
+
+    def latents(self, edit: Edit, attachments: Iterable[Attachment], where: str) -> list[Place]:
+        """The latents that an edit's features belong to, among the given attached heads."""
+        known = list(attachments)
+        features = edit.features
+        if isinstance(features, FeatureSet):
+            fit = [a for a in known if a.head.n_features == features.n_features]
+            fit = [a for a in fit if not features.head or a.head.id == features.head]
+            if known and not fit:  # says which head it is for
+                features.check(head=known[0].head.id, n_features=known[0].head.n_features)
+        else:
+            fit = known
+        if not fit:
+            raise MMHooksError(
+                f"{edit.label} names features of a head, but no head is attached {where}: model.attach(head, "
+                "at=[...]) first, or name the site with at="
+            )
+        if len({id(a.head) for a in fit}) > 1:
+            names = ", ".join(f"{a.site.name}.{a.name}" for a in fit)
+            raise MMHooksError(
+                f"{edit.label} fits several heads ({names}): say which with at=, e.g. at={names.split(',')[0]!r}"
+            )
+        return [self.head_sites[f"{a.site.name}.{a.name}.latents"] for a in fit]
+
+    def targets(self, edit: Edit, at: At) -> list[Place]:
+        """The places of an edit: ``at=`` in any of its forms, or the heads that its features fit."""
+        if at is None:
+            return self.latents(edit, self.attachments.values(), "to the model")
+        if (
+            isinstance(at, str)
+            and at in {s.tower for s in self.sites.canonical.values()}
+            and at not in self.sites.canonical
+        ):
+            return self.latents(
+                edit, [a for a in self.attachments.values() if a.site.tower == at], f"in tower {at!r}"
+            )
+        if not isinstance(at, str) and not callable(at):
+            return list(dict.fromkeys(place for one in at for place in self.targets(edit, one)))
+        return list(dict.fromkeys(self._own_head(edit, place) for place in self.find(at)))
+
+    def _own_head(self, edit: Edit, place: Place) -> Place:
+        """A FeatureSet given at a plain site means the latents of its head there."""
+        features = edit.features
+        if isinstance(place, HeadSite):
+            if isinstance(features, FeatureSet):
+                head = place.attachment.head
+                features.check(head=head.id, n_features=head.n_features)
+            return place
+        if isinstance(features, FeatureSet):
+            here = [a for a in self.attachments.values() if a.site is place]
+            if here:
+                return self.latents(edit, here, f"at {place.name!r}")[0]
+            if features.head:
+                raise WrongHead(
+                    f"{features!r} holds features of head {features.head}, and no head is attached at "
+                    f"{place.name!r}: model.attach(head, at=[{place.name!r}]) first"
+                )
+        return place
+
+    # -- planning --------------------------------------------------------------------------------------
+
+    def plan_edit(self, edit: Edit, *, mask_at: At = None) -> Planned:
+        places = self.targets(edit, edit.at if mask_at is None else mask_at)
+        for place in places:
+            if isinstance(place, HeadSite):
+                check_splice(place.attachment, place.leaf)
+                edit._check_width(place.attachment.head.n_features, torch.empty(0), _at(place))
+        binding = Binding(edit.label, tuple(p.name for p in places))
+        return [Op(place, "edit", edit, binding) for place in places], [binding]
+
+    def plan_mask(self, mask: Any) -> Planned:
+        """``mask=``: features, or ``{site or tower: features}``; one edit, satisfied when any place ran."""
+        if not isinstance(mask, Mapping):
+            return self.plan_edit(Zero(mask))
+        ops: list[Op] = []
+        for where, features in mask.items():
+            edit = Zero(features)
+            here = [a for a in self.attachments.values() if a.site.name == where]
+            places = self.latents(edit, here, f"at {where!r}") if here else self.targets(edit, where)
+            for place in places:
+                if isinstance(place, HeadSite):
+                    check_splice(place.attachment, place.leaf)
+            ops += [Op(place, "edit", edit, _UNBOUND) for place in places]
+        binding = Binding("mask", tuple(op.target.name for op in ops))
+        return [Op(op.target, "edit", op.act, binding) for op in ops], [binding]
+
+    def plan_hook(self, pattern: Pattern, fn: HookFn, kind: str) -> Planned:
+        places = self.find(pattern)
+        for place in places:
+            if isinstance(place, HeadSite) and kind == "edit":
+                check_splice(place.attachment, place.leaf)
+        name = getattr(fn, "__name__", type(fn).__name__)
+        label = f"{'backward ' if kind == 'grad' else ''}hook {name!r} on {describe(pattern)!r}"
+        binding = Binding(label, tuple(p.name for p in places))
+        return [Op(p, kind, fn, binding, detached=False) for p in places], [binding]
+
+    def plan_capture(
+        self, pattern: Pattern, put: Callable[[str, Tensor], None], *, detached: bool
+    ) -> Planned:
+        places = self.find(pattern)
+        binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
+        return [Op(p, "capture", put, binding, detached) for p in places], [binding]
+
+
+_UNBOUND = Binding("mask", ())
+
+
+def _at(place: Place) -> Any:
+    from mmhooks.hooks.program import Hook
+
+    return Hook(place.name)

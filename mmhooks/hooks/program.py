@@ -1,0 +1,219 @@
+"""What happens to the tensor at one place: the operations of all active contexts, merged in order.
+
+Edits and functions run in the order given, outer contexts first. Neighbouring edits of one head share a
+single encode and decode. Gradient hooks and caches come last: they see the value that flows on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mmhooks.errors import ShapeMismatch
+
+if TYPE_CHECKING:
+    from mmhooks.hooks.sites import Site
+    from mmhooks.hooks.splice import HeadSite
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """What a hook function is told: ``fn(tensor, *, hook)``.
+
+    Attributes:
+        name: the site.
+        axis: the dimension that features select.
+        tokens: the dimension of the tokens, or None.
+    """
+
+    name: str
+    axis: int = -1
+    tokens: int | None = 1
+
+    def layer(self) -> int:
+        """The number in the name, as TransformerLens's HookPoint.layer()."""
+        return next(int(part) for part in self.name.split(".") if part.isdigit())
+
+
+@dataclass(eq=False)
+class Binding:
+    """One edit or hook as the user gave it; ``fired`` once it ran at any of its sites."""
+
+    label: str
+    sites: tuple[str, ...]
+    fired: bool = False
+    live: bool = True  # its context is open
+    hint: str = "no forward that runs them happened inside the context"
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation at one target. ``kind``: ``edit`` (may change), ``capture`` (stores), ``grad``."""
+
+    target: Site | HeadSite
+    kind: str
+    act: Callable[..., Any]
+    binding: Binding
+    detached: bool = True
+    hook: Hook = field(init=False)
+
+    def __post_init__(self) -> None:
+        site = self.target.site
+        on_head = site is not self.target
+        hook = Hook(self.target.name, -1 if on_head else site.axis, site.tokens)
+        object.__setattr__(self, "hook", hook)
+
+
+class FunctionStep:
+    """An edit or a plain function at a site."""
+
+    detached = False
+
+    def __init__(self, op: Op) -> None:
+        self.op, self.view = op, op.target.site.view
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        value = raw if self.view is None else self.view.show(raw)
+        new = apply(self.op, value)
+        if new is value:
+            return raw
+        return new if self.view is None else self.view.back(raw, new)
+
+
+class GradStep:
+    """Backward hooks: bound to the tensor, so they work in whichever thread autograd runs them."""
+
+    detached = False
+
+    def __init__(self, ops: list[Op]) -> None:
+        self.ops, self.view = ops, ops[0].target.site.view
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        if self.view is None:
+            watch(raw, self.ops)
+            return raw
+        value = self.view.show(raw)
+        watch(value, self.ops)
+        return self.view.back(raw, value)  # the graph now runs through the layout that is watched
+
+
+class Capture:
+    """Stores the value that flows on."""
+
+    def __init__(self, op: Op) -> None:
+        self.op, self.view, self.detached = op, op.target.site.view, op.detached
+        self.name, self.act, self.binding = op.target.name, op.act, op.binding
+
+    def __call__(self, raw: Tensor) -> None:
+        self.binding.fired = True
+        self.act(self.name, raw if self.view is None else self.view.show(raw))
+
+
+class Program:
+    """Steps, then captures. ``detached``: nothing can change the value and nothing keeps its graph."""
+
+    __slots__ = ("captures", "detached", "steps")
+
+    def __init__(self, steps: list[Any], captures: list[Capture]) -> None:
+        self.steps, self.captures = tuple(steps), tuple(captures)
+        self.detached = all(part.detached for part in (*steps, *captures))
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for step in self.steps:
+            value = step(value)
+        for capture in self.captures:
+            capture(value)
+        return value
+
+
+def apply(op: Op, value: Tensor) -> Tensor:
+    """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is."""
+    op.binding.fired = True
+    new = op.act(value, hook=op.hook)
+    if new is None or new is value:
+        return value
+    if not isinstance(new, Tensor):
+        raise ShapeMismatch(
+            f"{op.binding.label} at {op.hook.name!r} returned {type(new).__name__}; a hook returns a tensor of "
+            f"shape {tuple(value.shape)}, or None to leave the value as it is"
+        )
+    if new.shape != value.shape or new.dtype != value.dtype or new.device != value.device:
+        raise ShapeMismatch(
+            f"{op.binding.label} at {op.hook.name!r}: expected {spell(value)}, it returned {spell(new)}; "
+            "return the shape, dtype and device that came in"
+        )
+    return new
+
+
+def watch(value: Tensor, ops: list[Op]) -> None:
+    """Registers backward hooks on a tensor; they go silent when their context closes."""
+    for op in ops:
+        if not value.requires_grad:
+            op.binding.hint = "they ran, but without a graph (no_grad, or nothing requires grad)"
+            continue
+        op.binding.hint = "no gradient reached them inside the context; call backward() within the with block"
+
+        def backward(grad: Tensor, op: Op = op) -> Tensor | None:
+            if not op.binding.live:
+                return None
+            op.binding.fired = True
+            return op.act(grad, hook=op.hook)
+
+        value.register_hook(backward)
+
+
+def spell(value: Tensor) -> str:
+    """A tensor in words: ``shape (4, 8), torch.float32 on cpu``."""
+    return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+
+
+def compile_programs(ops: list[Op]) -> Mapping[Any, Any]:
+    """Tap -> program, or leaf -> program for taps with several places."""
+    places: dict[tuple[Any, str], list[Op]] = {}
+    for op in ops:
+        site = op.target.site
+        places.setdefault((site.tap, site.leaf), []).append(op)
+    table: dict[Any, Any] = {}
+    for (tap, leaf), here in places.items():
+        if tap.leaves:
+            table.setdefault(tap, {})[leaf] = _program(here)
+        else:
+            table[tap] = _program(here)
+    return table
+
+
+def _program(ops: list[Op]) -> Program:
+    from mmhooks.hooks.splice import HeadSite, HeadStep  # splice builds on this module
+
+    steps: list[Any] = []
+    captures: list[Capture] = []
+    grads: dict[str, list[Op]] = {}
+    late: list[Op] = []
+    for op in ops:
+        if isinstance(op.target, HeadSite):
+            if op.kind != "edit":
+                late.append(op)
+            elif steps and isinstance(steps[-1], HeadStep) and steps[-1].fits(op.target):
+                steps[-1].add(op)
+            else:
+                steps.append(HeadStep(op))
+        elif op.kind == "edit":
+            steps.append(FunctionStep(op))
+        elif op.kind == "grad":
+            grads.setdefault(op.target.name, []).append(op)
+        else:
+            captures.append(Capture(op))
+    for op in late:  # reads of a head: its last run at this place, or one of their own
+        run = next((s for s in reversed(steps) if isinstance(s, HeadStep) and s.fits(op.target)), None)
+        if run is None:
+            steps.append(HeadStep(op))
+        else:
+            run.add(op)
+    steps.extend(GradStep(ops) for ops in grads.values())
+    for step in steps:
+        if isinstance(step, HeadStep):
+            step.seal()
+    return Program(steps, captures)

@@ -1,0 +1,135 @@
+"""Sites: names of places where a tensor flows, and the map from names to taps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from mmhooks.errors import UnknownSite
+from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
+
+Pattern = str | Callable[[str], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A site that shows part of a tap's tensor, or another layout of it.
+
+    ``show(raw) -> value`` and ``back(raw, value) -> raw`` with ``back(raw, show(raw))`` equal to ``raw``.
+    """
+
+    show: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One named place.
+
+    Attributes:
+        name: ``image.blocks.3.attn.z``.
+        tap, leaf: how the tensor is reached.
+        axis: what the features of an edit select: the last dimension, or the attention heads.
+        tokens: the dimension of the tokens where there is one; used if the tensor has enough dimensions.
+        layout: dimensions in words, for the docs.
+        view: where the site is another layout of the tap's tensor.
+    """
+
+    name: str
+    tap: Tap
+    leaf: str = ""
+    axis: int = -1
+    tokens: int | None = 1
+    layout: str = ""
+    view: View | None = None
+
+    @property
+    def site(self) -> Site:
+        """Itself; a place inside a head answers with the site that the head is attached at."""
+        return self
+
+    @property
+    def tower(self) -> str:
+        return self.name.partition(".")[0]
+
+
+@dataclass
+class SiteMap:
+    """Names to sites for one model: the canonical ones first, then every native module path.
+
+    >>> from torch import nn
+    >>> sites = SiteMap(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    >>> [s.name for s in sites.find("*")]
+    ['0', '1']
+    """
+
+    root: nn.Module
+    canonical: dict[str, Site] = field(default_factory=dict)
+    _taps: dict[tuple[str, int, str], Tap] = field(default_factory=dict)
+    _native: dict[str, Site] | None = None
+
+    # -- building --------------------------------------------------------------------------------------
+
+    def output(self, module: nn.Module) -> Tap:
+        """The one tap of a module's output, shared by all sites that look at it."""
+        return self._taps.setdefault(("output", id(module), ""), ModuleOutput(module))
+
+    def input(self, module: nn.Module, keyword: str = "") -> Tap:
+        """The one tap of a module's first input."""
+        return self._taps.setdefault(("input", id(module), keyword), ModuleInput(module, keyword))
+
+    def add(self, site: Site) -> None:
+        self.canonical[site.name] = site
+
+    # -- finding ---------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> dict[str, Site]:
+        """Every module path, except inside nn.MultiheadAttention, which never calls its children."""
+        if self._native is None:
+            silent = tuple(
+                f"{path}." for path, m in self.root.named_modules() if isinstance(m, nn.MultiheadAttention)
+            )
+            self._native = {
+                path: Site(path, self.output(module))
+                for path, module in self.root.named_modules()
+                if path and not (silent and path.startswith(silent)) and not isinstance(module, nn.ModuleList)
+            }
+        return self._native
+
+    def names(self) -> list[str]:
+        return list(self.canonical)
+
+    def find(self, pattern: Pattern) -> list[Site]:
+        """Sites by exact name, glob or predicate; canonical names hide native ones.
+
+        Raises:
+            UnknownSite: nothing matches; the message lists near matches.
+        """
+        if isinstance(pattern, str):
+            exact = self.canonical.get(pattern) or self.native.get(pattern)
+            if exact is not None:
+                return [exact]
+        for known in (self.canonical, self.native):
+            names = match(pattern, known)
+            if names:
+                return [known[name] for name in names]
+        raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
+
+
+def match(pattern: Pattern, names: Iterable[str]) -> list[str]:
+    """The names that a glob or a predicate selects, in their order.
+
+    >>> match("image.blocks.*.attn.z", ["image.blocks.0.attn.z", "image.blocks.0.ln_1"])
+    ['image.blocks.0.attn.z']
+    """
+    if isinstance(pattern, str):
+        return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+    return [name for name in names if pattern(name)]
+
+
+def describe(pattern: Pattern) -> str:
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))

@@ -1,0 +1,298 @@
+"""Sparse heads in the graph: one encode, edits in feature space, and only the difference decoded.
+
+With features ``f = enc(x)`` edited to ``f'``, the splice puts
+
+    ``out = x + s (f' - f) W_dec``            (error term kept; ``x`` itself where nothing changed)
+    ``out = s dec(f')``                       (``error_term=False``)
+
+in the place of ``x``, where ``s = 1``; for a head with ``normalize_input``, ``f = enc(x / |x|)`` and
+``s = |x|``. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmhooks.errors import NoDecoder, ShapeMismatch
+from mmhooks.hooks.edits import Edit
+from mmhooks.hooks.program import Op, apply, spell, watch
+from mmhooks.hooks.sites import Site
+
+LEAVES = ("pre", "latents", "recon", "error")
+
+
+@runtime_checkable
+class HeadLike(Protocol):
+    """What the splice needs of a head. ``W_dec [n d]`` only where ``has_decoder``.
+
+    Optional: ``encode_topk(x) -> (values [*b k], indices [*b k])`` lets masks touch the ``k`` active
+    features alone; ``activate(pre) -> f`` lets edits act on pre-activations.
+    """
+
+    name: str
+    d_in: int
+    n_features: int
+    has_decoder: bool
+    normalize_input: bool
+
+    @property
+    def id(self) -> str: ...
+    def pre(self, x: Tensor) -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, f: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """A head at a site. ``splice=False``: edits stay in the head's own latents, the model flows on as it was."""
+
+    head: Any
+    name: str
+    site: Site
+    error_term: bool = True
+    splice: bool = True
+
+    def sites(self) -> list[HeadSite]:
+        leaves = LEAVES if self.head.has_decoder else LEAVES[:2]
+        return [HeadSite(f"{self.site.name}.{self.name}.{leaf}", self.site, self, leaf) for leaf in leaves]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSite:
+    """A place inside an attached head: ``image.embed.sae.latents``."""
+
+    name: str
+    site: Site
+    attachment: Attachment
+    leaf: str
+
+    @property
+    def tower(self) -> str:
+        return self.site.tower
+
+
+class HeadStep:
+    """One run of a head at its site: encode, edit, read, splice."""
+
+    def __init__(self, op: Op) -> None:
+        self.attachment: Attachment = op.target.attachment  # type: ignore[union-attr]
+        self.site, self.head = self.attachment.site, self.attachment.head
+        self.ops: dict[str, list[Op]] = {leaf: [] for leaf in LEAVES}
+        self.all: list[Op] = []
+        self.add(op)
+
+    def fits(self, target: HeadSite) -> bool:
+        return target.attachment is self.attachment
+
+    def add(self, op: Op) -> None:
+        self.ops[op.target.leaf].append(op)  # type: ignore[union-attr]
+        self.all.append(op)
+
+    def seal(self) -> None:
+        """Decides, once for each context, how much of the head has to be computed."""
+        edits = [op for op in self.all if op.kind == "edit"]
+        reads = [op for op in self.all if op.kind != "edit"]
+        latent = self.ops["latents"]
+        self.detached = not edits and all(op.detached for op in reads)
+        self.edits = bool(edits)
+        own = [op.act for op in latent if op.kind == "edit"]
+        # Edits that name their features and nothing else: only those columns of f are touched.
+        named = bool(own) and all(isinstance(e, Edit) and e.index is not None for e in own)
+        only_latents = len(edits) == len(own)
+        self.union = torch.cat([e.index for e in own]).unique() if named and only_latents else None
+        self.active_only = (
+            named
+            and only_latents
+            and not reads
+            and self.attachment.error_term
+            and self.attachment.splice
+            and hasattr(self.head, "encode_topk")
+            and all(e.keeps_zero for e in own)
+        )
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        view = self.site.view
+        x = raw if view is None else view.show(raw)
+        self._check(x)
+        for op in self.all:
+            if op.kind != "grad":
+                op.binding.fired = True
+        if self.detached:
+            with torch.no_grad():
+                out = self._run(x.detach())
+            return raw
+        out = self._active(x) if self.active_only else self._run(x)
+        if out is x:
+            return raw
+        return out if view is None else view.back(raw, out)
+
+    def _check(self, x: Tensor) -> None:
+        head = self.head
+        if x.shape[-1] != head.d_in:
+            raise ShapeMismatch(
+                f"head {self.attachment.name!r} reads vectors of width {head.d_in}, site {self.site.name!r} "
+                f"carries {spell(x)}; attach it at a site of width {head.d_in}"
+            )
+        where = head.W_dec.device if head.has_decoder else x.device
+        if where != x.device:
+            raise ShapeMismatch(
+                f"head {self.attachment.name!r} is on {where}, site {self.site.name!r} carries {spell(x)}; "
+                f"move it with head.to({str(x.device)!r})"
+            )
+
+    def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's input and the scale ``s`` (None: 1), in the head's dtype unless autocast takes care."""
+        head = self.head
+        if head.has_decoder and x.dtype != head.W_dec.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(head.W_dec.dtype)
+        if not head.normalize_input:
+            return x, None
+        scale = x.norm(dim=-1, keepdim=True)
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale
+
+    # -- the K active features -------------------------------------------------------------------------
+
+    def _active(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Edits that keep zeros at zero need nothing but the active features."""
+        unit, scale = self._prepared(x)
+        values, indices = self.head.encode_topk(unit)
+        new = values
+        for op in self.ops["latents"]:
+            new = op.act.on_active(new, indices, self.head.n_features, op.hook)
+        change = new - values
+        if torch.compiler.is_compiling():
+            delta = _gather(change, indices, self.head.W_dec)
+        else:
+            rows = change.reshape(-1, change.shape[-1])
+            where = rows.detach().nonzero()
+            if len(where) == 0:
+                return x
+            delta = _gather_rows(rows, indices.reshape(rows.shape), where, self.head.W_dec).view(unit.shape)
+        return x + (delta if scale is None else delta * scale).to(x.dtype)
+
+    # -- all features ----------------------------------------------------------------------------------
+
+    def _run(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        head, unit_scale = self.head, self._prepared(x)
+        unit, scale = unit_scale
+        before, after = self._encode(unit)
+        after, change = self._latents(before, after)
+        recon_ops, error_ops = self.ops["recon"], self.ops["error"]
+        scaled = (lambda t: t) if scale is None else (lambda t: t * scale)
+        whole = not self.attachment.error_term and self.edits
+        if recon_ops or error_ops or (whole and self.attachment.splice):
+            recon = scaled(head.decode(after)).to(x.dtype)
+            error = x - (recon if after is before else scaled(head.decode(before)).to(x.dtype))
+            recon_after = self._edit_and_read(recon_ops, recon)
+            error_after = self._edit_and_read(error_ops, error)
+        else:
+            recon = recon_after = error = error_after = x
+        if not self.attachment.splice:
+            return x
+        if whole:
+            return recon_after
+        out = x if change is None else x + scaled(change).to(x.dtype)
+        if recon_after is not recon:
+            out = out + (recon_after - recon)
+        if error_after is not error:
+            out = out + (error_after - error)
+        return out
+
+    def _encode(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Features before any edit, and after edits of the pre-activations."""
+        ops = self.ops["pre"]
+        if not ops:
+            f = self.head.encode(unit)
+            return f, f
+        pre = self.head.pre(unit)
+        new = self._edit_and_read(ops, pre)
+        if new is pre:
+            f = self.head.encode(unit)
+            return f, f
+        return self.head.activate(pre), self.head.activate(new)
+
+    def _latents(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Applies the edits to ``after``; returns it with ``(f' - f) W_dec``, or None where f' is f."""
+        ops = self.ops["latents"]
+        edits = [op for op in ops if op.kind == "edit"]
+        reads = [op for op in ops if op.kind != "edit"]
+        columns = None
+        if self.union is not None:
+            columns = self.union.to(before.device)
+            old = new = after.index_select(-1, columns)
+            for op in edits:
+                new = op.act.on_columns(new, columns, op.hook)
+            full = bool(reads or self.ops["recon"] or self.ops["error"] or not self.attachment.error_term)
+            final = after.index_copy(-1, columns, new.to(after.dtype)) if full else after
+        else:
+            final = after
+            for op in edits:
+                final = apply(op, final)
+            old, new = before, final
+        if any(not op.detached for op in reads):
+            # A node of its own, inside the flow: gradients with respect to it are those of the edited features.
+            final = final.view_as(final)
+            old, new, columns = before, final, None
+        self._read(reads, final)
+        if new is old or not self.head.has_decoder or not self.attachment.splice:
+            return final, None
+        difference = new - old
+        if not torch.compiler.is_compiling() and not difference.requires_grad and not bool(difference.any()):
+            return final, None
+        weight = self.head.W_dec if columns is None else self.head.W_dec.index_select(0, columns)
+        return final, difference.to(weight.dtype) @ weight
+
+    def _edit_and_read(self, ops: list[Op], value: Tensor) -> Tensor:
+        for op in ops:
+            if op.kind == "edit":
+                value = apply(op, value)
+        self._read([op for op in ops if op.kind != "edit"], value)
+        return value
+
+    def _read(self, reads: list[Op], value: Tensor) -> None:
+        watch(value, [op for op in reads if op.kind == "grad"])
+        for op in reads:
+            if op.kind == "capture":
+                op.act(op.target.name, value)
+
+
+def check_splice(attachment: Attachment, leaf: str) -> None:
+    """Raises where an edit of this leaf could not reach the model."""
+    head = attachment.head
+    if attachment.splice and not head.has_decoder:
+        raise NoDecoder(
+            f"head {attachment.name!r} ({head.id}) has no decoder: an edit of its features cannot flow back into "
+            f"{attachment.site.name!r}. Fit a decoder for it, or attach it with splice=False and read the edited "
+            f"features from a cache, or apply the edit to features by hand: Zero(...)(head.encode(x))"
+        )
+    if leaf == "pre" and not hasattr(head, "activate"):
+        raise NoDecoder(
+            f"head {attachment.name!r} ({head.id}) has no activate(pre): its pre-activations can be read, not "
+            f"edited; edit {attachment.site.name}.{attachment.name}.latents"
+        )
+
+
+def _gather(change: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    flat = change.reshape(-1, change.shape[-1]).to(weight.dtype)
+    bags = torch.nn.functional.embedding_bag(
+        indices.reshape(flat.shape), weight, per_sample_weights=flat, mode="sum"
+    )
+    return bags.view(*change.shape[:-1], weight.shape[-1])
+
+
+def _gather_rows(change: Tensor, indices: Tensor, where: Tensor, weight: Tensor) -> Tensor:
+    """The rows of ``W_dec`` for the changed entries alone, summed for each vector."""
+    rows, columns = where.unbind(-1)
+    starts = torch.searchsorted(rows, torch.arange(len(change), device=rows.device))
+    return torch.nn.functional.embedding_bag(
+        indices[rows, columns],
+        weight,
+        offsets=starts,
+        per_sample_weights=change[rows, columns].to(weight.dtype),
+        mode="sum",
+    )

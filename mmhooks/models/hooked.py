@@ -1,0 +1,193 @@
+"""HookedModel: a user's own model object, with names for its places and one context to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmhooks.errors import MMHooksError
+from mmhooks.hooks.cache import ActivationCache
+from mmhooks.hooks.context import HookContext
+from mmhooks.hooks.dispatch import Board
+from mmhooks.hooks.edits import Edit
+from mmhooks.hooks.places import HookFn, Places, Planned
+from mmhooks.hooks.selection import Tokens
+from mmhooks.hooks.sites import Pattern, SiteMap
+
+Hooks = Iterable[tuple[Pattern, HookFn]]
+
+
+class HookedModel:
+    """Base of the hooked models. ``model`` is the object that was given: never converted, never wrapped.
+
+    A subclass builds the :class:`~mmhooks.hooks.sites.SiteMap` and adds the entry points. Outside contexts
+    nothing is installed, so the model is what it was, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, sites: SiteMap, *, name: str = "") -> None:
+        self.model, self.name = model, name
+        self.places = Places(sites)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._board = Board()
+        # In-place activations would overwrite what a cache keeps (ResNets; transformers have none).
+        self._writes_inplace = any(getattr(m, "inplace", False) for m in model.modules())
+
+    # -- the model -------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def __repr__(self) -> str:
+        heads = ", ".join(self.places.attachments) or "none"
+        return f"{type(self).__name__}({self.name or type(self.model).__name__}, heads: {heads})"
+
+    # -- sites and heads -------------------------------------------------------------------------------
+
+    def sites(self, pattern: Pattern | None = None) -> list[str]:
+        """Names of the sites that a glob or predicate selects (all canonical ones without it).
+
+        Native module paths are sites too; they are listed where the pattern matches no canonical name.
+        ``model.shapes`` has the shapes of those seen by a ``run_with_cache``.
+
+        Raises:
+            UnknownSite: nothing matches.
+        """
+        return self.places.names(pattern)
+
+    def attach(
+        self,
+        head: Any,
+        at: Pattern | Sequence[Pattern],
+        name: str | None = None,
+        *,
+        error_term: bool = True,
+        splice: bool = True,
+    ) -> list[str]:
+        """Attaches a sparse head at sites; gives the places ``<site>.<name>.{pre, latents, recon, error}``.
+
+        Nothing is computed until a context edits or reads them, and the model's output does not change.
+
+        Args:
+            head: anything with the interface of :class:`~mmhooks.hooks.splice.HeadLike`.
+            at: sites, by name, glob or predicate.
+            name: default: the head's own.
+            error_term: edited output is ``x + (f' - f) W_dec``; ``False``: ``dec(f')``.
+            splice: ``False`` leaves the model's flow alone; edits show in the head's latents only (the one
+                way to edit a head without decoder).
+
+        Returns:
+            ``["image.embed.sae", ...]``.
+
+        Raises:
+            UnknownSite: a site that does not exist.
+            MMHooksError: that name is taken at that site.
+        """
+        patterns = [at] if isinstance(at, str) or callable(at) else list(at)
+        return self.places.attach(head, patterns, name or head.name, error_term=error_term, splice=splice)
+
+    def detach(self, what: Any = None) -> None:
+        """Takes heads off: by object, by name, by ``site.name``; all of them without an argument."""
+        if what is None:
+            self.places.attachments.clear()
+        else:
+            self.places.detach(what)
+
+    # -- the context -----------------------------------------------------------------------------------
+
+    def hooks(
+        self,
+        *edits: Edit,
+        mask: Any = None,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        strict: bool = True,
+    ) -> HookContext:
+        """The one context: edits, a mask, functions and backward hooks, for the thread that opens it.
+
+        They run in this order: ``edits``, ``mask``, ``fwd_hooks``; outer contexts first. Backward passes belong
+        inside the block.
+
+        Args:
+            edits: :class:`~mmhooks.hooks.edits.Edit` objects.
+            mask: features to set to zero: a FeatureSet, indices, a bool tensor, or ``{site or tower: ...}``.
+            fwd_hooks: ``(site, fn)`` with ``fn(tensor, *, hook) -> tensor or None``.
+            bwd_hooks: ``(site, fn)`` with ``fn(grad, *, hook) -> grad or None``.
+            strict: raise on exit if one of them fired nowhere.
+
+        Raises:
+            UnknownSite, WrongHead, NoDecoder, ShapeMismatch: on entry.
+            HookDidNotFire: on exit, with ``strict``.
+        """
+        for edit in edits:
+            if not isinstance(edit, Edit):
+                raise MMHooksError(
+                    f"model.hooks takes edits, came {type(edit).__name__}; a FeatureSet goes to mask=, a "
+                    "function to fwd_hooks=[(site, fn)]"
+                )
+        forward, backward = list(fwd_hooks), list(bwd_hooks)
+
+        def plan() -> Planned:
+            parts = [self.places.plan_edit(edit) for edit in edits]
+            if mask is not None:
+                parts.append(self.places.plan_mask(mask))
+            parts += [self.places.plan_hook(pattern, fn, "edit") for pattern, fn in forward]
+            parts += [self.places.plan_hook(pattern, fn, "grad") for pattern, fn in backward]
+            return _joined(parts)
+
+        return HookContext(self._board, plan, strict=strict)
+
+    @contextmanager
+    def caching(
+        self,
+        sites: Pattern | Sequence[Pattern],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        tokens: Tokens = None,
+        strict: bool = True,
+    ) -> Iterator[ActivationCache]:
+        """A context that fills the :class:`~mmhooks.hooks.cache.ActivationCache` it gives.
+
+        Values are those that flow on, after the edits of all open contexts, whichever is the outer one.
+        """
+        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
+        cache = ActivationCache(
+            device=device, dtype=dtype, detach=detach, tokens=tokens, copy=self._writes_inplace
+        )
+
+        def plan() -> Planned:
+            return _joined([self.places.plan_capture(p, cache.put, detached=detach) for p in patterns])
+
+        with HookContext(self._board, plan, strict=strict):
+            yield cache
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
+        """``forward`` under hooks, as TransformerLens spells it."""
+        with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
+            return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One run of the whole model, as the family defines it."""
+        raise NotImplementedError
+
+    def _cached(
+        self, run: Callable[[], Any], sites: Any, options: dict[str, Any]
+    ) -> tuple[Any, ActivationCache]:
+        with self.caching(sites, **options) as cache:
+            out = run()
+        self.shapes.update({name: tuple(value.shape) for name, value in cache.items()})
+        return out, cache
+
+
+def _joined(parts: Sequence[Planned]) -> Planned:
+    return [op for ops, _ in parts for op in ops], [b for _, bindings in parts for b in bindings]
