@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -244,6 +244,15 @@ def init_words(model, tokenizer, cache: Path) -> None:
     model.token_embedding.weight[:ordinary] = placed / placed.std() * 0.02
 
 
+def keep_plan(plan: Plan, path: Path) -> None:
+    """One folder, one plan: resuming under other settings would mix two runs."""
+    wanted = asdict(plan)
+    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+        differ = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
+        raise typer.BadParameter(f"{path.parent} holds a run of another plan {differ}; choose another --out")
+    path.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
 def small_attention() -> None:
     """Spell attention out while training: torch's fused CPU kernel spends half of a step in its backward
     at 33 tokens (measured: 134 against 285 samples/s on one core)."""
@@ -278,6 +287,7 @@ def main(
     plan = Plan(steps=steps, batch=batch, lr=lr, relational=relational, word_init=word_init, word_lr=word_lr,
                 patch_dropout=patch_dropout, declip=declip, seed=seed)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
+    keep_plan(plan, out / "plan.json")
     trainer = Trainer(Corpus(corpus), plan, out)
     if (out / "checkpoint.safetensors").exists():
         trainer.resume()

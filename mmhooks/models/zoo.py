@@ -1,0 +1,152 @@
+"""Loading by name: the embedded models, any open_clip name and tag, and heads from wherever they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmhooks.errors import MissingWeights, MMHooksError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmhooks.heads.base import Head
+    from mmhooks.models.clip import HookedCLIP
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ("mini", "mini-declip")
+
+
+def load(
+    name: str = "mini",
+    *,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    cache_dir: str | Path | None = None,
+) -> HookedCLIP:
+    """A hooked CLIP by name, in evaluation mode, with its tokenizer and preprocessing.
+
+    Args:
+        name: ``"mini"`` or ``"mini-declip"`` (embedded, no network), or any name of
+            ``open_clip.list_models()``, or ``"hf-hub:…"``.
+        pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
+            checkpoint. None gives random weights, which open_clip itself warns about.
+        precision: open_clip's (``"fp32"``, ``"bf16"``, …); the embedded models are stored in half
+            precision and computed in fp32.
+        cache_dir: where open_clip keeps downloads.
+
+    Raises:
+        MissingWeights: the tag cannot be fetched or the file is not there.
+        MMHooksError: no such model or tag; the message names near ones.
+
+    >>> model = load("mini")
+    >>> model.encode_text(model.tokenizer(["a red panda"])).shape
+    torch.Size([1, 256])
+    """
+    from mmhooks.models.clip import HookedCLIP
+
+    if name in EMBEDDED:
+        if pretrained is not None or precision != "fp32":
+            raise MMHooksError(
+                f"{name!r} is embedded and computes in fp32: it takes no pretrained= or precision=, "
+                f"came {pretrained!r} and {precision!r}; convert it with model.model.to(...) if you must"
+            )
+        model, tokenizer, preprocess = _embedded(name)
+    else:
+        model, tokenizer, preprocess = _open_clip(name, pretrained, precision, cache_dir)
+    model = model.to(device).eval()
+    return HookedCLIP(model, tokenizer=tokenizer, preprocess=preprocess, name=name)
+
+
+def load_head(source: str | Path, *, device: str | torch.device = "cpu") -> Head:
+    """A sparse head from the package (``"mini/sae"``), a directory, or a Hugging Face Hub id.
+
+    Raises:
+        MissingWeights: none of the three holds it.
+
+    >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
+    (256, 1024)
+    """
+    from mmhooks.heads.base import load_head_dir
+
+    for folder in (ASSETS / source, Path(source)):
+        if (folder / "config.json").is_file():
+            return load_head_dir(folder, device=device)
+    if str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1 or Path(source).exists():
+        raise MissingWeights(
+            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give a directory "
+            "that Head.save wrote, or a Hub id owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:
+        raise MissingWeights(
+            f"no head {str(source)!r} in this directory, and the Hub did not give it "
+            f"({type(error).__name__}); embedded heads are {', '.join(embedded_heads())}"
+        ) from error
+    return load_head_dir(folder, device=device)
+
+
+def embedded_heads() -> list[str]:
+    """Names of the heads that ship with the package."""
+    return sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in ASSETS.glob("*/*/config.json"))
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known of an embedded model: data, licences, recipe, seed, held-out retrieval."""
+    path = ASSETS / name / "card.json"
+    if not path.is_file():
+        raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
+    return json.loads(path.read_text())
+
+
+def _embedded(name: str) -> tuple[Any, Any, Any]:
+    from safetensors.torch import load_file
+
+    from mmhooks.models import mini
+
+    path = ASSETS / name / "model.safetensors"
+    if not path.is_file():
+        raise MissingWeights(f"{path.name} of {name!r} is not in this installation; install mmhooks again")
+    model = mini.build()
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    return model, mini.tokenizer(), mini.preprocess
+
+
+def _open_clip(
+    name: str, pretrained: str | None, precision: str, cache_dir: str | Path | None
+) -> tuple[Any, Any, Any]:
+    from difflib import get_close_matches
+
+    import open_clip
+
+    name = name.replace("/", "-") if not name.startswith(("hf-hub:", "local-dir:")) else name
+    known = open_clip.list_models()
+    if ":" not in name and name not in known:
+        near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
+        raise MMHooksError(
+            f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
+            f"near matches: {', '.join(near) or 'none'}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name) if ":" not in name else []
+    if pretrained and not Path(pretrained).exists() and ":" not in name and pretrained not in tags:
+        raise MissingWeights(
+            f"{name} has no tag {pretrained!r} and no such file exists; tags: {', '.join(tags) or 'none'}"
+        )
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, precision=precision, cache_dir=str(cache_dir) if cache_dir else None
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError) as error:
+        if pretrained is None and ":" not in name:
+            raise
+        raise MissingWeights(
+            f"weights {pretrained or name!r} of {name} could not be had ({type(error).__name__}: {error}); "
+            "without network give pretrained= the path of a downloaded checkpoint, or use mm.load('mini')"
+        ) from error
+    return model, tokenizer, preprocess
