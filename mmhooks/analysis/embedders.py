@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ TEXT_NAMES = ("minilm",)
 IMAGE_NAMES = ("efficientnet-lite0", "vit-b16-in21k")
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Turns texts or pictures, or the side of a :class:`~mmhooks.data.Pairs`, into unit vectors."""
 

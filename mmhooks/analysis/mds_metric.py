@@ -66,7 +66,7 @@ class MDS(Metric):
             self.add_state(name, torch.zeros(n_features, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("n_pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, image: Float[Tensor, "b n"], text: Float[Tensor, "b n2"]) -> None:
+    def update(self, image: Float[Tensor, "b n"], text: Float[Tensor, "b2 n2"]) -> None:
         """Adds the latents of a batch of pairs.
 
         Raises:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 from PIL import Image
 
@@ -35,6 +35,7 @@ class Pair:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """Where pixels come from: opens the picture of a row, with its transparency if it has one."""
 

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 import mmhooks as mm
 from mmhooks.analysis.controls import size_matched
 from mmhooks.analysis.mds_metric import MDS
-from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
+from mmhooks.errors import NotFinite, ShapeMismatch
 
 # Sparse latents: zeros are common, values are of ordinary size.
 numbers = st.one_of(st.just(0.0), st.floats(0.015625, 100, width=32))
@@ -180,8 +180,6 @@ def test_bad_input_is_named():
     bad[9, 3] = math.inf
     with pytest.raises(NotFinite, match=r"text latents: 2 of 40 .*rows 7, 9 and columns 2, 3"):
         mm.mds(good, bad)
-    with pytest.raises(MMHooksError, match="relu, abs, paper"):
-        mm.mds(good, good, kind="square")  # type: ignore[arg-type]
     metric = MDS(5)
     with pytest.raises(ShapeMismatch, match="4 features, expected 5"):
         metric.update(good, good)

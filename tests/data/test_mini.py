@@ -104,5 +104,5 @@ def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):
 
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(source, "find_spec", lambda module: None if module == "resvg_py" else object())
-    with pytest.raises(MissingWeights, match="pip install resvg-py$"):
+    with pytest.raises(MissingWeights, match=r"pip install resvg-py$"):
         mm.data.pairs("mini")
