@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+
 
 from mmhooks.errors import HookDidNotFire, MMHooksError
 from mmhooks.hooks import dispatch
@@ -28,7 +28,7 @@ class HookContext:
         self.is_open = False
         self._taps: list[object] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> HookContext:
         if self.is_open or self.ops:
             raise MMHooksError("this context was entered before; call model.hooks(...) again for another one")
         self.ops, self.bindings = self._plan()

@@ -105,7 +105,7 @@ class HookedModel:
 
     def hooks(
         self,
-        *edits: Edit,
+        *edits: Any,
         mask: Any = None,
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
