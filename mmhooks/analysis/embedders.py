@@ -246,14 +246,16 @@ def _timm_model(name: str) -> nn.Module:
 
 
 def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
-    from timm.data import create_transform, resolve_data_config
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
     config = resolve_data_config({}, model=model)
     if size is not None:
         config["input_size"] = (3, size, size)
     # The whole picture, squared: a centre crop would cut drawings that fill their frame.
     transform = create_transform(**{**config, "crop_pct": 1.0, "crop_mode": "squash"})
-    any_model: Any = model.to(device, memory_format=torch.channels_last)
+    any_model: Any = model
+    any_model = any_model.to(device, memory_format=torch.channels_last)
 
     def embed(pictures: Sequence[Any]) -> Tensor:
         pixels = torch.stack([transform(picture.convert("RGB")) for picture in pictures])  # type: ignore[operator]

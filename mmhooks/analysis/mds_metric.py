@@ -40,6 +40,19 @@ class MDS(Metric):
     tensor([0.5000, 0.7500,    nan], dtype=torch.float64)
     """
 
+    # The states, which torchmetrics sets by name.
+    ratio_sum: Tensor
+    ratio_square_sum: Tensor
+    image_sum: Tensor
+    text_sum: Tensor
+    shuffled_sum: Tensor
+    counts: Tensor
+    image_counts: Tensor
+    text_counts: Tensor
+    shuffled_counts: Tensor
+    n_pairs: Tensor
+    kind: Kind
+
     full_state_update = False
     is_differentiable = False
     higher_is_better = None
@@ -100,7 +113,7 @@ class MDS(Metric):
                 ratio, counted = _ratio(a_i, activation(text[order[rows]], self.kind))
                 self.shuffled_sum += _sum(ratio)
                 self.shuffled_counts += _count(counted)
-        self.n_pairs += len(image)
+        self.n_pairs = self.n_pairs + len(image)
 
     def compute(self) -> dict[str, Tensor]:
         """``R``, ``ratio_of_means`` and ``counts`` of every feature, with the sums that they come from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -90,7 +90,9 @@ def _open(path: str, split: str | None, name: str) -> Any:
         if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
             found = datasets.load_from_disk(str(place))
             found = (
-                found[_choose(list(found), split, name)] if isinstance(found, datasets.DatasetDict) else found
+                found[_choose([str(s) for s in found], split, name)]
+                if isinstance(found, datasets.DatasetDict)
+                else found
             )
             return found.to_iterable_dataset()
         if place.is_file():
@@ -100,7 +102,7 @@ def _open(path: str, split: str | None, name: str) -> Any:
             found = datasets.load_dataset(builder, data_files=str(place), streaming=True)
         else:
             found = datasets.load_dataset(str(place) if place.is_dir() else path, streaming=True)
-        return found[_choose(list(found), split, name)]
+        return found[_choose([str(s) for s in found], split, name)]
     except DataError:
         raise
     except Exception as fault:  # datasets, huggingface_hub, fsspec and httpx each raise their own
@@ -112,7 +114,7 @@ def _open(path: str, split: str | None, name: str) -> Any:
         ) from fault
 
 
-def _choose(splits: list[str], split: str | None, name: str) -> str:
+def _choose(splits: Sequence[str], split: str | None, name: str) -> str:
     if split is None:
         return next((s for s in ("validation", "val", "test") if s in splits), splits[0])
     if split not in splits:
