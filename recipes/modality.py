@@ -53,7 +53,9 @@ class Clock:
         task = self.bars.add_task(label, total=1)
         yield
         self.bars.update(task, advance=1)
-        self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - start
+        self.seconds[label] = time.perf_counter() - start
+        if not self.console.is_terminal:  # a log file shows no bars
+            self.console.print(f"{label}: {self.seconds[label]:.1f} s", markup=False, highlight=False)
 
 
 @app.command()
@@ -222,12 +224,9 @@ def judge(pairs: Any, o: dict[str, Any]) -> dict[str, Any]:
     """Embeddings of the judges (not of the models under study), cached by data and embedder."""
     from mmhooks.analysis.embedders import image_embedder, text_embedder
 
-    texts = text_embedder(o["text_embedder"])
-    images = image_embedder(o["image_embedder"])
-    return {
-        "image": images(pairs.images()),
-        "text": texts(list(pairs.texts)),
-    }
+    texts = text_embedder(o["text_embedder"], progress=not o.get("quiet"))
+    images = image_embedder(o["image_embedder"], progress=not o.get("quiet"))
+    return {"image": images(pairs), "text": texts(pairs)}
 
 
 def load_declip(o: dict[str, Any]) -> Any:

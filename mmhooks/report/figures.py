@@ -83,14 +83,14 @@ def _histogram(axis: Axes, panel: Histogram, palette: Palette) -> None:
     axis.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", ".25", ".5", ".75", "1"))
     axis.set_title(panel.title, pad=30)
     line = f"μ {fixed(panel.mu)}   σ {fixed(panel.sigma)}" + (f"   {panel.note}" if panel.note else "")
-    axis.text(0, 1.13, line, transform=axis.transAxes, fontsize=9.5, color=palette.soft, parse_math=False)
+    # Offsets in points: the lines keep their distance whatever the height of the panel.
+    place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9.5}
+    axis.annotate(line, (0, 1), (0, 17), color=palette.soft, parse_math=False, **place)
     at = 0.0
     for group in ("TextD", "CrossD", "ImgD"):
-        text = axis.text(
-            at, 1.04, f"{group} {panel.sizes.get(group, 0)}", transform=axis.transAxes, fontsize=9.5,
-            color=palette.group(group), fontweight="bold",
-        )  # fmt: skip
-        at += 0.034 * len(text.get_text()) + 0.05
+        label = f"{group} {panel.sizes.get(group, 0)}"
+        axis.annotate(label, (at, 1), (0, 4), color=palette.group(group), fontweight="bold", **place)
+        at += 0.034 * len(label) + 0.05
     axis.tick_params(length=3)
 
 
