@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-
 
 from mmhooks.errors import HookDidNotFire, MMHooksError
 from mmhooks.hooks import dispatch
 from mmhooks.hooks.program import Binding, Op
+from mmhooks.hooks.taps import Tap
 
 
 class HookContext:
@@ -20,20 +20,25 @@ class HookContext:
     """
 
     def __init__(
-        self, board: dispatch.Board, plan: Callable[[], tuple[list[Op], list[Binding]]], *, strict: bool
+        self,
+        board: dispatch.Board,
+        plan: Callable[[], tuple[list[Op], list[Binding]]],
+        *,
+        strict: bool,
+        around: Callable[[], Iterable[Tap]] = tuple,
     ) -> None:
-        self._board, self._plan, self._strict = board, plan, strict
+        self._board, self._plan, self._strict, self._around = board, plan, strict, around
         self.ops: list[Op] = []
         self.bindings: list[Binding] = []
         self.is_open = False
-        self._taps: list[object] = []
+        self._taps: list[Tap] = []
 
     def __enter__(self) -> HookContext:
         if self.is_open or self.ops:
             raise MMHooksError("this context was entered before; call model.hooks(...) again for another one")
         self.ops, self.bindings = self._plan()
         try:
-            for tap in dict.fromkeys(op.target.site.tap for op in self.ops):
+            for tap in dict.fromkeys((*self._around(), *(op.target.site.tap for op in self.ops))):
                 self._board.acquire(tap)
                 self._taps.append(tap)
             self.is_open = True
@@ -60,7 +65,7 @@ class HookContext:
         for binding in self.bindings:
             binding.live = False
         while self._taps:
-            self._board.release(self._taps.pop())  # type: ignore[arg-type]
+            self._board.release(self._taps.pop())
 
 
 def _complaint(binding: Binding) -> str:

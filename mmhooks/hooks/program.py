@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
@@ -108,6 +109,8 @@ class Capture:
         self.name, self.act, self.binding = op.target.name, op.act, op.binding
 
     def __call__(self, raw: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint recomputes what is kept already
         self.binding.fired = True
         self.act(self.name, raw if self.view is None else self.view.show(raw))
 

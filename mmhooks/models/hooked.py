@@ -15,8 +15,10 @@ from mmhooks.hooks.context import HookContext
 from mmhooks.hooks.dispatch import Board
 from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.places import HookFn, Places, Planned
+from mmhooks.hooks.recompute import Recomputed, checkpointed
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, SiteMap
+from mmhooks.hooks.taps import Tap
 
 Hooks = Iterable[tuple[Pattern, HookFn]]
 
@@ -33,6 +35,7 @@ class HookedModel:
         self.places = Places(sites)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._board = Board()
+        self._recomputed: dict[nn.Module, Tap] = {}
         # In-place activations would overwrite what a cache keeps (ResNets; transformers have none).
         self._writes_inplace = any(getattr(m, "inplace", False) for m in model.modules())
 
@@ -143,7 +146,7 @@ class HookedModel:
             parts += [self.places.plan_hook(pattern, fn, "grad") for pattern, fn in backward]
             return _joined(parts)
 
-        return HookContext(self._board, plan, strict=strict)
+        return HookContext(self._board, plan, strict=strict, around=self._checkpoints)
 
     @contextmanager
     def caching(
@@ -168,7 +171,7 @@ class HookedModel:
         def plan() -> Planned:
             return _joined([self.places.plan_capture(p, cache.put, detached=detach) for p in patterns])
 
-        with HookContext(self._board, plan, strict=strict):
+        with HookContext(self._board, plan, strict=strict, around=self._checkpoints):
             yield cache
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
@@ -179,6 +182,12 @@ class HookedModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One run of the whole model, as the family defines it."""
         raise NotImplementedError
+
+    def _checkpoints(self) -> list[Tap]:
+        """Taps of the blocks that a backward pass would recompute; none outside of grad mode."""
+        if not torch.is_grad_enabled():
+            return []
+        return [self._recomputed.setdefault(b, Recomputed(b)) for b in checkpointed(self.model)]
 
     def _cached(
         self, run: Callable[[], Any], sites: Any, options: dict[str, Any]

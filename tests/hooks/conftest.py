@@ -55,9 +55,7 @@ def fingerprint(model: torch.nn.Module) -> list[object]:
     """Everything that hooks could leave behind: modules, attributes, hooks, state."""
     seen: list[object] = []
     for path, module in model.named_modules():
-        hooks = {
-            k: tuple(v) for k, v in module.__dict__.items() if "hook" in k and hasattr(v, "__len__")
-        }
+        hooks = {k: tuple(v) for k, v in module.__dict__.items() if "hook" in k and hasattr(v, "__len__")}
         attributes = {k: id(v) for k, v in module.__dict__.items() if "hook" not in k}
         seen.append((path, id(module), tuple(module.__dict__), hooks, attributes))
     seen.append(tuple(model.state_dict()))

@@ -62,7 +62,8 @@ def opened(model: HookedCLIP, kind: str, site: str):
 
 steps = st.one_of(
     st.tuples(
-        st.sampled_from(["mask", "zero", "read", "backward", "boom", "cache", "cache!"]), st.sampled_from(SITES)
+        st.sampled_from(["mask", "zero", "read", "backward", "boom", "cache", "cache!"]),
+        st.sampled_from(SITES),
     ),
     st.tuples(st.just("close"), st.integers(0, 5)),
     st.tuples(st.just("image"), st.just(0)),
@@ -256,7 +257,9 @@ def test_a_context_is_for_one_use(model, images):
 
 
 def test_unknown_site_names_near_matches(model):
-    with pytest.raises(UnknownSite, match=r"image\.blocks\.1\.atn\.z.*near matches:.*image\.blocks\.1\.attn\.z"):
+    with pytest.raises(
+        UnknownSite, match=r"image\.blocks\.1\.atn\.z.*near matches:.*image\.blocks\.1\.attn\.z"
+    ):
         with model.hooks(mm.Zero(at="image.blocks.1.atn.z")):
             pass
     with pytest.raises(UnknownSite, match="vision"):
@@ -266,7 +269,9 @@ def test_unknown_site_names_near_matches(model):
 
 
 def test_a_hook_that_did_not_fire_says_where(model, images, sae):
-    with pytest.raises(HookDidNotFire, match=r"Zero\(\) fired at none of its sites \(text\.embed\): no forward"):
+    with pytest.raises(
+        HookDidNotFire, match=r"Zero\(\) fired at none of its sites \(text\.embed\): no forward"
+    ):
         with model.hooks(mm.Zero(at="text.embed")):
             model.encode_image(images)
     with pytest.raises(HookDidNotFire, match=r"cache of 'text\.\*'"):

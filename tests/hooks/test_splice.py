@@ -75,10 +75,14 @@ def test_two_edits_share_one_encode_and_nest(model, images, sae):
     assert len(calls) == 1
 
     def expected(f):
-        return replaced(replaced(replaced(f, [0, 1, 2], 0.0), [2, 7], replaced(f, [0, 1, 2], 0.0) + 0.1), [9], 0.0)
+        return replaced(
+            replaced(replaced(f, [0, 1, 2], 0.0), [2, 7], replaced(f, [0, 1, 2], 0.0) + 0.1), [9], 0.0
+        )
 
     torch.testing.assert_close(z, by_hand(sae, x, expected), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(cache["image.embed.sae.latents"], expected(sae.encode(x / x.norm(dim=-1, keepdim=True))))
+    torch.testing.assert_close(
+        cache["image.embed.sae.latents"], expected(sae.encode(x / x.norm(dim=-1, keepdim=True)))
+    )
 
 
 def test_an_edit_that_changes_nothing_gives_x_itself(model, images, sae):
@@ -127,7 +131,9 @@ def test_gradients_to_input_head_and_edit(model, images, sae):
 def test_gradient_of_a_latent_is_that_of_the_edited_feature(model, images, sae):
     model.attach(sae, at="image.embed")
     weights, grads = torch.randn(3, 12), {}
-    with model.hooks(bwd_hooks=[("image.embed.sae.latents", lambda g, *, hook: grads.update({hook.name: g}))]):
+    with model.hooks(
+        bwd_hooks=[("image.embed.sae.latents", lambda g, *, hook: grads.update({hook.name: g}))]
+    ):
         z = model.encode_image(images)
         (z * weights).sum().backward()
     want = z.norm(dim=-1, keepdim=True) * weights @ sae.W_dec.T
@@ -152,7 +158,10 @@ def test_token_sites_and_several_heads(model, images):
     one, two = TopKSAE(16, 40, 5, name="one"), TopKSAE(16, 24, 3, name="two", seed=9)
     model.attach(one, at=site), model.attach(two, at=site)
     _, plain = model.run_with_cache(images, sites=[site])
-    edits = mm.Zero(range(40), at=f"{site}.one", tokens=[0]), mm.Zero(range(24), at=f"{site}.two", tokens=slice(1, 3))
+    edits = (
+        mm.Zero(range(40), at=f"{site}.one", tokens=[0]),
+        mm.Zero(range(24), at=f"{site}.two", tokens=slice(1, 3)),
+    )
     with model.hooks(*edits), model.caching([site]) as cache:
         model.encode_image(images)
     x = plain[site]

@@ -1,0 +1,85 @@
+"""Activation checkpointing: what is recomputed in the backward pass runs under the edits of its forward.
+
+Autograd may recompute in a thread of its own, or while other contexts are open. So every checkpointed block
+remembers, for the tensor that it was called with, the stack of contexts that was active then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mmhooks.errors import MMHooksError
+from mmhooks.hooks import dispatch
+from mmhooks.hooks.taps import Remove, Tap
+
+
+class Recomputed(Tap):
+    """Wraps the call of one checkpointed block while a context is open. Emits nothing itself."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def install(self) -> Remove:
+        space = self.block.__dict__
+        call, before = self.block._call_impl, space.get("_call_impl")
+        stacks: Any = WeakIdKeyDictionary()
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            if given is None:
+                return call(*args, **kwargs)
+            if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+                stack = dispatch.current()
+                if not stack.contexts:
+                    return call(*args, **kwargs)
+                stacks[given] = stack
+                output = call(*args, **kwargs)
+                _guard(output, stack)
+                return output
+            stack = stacks.get(given)
+            if stack is None:
+                return call(*args, **kwargs)
+            with dispatch.bound(stack):
+                return call(*args, **kwargs)
+
+        space["_call_impl"] = wrapped
+
+        def remove() -> None:
+            if before is None:
+                space.pop("_call_impl", None)
+            else:
+                space["_call_impl"] = before
+
+        return remove
+
+
+def _guard(output: Any, stack: dispatch.Stack) -> None:
+    """The gradient of a block's output arrives before the block is recomputed: the last moment to object."""
+    first = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(first, Tensor) or not first.requires_grad:
+        return
+
+    def check(grad: Tensor) -> None:
+        if not all(context.is_open for context in stack.contexts):
+            raise MMHooksError(
+                "backward() of a checkpointed block after its context closed: the block would be recomputed "
+                "without the edits of its forward; call backward() within the with block"
+            )
+
+    first.register_hook(check)
+
+
+def checkpointed(model: nn.Module) -> Iterator[nn.Module]:
+    """Blocks that run under activation checkpointing, as open_clip, timm and transformers mark them."""
+    for module in model.modules():
+        if getattr(module, "grad_checkpointing", False):
+            for child in module.children():
+                if isinstance(child, (nn.ModuleList, nn.Sequential)):
+                    yield from child
+        elif getattr(module, "gradient_checkpointing", False):
+            yield module
