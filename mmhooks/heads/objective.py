@@ -24,6 +24,8 @@ class Objective:
     """
 
     dead_after: float = 1.0
+    default_batch_size: ClassVar[int] = 512
+    default_lr: ClassVar[float] = 1e-3
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def settings(self) -> dict[str, Any]:

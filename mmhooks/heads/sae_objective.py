@@ -32,6 +32,10 @@ class SAEObjective(Objective):
         dead_after: epochs without firing after which a feature is dead.
     """
 
+    # On a few ten thousand vectors steps are what an SAE lacks: many small ones at a higher rate.
+    default_batch_size = 256
+    default_lr = 2e-3
+
     b_pre: Literal["median", "mean", "zero"] = "median"
     init: Literal["random", "data"] = "random"
     aux_k: int | None = None

@@ -134,8 +134,8 @@ def train_head(
     text: Float[Tensor, "_ d"] | None = None,
     *,
     epochs: int = 60,
-    batch_size: int = 1024,
-    lr: float = 1e-3,
+    batch_size: int | None = None,
+    lr: float | None = None,
     warmup: float = 0.05,
     decay: float = 0.5,
     weight_decay: float = 0.0,
@@ -153,6 +153,7 @@ def train_head(
     over the first ``warmup`` of all steps, and falls linearly to zero over the last ``decay`` of them.
 
     Args:
+        batch_size, lr: by default the objective's (SAE: 256 and 2e-3, NCL: 512 and 1e-3).
         valid: held-out pairs, scored after every epoch.
         patience: stop after so many epochs without a better held-out score, and keep the best weights.
         checkpoint: a file; written after every epoch, and every ``checkpoint_every`` steps inside one, and
@@ -175,7 +176,8 @@ def train_head(
     device = next(head.parameters()).device
     image, text = _ready(head, image, text, device)
     held_out = _ready(head, *valid, device) if valid is not None else None
-    batch = min(batch_size, len(image))
+    batch = min(batch_size or objective.default_batch_size, len(image))
+    lr = objective.default_lr if lr is None else lr
     per_epoch = len(image) // batch
     total = epochs * per_epoch
     mark = fingerprint(
