@@ -1,0 +1,74 @@
+"""Train the sparse heads that ship with an embedded model: the TopK SAE and the NCL head.
+
+    python recipes/train_heads.py --corpus runs/corpus --name mini
+
+One head for both modalities, on the embeddings of the training drawings and of their names; the numbers in
+each head's config.json are of the held-out pairs (unseen pictures and unseen concepts together).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from mini_corpus import Corpus
+from train_mini import embed
+
+import mmhooks as mm
+from mmhooks.heads import NCL, Head, TopKSAE, fidelity
+from mmhooks.models import zoo
+
+KINDS = ("sae", "ncl")
+
+
+def build(kind: str, d_in: int, n: int, k: int) -> Head:
+    return TopKSAE(d_in, n, k, name="sae") if kind == "sae" else NCL(d_in, n, name="ncl")
+
+
+def measured(head: Head, image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
+    """FVU per modality (where the head decodes), L0 per modality, features that fire in neither."""
+    both, one, two = fidelity(head, image, text), fidelity(head, image), fidelity(head, text)
+    row = {"n": len(image), "l0_image": one.l0, "l0_text": two.l0, "dead": both.dead}
+    if head.has_decoder:
+        row |= {"fvu_image": one.fvu, "fvu_text": two.fvu}
+    return row
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
+    kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
+    features: int = 1024,
+    k: Annotated[int, typer.Option(help="active features of the SAE")] = 32,
+    sae_epochs: int = 200,
+    ncl_epochs: int = 100,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
+) -> None:
+    """Train and ship heads: python recipes/train_heads.py --corpus runs/corpus --name mini"""
+    torch.manual_seed(seed)
+    model, drawings = mm.load(name), Corpus(corpus)
+    train = embed(model.model, model.tokenizer, drawings, drawings.where("train"))
+    valid = embed(model.model, model.tokenizer, drawings,
+                  drawings.where("heldout_pictures") + drawings.where("heldout_concepts"))  # fmt: skip
+    for kind in kinds.split(","):
+        head = build(kind, train[0].shape[1], features, k)
+        epochs = sae_epochs if kind == "sae" else ncl_epochs
+        result = mm.train_head(head, *train, epochs=epochs, seed=seed, valid=valid)
+        head.info = {
+            "model": name,
+            "data": "training drawings of the mini corpus (see the model's card)",
+            "recipe": {"script": "recipes/train_heads.py", "epochs": epochs, "steps": result.steps, "seed": seed,
+                       "pairs": len(train[0])},
+            "held_out": measured(head, *valid),
+            "training": measured(head, *train),
+        }  # fmt: skip
+        target = (out or zoo.ASSETS / name) / kind
+        head.save(target, dtype="fp16")
+        typer.echo(f"{target.parent.name}/{kind} {head.id}: held out {head.info['held_out']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
