@@ -179,6 +179,27 @@ class HookedModel:
         with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             return self.forward(*args, **kwargs)
 
+    # -- other toolkits --------------------------------------------------------------------------------
+
+    def as_transformer_lens(self) -> Any:
+        """A TransformerLens ``HookedRootModule`` on the same weights, whose HookPoints are our sites.
+
+        Its ``run_with_hooks``, ``run_with_cache`` and ``hooks`` work on ``forward``, ``encode_image`` and
+        ``encode_text``. Heads attached later need a new view.
+        """
+        from mmhooks.models.interop_lens import LensView
+
+        return LensView(self)
+
+    def as_nnsight(self, sites: Pattern | Sequence[Pattern] = "*") -> Any:
+        """An ``NNsight`` model in which the sites are modules: ``view.image.blocks[0].attn.z.output``.
+
+        Only the named sites are put in the flow; attention of their blocks runs on the explicit path.
+        """
+        from mmhooks.models.interop_nnsight import nnsight_view
+
+        return nnsight_view(self, sites)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One run of the whole model, as the family defines it."""
         raise NotImplementedError

@@ -1,0 +1,47 @@
+"""The sites of a hooked model as a tree of identity modules, for toolkits that hook modules.
+
+``image.blocks.3.attn.z`` becomes a child of a child of ...: where another toolkit puts hooks on it, the value
+of the site runs through it, inside our context. The tree holds no weights; the model is not part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmhooks.models.hooked import HookedModel
+
+
+def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """Adds a point for every name below ``root``; returns name -> point.
+
+    >>> list(plant(nn.Module(), ["image.embed", "image.embed.sae.latents"], nn.Identity))
+    ['image.embed', 'image.embed.sae.latents']
+    """
+    points = {name: point() for name in names}
+    branches = {name.rsplit(".", depth)[0] for name in points for depth in range(1, name.count(".") + 1)}
+    for name in sorted({*branches, *points}, key=lambda n: n.count(".")):
+        parent, _, last = name.rpartition(".")
+        below = {n[len(name) + 1 :].partition(".")[0] for n in points if n.startswith(name + ".")}
+        counts = {str(n) for n in range(len(below))}
+        node = points.get(name) or (nn.ModuleList() if below and below == counts else nn.Module())
+        (root.get_submodule(parent) if parent else root).add_module(last, node)
+    return points
+
+
+@contextmanager
+def flowing(hooked: HookedModel, points: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Inside, the values of the wanted points' sites run through the points."""
+
+    def through(point: nn.Module) -> Callable[..., Any]:
+        def run(value: Tensor, *, hook: Any) -> Tensor:
+            return point(value)
+
+        return run
+
+    live = [(name, through(point)) for name, point in points.items() if wanted(point)]
+    with hooked.hooks(fwd_hooks=live, strict=False):
+        yield
