@@ -156,6 +156,18 @@ def test_by_hand_is_the_written_formula() -> None:
     assert not torch.allclose(got[0], x[0])
 
 
+@pytest.mark.parametrize("words", [["a"] * 9, list("abcdefghi"), list("aabbcdefg")])
+def test_first_hits_is_retrievals_first_rank(words: list[str]) -> None:
+    torch.manual_seed(3)
+    same = modality_mask.labels(words)
+    for noise in (0.1, 1.0):
+        image = torch.randn(9, 4)
+        text = image + noise * torch.randn(9, 4)
+        text[3:5] = 0  # as after a mask that leaves nothing: ties
+        want = mm.retrieval(image, text, ks=(1,), same=same).image_to_text[1].value
+        assert modality_mask.first_hits(image, text, same[:, None] == same) == pytest.approx(want)
+
+
 def bars(label: str, total: int) -> Any:
     return lambda done: None
 
@@ -215,11 +227,11 @@ def test_page_says_its_controls(run: Any) -> None:
 
 def test_readme_slot_is_filled_once(run: Any, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:begin (x) -->\nold\n<!-- results:end -->\nafter\n")
+    readme.write_text("before\n<!-- results:begin (x) -->\nstale words\n<!-- results:end -->\nafter\n")
     readme_tables.main(run[1], readme)
     once = readme.read_text()
     assert (
-        "old" not in once
+        "stale words" not in once
         and "| CLIP+SAE |" in once
         and once.startswith("before\n")
         and once.endswith("after\n")
