@@ -116,7 +116,7 @@ def main(
 def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     """The whole study with these options; writes everything under ``o["out"]`` and returns the results."""
     start = time.perf_counter()
-    from modality_mask import experiment
+    from modality_mask import experiment, prepare
     from modality_page import Shown, save_all
     from modality_paper import claims
     from modality_study import encode, measure, show, subject, train_heads
@@ -162,6 +162,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             subjects += [subject("CLIP+NCL", clip, ncl_head), subject("CLIP+SAE", clip, sae_head)]
         models: dict[str, Any] = {}
         shown: list[Shown] = []
+        inputs: dict[str, Any] = {}
         for s in subjects:
             with clock.step(f"measures of {s.name}"):
                 models[s.name], mds = measure(
@@ -176,8 +177,10 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
                 shown += show(s, mds, pairs, each=o["each"], seed=o["seed"])
             with clock.step(f"masking {s.name}"):
                 bar = clock.bar(f"random masks of {s.name}", 3 * o["draws"])
+                if s.encoded.name not in inputs:
+                    inputs[s.encoded.name] = prepare(s.encoded.model, pairs, heldout)
                 models[s.name]["masking"] = experiment(
-                    s, mds, pairs, heldout, draws=o["draws"], seed=o["seed"], step=bar
+                    s, mds, pairs, heldout, inputs[s.encoded.name], draws=o["draws"], seed=o["seed"], step=bar
                 )
         results: dict[str, Any] = {
             "settings": o,

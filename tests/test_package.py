@@ -125,6 +125,16 @@ def test_readme_commands_and_ci_agree() -> None:
     assert out.stdout.strip() == block.group(1).strip()
 
 
+def test_readme_example_runs() -> None:
+    """The fifteen lines, as printed, on the embedded weights: what is left is a cosine below 1."""
+    block = re.search(r"```python\n(.+?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    out = subprocess.run([sys.executable, "-c", block.group(1)], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    left = re.fullmatch(r"tensor\(([0-9.]+)(, grad_fn=.*)?\)", out.stdout.strip())
+    assert left is not None and 0.2 < float(left.group(1)) < 0.999
+
+
 def test_readme_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text()
     targets = [*re.findall(r"\]\(([^)#:]+)\)", text), *re.findall(r'src(?:set)?="([^":]+)"', text)]

@@ -134,7 +134,8 @@ def test_random_masks_have_the_groups_size(run: Any, monkeypatch: pytest.MonkeyP
     encoded = modality_study.encode(random_clip(), "mini", pairs, tmp_path, batch=30, progress=bars)
     s = modality_study.subject("CLIP", encoded)
     mds = mm.mds(s.image, s.text, kind="abs")
-    modality_mask.experiment(s, mds, pairs, range(12), draws=3, seed=0, step=lambda n: None)
+    inputs = modality_mask.prepare(encoded.model, pairs, range(12))
+    modality_mask.experiment(s, mds, pairs, range(12), inputs, draws=3, seed=0, step=lambda n: None)
     wanted = [len(g) for g in mds.groups for _ in range(2)] + [len(g) for g in mds.groups for _ in range(6)]
     assert sorted(sizes) == sorted(wanted)
 
