@@ -27,52 +27,52 @@ class Stack:
         self.table: dict[Any, Any] = compile_programs([op for c in contexts for op in c.ops])
 
 
-class _Epoch:
+class epoch:
     """Counts the contexts closed so far; a stack that is older checks whether one of its own was."""
 
     now = 0
 
 
 _NOTHING = Stack((), 0)
-_STACK: ContextVar[Stack] = ContextVar("mmhooks", default=_NOTHING)
+active: ContextVar[Stack] = ContextVar("mmhooks", default=_NOTHING)
 
 
 def programs_at(tap: Tap) -> Any:
     """What the calling thread's contexts do at ``tap``: a program (single place), leaf -> program, or None."""
-    stack = _STACK.get()
-    if stack.epoch != _Epoch.now:
-        stack = _refreshed(stack)
+    stack = active.get()
+    if stack.epoch != epoch.now:
+        stack = refreshed(stack)
     return stack.table.get(tap)
 
 
-def _refreshed(stack: Stack) -> Stack:
+def refreshed(stack: Stack) -> Stack:
     # A context may be closed by another thread, or be inherited by a task that outlives it.
     still_open = tuple(c for c in stack.contexts if c.is_open)
     if len(still_open) != len(stack.contexts):
-        stack = Stack(still_open, _Epoch.now)
-        _STACK.set(stack)
+        stack = Stack(still_open, epoch.now)
+        active.set(stack)
     elif stack is not _NOTHING:
-        stack.epoch = _Epoch.now
+        stack.epoch = epoch.now
     return stack
 
 
 def push(context: HookContext) -> None:
-    stack = _refreshed(_STACK.get())
-    _STACK.set(Stack((*stack.contexts, context), _Epoch.now))
+    stack = refreshed(active.get())
+    active.set(Stack((*stack.contexts, context), epoch.now))
 
 
 def pop(context: HookContext) -> None:
     """Takes a closed context out of the calling thread's stack, wherever in the stack it is."""
-    _Epoch.now += 1
-    stack = _STACK.get()
+    epoch.now += 1
+    stack = active.get()
     if context in stack.contexts:
         rest = tuple(c for c in stack.contexts if c is not context and c.is_open)
-        _STACK.set(Stack(rest, _Epoch.now) if rest else _NOTHING)
+        active.set(Stack(rest, epoch.now) if rest else _NOTHING)
 
 
 def current() -> Stack:
     """The stack of the calling thread or task."""
-    return _refreshed(_STACK.get())
+    return refreshed(active.get())
 
 
 class bound:
@@ -82,10 +82,10 @@ class bound:
         self.stack = stack
 
     def __enter__(self) -> None:
-        self.token = _STACK.set(self.stack)
+        self.token = active.set(self.stack)
 
     def __exit__(self, *_: object) -> None:
-        _STACK.reset(self.token)
+        active.reset(self.token)
 
 
 class Board:

@@ -132,6 +132,24 @@ class Program:
         return value
 
 
+class SingleCapture:
+    """The commonest program, one cache at one site, without a frame more than it needs.
+
+    Under recomputation it stores the same value once more.
+    """
+
+    __slots__ = ("_act", "_binding", "_name")
+    detached = True
+
+    def __init__(self, capture: Capture) -> None:
+        self._act, self._binding, self._name = capture.act, capture.binding, capture.name
+
+    def __call__(self, value: Tensor) -> Tensor:
+        self._binding.fired = True
+        self._act(self._name, value)
+        return value
+
+
 def apply(op: Op, value: Tensor) -> Tensor:
     """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is."""
     op.binding.fired = True
@@ -219,4 +237,6 @@ def _program(ops: list[Op]) -> Program:
     for step in steps:
         if isinstance(step, HeadStep):
             step.seal()
+    if not steps and len(captures) == 1 and captures[0].detached and captures[0].view is None:
+        return SingleCapture(captures[0])
     return Program(steps, captures)

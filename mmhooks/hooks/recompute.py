@@ -6,7 +6,7 @@ remembers, for the tensor that it was called with, the stack of contexts that wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,12 +74,17 @@ def _guard(output: Any, stack: dispatch.Stack) -> None:
     first.register_hook(check)
 
 
-def checkpointed(model: nn.Module) -> Iterator[nn.Module]:
-    """Blocks that run under activation checkpointing, as open_clip, timm and transformers mark them."""
-    for module in model.modules():
-        if getattr(module, "grad_checkpointing", False):
+def can_checkpoint(model: nn.Module) -> list[nn.Module]:
+    """Modules with a switch for checkpointing, as open_clip, timm and transformers spell it."""
+    return [m for m in model.modules() if {"grad_checkpointing", "gradient_checkpointing"} & vars(m).keys()]
+
+
+def checkpointed(candidates: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The blocks that run under activation checkpointing now."""
+    for module in candidates:
+        if vars(module).get("grad_checkpointing"):
             for child in module.children():
                 if isinstance(child, (nn.ModuleList, nn.Sequential)):
                     yield from child
-        elif getattr(module, "gradient_checkpointing", False):
+        elif vars(module).get("gradient_checkpointing"):
             yield module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmhooks.errors import UnknownSite
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
 
+_WILD = frozenset("*?[")
 Pattern = str | Callable[[str], bool]
 
 
@@ -120,14 +121,16 @@ class SiteMap:
         raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
 
 
-def match(pattern: Pattern, names: Iterable[str]) -> list[str]:
+def match(pattern: Pattern, names: Collection[str]) -> list[str]:
     """The names that a glob or a predicate selects, in their order.
 
     >>> match("image.blocks.*.attn.z", ["image.blocks.0.attn.z", "image.blocks.0.ln_1"])
     ['image.blocks.0.attn.z']
     """
     if isinstance(pattern, str):
-        return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not _WILD.intersection(pattern):
+            return [pattern] if pattern in names else []
+        return [name for name in names if fnmatchcase(name, pattern)]
     return [name for name in names if pattern(name)]
 
 

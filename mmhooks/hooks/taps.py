@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmhooks.hooks.dispatch import programs_at
+from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed
 
 Remove = Callable[[], None]
 Emit = Callable[[str, Tensor], Tensor]
@@ -37,7 +37,8 @@ class ModuleOutput(Tap):
 
     def install(self) -> Remove:
         def body(module: nn.Module, args: Any, output: Any) -> Any:
-            program = programs_at(self)
+            stack = active.get()  # programs_at, spelled out: this is the hot path of every capture
+            program = (stack if stack.epoch == epoch.now else refreshed(stack)).table.get(self)
             if program is None:
                 return None
             if isinstance(output, Tensor):

@@ -15,7 +15,7 @@ from mmhooks.hooks.context import HookContext
 from mmhooks.hooks.dispatch import Board
 from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.places import HookFn, Places, Planned
-from mmhooks.hooks.recompute import Recomputed, checkpointed
+from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, SiteMap
 from mmhooks.hooks.taps import Tap
@@ -35,6 +35,7 @@ class HookedModel:
         self.places = Places(sites)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._board = Board()
+        self._can_checkpoint = can_checkpoint(model)
         self._recomputed: dict[nn.Module, Tap] = {}
         # In-place activations would overwrite what a cache keeps (ResNets; transformers have none).
         self._writes_inplace = any(getattr(m, "inplace", False) for m in model.modules())
@@ -179,6 +180,17 @@ class HookedModel:
         with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             return self.forward(*args, **kwargs)
 
+    def trace(self, *inputs: Any, sites: Pattern | Sequence[Pattern] = "*", **kwargs: Any) -> Any:
+        """An nnsight trace of ``forward(*inputs)``; our sites are at ``tracer.sites``.
+
+        with model.trace(images, sites=["image.embed"]) as tracer:
+            z = tracer.sites.image.embed.output.save()
+        """
+        view = self.as_nnsight(sites)
+        tracer = view.trace(*inputs, **kwargs)
+        tracer.sites = view
+        return tracer
+
     # -- other toolkits --------------------------------------------------------------------------------
 
     def as_transformer_lens(self) -> Any:
@@ -208,7 +220,7 @@ class HookedModel:
         """Taps of the blocks that a backward pass would recompute; none outside of grad mode."""
         if not torch.is_grad_enabled():
             return []
-        return [self._recomputed.setdefault(b, Recomputed(b)) for b in checkpointed(self.model)]
+        return [self._recomputed.setdefault(b, Recomputed(b)) for b in checkpointed(self._can_checkpoint)]
 
     def _cached(
         self, run: Callable[[], Any], sites: Any, options: dict[str, Any]

@@ -33,7 +33,9 @@ def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module])
 
 
 @contextmanager
-def flowing(hooked: HookedModel, points: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
+def flowing(
+    hooked: HookedModel, points: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]
+) -> Iterator[None]:
     """Inside, the values of the wanted points' sites run through the points."""
 
     def through(point: nn.Module) -> Callable[..., Any]:

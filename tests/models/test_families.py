@@ -10,7 +10,13 @@ from mmhooks.models.openclip_sites import example_inputs
 
 V = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
 T = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2}
-CUSTOM = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
+CUSTOM = {
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+}
 
 
 def timm(name: str, pool: str = "", size: int = 64) -> dict:
@@ -95,7 +101,9 @@ def test_attention_heads_sum_to_the_output_and_are_slices(family):
     native = {"custom blocks": "attn", "layer scale": "attn"}.get(family, "attn")
     path = f"visual.transformer.resblocks.1.{native}"
     with torch.no_grad():
-        clean, cache = model.run_with_cache(images, sites=["image.blocks.1.attn.*", "image.blocks.1.attn_out"])
+        clean, cache = model.run_with_cache(
+            images, sites=["image.blocks.1.attn.*", "image.blocks.1.attn_out"]
+        )
         _, whole = model.run_with_cache(images, sites=[path])
         total = cache["image.blocks.1.attn.head_out"].sum(2) + block.attn.out_proj.bias
         torch.testing.assert_close(total, whole[path], atol=1e-6, rtol=1e-5)

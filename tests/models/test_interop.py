@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hooks.conftest import fingerprint, tiny_clip
 
 import mmhooks as mm
-from hooks.conftest import fingerprint, tiny_clip
 
 STEER = torch.linspace(-1, 1, 16)
 INTERVENTIONS = {
-    "zero attention head": ("image.blocks.0.attn.z", lambda t: torch.cat([0 * t[..., :1, :], t[..., 1:, :]], -2)),
+    "zero attention head": (
+        "image.blocks.0.attn.z",
+        lambda t: torch.cat([0 * t[..., :1, :], t[..., 1:, :]], -2),
+    ),
     "steer residual": ("text.blocks.1.resid_post", lambda t: t + STEER),
     "zero features": ("image.embed.sae.latents", lambda t: t * (torch.arange(32) > 15)),
 }
@@ -68,3 +71,9 @@ def test_lens_backward_hooks(model, inputs):
     with lens.hooks(bwd_hooks=[("image.blocks.0.attn.z", lambda g, hook: grads.append(g.shape))]):
         lens.encode_image(inputs[0]).sum().backward()
     assert grads == [(2, 5, 2, 8)]
+
+
+def test_trace_reaches_sites_by_name(model, inputs):
+    with model.trace(inputs[0], sites=["image.embed", "image.blocks.*.resid_post"]) as tracer:
+        z = tracer.sites.image.embed.output.save()
+    assert torch.equal(z, model.encode_image(inputs[0]))
