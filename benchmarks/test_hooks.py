@@ -1,6 +1,8 @@
 """Hooks against raw torch, TransformerLens and nnsight; splices against hand-written ones.
 
-    python -m pytest benchmarks/test_hooks.py --benchmark-only
+    python -m pytest -o addopts= benchmarks/test_hooks.py --benchmark-only -s
+
+(``addopts=`` leaves out the run-time type checks of the test run, which would be timed too.)
 
 Every case asserts that all contenders compute the same before it times them. Contenders take turns, round by
 round, so that a slow moment of the machine hits all of them; the table shows ratios of minima and medians.

@@ -6,7 +6,7 @@ single encode and decode. Gradient hooks and caches come last: they see the valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +191,7 @@ def spell(value: Tensor) -> str:
     return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"
 
 
-def compile_programs(ops: list[Op]) -> Mapping[Any, Any]:
+def compile_programs(ops: list[Op]) -> dict[Any, Any]:
     """Tap -> program, or leaf -> program for taps with several places."""
     places: dict[tuple[Any, str], list[Op]] = {}
     for op in ops:
@@ -206,7 +206,7 @@ def compile_programs(ops: list[Op]) -> Mapping[Any, Any]:
     return table
 
 
-def _program(ops: list[Op]) -> Program:
+def _program(ops: list[Op]) -> Program | SingleCapture:
     from mmhooks.hooks.splice import HeadSite, HeadStep  # splice builds on this module
 
     steps: list[Any] = []

@@ -86,8 +86,8 @@ class HeadStep:
         self.all: list[Op] = []
         self.add(op)
 
-    def fits(self, target: HeadSite) -> bool:
-        return target.attachment is self.attachment
+    def fits(self, target: Site | HeadSite) -> bool:
+        return isinstance(target, HeadSite) and target.attachment is self.attachment
 
     def add(self, op: Op) -> None:
         self.ops[op.target.leaf].append(op)  # type: ignore[union-attr]

@@ -20,6 +20,9 @@ class LensView(HookedRootModule):
     nothing. The view has no parameters of its own: they stay where they are, in ``view.hooked.model``.
     """
 
+    hooked: Any
+    _points: Any
+
     def __init__(self, hooked: HookedModel) -> None:
         super().__init__()
         object.__setattr__(self, "hooked", hooked)  # not as a submodule: setup() writes on those
@@ -34,12 +37,12 @@ class LensView(HookedRootModule):
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
         """The hooked model's ``encode_image``."""
         with flowing(self.hooked, self._points, _has_hooks):
-            return self.hooked.encode_image(pixels, normalize=normalize)  # type: ignore[attr-defined]
+            return self.hooked.encode_image(pixels, normalize=normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """The hooked model's ``encode_text``."""
         with flowing(self.hooked, self._points, _has_hooks):
-            return self.hooked.encode_text(tokens, normalize=normalize)  # type: ignore[attr-defined]
+            return self.hooked.encode_text(tokens, normalize=normalize)
 
 
 def _has_hooks(point: nn.Module) -> bool:

@@ -13,6 +13,9 @@ from mmhooks.models.interop_tree import flowing, plant
 class _Tree(nn.Module):
     """Runs the hooked model with every point in the flow."""
 
+    hooked: Any
+    _points: Any
+
     def __init__(self, hooked: HookedModel, names: list[str]) -> None:
         super().__init__()
         object.__setattr__(self, "hooked", hooked)
@@ -27,6 +30,6 @@ def nnsight_view(hooked: HookedModel, sites: Any) -> Any:
     """``NNsight`` over the site tree: ``view.image.blocks[0].attn.z.output`` inside ``with view.trace(...)``."""
     from nnsight import NNsight
 
-    patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
+    patterns: Any = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
     names = dict.fromkeys(name for pattern in patterns for name in hooked.sites(pattern))
     return NNsight(_Tree(hooked, list(names)))
