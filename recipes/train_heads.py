@@ -8,12 +8,15 @@ each head's config.json are of the held-out pairs (unseen pictures and unseen co
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Annotated
 
+import mini_losses as losses
 import torch
 import typer
 from mini_corpus import Corpus
+from rich.progress import track
 from train_mini import embed
 
 import mmhooks as mm
@@ -36,31 +39,53 @@ def measured(head: Head, image: torch.Tensor, text: torch.Tensor) -> dict[str, f
     return row
 
 
+@torch.no_grad()
+def views(model: mm.HookedCLIP, drawings: Corpus, rows: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of every drawing as it is and once augmented, beside its name and two other captions.
+
+    Names alone are some thousand distinct vectors, too few to learn a dictionary of the text space from.
+    """
+    g, dice = torch.Generator().manual_seed(seed), random.Random(seed)
+    image, text = embed(model.model, model.tokenizer, drawings, rows)
+    images, texts = [image, image], [text]
+    seen = []
+    for part in track([rows[i : i + 256] for i in range(0, len(rows), 256)], description="augmented drawings"):
+        flip = torch.tensor([losses.may_flip(drawings.rows[i]) for i in part])
+        seen.append(model.encode_image(losses.augment(drawings.rgba[part], flip, g)))
+    images.append(torch.cat(seen))
+    for _ in range(2):
+        captions = [losses.caption(drawings.rows[i], dice) for i in rows]
+        texts.append(torch.cat([model.encode_text(model.tokenizer(captions[i : i + 512]))
+                                for i in range(0, len(captions), 512)]))  # fmt: skip
+    return torch.cat(images), torch.cat(texts)
+
+
 def main(
     corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
     name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
     kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
     features: int = 1024,
     k: Annotated[int, typer.Option(help="active features of the SAE")] = 32,
-    sae_epochs: int = 200,
-    ncl_epochs: int = 100,
+    sae_epochs: int = 40,
+    sae_lr: float = 5e-3,
+    ncl_epochs: int = 10,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
     """Train and ship heads: python recipes/train_heads.py --corpus runs/corpus --name mini"""
     torch.manual_seed(seed)
     model, drawings = mm.load(name), Corpus(corpus)
-    train = embed(model.model, model.tokenizer, drawings, drawings.where("train"))
+    train = views(model, drawings, drawings.where("train"), seed)
     valid = embed(model.model, model.tokenizer, drawings,
                   drawings.where("heldout_pictures") + drawings.where("heldout_concepts"))  # fmt: skip
     for kind in kinds.split(","):
         head = build(kind, train[0].shape[1], features, k)
-        epochs = sae_epochs if kind == "sae" else ncl_epochs
-        result = mm.train_head(head, *train, epochs=epochs, seed=seed, valid=valid)
+        epochs, lr = (sae_epochs, sae_lr) if kind == "sae" else (ncl_epochs, None)
+        result = mm.train_head(head, *train, epochs=epochs, lr=lr, seed=seed, valid=valid)
         head.info = {
             "model": name,
             "data": "training drawings of the mini corpus (see the model's card)",
-            "recipe": {"script": "recipes/train_heads.py", "epochs": epochs, "steps": result.steps, "seed": seed,
+            "recipe": {"script": "recipes/train_heads.py", "epochs": epochs, "lr": lr, "steps": result.steps, "seed": seed,
                        "pairs": len(train[0])},
             "held_out": measured(head, *valid),
             "training": measured(head, *train),

@@ -29,7 +29,7 @@ def concept_key(name: str) -> str:
     """
     words = re.sub(r"[\W_]+", " ", name.lower()).strip()
     bare = " ".join(_TONE.sub(" ", words).split())
-    return _PREFIX.sub("", bare) or words
+    return _PREFIX.sub("", bare) or words or name.strip()
 
 
 def split_of(style: str, name: str) -> Split:
