@@ -18,7 +18,7 @@ app = typer.Typer(
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, e.g. openai.")]
 
 
-def _version(show: bool) -> None:
+def _version(show: bool | None) -> None:
     if show:
         from mmhooks import __version__
 
@@ -29,8 +29,9 @@ def _version(show: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop."),
+    ] = None,
 ) -> None:
     """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
 
