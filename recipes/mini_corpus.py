@@ -3,7 +3,7 @@
 Every source is a package of npm, PyPI or Debian whose drawings are free; `SOURCES` names each with its
 licence. Pictures are rasterised once to RGBA and kept, with their names and keywords, beside the training run.
 
-    npm install @iconify-json/{noto,noto-v1,twemoji,emojione,emojione-v1,fluent-emoji,fluent-emoji-flat} \\
+    npm install @iconify-json/{openmoji,noto,noto-v1,twemoji,emojione,emojione-v1,fluent-emoji,fluent-emoji-flat} \\
                 @iconify-json/{fxemoji,streamline-emojis,game-icons,flat-color-icons} emojibase-data
     apt-get install openclipart-svg        # Debian; optional
     python recipes/mini_corpus.py --node-modules node_modules --out runs/corpus
