@@ -117,25 +117,37 @@ def raw_hooks(net: Chain, store: dict[str, torch.Tensor]):
 @pytest.mark.parametrize("n", [1, 12, 48])
 def test_b_capture_hooks(benchmark, n):
     """(b) cost of n active capture hooks."""
+    from transformer_lens import HookedRootModule
     from transformer_lens.hook_points import HookPoint
+
+    class Lens(HookedRootModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.points = nn.ModuleList(HookPoint() for _ in range(n))
+            self.setup()
+
+        forward = Chain.forward
 
     x, ours, theirs, store = torch.randn(2, 8), Chain(n, nn.Identity), Chain(n, HookPoint), {}
     bare, plain = Chain(n, nn.Identity), Chain(n, nn.Identity)
     hooked = HookedModel(ours, SiteMap(ours))
-    lens: dict[str, torch.Tensor] = {}
-    for k, point in enumerate(theirs.points):
+    for k, point in enumerate(theirs.points):  # the least that a HookPoint can do
         point.name = f"points.{k}"
         point.add_hook(lambda t, hook: lens.__setitem__(hook.name, t.detach()))
+    caching = Lens()  # what its run_with_cache installs
+    kept = caching.add_caching_hooks()
+    lens: dict[str, torch.Tensor] = {}
     with raw_hooks(plain, store), hooked.caching("points.*") as cache:
-        ours(x), plain(x), theirs(x)
-        assert list(cache) == list(store) == list(lens) and all(
+        ours(x), plain(x), theirs(x), caching(x)
+        assert list(cache) == list(store) == list(lens) == list(kept) and all(
             torch.equal(cache[k], store[k]) for k in store
         )
         best = race(benchmark, "raw hooks", {
             "raw hooks": lambda: plain(x),
             "no hooks": lambda: bare(x),
             "mmhooks": lambda: ours(x),
-            "TransformerLens": lambda: theirs(x),
+            "HookPoint, bare function": lambda: theirs(x),
+            "TransformerLens cache": lambda: caching(x),
         }, loops=200)  # fmt: skip
     floor = best["no hooks"]
     each = {name: (best[name] - floor) / n * 1e6 for name in best if name != "no hooks"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ class ActivationCache(Mapping[str, Tensor]):
         self._values: dict[str, Tensor] = {}
         self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
         self._tokens = tokens
-        self.put = self._put_as_is if self._plain else self._put
 
     @property
     def _plain(self) -> bool:
@@ -52,8 +52,16 @@ class ActivationCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def _put_as_is(self, name: str, value: Tensor) -> None:
-        self._values[name] = value.detach()
+    def recorder(self, name: str) -> Callable[[Tensor], None]:
+        """The function that keeps a value under ``name``; short, because every capture pays for it."""
+        if not self._plain:
+            return partial(self._put, name)
+        values = self._values
+
+        def record(value: Tensor) -> None:
+            values[name] = value.detach()
+
+        return record
 
     def _put(self, name: str, value: Tensor) -> None:
         if self._detach:

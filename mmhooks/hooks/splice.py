@@ -258,7 +258,7 @@ class HeadStep:
         watch(value, [op for op in reads if op.kind == "grad"])
         for op in reads:
             if op.kind == "capture":
-                op.act(op.target.name, value)
+                op.act(value)
 
 
 def check_splice(attachment: Attachment, leaf: str) -> None:

@@ -42,8 +42,7 @@ class ModuleOutput(Tap):
             if program is None:
                 return None
             if isinstance(output, Tensor):
-                new = program(output)
-                return None if new is output else new
+                return program(output)
             old = _first(output)
             new = program(old)
             return None if new is old else _with_first(output, new)

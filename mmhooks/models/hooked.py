@@ -170,7 +170,7 @@ class HookedModel:
         )
 
         def plan() -> Planned:
-            return _joined([self.places.plan_capture(p, cache.put, detached=detach) for p in patterns])
+            return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
         with HookContext(self._board, plan, strict=strict, around=self._checkpoints):
             yield cache
