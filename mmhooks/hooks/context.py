@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
@@ -72,4 +73,7 @@ def _complaint(binding: Binding) -> str:
     sites = ", ".join(binding.sites[:4]) + (
         f" and {len(binding.sites) - 4} more" if len(binding.sites) > 4 else ""
     )
-    return f"{binding.label} fired at none of its sites ({sites}): {binding.hint}; strict=False allows that"
+    hint = binding.hint
+    if "torch._dynamo" in sys.modules:
+        hint += " (compiled code sees hooks through model.encode_image and model.encode_text only)"
+    return f"{binding.label} fired at none of its sites ({sites}): {hint}; strict=False allows that"

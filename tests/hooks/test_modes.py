@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import HookDidNotFire, MMHooksError
 
 EDITS = [
     mm.Zero([1], at="image.blocks.0.attn.z"),
@@ -78,9 +78,9 @@ def test_backward_hooks_change_gradients(model, images):
 
 
 def test_compiled_encoder_follows_the_contexts(model, images, sae):
-    """Compiled idle, then masked, then idle again: never a stale graph."""
+    """Compiled idle, then under masks, then idle again: never stale code."""
     model.attach(sae, at="image.embed")
-    fast = torch.compile(model.model.visual, backend="eager")
+    fast = torch.compile(model.encode_image, backend="eager")
     with torch.no_grad():
         clean = model.encode_image(images)
         torch.testing.assert_close(fast(images), clean)
@@ -88,5 +88,17 @@ def test_compiled_encoder_follows_the_contexts(model, images, sae):
             with model.hooks(mask=mask, fwd_hooks=[("image.blocks.0.attn.z", lambda t, *, hook: t * 0.5)]):
                 want, got = model.encode_image(images), fast(images)
             torch.testing.assert_close(got, want)
-            assert not torch.equal(got, clean)
+            assert not torch.allclose(got, clean, atol=1e-3)
+        torch.testing.assert_close(fast(images), clean)
+
+
+def test_compiled_behind_our_back_is_not_silent(model, images):
+    """The native method compiled while idle does not know of hooks: the context says that nothing fired."""
+    torch.compiler.reset()
+    fast = torch.compile(model.model.encode_image, backend="eager")
+    with torch.no_grad():
+        clean = fast(images)
+        with pytest.raises(HookDidNotFire, match="compiled"):
+            with model.hooks(mm.Zero(at="image.embed")):
+                fast(images)
         torch.testing.assert_close(fast(images), clean)
