@@ -86,7 +86,7 @@ def main(
     ] = "minilm",
     features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 200,
-    draws: Annotated[int, typer.Option(help="Random masks and groups of each control.")] = 100,
+    draws: Annotated[int, typer.Option(help="Random masks and groups of each control.")] = 60,
     each: Annotated[int, typer.Option(help="Features shown of each group.")] = 4,
     batch: Annotated[int, typer.Option(help="Pairs at a time through the encoders.")] = 256,
     skip_bad: Annotated[
