@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import resource
 import shlex
 import sys
@@ -87,6 +88,7 @@ def main(
     features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 200,
     draws: Annotated[int, typer.Option(help="Random masks and groups of each control.")] = 60,
+    evaluate: Annotated[int, typer.Option(min=2, help="At most so many held-out pairs under masks.")] = 600,
     each: Annotated[int, typer.Option(help="Features shown of each group.")] = 4,
     batch: Annotated[int, typer.Option(help="Pairs at a time through the encoders.")] = 256,
     skip_bad: Annotated[
@@ -163,6 +165,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         models: dict[str, Any] = {}
         shown: list[Shown] = []
         inputs: dict[str, Any] = {}
+        under = choose(heldout, o["evaluate"], o["seed"])
         for s in subjects:
             with clock.step(f"measures of {s.name}"):
                 models[s.name], mds = measure(
@@ -178,9 +181,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             with clock.step(f"masking {s.name}"):
                 bar = clock.bar(f"random masks of {s.name}", 3 * o["draws"])
                 if s.encoded.name not in inputs:
-                    inputs[s.encoded.name] = prepare(s.encoded.model, pairs, heldout)
+                    inputs[s.encoded.name] = prepare(s.encoded.model, pairs, under)
                 models[s.name]["masking"] = experiment(
-                    s, mds, pairs, heldout, inputs[s.encoded.name], draws=o["draws"], seed=o["seed"], step=bar
+                    s, mds, pairs, under, inputs[s.encoded.name], draws=o["draws"], seed=o["seed"], step=bar
                 )
         results: dict[str, Any] = {
             "settings": o,
@@ -204,6 +207,11 @@ def head_source(o: dict[str, Any], kind: str) -> str:
     if o[kind] == "train":
         return ""
     return o[kind] or (f"mini/{kind}" if o["model"] == "mini" else "")
+
+
+def choose(rows: list[int], most: int, seed: int) -> list[int]:
+    """At most so many of these rows, at random, in order."""
+    return sorted(random.Random(seed).sample(rows, min(most, len(rows))))
 
 
 def settle(pairs: Any, o: dict[str, Any]) -> tuple[Any, list[int]]:

@@ -40,7 +40,9 @@ def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
         f"R@{k} {percent(base['base'][f'R@{k}']['value'])} % (chance {percent(base['chance'][f'R@{k}'], 2)} %)"
         for k in (1, 5, 10)
     )
-    lines.append(f"In this study, image→text over all {base['n']:,} held-out pairs together: {ranks}.")
+    lines.append(
+        f"In this study, image→text over {base['n']:,} held-out pairs of both kinds together: {ranks}."
+    )
     lines += [made(results).markdown() for made in (table1, table2, control_table, mask_table)]
     lines.append(
         f"Of {len(found)} statements of the paper that these models can speak to, {same} hold here, {len(differs)} "

@@ -28,7 +28,7 @@ EVIL = '<img src=x onerror="alert(1)"> a | b $x$'
 OPTIONS = {
     "model": "mini", "pretrained": None, "declip": "mini-declip", "sae": "train", "ncl": "train", "limit": None,
     "seed": 0, "top_m": 5, "image_embedder": "efficientnet-lite0", "text_embedder": "minilm", "features": 64,
-    "epochs": 4, "draws": 6, "each": 2, "batch": 32, "skip_bad": False, "command": "test",
+    "epochs": 4, "draws": 6, "each": 2, "evaluate": 600, "batch": 32, "skip_bad": False, "command": "test",
 }  # fmt: skip
 
 
