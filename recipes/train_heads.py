@@ -16,7 +16,6 @@ import mini_losses as losses
 import torch
 import typer
 from mini_corpus import Corpus
-from rich.progress import track
 from train_mini import embed
 
 import mmhooks as mm
@@ -41,23 +40,18 @@ def measured(head: Head, image: torch.Tensor, text: torch.Tensor) -> dict[str, f
 
 @torch.no_grad()
 def views(model: mm.HookedCLIP, drawings: Corpus, rows: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of every drawing as it is and once augmented, beside its name and two other captions.
+    """Embeddings of every drawing beside its name, and beside two other captions of it.
 
     Names alone are some thousand distinct vectors, too few to learn a dictionary of the text space from.
     """
-    g, dice = torch.Generator().manual_seed(seed), random.Random(seed)
+    dice = random.Random(seed)
     image, text = embed(model.model, model.tokenizer, drawings, rows)
-    images, texts = [image, image], [text]
-    seen = []
-    for part in track([rows[i : i + 256] for i in range(0, len(rows), 256)], description="augmented drawings"):
-        flip = torch.tensor([losses.may_flip(drawings.rows[i]) for i in part])
-        seen.append(model.encode_image(losses.augment(drawings.rgba[part], flip, g)))
-    images.append(torch.cat(seen))
+    texts = [text]
     for _ in range(2):
         captions = [losses.caption(drawings.rows[i], dice) for i in rows]
-        texts.append(torch.cat([model.encode_text(model.tokenizer(captions[i : i + 512]))
-                                for i in range(0, len(captions), 512)]))  # fmt: skip
-    return torch.cat(images), torch.cat(texts)
+        parts = [captions[i : i + 512] for i in range(0, len(captions), 512)]
+        texts.append(torch.cat([model.encode_text(model.tokenizer(part)) for part in parts]))
+    return torch.cat([image] * 3), torch.cat(texts)
 
 
 def main(
@@ -66,16 +60,18 @@ def main(
     kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
     features: int = 1024,
     k: Annotated[int, typer.Option(help="active features of the SAE")] = 32,
-    sae_epochs: int = 40,
+    sae_epochs: int = 15,
     sae_lr: float = 5e-3,
-    ncl_epochs: int = 10,
+    ncl_epochs: int = 5,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
     """Train and ship heads: python recipes/train_heads.py --corpus runs/corpus --name mini"""
     torch.manual_seed(seed)
     model, drawings = mm.load(name), Corpus(corpus)
-    train = views(model, drawings, drawings.where("train"), seed)
+    with torch.autocast("cpu", torch.bfloat16):  # three times as fast; the held-out vectors are exact
+        train = views(model, drawings, drawings.where("train"), seed)
+    train = (train[0].float(), train[1].float())
     valid = embed(model.model, model.tokenizer, drawings,
                   drawings.where("heldout_pictures") + drawings.where("heldout_concepts"))  # fmt: skip
     for kind in kinds.split(","):

@@ -35,14 +35,14 @@ from mmhooks.models import mini
 class Plan:
     """What a run is: two runs of one plan end with the same weights."""
 
-    steps: int = 3600
+    steps: int = 2800
     batch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.1
     warmup: int = 150
-    relational: float = 0.5
+    relational: float = 1.0
     word_init: bool = True
-    word_lr: float = 0.2
+    word_lr: float = 0.5
     patch_dropout: float = 0.5
     declip: bool = False
     toned: float = 0.3
@@ -195,9 +195,9 @@ def galleries(corpus: Corpus) -> dict[str, list[int]]:
     random.Random(0).shuffle(order)
     for i in order:
         row = corpus.rows[i]
-        if row["split"] in chosen and not row["toned"] and row["style"] != "game-icons":
-            if (row["concept"] in seen) == (row["split"] != "heldout_concepts"):
-                chosen[row["split"]].setdefault(row["concept"], i)
+        split, drawn = row["split"], not row["toned"] and row["style"] != "game-icons"
+        if split in chosen and drawn and (row["concept"] in seen) == (split != "heldout_concepts"):
+            chosen[split].setdefault(row["concept"], i)
     return {name: list(rows.values())[:1000] for name, rows in chosen.items()}
 
 
@@ -279,7 +279,7 @@ def main(
     lr: float = Plan.lr,
     seed: int = 0,
     threads: int = 1,
-    every: Annotated[int, typer.Option(help="steps between evaluations and checkpoints")] = 200,
+    every: Annotated[int, typer.Option(help="steps between evaluations and checkpoints")] = 100,
 ) -> None:
     """Train mini (or, with --declip, mini-declip): python recipes/train_mini.py --corpus runs/corpus"""
     torch.set_num_threads(threads)

@@ -24,8 +24,12 @@ from mmhooks.models import mini
 def corpus(tmp_path: Path) -> Corpus:
     g = torch.Generator().manual_seed(0)
     words = ["red fox", "blue whale", "green tree", "old house", "left arrow", "small boat", "big sun", "pink cake"]
-    rows = [{"style": f"s{i % 2}", "name": words[i % 8], "keywords": ["thing", "drawing"], "toned": False,
-             "concept": words[i % 8], "split": ("train", "heldout_pictures", "unseen_style")[i % 3]} for i in range(48)]  # fmt: skip
+    splits = ("train", "heldout_pictures", "unseen_style")
+    rows = [
+        {"style": f"s{i % 2}", "name": words[i % 8], "keywords": ["thing", "drawing"], "toned": False,
+         "concept": words[i % 8], "split": splits[i % 3]}
+        for i in range(48)
+    ]  # fmt: skip
     save_file({"rgba": torch.randint(0, 256, (48, 72, 72, 4), dtype=torch.uint8, generator=g)},
               tmp_path / "rgba.safetensors")  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps(rows))
