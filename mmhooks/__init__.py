@@ -37,6 +37,7 @@ _PUBLIC: dict[str, str] = {
     "win_rate": "mmhooks.analysis.interpretability",
     "top_activating": "mmhooks.analysis.top",
     "retrieval": "mmhooks.analysis.retrieval",
+    "monosemanticity": "mmhooks.analysis.monosemanticity",
 }
 
 __all__ = ["__version__", "data", "errors", *_PUBLIC]
