@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from jaxtyping import Float
-from mini_corpus import Corpus
+from mini_corpus import SOURCES, Corpus
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Trainer:
         self.teacher = teacher_embeddings(names, out.parent / "teacher.safetensors") if plan.relational else None
         if plan.word_init:
             init_words(self.model, self.tokenizer, out.parent / "words.safetensors")
-        weights = {"openclipart": 1.0, "game-icons": 0.4}
+        weights = {source.style: source.weight for source in SOURCES}
         self.weights = torch.tensor([
             weights.get(row["style"], 1.0) * (plan.toned if row["toned"] else 1.0)
             for row in (corpus.rows[i] for i in self.train)
