@@ -218,7 +218,11 @@ def _clip_name(svg: str, stem: str) -> str | None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z ,'\-]{2,40}", title):
         title = re.split(r"__|_-_|_\d|_[a-z]*\d{2,}_?", stem)[0]
     words = re.sub(r"[_\W\d]+", " ", title).strip().lower()
-    words = re.sub(r"\b(?:architetto|francesco|rollandin|ganson|jean victor balin|gerald g|simple|fast food)\b", "", words)
+    words = re.sub(
+        r"\b(?:architetto|francesco|rollandin|ganson|jean victor balin|gerald g|simple|fast food)\b",
+        "",
+        words,
+    )
     words = " ".join(words.split())
     return words if len(words) >= 3 else None
 
@@ -232,7 +236,9 @@ def hash_of(text: str) -> int:
 def main(
     node_modules: Annotated[Path, typer.Option(help="folder that npm installed the packages into")],
     out: Annotated[Path, typer.Option()] = Path("runs/corpus"),
-    openclipart: Annotated[Path, typer.Option(help="Debian's openclipart-svg")] = Path("/usr/share/openclipart/svg"),
+    openclipart: Annotated[Path, typer.Option(help="Debian's openclipart-svg")] = Path(
+        "/usr/share/openclipart/svg"
+    ),
     workers: int = 2,
 ) -> None:
     """Build the training corpus: python recipes/mini_corpus.py --node-modules node_modules"""

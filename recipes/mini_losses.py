@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from mmhooks.models import mini
 
 _ONE_WAY = re.compile(r"\b(?:left|right|arrow|flag|letter|button|clock|input|symbols?|keycap|mark|sign)\b")
-_TEMPLATES = ("{}", "a drawing of {}", "a picture of {}", "an icon of {}", "{} drawing", "a cartoon {}", "emoji of {}")
+_TEMPLATES = (
+    "{}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an icon of {}",
+    "{} drawing",
+    "a cartoon {}",
+    "emoji of {}",
+)
 
 
 def caption(row: dict, dice: random.Random) -> str:
@@ -83,7 +91,10 @@ def plain(rgba: UInt8[Tensor, "b s s 4"]) -> Float[Tensor, "b 3 64 64"]:
 
 
 def contrastive(
-    image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], scale: Float[Tensor, ""], same: Bool[Tensor, "b b"]
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    scale: Float[Tensor, ""],
+    same: Bool[Tensor, "b b"],
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE over unit vectors; pairs of the same name are all positives."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
@@ -114,7 +125,9 @@ class SelfSupervision(nn.Module):
     def image_image(self, a: Float[Tensor, "b d"], b: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         za, zb = self.project(a), self.project(b)
         pa, pb = self.predict(za), self.predict(zb)
-        return -(F.cosine_similarity(pa, zb.detach()).mean() + F.cosine_similarity(pb, za.detach()).mean()) / 2
+        return (
+            -(F.cosine_similarity(pa, zb.detach()).mean() + F.cosine_similarity(pb, za.detach()).mean()) / 2
+        )
 
     def text_text(
         self, hidden: Float[Tensor, "b l w"], tokens: Int[Tensor, "b l"], masked: Bool[Tensor, "b l"]

@@ -56,7 +56,11 @@ def draw_curve(rows: list[dict], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for name, label in GALLERIES.items():
-        axes.plot([r["step"] for r in rows], [100 * r[name]["R@10"] for r in rows], label=f"{label} (n = {rows[-1][name]['n']})")
+        axes.plot(
+            [r["step"] for r in rows],
+            [100 * r[name]["R@10"] for r in rows],
+            label=f"{label} (n = {rows[-1][name]['n']})",
+        )
     axes.set(xlabel="step of 256 pairs", ylabel="image→text R@10, %", ylim=(0, 100), title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

@@ -39,7 +39,9 @@ def measured(head: Head, image: torch.Tensor, text: torch.Tensor) -> dict[str, f
 
 
 @torch.no_grad()
-def views(model: mm.HookedCLIP, drawings: Corpus, rows: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def views(
+    model: mm.HookedCLIP, drawings: Corpus, rows: list[int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of every drawing beside its name, and beside two other captions of it.
 
     Names alone are some thousand distinct vectors, too few to learn a dictionary of the text space from.

@@ -66,7 +66,9 @@ class Trainer:
         self.train = corpus.where("train")
         names = sorted({corpus.rows[i]["name"] for i in self.train})
         self.name_ids = {name: i for i, name in enumerate(names)}
-        self.teacher = teacher_embeddings(names, out.parent / "teacher.safetensors") if plan.relational else None
+        self.teacher = (
+            teacher_embeddings(names, out.parent / "teacher.safetensors") if plan.relational else None
+        )
         if plan.word_init:
             init_words(self.model, self.tokenizer, out.parent / "words.safetensors")
         weights = {source.style: source.weight for source in SOURCES}
@@ -101,7 +103,9 @@ class Trainer:
         tokens = self.tokenizer([losses.caption(rows[i], dice) for i in chosen])
         loss = self._loss(rgba, flip, ids, same, tokens, [rows[i] for i in chosen], dice, g)
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last checkpoint is whole")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.step}; the last checkpoint is whole"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -179,7 +183,9 @@ class Trainer:
         for name, chosen in galleries(self.corpus).items():
             image, text = embed(judge, self.tokenizer, self.corpus, chosen)
             rank = ranks(image, text)
-            result[name] = {"n": len(chosen)} | {f"R@{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
+            result[name] = {"n": len(chosen)} | {
+                f"R@{k}": (rank < k).float().mean().item() for k in (1, 5, 10)
+            }
         return result
 
 

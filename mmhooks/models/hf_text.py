@@ -44,7 +44,9 @@ def clip_text_sites(model: nn.Module) -> SiteMap:
     """Site map of a Hugging Face CLIP text model."""
     tower: Any = getattr(model, "text_model", model)
     if not hasattr(tower, "final_layer_norm") or not hasattr(tower, "encoder"):
-        raise MMHooksError(f"expected a CLIPTextModel or CLIPTextModelWithProjection, came {type(model).__name__}")
+        raise MMHooksError(
+            f"expected a CLIPTextModel or CLIPTextModelWithProjection, came {type(model).__name__}"
+        )
     sites = SiteMap(model)
     sites.add(Site("text.tokens", sites.output(tower.embeddings.token_embedding), layout="batch token d"))
     for n, layer in enumerate(tower.encoder.layers):

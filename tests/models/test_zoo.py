@@ -82,7 +82,9 @@ def test_weights_that_cannot_be_fetched_are_one_clear_error(monkeypatch) -> None
 
 
 def test_an_installation_without_weights_says_so(tmp_path, monkeypatch) -> None:
-    shutil.copytree(zoo.ASSETS / "mini", tmp_path / "mini", ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(
+        zoo.ASSETS / "mini", tmp_path / "mini", ignore=shutil.ignore_patterns("model.safetensors")
+    )
     monkeypatch.setattr(zoo, "ASSETS", tmp_path)
     with pytest.raises(MissingWeights, match="install mmhooks again"):
         mm.load("mini")

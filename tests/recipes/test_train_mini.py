@@ -23,7 +23,16 @@ from mmhooks.models import mini
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     g = torch.Generator().manual_seed(0)
-    words = ["red fox", "blue whale", "green tree", "old house", "left arrow", "small boat", "big sun", "pink cake"]
+    words = [
+        "red fox",
+        "blue whale",
+        "green tree",
+        "old house",
+        "left arrow",
+        "small boat",
+        "big sun",
+        "pink cake",
+    ]
     splits = ("train", "heldout_pictures", "unseen_style")
     rows = [
         {"style": f"s{i % 2}", "name": words[i % 8], "keywords": ["thing", "drawing"], "toned": False,

@@ -1,0 +1,39 @@
+"""The ``mmhooks`` command: thin commands, one file a subject. Studies are scripts under ``recipes/``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmhooks.cli.look import models, pairs, sites
+
+app = typer.Typer(
+    name="mmhooks",
+    help="Hooked-model interpretability for multimodal models. Studies: python recipes/modality.py --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool | None) -> None:
+    if show:
+        from mmhooks import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop."),
+    ] = None,
+) -> None:
+    """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
+
+
+for command in (models, sites, pairs):
+    app.command()(command)

@@ -1,0 +1,5 @@
+"""``python -m mmhooks.cli``: the command without its script."""
+
+from mmhooks.cli import app
+
+app()
