@@ -126,7 +126,7 @@ def experiment(
             image, text = (by_hand(s, x[i], f[i], other) for i in (0, 1))
             random.append(first_hits(image, text, right) - base["R@1"].value)
             step(1)
-        groups[group] = _beside(now, base, random, len(members))
+        groups[group] = _beside(now, base, random, len(members), len(rows))
     return {
         "n": len(rows),
         "draws": draws,
@@ -139,8 +139,9 @@ def experiment(
 
 
 def _beside(
-    now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int
+    now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int, n: int
 ) -> dict[str, Any]:
+    half = 0.5 / n  # recall moves in steps of one pair: less than half a step is rounding
     change = now["R@1"].value - base["R@1"].value
     spread = torch.tensor(random or [0.0], dtype=torch.float64)
     low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -151,7 +152,7 @@ def _beside(
         "random": [round(r, 6) for r in random],
         "random_mean": float(spread.mean()),
         "random_interval": [low, high],
-        "beyond": "more" if change < low else ("less" if change > high else ""),
+        "beyond": "more" if change < low - half else ("less" if change > high + half else ""),
     }
 
 

@@ -166,7 +166,7 @@ def mask_table(results: Mapping[str, Any]) -> Table:
                     m, group, f"{g['size']:,}",
                     _percent_cell(r["base"]["R@1"]), _percent_cell(g["R@1"]), percent(g["change"], plus=True),
                     f"{percent(g['random_mean'], plus=True)} [{percent(low)}, {percent(high)}]",
-                    {"less": "less than random", "more": "more than random", "": "like random"}[g["beyond"]],
+                    _harm(g),
                 ]
             )  # fmt: skip
     return Table(
@@ -185,6 +185,12 @@ def mask_table(results: Mapping[str, Any]) -> Table:
         mask_note(results),
         text_columns=(0, 1, 7),
     )
+
+
+def _harm(group: Mapping[str, Any]) -> str:
+    if not group["size"]:
+        return "nothing to mask"
+    return {"less": "less than random", "more": "more than random", "": "like random"}[group["beyond"]]
 
 
 def mask_note(results: Mapping[str, Any]) -> str:

@@ -270,3 +270,19 @@ def test_bad_data_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (
         result.exit_code == 1 and result.output.startswith("modality: ") and "Traceback" not in result.output
     )
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.5, ""), (0.49, "more"), (0.51, "less")])
+def test_harm_is_named_only_beyond_rounding(after: float, said: str) -> None:
+    def rate(value: float) -> dict[str, Any]:
+        return {"R@1": modality_mask.Estimate(value, value, value, 100)}
+
+    # A random mask without effect, as single precision adds it up.
+    found = modality_mask._beside(rate(after), rate(0.5), [1e-9, 2e-9], size=3, n=100)
+    assert found["beyond"] == said
+
+
+def test_an_empty_group_harms_nothing() -> None:
+    from modality_tables import _harm
+
+    assert _harm({"size": 0, "beyond": ""}) == "nothing to mask"
