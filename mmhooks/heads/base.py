@@ -107,6 +107,12 @@ class Head(nn.Module):
                 f"{tuple(x.shape)}; attach it where it was trained, or load the head of this site"
             )
 
+    def check_features(self, f: Tensor) -> None:
+        if f.shape[-1] != self.n_features:
+            raise ShapeMismatch(
+                f"head {self.name!r} decodes {self.n_features} features, came shape {tuple(f.shape)}"
+            )
+
     # -- identity and files ----------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,3 +44,33 @@ def without_parallel(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"])
 def total_variance(x: Float[Tensor, "n d"]) -> float:
     """Mean squared distance of the rows to their mean: FVU's denominator, per row."""
     return float(x.double().var(dim=0, correction=0).sum())
+
+
+def ridge_map(
+    pairs: Iterable[tuple[Tensor, Tensor]], ridge: float
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, " d"]]:
+    """Weight and bias of the least-squares map ``f -> x``, from batches ``(f [b n], x [b d])``, in one pass.
+
+    ``ridge`` is a share of the mean variance of the columns of ``f``; the bias is not penalised. Sums are kept
+    in double precision.
+
+    >>> f = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> weight, bias = ridge_map([(f, 3 * f + 1)], ridge=0.0)
+    >>> weight.round(decimals=4).tolist(), bias.round(decimals=4).tolist()
+    ([[3.0]], [1.0])
+    """
+    rows, gram, cross, f_sum, x_sum = 0, 0.0, 0.0, 0.0, 0.0
+    for f, x in pairs:
+        f, x = f.double(), x.double()
+        rows += len(f)
+        gram, cross = gram + f.T @ f, cross + f.T @ x
+        f_sum, x_sum = f_sum + f.sum(dim=0), x_sum + x.sum(dim=0)
+    assert isinstance(gram, Tensor) and isinstance(f_sum, Tensor) and isinstance(x_sum, Tensor)
+    gram = gram - torch.outer(f_sum, f_sum) / rows
+    cross = cross - torch.outer(f_sum, x_sum) / rows
+    # A column that never varies has an empty row in the Gram matrix: this floor keeps it solvable, and its map 0.
+    floor = gram.diagonal().mean() * max(ridge, 1e-12) + torch.finfo(torch.float64).tiny
+    gram.diagonal().add_(floor)
+    weight = torch.linalg.solve(gram, cross)
+    bias = (x_sum - f_sum @ weight) / rows
+    return weight.float(), bias.float()

@@ -1,7 +1,8 @@
 """The non-negative contrastive head: one shared MLP for both modalities (seed 001, eq. 3-4).
 
-Trained by :class:`mmhooks.heads.ncl_objective.NCLObjective`. It has no decoder: its features can be read,
-compared and edited in their own space.
+Trained by :class:`mmhooks.heads.ncl_objective.NCLObjective`, without a decoder: its features can be read,
+compared and edited in their own space. :meth:`NCL.fit_decoder` gives it a linear one, so that edits can be
+spliced back into the model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
+from mmhooks.heads.geometry import ridge_map
 
 
 class NCL(Head):
@@ -26,6 +29,9 @@ class NCL(Head):
     >>> f = ncl.encode(torch.randn(5, 8))
     >>> f.shape, bool((f >= 0).all())
     (torch.Size([5, 32]), True)
+
+    Args:
+        decoder: whether there is one; set by :meth:`fit_decoder`, and by files of such a head.
     """
 
     kind = "ncl"
@@ -36,6 +42,7 @@ class NCL(Head):
         n_features: int,
         *,
         hidden: int | None = None,
+        decoder: bool = False,
         name: str | None = "ncl",
         normalize_input: bool = True,
         seed: int = 0,
@@ -50,14 +57,56 @@ class NCL(Head):
             torch.randn(n_features, self.hidden, generator=generator) * (2 / self.hidden) ** 0.5
         )
         self.b2 = nn.Parameter(torch.zeros(n_features))
+        if decoder:
+            self._set_decoder(torch.zeros(n_features, d_in), torch.zeros(d_in))
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {"hidden": self.hidden}
+        return super().config() | {"hidden": self.hidden} | ({"decoder": True} if self.has_decoder else {})
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``W2 ReLU(W1 x + b1) + b2``: the features before the last ReLU."""
         self.check_width(x)
         return F.linear(F.linear(x, self.W1, self.b1).relu(), self.W2, self.b2)
 
+    def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return pre.relu()
+
     def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         return self.pre(x).relu()
+
+    def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b d"]:
+        """``f W_dec + b_dec`` once a decoder was fitted; :class:`NoDecoder` before."""
+        if not self.has_decoder:
+            return super().decode(f)
+        self.check_features(f)
+        return f @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def fit_decoder(self, *x: Float[Tensor, "_ d"], ridge: float = 1e-3, batch_size: int = 4096) -> None:
+        """The linear map from features back to vectors with the least squared error over the rows of ``x``.
+
+        Args:
+            x: raw vectors of one or more modalities, of the training data; unit norm is given where expected.
+            ridge: penalty on the map, as a share of the features' mean variance: it keeps features that hardly
+                ever fire from getting huge directions.
+
+        Raises:
+            MMHooksError: fewer than two rows, or a ridge below zero.
+
+        >>> ncl, x = NCL(8, 64), torch.nn.functional.normalize(torch.randn(300, 8), dim=-1)
+        >>> ncl.fit_decoder(x)
+        >>> ncl.has_decoder, bool((ncl(x) - x).square().sum() < 0.2 * x.square().sum())
+        (True, True)
+        """
+        if sum(len(part) for part in x) < 2 or ridge < 0:
+            raise MMHooksError(
+                f"a decoder is fitted to at least 2 rows with ridge >= 0, came {sum(len(p) for p in x)} rows and {ridge}"
+            )
+        chunks = (
+            self.prepare(c.to(self.W2.device, self.W2.dtype)) for part in x for c in part.split(batch_size)
+        )
+        self._set_decoder(*ridge_map(((self.encode(rows), rows) for rows in chunks), ridge))
+
+    def _set_decoder(self, weight: Float[Tensor, "n d"], bias: Float[Tensor, " d"]) -> None:
+        self.W_dec, self.b_dec = nn.Parameter(weight.to(self.W2)), nn.Parameter(bias.to(self.W2))
+        self.has_decoder = True

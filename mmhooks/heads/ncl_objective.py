@@ -50,6 +50,8 @@ class NCLObjective(Objective):
         threshold: ``s`` as above; None trains on the loss alone.
         rep_relu: GELU-like gradient through the last ReLU.
         dead_after: epochs without firing after which a unit is dead (for the log).
+        ridge: fits a linear decoder to the training data at the end (:meth:`NCL.fit_decoder`); None fits none,
+            unless the head already has one, which then is fitted anew.
     """
 
     temperature: float = 0.2
@@ -57,11 +59,12 @@ class NCLObjective(Objective):
     threshold: float | None = 1.5
     rep_relu: bool = True
     dead_after: float = 1.0
+    ridge: float | None = None
 
     def start(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
         if text is None:
             raise MMHooksError("the contrastive head learns from pairs: pass text= as well as image=")
-        self.finish(head, image, text)
+        self._standardise(head, image, text)
 
     def loss(self, head: NCL, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         assert text is not None  # start() saw to it
@@ -85,6 +88,11 @@ class NCLObjective(Objective):
     def finish(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
         """Folds the statistics of all training pairs, so that the thresholds hold exactly on them."""
         assert text is not None
+        self._standardise(head, image, text)
+        if self.ridge is not None or head.has_decoder:
+            head.fit_decoder(image, text, **({} if self.ridge is None else {"ridge": self.ridge}))
+
+    def _standardise(self, head: NCL, image: Tensor, text: Tensor) -> None:
         if self.threshold is not None:
             _fold(head, *pre_statistics(head, image, text), self.threshold, rate=1.0)
 

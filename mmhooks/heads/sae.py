@@ -1,12 +1,13 @@
 """Sparse autoencoders with a linear decoder, and the TopK one.
 
 One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_enc^T + b_enc)``,
-``x' = f W_dec + b_pre``.
+``x' = f W_dec + b_pre``. The other activations have a file each: ``batchtopk``, ``matryoshka``, ``jumprelu``,
+``relu``.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +27,8 @@ class TrainingPass(NamedTuple):
         recons: reconstructions whose errors are averaged; more than one for nested heads.
         fired: features active for any row.
         l0: active features a row.
-        penalty: a sparsity term of the head's own, already weighted.
+        penalty: the head's own measure of density, with its gradient (L1, L0); the objective weighs it. None
+            where the activation itself fixes the number of active features.
     """
 
     recons: list[Tensor]
@@ -35,15 +37,27 @@ class TrainingPass(NamedTuple):
     penalty: Float[Tensor, ""] | None = None
 
 
+def firing(f: Float[Tensor, "b n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
+    """Features active for any row, and the mean number of active features of a row."""
+    active = f.detach() > 0
+    return active.any(dim=0), active.sum(dim=1).float().mean()
+
+
 class SAE(Head):
     """Base of the SAEs: everything but the activation.
 
     ``W_enc`` and ``W_dec`` are both ``[n_features, d_in]``: row ``i`` of the decoder is the direction that
     feature ``i`` writes. The encoder starts as the decoder (tied initialisation), rows at random on the
     unit sphere, drawn from ``seed``.
+
+    Attributes:
+        unit_decoder: training keeps the decoder's rows at unit norm; elsewhere they are given it at its end.
+        penalty_weight: the objective's default weight of the head's own ``penalty``.
     """
 
     has_decoder = True
+    unit_decoder: ClassVar[bool] = True
+    penalty_weight: ClassVar[float] = 0.0
     W_dec: nn.Parameter
 
     def __init__(
@@ -69,8 +83,7 @@ class SAE(Head):
     def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
         """Encodes and decodes one batch for the objective; by default as in use."""
         f = self.encode(x)
-        active = f.detach() > 0
-        return TrainingPass([self.decode(f)], active.any(dim=0), active.sum(dim=1).float().mean())
+        return TrainingPass([self.decode(f)], *firing(f))
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
@@ -81,10 +94,7 @@ class SAE(Head):
         return self.activate(self.pre(x))
 
     def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b d"]:
-        if f.shape[-1] != self.n_features:
-            raise ShapeMismatch(
-                f"head {self.name!r} decodes {self.n_features} features, came shape {tuple(f.shape)}"
-            )
+        self.check_features(f)
         return f @ self.W_dec + self.b_pre
 
 
@@ -130,8 +140,14 @@ class TopKSAE(SAE):
         if not sparse.pays(self.k, self.n_features, x.device):
             return super().training_pass(x)
         values, places = sparse.encode(x - self.b_pre, self.W_enc, self.b_enc, self.k)
-        active = values.detach() > 0
-        fired = torch.zeros(self.n_features, dtype=torch.bool, device=x.device)
-        fired[places.indices[active]] = True
         recon = sparse.decode(values, places, self.W_dec) + self.b_pre
-        return TrainingPass([recon], fired, active.sum(dim=1).float().mean())
+        return TrainingPass([recon], *self.firing_at(values, places.indices))
+
+    def firing_at(
+        self, values: Float[Tensor, "b k"], indices: Int[Tensor, "b k"]
+    ) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
+        """:func:`firing` of features given by values and indices."""
+        active = values.detach() > 0
+        fired = torch.zeros(self.n_features, dtype=torch.bool, device=values.device)
+        fired[indices[active]] = True
+        return fired, active.sum(dim=1).float().mean()

@@ -13,23 +13,29 @@ from torch.nn import functional as F
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import fidelity
 from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
+from mmhooks.heads.jumprelu import JumpReLUSAE
 from mmhooks.heads.objective import Objective, StepLoss
+from mmhooks.heads.relu import ReLUSAE
 from mmhooks.heads.sae import SAE
 
 
 @dataclass
 class SAEObjective(Objective):
-    """``sum over modalities of FVU + aux_weight * AuxK``.
+    """``mean over modalities of FVU + penalty * (the head's own) + aux_weight * AuxK``.
 
     Each modality's squared error is divided by that modality's own variance over the training data, so the
-    tighter of two clouds is not ignored. AuxK (Gao et al. 2024, A.2) asks the ``aux_k`` strongest *dead*
-    features to reconstruct what the living ones left over.
+    tighter of two clouds is not ignored. A nested head's levels count equally. AuxK (Gao et al. 2024, A.2)
+    asks the ``aux_k`` strongest *dead* features to reconstruct what the living ones left over.
 
     Attributes:
         b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
         init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
         aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
+        penalty: weight of the head's own penalty (ReLU: L1, divided by the data's standard deviation so that
+            scale does not matter; JumpReLU: L0); by default the head's ``penalty_weight``. No other head has one.
+        target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` in place of L0 (Rajamanoharan et al. 2024, app. F),
+            weighted by ``penalty`` (default 1).
     """
 
     # On a few ten thousand vectors steps are what an SAE lacks: many small ones at a higher rate.
@@ -41,10 +47,13 @@ class SAEObjective(Objective):
     aux_k: int | None = None
     aux_weight: float = 1 / 32
     dead_after: float = 1.0
+    penalty: float | None = None
+    target_l0: float | None = None
     variance: tuple[float, float] = field(default=(1.0, 1.0), init=False)
 
     @torch.no_grad()
     def start(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
+        self._check(head)
         pooled = image if text is None else torch.cat([image, text])
         sample = pooled[:: max(1, len(pooled) // 16384)]
         if self.b_pre == "median":
@@ -72,11 +81,36 @@ class SAEObjective(Objective):
         fvu = sum((weight @ e.square().sum(dim=1) for e in errors), x.new_zeros(())) / len(errors)
         loss, parts = fvu, {"fvu": fvu.detach(), "l0": out.l0}
         if out.penalty is not None:
-            loss, parts = loss + out.penalty, parts | {"penalty": out.penalty.detach()}
+            penalty = self._penalty(head, out.penalty)
+            loss, parts = loss + penalty, parts | {"penalty": penalty.detach()}
         if self.aux_weight > 0 and bool(dead.any()):
             aux = self.auxiliary(head, x, errors[-1].detach(), dead)
             loss, parts = loss + self.aux_weight * aux, parts | {"aux": aux.detach()}
         return StepLoss(loss, out.fired, parts)
+
+    def _check(self, head: SAE) -> None:
+        """Options that this head has no use for are refused, not ignored."""
+        if self.penalty is not None and head.penalty_weight == 0:
+            raise MMHooksError(
+                f"penalty={self.penalty}: a {head.kind} head has no penalty to weigh; set its k"
+            )
+        if self.target_l0 is not None and not isinstance(head, JumpReLUSAE):
+            raise MMHooksError(
+                f"target_l0={self.target_l0} needs an L0 with a gradient, as jumprelu has; came a {head.kind} "
+                "head: set its k, or penalty= for relu"
+            )
+
+    def _penalty(self, head: SAE, density: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        if self.target_l0 is not None:
+            weight = 1.0 if self.penalty is None else self.penalty
+            return weight * (density / self.target_l0 - 1).square()
+        weight = head.penalty_weight if self.penalty is None else self.penalty
+        return weight * (density if isinstance(head, JumpReLUSAE) else density / self.spread)
+
+    @property
+    def spread(self) -> float:
+        """The data's standard deviation: root of the mean of the modalities' variances."""
+        return (sum(self.variance) / 2) ** 0.5
 
     def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
         """Both modalities as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
@@ -99,12 +133,17 @@ class SAEObjective(Objective):
 
     @torch.no_grad()
     def before_step(self, head: SAE) -> None:
-        if head.W_dec.grad is not None:
+        if head.unit_decoder and head.W_dec.grad is not None:
             head.W_dec.grad.copy_(without_parallel(head.W_dec.grad, head.W_dec))
 
     @torch.no_grad()
     def after_step(self, head: SAE) -> None:
-        head.W_dec.copy_(unit_rows(head.W_dec))
+        if head.unit_decoder:
+            head.W_dec.copy_(unit_rows(head.W_dec))
+
+    def finish(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
+        if isinstance(head, ReLUSAE):
+            head.fold_norms()
 
     def score(self, head: SAE, image: Tensor, text: Tensor | None) -> dict[str, float]:
         results = {"image": fidelity(head, image)}

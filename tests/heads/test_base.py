@@ -9,12 +9,46 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmhooks.errors import MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
-from mmhooks.heads import NCL, Head, TopKSAE, load_head_dir
+from mmhooks.heads import (
+    NCL,
+    BatchTopKSAE,
+    Head,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReLUSAE,
+    TopKSAE,
+    load_head_dir,
+)
+from mmhooks.heads.base import KINDS
+
+
+def calibrated() -> BatchTopKSAE:
+    head = BatchTopKSAE(16, 48, 5)
+    head.calibrate(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
+    return head
+
+
+def decodable() -> NCL:
+    head = NCL(16, 48, hidden=20)
+    head.fit_decoder(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
+    return head
+
 
 HEADS = {
     "topk": lambda: TopKSAE(16, 48, 5),
+    "batchtopk": calibrated,
+    "matryoshka": lambda: MatryoshkaSAE(16, 48, 5, widths=(12, 48)),
+    "nested K": lambda: MatryoshkaSAE(16, 48, 5, ks=(2, 5)),
+    "jumprelu": lambda: JumpReLUSAE(16, 48, threshold=0.2),
+    "relu": lambda: ReLUSAE(16, 48),
     "ncl": lambda: NCL(16, 48, hidden=20),
+    "ncl with decoder": decodable,
 }
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert {make().kind for make in HEADS.values()} == set(KINDS)
+    assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu", "ncl"}
 
 
 @pytest.fixture(params=HEADS)
@@ -129,7 +163,7 @@ def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
 
     meta = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(meta | {"kind": "topkk"}))
-    with pytest.raises(MMHooksError, match=r"unknown kind of head 'topkk'; known: .*ncl, topk"):
+    with pytest.raises(MMHooksError, match=r"unknown kind of head 'topkk'; known: .*ncl, relu, topk"):
         load_head_dir(path)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import NCL, fidelity, train_head
+from mmhooks.heads import NCL, fidelity, load_head_dir, train_head
 from mmhooks.heads.fidelity import effective_rank
 from mmhooks.heads.ncl_objective import NCLObjective, info_nce, rep_relu
 
@@ -132,3 +132,57 @@ def test_threshold_keeps_units_alive_and_sparse_where_the_loss_alone_does_not(pa
     assert shares(None, "cosine")[0] >= 20 / 64
     dead, density = shares(None, "dot")
     assert dead >= 20 / 64 and density > 0.15
+
+
+# -- the fitted decoder ------------------------------------------------------------------------------------
+
+
+def test_fitted_decoder_is_the_ridge_solution_written_out(pairs) -> None:
+    ncl, ridge = NCL(16, 64), 0.01
+    ncl.fit_decoder(*pairs, ridge=ridge, batch_size=170)
+    x = torch.cat([unit(p) for p in pairs]).double()
+    f = ncl.encode(x.float()).detach().double()
+    centred = f - f.mean(dim=0)
+    gram = centred.T @ centred
+    floor = ridge * float(gram.diagonal().mean()) * torch.eye(64, dtype=torch.float64)
+    weight = torch.linalg.solve(gram + floor, centred.T @ (x - x.mean(dim=0)))
+    torch.testing.assert_close(ncl.W_dec.double(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ncl.decode(f.float()).double().mean(dim=0), x.mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_fitted_decoder_is_found_by_no_other_map(pairs) -> None:
+    """Without ridge it is the least-squares optimum: the residual is orthogonal to every feature."""
+    ncl = NCL(16, 64)
+    with torch.no_grad():
+        ncl.b2[:5] = -5.0  # features that never fire need a map too: zero
+    ncl.fit_decoder(*pairs, ridge=0.0)
+    x = torch.cat([unit(p) for p in pairs])
+    f = ncl.encode(x)
+    residual = x - ncl.decode(f)
+    assert float((f - f.mean(0)).T.matmul(residual).abs().max()) < 1e-2
+    torch.testing.assert_close(ncl.W_dec[:5].detach(), torch.zeros(5, 16))
+
+
+def test_training_with_ridge_gives_a_decoder_that_is_saved_and_refitted(pairs, held_out, tmp_path) -> None:
+    ncl, settings = NCL(16, 64), {"epochs": 10, "batch_size": 200, "lr": 3e-3, "progress": False}
+    train_head(ncl, *pairs, objective=NCLObjective(ridge=1e-3), **settings)
+    assert ncl.has_decoder and fidelity(ncl, held_out[0]).fvu < 0.8  # four features of 64 fire
+    back = load_head_dir(ncl.save(tmp_path / "n"))
+    x = unit(held_out[0])
+    assert back.id == ncl.id and torch.equal(back(x), ncl(x))
+    stale = ncl.W_dec.detach().clone()
+    train_head(ncl, *pairs, **settings)  # a head that has a decoder gets one that fits its new features
+    fresh = NCL(16, 64)
+    fresh.load_state_dict({k: v for k, v in ncl.state_dict().items() if "dec" not in k})
+    fresh.fit_decoder(*pairs)
+    assert not torch.equal(ncl.W_dec, stale)
+    torch.testing.assert_close(ncl.W_dec, fresh.W_dec, atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_is_part_of_the_id(pairs) -> None:
+    ncl = NCL(16, 64)
+    before = ncl.id
+    ncl.fit_decoder(*pairs)
+    assert ncl.id != before
+    with pytest.raises(MMHooksError, match="at least 2 rows with ridge >= 0, came 1 rows"):
+        ncl.fit_decoder(pairs[0][:1])
