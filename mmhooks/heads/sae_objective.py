@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import fidelity
-from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
+from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows
 from mmhooks.heads.jumprelu import JumpReLUSAE
 from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.relu import ReLUSAE
 from mmhooks.heads.sae import SAE
+from mmhooks.heads.sphere import project_out_, to_unit_
 
 
 @dataclass
@@ -134,12 +135,12 @@ class SAEObjective(Objective):
     @torch.no_grad()
     def before_step(self, head: SAE) -> None:
         if head.unit_decoder and head.W_dec.grad is not None:
-            head.W_dec.grad.copy_(without_parallel(head.W_dec.grad, head.W_dec))
+            project_out_(head.W_dec.grad, head.W_dec)
 
     @torch.no_grad()
     def after_step(self, head: SAE) -> None:
         if head.unit_decoder:
-            head.W_dec.copy_(unit_rows(head.W_dec))
+            to_unit_(head.W_dec)
 
     def finish(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
         if isinstance(head, ReLUSAE):
