@@ -119,7 +119,11 @@ class SAELens(_Local):
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
         self.input = TrainStepInput
-        self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse))
+        self.sae = TopKTrainingSAE(
+            TopKTrainingSAEConfig(
+                d_in=d, d_sae=n, k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse
+            )
+        )
         self.adam(self.sae.parameters(), lr)
         self.silent, self.dead_steps, self.steps = torch.zeros(n), dead_steps, 0
 
@@ -167,7 +171,14 @@ class Remote:
         self.name = kind.name
         *numbers, data, dead_steps = args
         self.child = subprocess.Popen(
-            [python, __file__, kind.__name__, str(torch.get_num_threads()), *map(str, numbers), str(dead_steps)],
+            [
+                python,
+                __file__,
+                kind.__name__,
+                str(torch.get_num_threads()),
+                *map(str, numbers),
+                str(dead_steps),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": ""},

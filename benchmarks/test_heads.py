@@ -97,7 +97,9 @@ def test_topk_step(n: int, batch: int) -> None:
     print("| step | ms, median (min) | samples/s | of ours |\n|:--|--:|--:|--:|")
     for who, (middle, least) in zip([*contenders, *peers], steps, strict=True):
         share = steps[0][0] / middle
-        print(f"| {who.name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | {batch / middle:,.0f} | {share:.2f} |")
+        print(
+            f"| {who.name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | {batch / middle:,.0f} | {share:.2f} |"
+        )
     for name, (middle, least) in (("torch's default", default), ("here", best)):
         print(f"| encoder's product alone, {name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | | |")
     if peers:
