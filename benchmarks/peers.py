@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
 
@@ -223,9 +222,19 @@ def _read(pipe: IO[bytes]) -> dict[str, Tensor] | None:
 KINDS: dict[str, type[Any]] = {k.__name__: k for k in (Overcomplete, Sparsify, SAELens, SAELensSparse)}
 
 
-def available() -> tuple[list[Callable[..., Any]], list[str]]:
+class _Remotely:
+    """Builds a :class:`Remote` as a class of this environment would be built."""
+
+    def __init__(self, python: str, kind: type[Any]) -> None:
+        self.python, self.kind, self.name = python, kind, kind.name
+
+    def __call__(self, *args: Any) -> Remote:
+        return Remote(self.python, self.kind, *args)
+
+
+def available() -> tuple[list[Any], list[str]]:
     """How each peer is built here, and a sentence for each that cannot be."""
-    found: list[Callable[..., Any]] = []
+    found: list[Any] = []
     missing: list[str] = []
     for kind, module, package in (
         (Overcomplete, "overcomplete", "overcomplete"),
@@ -236,7 +245,7 @@ def available() -> tuple[list[Callable[..., Any]], list[str]]:
         else:
             missing.append(f"{kind.name} left out: pip install {package}")
     if python := os.environ.get("MMHOOKS_SAELENS_PYTHON"):
-        found += [lambda *a, k=kind: Remote(python, k, *a) for kind in (SAELens, SAELensSparse)]
+        found += [_Remotely(python, kind) for kind in (SAELens, SAELensSparse)]
     else:
         missing.append(
             "SAELens left out: MMHOOKS_SAELENS_PYTHON names no interpreter (see benchmarks/peers.py)"
