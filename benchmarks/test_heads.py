@@ -1,8 +1,12 @@
-"""One TopK training step, sparse against dense, in one process; loss and gradients are compared before timing.
+"""One TopK training step of ours and of the other libraries, interleaved; loss and gradients are checked first.
 
-    python -m pytest benchmarks/test_heads.py -s
+    pip install "mmhooks[bench]"; export MMHOOKS_SAELENS_PYTHON=...   # see benchmarks/peers.py
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/test_heads.py -s
 
-prints samples a second, the ratio, and the roofline: the time of the one product that no step can avoid.
+Prints a Markdown table: samples a second (median of the rounds; the minimum in brackets), our ratio to the
+fastest peer, and the roofline: the time of the encoder's product ``[b, d] x [d, n]``, by torch's default and by
+the fastest routine there is here. It is the one product no TopK step can avoid: the decoder, its gradient, the
+encoder's gradient and that of the selected values have ``K`` of ``n`` terms a row, and cost ``2 b K d`` each.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from statistics import median
 
 import pytest
 import torch
+from peers import available
 
-from mmhooks.heads import TopKSAE
+from mmhooks.heads import TopKSAE, sparse
 from mmhooks.heads.sae import SAE
 from mmhooks.heads.sae_objective import SAEObjective
 
-CASES = [(512, 1024, 32, 1024), (512, 1024, 128, 1024), (512, 1024, 256, 1024), (512, 8192, 32, 1024)]
+D, K, LR = 512, 32, 1e-4
+CASES = [(n, batch) for n in (1024, 8192, 16384) for batch in (1024, 4096)]
 
 
 class DenseSAE(TopKSAE):
@@ -27,45 +33,77 @@ class DenseSAE(TopKSAE):
     training_pass = SAE.training_pass
 
 
-def step(sae: TopKSAE, adam: torch.optim.Optimizer, objective: SAEObjective, x: torch.Tensor) -> torch.Tensor:
-    dead = torch.zeros(sae.n_features, dtype=torch.bool)
-    loss = objective.loss(sae, x, None, dead).loss
-    adam.zero_grad(set_to_none=True)
-    loss.backward()
-    objective.before_step(sae)
-    adam.step()
-    objective.after_step(sae)
-    return loss.detach()
+class Ours:
+    """``train_head``'s step: loss with its bookkeeping, backward, projection, Adam, norm."""
+
+    def __init__(self, sae: TopKSAE, x: torch.Tensor) -> None:
+        self.name = "mmhooks" if type(sae) is TopKSAE else "mmhooks, dense formula"
+        self.sae, self.objective = sae, SAEObjective()
+        self.objective.measure(x, None)
+        self.adam = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
+        self.silent = torch.zeros(sae.n_features, dtype=torch.long)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        dead = self.silent > 10_000_000
+        loss, fired, _ = self.objective.loss(self.sae, x, None, dead)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self.objective.before_step(self.sae)
+        self.adam.step()
+        self.objective.after_step(self.sae)
+        self.silent += len(x)
+        self.silent[fired] = 0
+        return loss.detach()
 
 
-def interleaved(calls: list[Callable[[], object]], rounds: int = 7) -> list[float]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            kept.append(time.perf_counter() - start)
-    return [median(kept[1:]) for kept in times]
-
-
-@pytest.mark.parametrize(("d", "n", "k", "batch"), CASES)
-def test_topk_step(d: int, n: int, k: int, batch: int) -> None:
-    x = torch.nn.functional.normalize(torch.randn(batch, d), dim=1)
+def gradients(sae: TopKSAE, x: torch.Tensor) -> list[torch.Tensor]:
+    """Loss and the gradient of every parameter, before projection."""
     objective = SAEObjective()
     objective.measure(x, None)
-    contenders, losses, grads = [], [], []
-    for kind in (TopKSAE, DenseSAE):
-        sae = kind(d, n, k)
-        adam = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, fused=True)
-        losses.append(step(sae, adam, objective, x))
-        grads.append([p.grad.clone() for p in sae.parameters() if p.grad is not None])
-        contenders.append(lambda s=sae, a=adam: step(s, a, objective, x))
-    torch.testing.assert_close(losses[0], losses[1])
-    for mine, theirs in zip(*grads, strict=True):
+    loss = objective.loss(sae, x, None, torch.zeros(sae.n_features, dtype=torch.bool)).loss
+    return [loss.detach(), *torch.autograd.grad(loss, list(sae.parameters()))]
+
+
+def interleaved(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each call in each round; a call that returns a float has timed itself."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for call, kept in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            own = call()
+            kept.append(own if isinstance(own, float) else time.perf_counter() - start)
+    return [kept[1:] for kept in times]
+
+
+@pytest.mark.parametrize(("n", "batch"), CASES)
+def test_topk_step(n: int, batch: int) -> None:
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(batch, D), dim=1)
+    for mine, theirs in zip(gradients(TopKSAE(D, n, K), x), gradients(DenseSAE(D, n, K), x), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-3)
-    w = torch.randn(n, d)
-    ours, dense, product = interleaved([*contenders, lambda: x @ w.T])
-    print(
-        f"\nd={d} n={n} k={k} batch={batch}: {batch / ours:,.0f} samples/s, dense {batch / dense:,.0f}, "
-        f"ratio {dense / ours:.2f}; encoder product {1e3 * product:.1f} of {1e3 * ours:.1f} ms"
-    )
+
+    found, missing = available()
+    w, bias = torch.randn(n, D), torch.randn(n)
+    contenders = [Ours(TopKSAE(D, n, K), x), Ours(DenseSAE(D, n, K), x)]
+    peers = [build(D, n, K, LR, x, 1000) for build in found]
+    calls = [lambda c=c: c.step(x) for c in [*contenders, *peers]]
+    calls += [lambda: torch.addmm(bias, x, w.T), lambda: sparse.affine(x, w, bias)]
+    times = interleaved(calls, rounds=7 if n * batch < 1 << 24 else 5)
+    for peer in peers:
+        getattr(peer, "close", lambda: None)()
+
+    *steps, default, best = [(median(t), min(t)) for t in times]
+    print(f"\n### n = {n:,}, batch {batch:,} (d = {D}, K = {K}, {torch.get_num_threads()} threads)\n")
+    print("| step | ms, median (min) | samples/s | of ours |\n|:--|--:|--:|--:|")
+    for who, (middle, least) in zip([*contenders, *peers], steps, strict=True):
+        share = steps[0][0] / middle
+        print(
+            f"| {who.name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | {batch / middle:,.0f} | {share:.2f} |"
+        )
+    for name, (middle, least) in (("torch's default", default), ("here", best)):
+        print(f"| encoder's product alone, {name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | | |")
+    if peers:
+        rival = min(range(len(peers)), key=lambda i: steps[2 + i][0])
+        ratios = [steps[2 + rival][i] / steps[0][i] for i in (0, 1)]
+        print(f"\n{ratios[0]:.2f}x the fastest peer, {peers[rival].name} (of minima {ratios[1]:.2f}x)")
+    print("\n".join(missing))

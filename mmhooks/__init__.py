@@ -41,6 +41,7 @@ _PUBLIC: dict[str, str] = {
     "win_rate": "mmhooks.analysis.interpretability",
     "top_activating": "mmhooks.analysis.top",
     "retrieval": "mmhooks.analysis.retrieval",
+    "sweep": "mmhooks.analysis.sweep",
     "monosemanticity": "mmhooks.analysis.monosemanticity",
 }
 

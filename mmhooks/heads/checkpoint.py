@@ -37,6 +37,17 @@ def save_checkpoint(
     with aside.open("rb+") as handle:
         os.fsync(handle.fileno())
     os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name too must survive a crash of the machine
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes what runs that were killed while writing ``path`` left beside it."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmhooks.heads.source import Rows
+
 
 def geometric_median(x: Float[Tensor, "n d"], *, steps: int = 100, tol: float = 1e-6) -> Float[Tensor, " d"]:
     """The point with the least sum of distances to the rows of ``x`` (Weiszfeld's iteration).
@@ -41,9 +43,17 @@ def without_parallel(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"])
     return gradient - along * rows
 
 
-def total_variance(x: Float[Tensor, "n d"]) -> float:
+def total_variance(x: Rows) -> float:
     """Mean squared distance of the rows to their mean: FVU's denominator, per row."""
-    return float(x.double().var(dim=0, correction=0).sum())
+    centre = mean_row(x)
+    sums = ((chunk.double() - centre).square().sum() for chunk in x.split(16384))
+    return float(sum(sums, torch.zeros((), dtype=torch.float64))) / len(x)
+
+
+def mean_row(x: Rows) -> Float[Tensor, " d"]:
+    """The mean of the rows, in double precision."""
+    sums = (chunk.double().sum(dim=0) for chunk in x.split(16384))
+    return sum(sums, torch.zeros((), dtype=torch.float64)) / len(x)
 
 
 def ridge_map(

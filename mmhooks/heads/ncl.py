@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.geometry import ridge_map
+from mmhooks.heads.source import Rows
 
 
 class NCL(Head):
@@ -82,7 +83,7 @@ class NCL(Head):
         return f @ self.W_dec + self.b_dec
 
     @torch.no_grad()
-    def fit_decoder(self, *x: Float[Tensor, "_ d"], ridge: float = 1e-3, batch_size: int = 4096) -> None:
+    def fit_decoder(self, *x: Rows, ridge: float = 1e-3, batch_size: int = 4096) -> None:
         """The linear map from features back to vectors with the least squared error over the rows of ``x``.
 
         Args:

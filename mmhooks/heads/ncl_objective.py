@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import effective_rank
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.objective import Objective, StepLoss
+from mmhooks.heads.source import Rows
 
 _TINY = 1e-6  # keeps a constant unit from dividing by zero
 
@@ -54,6 +56,8 @@ class NCLObjective(Objective):
             unless the head already has one, which then is fitted anew.
     """
 
+    shares_batches = False
+
     temperature: float = 0.2
     similarity: Literal["cosine", "dot"] = "cosine"
     threshold: float | None = 1.5
@@ -85,14 +89,14 @@ class NCLObjective(Objective):
         if self.threshold is not None:
             _fold(head, *self._batch, self.threshold, rate=0.1)
 
-    def finish(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
+    def finish(self, head: NCL, image: Rows, text: Rows | None) -> None:
         """Folds the statistics of all training pairs, so that the thresholds hold exactly on them."""
         assert text is not None
         self._standardise(head, image, text)
         if self.ridge is not None or head.has_decoder:
             head.fit_decoder(image, text, **({} if self.ridge is None else {"ridge": self.ridge}))
 
-    def _standardise(self, head: NCL, image: Tensor, text: Tensor) -> None:
+    def _standardise(self, head: NCL, image: Rows, text: Rows) -> None:
         if self.threshold is not None:
             _fold(head, *pre_statistics(head, image, text), self.threshold, rate=1.0)
 
@@ -115,15 +119,15 @@ class NCLObjective(Objective):
 
 
 @torch.no_grad()
-def pre_statistics(head: NCL, *x: Float[Tensor, "_ d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def pre_statistics(head: NCL, *x: Rows) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Mean and standard deviation of each unit's pre-activation over all rows of all parts."""
     rows = sum(len(part) for part in x)
-    chunks = [chunk for part in x for chunk in part.split(4096)]
-    mean = sum((head.pre(c).double().sum(dim=0) for c in chunks), torch.zeros((), dtype=torch.float64)) / rows
-    square = (
-        sum(((head.pre(c) - mean).double().square().sum(dim=0) for c in chunks), torch.zeros_like(mean))
-        / rows
-    )
+
+    def pre() -> Iterator[Float[Tensor, "b n"]]:
+        yield from (head.pre(chunk) for part in x for chunk in part.split(4096))
+
+    mean = sum((z.double().sum(dim=0) for z in pre()), torch.zeros((), dtype=torch.float64)) / rows
+    square = sum(((z - mean).double().square().sum(dim=0) for z in pre()), torch.zeros_like(mean)) / rows
     return mean.float(), square.sqrt().float() + _TINY
 
 

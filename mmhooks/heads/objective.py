@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from mmhooks.heads.source import Rows
 
 
 class StepLoss(NamedTuple):
@@ -26,6 +30,10 @@ class Objective:
     dead_after: float = 1.0
     default_batch_size: ClassVar[int] = 512
     default_lr: ClassVar[float] = 1e-3
+    shares_batches: ClassVar[bool] = True
+    """Whether a batch's loss is the mean of its parts' losses, so that several processes may share it."""
+    across: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+    """Mean over the processes that share a batch; ``train_head`` sets it."""
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def settings(self) -> dict[str, Any]:
@@ -33,9 +41,9 @@ class Objective:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def start(self, head: Any, image: Tensor, text: Tensor | None) -> None:
-        """Data-dependent initialisation: once, before the first step."""
+        """Data-dependent initialisation: once, before the first step; on some 65,536 evenly spaced pairs, or all."""
 
-    def measure(self, image: Tensor, text: Tensor | None) -> None:
+    def measure(self, image: Rows, text: Rows | None) -> None:
         """Constants of the data that the loss needs: at the start of every run, also of a resumed one."""
 
     def loss(self, head: Any, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
@@ -48,7 +56,20 @@ class Objective:
     def after_step(self, head: Any) -> None:
         """The optimiser has stepped: restores constraints."""
 
-    def finish(self, head: Any, image: Tensor, text: Tensor | None) -> None:
+    def after_epoch(
+        self,
+        head: Any,
+        adam: torch.optim.Optimizer,
+        dead: Bool[Tensor, " n"],
+        epoch: int,
+        sample: Callable[[], Tensor],
+        generator: torch.Generator,
+    ) -> int:
+        """After epoch ``epoch`` (from 1): may bring dead features back; returns how many. Must be a function of its
+        arguments alone, so that a resumed run does the same."""
+        return 0
+
+    def finish(self, head: Any, image: Rows, text: Rows | None) -> None:
         """Once, after the last step, on the training data."""
 
     def score(self, head: Any, image: Tensor, text: Tensor | None) -> dict[str, float]:

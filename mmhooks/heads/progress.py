@@ -1,15 +1,18 @@
-"""A progress bar with numbers beside it, or nothing at all."""
+"""What a training says while it runs: a bar with numbers beside it, and TensorBoard's files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from mmhooks.errors import MMHooksError
 
 Update = Callable[[int, dict[str, float]], None]
 
 
 @contextmanager
-def training_bar(label: str, total: int, *, shown: bool) -> Iterator[Update]:
+def training_bar(label: str, total: int, *, shown: bool, begin: int = 0) -> Iterator[Update]:
     """Yields ``update(done, numbers)``; the bar goes to stderr, so that stdout stays for results."""
     if not shown:
         yield lambda done, numbers: None
@@ -33,7 +36,7 @@ def training_bar(label: str, total: int, *, shown: bool) -> Iterator[Update]:
         TextColumn("{task.fields[numbers]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, numbers="")
+        task = progress.add_task(label, total=total, completed=begin, numbers="")
 
         def update(done: int, numbers: dict[str, float]) -> None:
             progress.update(
@@ -41,3 +44,30 @@ def training_bar(label: str, total: int, *, shown: bool) -> Iterator[Update]:
             )
 
         yield update
+
+
+@contextmanager
+def tensorboard(folder: str | Path | None, *, begin: int = 0) -> Iterator[Update]:
+    """Yields ``log(step, numbers)``, which writes scalars for TensorBoard, or does nothing without a folder.
+
+    ``begin`` is the step a resumed run goes on from: what an earlier run logged beyond it is dropped.
+
+    Raises:
+        MMHooksError: the package is missing.
+    """
+    if folder is None:
+        yield lambda step, numbers: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as fault:
+        raise MMHooksError(
+            f'tensorboard={str(folder)!r} needs the package: pip install "mmhooks[tensorboard]" ({fault})'
+        ) from fault
+    with SummaryWriter(str(folder), purge_step=begin) as writer:
+
+        def log(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        yield log

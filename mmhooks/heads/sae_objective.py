@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,11 +13,14 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import fidelity
-from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
+from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows
 from mmhooks.heads.jumprelu import JumpReLUSAE
 from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.relu import ReLUSAE
+from mmhooks.heads.resample import resample
 from mmhooks.heads.sae import SAE
+from mmhooks.heads.source import Rows
+from mmhooks.heads.sphere import project_out_, to_unit_
 
 
 @dataclass
@@ -32,6 +36,7 @@ class SAEObjective(Objective):
         init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
         aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
+        resample_every: after every so many epochs, dead features begin again at rows that the head explains badly.
         penalty: weight of the head's own penalty (ReLU: L1, divided by the data's standard deviation so that
             scale does not matter; JumpReLU: L0); by default the head's ``penalty_weight``. No other head has one.
         target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` in place of L0 (Rajamanoharan et al. 2024, app. F),
@@ -47,6 +52,7 @@ class SAEObjective(Objective):
     aux_k: int | None = None
     aux_weight: float = 1 / 32
     dead_after: float = 1.0
+    resample_every: int | None = None
     penalty: float | None = None
     target_l0: float | None = None
     variance: tuple[float, float] = field(default=(1.0, 1.0), init=False)
@@ -65,7 +71,7 @@ class SAEObjective(Objective):
             head.W_dec.copy_(unit_rows(pooled[rows] - head.b_pre))
             head.W_enc.copy_(head.W_dec)
 
-    def measure(self, image: Tensor, text: Tensor | None) -> None:
+    def measure(self, image: Rows, text: Rows | None) -> None:
         variances = [total_variance(x) for x in (image, text) if x is not None]
         if min(variances) < 1e-12:
             raise MMHooksError(
@@ -129,19 +135,31 @@ class SAEObjective(Objective):
         k = min(self.aux_k or max(1, head.d_in // 2), len(rows))
         values, chosen = pre.topk(k, dim=-1, sorted=False)
         guess = torch.zeros_like(pre).scatter(-1, chosen, values.relu()) @ head.W_dec[rows]
-        return (error - guess).square().sum() / error.square().sum().clamp_min(1e-30)
+        return (error - guess).square().sum() / self.across(error.square().sum()).clamp_min(1e-30)
 
     @torch.no_grad()
     def before_step(self, head: SAE) -> None:
         if head.unit_decoder and head.W_dec.grad is not None:
-            head.W_dec.grad.copy_(without_parallel(head.W_dec.grad, head.W_dec))
+            project_out_(head.W_dec.grad, head.W_dec)
 
     @torch.no_grad()
     def after_step(self, head: SAE) -> None:
         if head.unit_decoder:
-            head.W_dec.copy_(unit_rows(head.W_dec))
+            to_unit_(head.W_dec)
 
-    def finish(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
+    def after_epoch(
+        self,
+        head: SAE,
+        adam: torch.optim.Optimizer,
+        dead: Bool[Tensor, " n"],
+        epoch: int,
+        sample: Callable[[], Tensor],
+        generator: torch.Generator,
+    ) -> int:
+        due = self.resample_every is not None and epoch % self.resample_every == 0
+        return resample(head, adam, dead, sample(), generator) if due else 0
+
+    def finish(self, head: SAE, image: Rows, text: Rows | None) -> None:
         if isinstance(head, ReLUSAE):
             head.fold_norms()
 

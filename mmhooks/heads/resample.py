@@ -1,0 +1,43 @@
+"""Dead features begin again at what the head explains worst (Bricken et al. 2023, "Neuron resampling")."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmhooks.heads.geometry import unit_rows
+from mmhooks.heads.sae import SAE
+
+
+@torch.no_grad()
+def resample(
+    head: SAE,
+    adam: torch.optim.Optimizer,
+    dead: Bool[Tensor, " n"],
+    x: Float[Tensor, "b d"],
+    generator: torch.Generator,
+) -> int:
+    """Gives every dead feature the direction of a badly reconstructed row of ``x``; returns how many there were.
+
+    Rows are drawn in proportion to their squared error. The decoder row becomes that row less ``b_pre``, at unit
+    norm; the encoder row the same at a fifth of the living ones' mean norm, its bias 0; Adam forgets both.
+    """
+    places = dead.nonzero().squeeze(1)
+    if len(places) == 0:
+        return 0
+    error = torch.cat([(part - head(part)).square().sum(dim=1) for part in x.split(4096)])
+    if not float(error.sum()) > 0:
+        return 0
+    drawn = torch.multinomial(error.double().cpu(), len(places), len(places) > len(x), generator=generator)
+    rows = unit_rows(x[drawn.to(x.device)] - head.b_pre)
+    living = head.W_enc[~dead]
+    length = living.norm(dim=1).mean() if len(living) else rows.new_ones(())
+    head.W_dec[places] = rows
+    head.W_enc[places] = 0.2 * length * rows
+    head.b_enc[places] = 0.0
+    for p in (head.W_dec, head.W_enc, head.b_enc):
+        for name, value in adam.state.get(p, {}).items():
+            if name != "step":
+                value[places] = 0.0
+    return len(places)

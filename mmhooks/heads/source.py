@@ -1,0 +1,136 @@
+"""Where training rows come from: tensors in memory, or a store of activations that stays on disk.
+
+Both become :class:`Vectors`, which gives rows the way the head expects them when they are asked for; so no
+second copy of the data is ever made, and a store larger than memory trains like a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
+from mmhooks.heads.base import Head
+
+SITES = ("image.embed", "text.embed")
+
+
+class Vectors:
+    """The rows of one modality, in single precision and unit norm where ``head`` expects it.
+
+    Indexed by a slice or by row numbers; ``split`` goes through all of them in order, as a tensor's does.
+
+    >>> from mmhooks.heads import TopKSAE
+    >>> x = Vectors(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), TopKSAE(2, 4, 1), torch.device("cpu"))
+    >>> x[torch.tensor([1, 0])]
+    tensor([[0.0000, 1.0000],
+            [0.6000, 0.8000]])
+    """
+
+    def __init__(self, rows: Any, head: Head, device: torch.device) -> None:
+        self.rows, self.unit, self.device = rows, head.normalize_input, device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        if isinstance(which, Tensor):
+            on = self.rows.device if isinstance(self.rows, Tensor) else torch.device("cpu")
+            which = which.to(on)
+        x = self.rows[which].to(self.device, torch.float32)
+        # :func:`check` found every row finite and none of length 0.
+        return x / x.norm(dim=1, keepdim=True) if self.unit else x
+
+    def split(self, size: int) -> Iterator[Float[Tensor, "b d"]]:
+        for begin in range(0, len(self), size):
+            yield self[begin : begin + size]
+
+    def sample(self, most: int) -> Float[Tensor, "b d"]:
+        """At most twice ``most`` rows, evenly spaced; all of them where there are no more."""
+        return self[torch.arange(0, len(self), max(1, len(self) // most))]
+
+
+class Chosen:
+    """Some rows of a tensor or of a stored site, fetched when they are asked for."""
+
+    def __init__(self, rows: Any, index: Int[Tensor, " m"]) -> None:
+        self.rows, self.index = rows, index
+        self.shape = (len(index), *rows.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Tensor:
+        return self.rows[self.index[which]]
+
+
+Rows = Float[Tensor, "_ d"] | Vectors
+"""What an objective sees of a modality's training data: ``len``, slices, and ``split`` in either case."""
+
+
+def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
+    """Image rows and text rows (or None) of a tensor pair, a store, or the directory of one.
+
+    A store gives the first of ``sites``, and the second where it holds it.
+
+    Raises:
+        MMHooksError: a store and a tensor together, or more than two sites.
+        ShapeMismatch: a site that holds no dense vectors, one a row.
+    """
+    if isinstance(data, Tensor | Chosen):
+        return data, text
+    if isinstance(data, str | Path):
+        from mmhooks.data.store import Store
+
+        data = Store(data)
+    if text is not None:
+        raise MMHooksError("a store holds both modalities: pass text= only beside a tensor, or name sites=")
+    if not 1 <= len(sites) <= 2:
+        raise MMHooksError(f"one or two sites are trained on, came {list(sites)}")
+    wanted = [sites[0]] + [s for s in sites[1:] if s in data.sites or tuple(sites) != SITES]
+    parts = [data[name] for name in wanted]
+    for name, rows in zip(wanted, parts, strict=True):
+        if rows.is_sparse or len(rows.shape) != 2:
+            kind = "sparse features" if rows.is_sparse else f"rows of shape {tuple(rows.shape[1:])}"
+            raise ShapeMismatch(
+                f"site {name!r} of the store holds {kind}; a head trains on one dense vector a row, as at "
+                f"{SITES[0]!r}"
+            )
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def ready(head: Head, image: Any, text: Any, device: torch.device) -> tuple[Vectors, Vectors | None]:
+    """Both modalities as :class:`Vectors`, after one pass over every row.
+
+    Raises:
+        ShapeMismatch: width other than the head's, fewer than two rows, modalities of different length.
+        NotFinite: NaN, infinity or a row of zeros; says where.
+    """
+    if text is not None and len(text) != len(image):
+        raise ShapeMismatch(f"image and text are pairs, row by row: came {len(image)} and {len(text)} rows")
+    if len(image) < 2:
+        raise ShapeMismatch(f"training needs at least 2 pairs, came {len(image)}")
+    parts: list[Vectors | None] = []
+    for name, rows in (("image", image), ("text", text)):
+        if isinstance(rows, Tensor):
+            rows = rows.detach().to(device)
+        if rows is not None:
+            check(head, rows, name)
+        parts.append(None if rows is None else Vectors(rows, head, device))
+    assert parts[0] is not None
+    return parts[0], parts[1]
+
+
+def check(head: Head, rows: Any, name: str, step: int = 16384) -> None:
+    """Every row through :meth:`Head.prepare`, a few at a time."""
+    for begin in range(0, len(rows), step):
+        try:
+            head.prepare(rows[begin : begin + step].to(torch.float32))
+        except NotFinite as fault:
+            where = f"training data, {name}" + (f", rows counted from {begin} on" if begin else "")
+            raise NotFinite(f"{where}: {fault}") from None

@@ -1,0 +1,64 @@
+"""The figure of a sweep: what each head costs in active features, and what it leaves unexplained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmhooks.errors import ShapeMismatch
+from mmhooks.report.style import LIGHT, Palette
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vP*X"
+
+
+def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) -> Figure:
+    """L0 against held-out FVU; beside it, L0 against the spread of the MDS and against EmbedSim.
+
+    Args:
+        rows: of ``SweepResult.rows``. A marker a variant, larger for wider heads; the Pareto front of FVU is a line.
+
+    >>> row = {"variant": "topk", "n": 64, "K": 4, "seed": 0, "L0": 4.0, "FVU": 0.2, "pareto": True,
+    ...        "MDS sigma": 0.1, "EmbedSim image": 0.3, "EmbedSim text": 0.1}
+    >>> [axis.get_xlabel() for axis in sweep_figure([row]).axes]
+    ['L0', 'L0', 'L0']
+    """
+    from matplotlib.figure import Figure
+
+    if not rows:
+        raise ShapeMismatch("no run to draw: expected at least one row")
+    figure = Figure(figsize=(11.5, 3.6), layout="constrained")
+    fvu, spread, alike = figure.subplots(1, 3)
+    kinds = sorted({(row["variant"], row["n"]) for row in rows})
+    variants = sorted({variant for variant, _ in kinds})
+    widths = sorted({width for _, width in kinds})
+    for variant, width in kinds:
+        chosen = [row for row in rows if (row["variant"], row["n"]) == (variant, width)]
+        l0 = [row["L0"] for row in chosen]
+        look: Any = {
+            "marker": MARKERS[variants.index(variant) % len(MARKERS)],
+            "s": 24 + 26 * widths.index(width),
+            "alpha": 0.8,
+            "linewidths": 0,
+        }
+        fvu.scatter(
+            l0, [r["FVU"] for r in chosen], color=palette.text, label=f"{variant}, n = {width:,}", **look
+        )
+        spread.scatter(l0, [r["MDS sigma"] for r in chosen], color=palette.text, **look)
+        alike.scatter(l0, [r["EmbedSim image"] for r in chosen], color=palette.img, **look)
+        alike.scatter(l0, [r["EmbedSim text"] for r in chosen], color=palette.text, **look)
+    front = sorted((row["L0"], row["FVU"]) for row in rows if row["pareto"])
+    fvu.plot(*zip(*front, strict=True), color=palette.soft, linewidth=0.9, zorder=0)
+    for axis, name in ((fvu, "held-out FVU"), (spread, "MDS σ"), (alike, "EmbedSim")):
+        axis.set_xlabel("L0")
+        axis.set_ylabel(name)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    fvu.set_ylim(bottom=0)
+    fvu.legend(fontsize=8.5)
+    for name, colour in (("image", palette.img), ("text", palette.text)):
+        alike.scatter([], [], color=colour, label=name)
+    alike.legend(fontsize=8.5)
+    return figure
