@@ -31,6 +31,7 @@ _PUBLIC: dict[str, str] = {
     "TopKSAE": "mmhooks.heads.sae",
     "NCL": "mmhooks.heads.ncl",
     "train_head": "mmhooks.heads.train",
+    "Store": "mmhooks.data.store",
     "fidelity": "mmhooks.heads.fidelity",
     "mds": "mmhooks.analysis.mds",
     "embed_sim": "mmhooks.analysis.interpretability",
