@@ -50,3 +50,7 @@ class DataError(MMHooksError, ValueError):
 
 class MissingWeights(MMHooksError, OSError):
     """Weights, a data set or a model file that is not on this machine and cannot be fetched."""
+
+
+class StoreError(MMHooksError, OSError):
+    """An activation store that is damaged, unfinished, being written by another, or of other settings."""

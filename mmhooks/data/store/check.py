@@ -1,0 +1,142 @@
+"""Looking a store over: what is in it, and every fault of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmhooks.data.progress import track
+from mmhooks.data.store.layout import MANIFEST, columns_of, dataset_files, read_manifest, specs_of
+from mmhooks.data.store.shard import Shard, checksum
+from mmhooks.data.store.writer import finished
+from mmhooks.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one file of a store, or with its ids."""
+
+    file: str
+    kind: Literal["missing", "truncated", "altered", "surplus", "unfinished", "repeated id"]
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind}, {self.detail}"
+
+
+def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
+    """Every fault of the store in ``folder``; an empty list where there is none. Reads every byte.
+
+    Raises:
+        StoreError: no store there. An altered manifest is a fault like any other, but hides the rest.
+    """
+    place = Path(folder).expanduser()
+    if not (place / MANIFEST).exists():
+        read_manifest(place)  # raises
+    try:
+        manifest = read_manifest(place)
+    except StoreError as fault:
+        return [Fault(MANIFEST, "altered", str(fault))]
+    entries = manifest["shards"] if manifest["complete"] else _in_order(place)
+    faults = [] if manifest["complete"] else [_unfinished(manifest, entries)]
+    columns = columns_of(specs_of(manifest).values())
+    whole = []
+    for entry in track(entries, len(entries), f"verifying {place.name}", show=progress):
+        fault = _shard_fault(place, entry)
+        if fault is None:
+            whole.append(Shard(place / entry["file"], entry, columns))
+        else:
+            faults.append(fault)
+    known = {MANIFEST, *(entry["file"] for entry in entries)}
+    if manifest["complete"]:
+        derived = dataset_files(manifest)
+        known |= derived.keys()
+        for name, content in derived.items():
+            if not (place / name).is_file():
+                faults.append(
+                    Fault(name, "missing", "datasets needs it; the same mm.extract call writes it again")
+                )
+            elif (place / name).read_bytes() != content:
+                faults.append(Fault(name, "altered", "it does not say what the manifest says"))
+        surplus = sorted(p.name for p in place.iterdir() if p.name not in known)
+        faults += [Fault(name, "surplus", "the manifest does not know it") for name in surplus]
+    return [*faults, *_repeated(whole)]
+
+
+def _shard_fault(place: Path, entry: Mapping[str, Any]) -> Fault | None:
+    path = place / entry["file"]
+    rows = f"its {entry['rows']} rows"
+    if not path.is_file():
+        return Fault(path.name, "missing", f"{rows} are lost")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        kind = "truncated" if size < entry["bytes"] else "altered"
+        return Fault(path.name, kind, f"{size} bytes, the manifest says {entry['bytes']}")
+    found = checksum(path)
+    if found != entry["sha256"]:
+        return Fault(path.name, "altered", f"sha256 {found[:16]}…, the manifest says {entry['sha256'][:16]}…")
+    return None
+
+
+def _repeated(shards: list[Shard]) -> Iterator[Fault]:
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made at run time
+
+    if not shards:
+        return
+    counts = pc.value_counts(pa.chunked_array([shard.ids for shard in shards]).cast(pa.large_string()))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        first = twice[0].as_py()
+        yield Fault(
+            MANIFEST, "repeated id", f"{len(twice)} ids occur more than once, the first is {first['values']!r} "
+            f"({first['counts']} times)",
+        )  # fmt: skip
+
+
+def _in_order(place: Path) -> list[dict[str, Any]]:
+    return [entry for _, entry in sorted(finished(place).items()) if entry["rows"]]
+
+
+def _unfinished(manifest: Mapping[str, Any], entries: list[dict[str, Any]]) -> Fault:
+    rows, total = sum(entry["rows"] for entry in entries), manifest["data"].get("pairs")
+    return Fault(
+        MANIFEST, "unfinished", f"{rows} {f'of {total} ' if total else ''}pairs are written in {len(entries)} shards; "
+        "the same mm.extract call goes on from there",
+    )  # fmt: skip
+
+
+def summary(folder: str | Path) -> dict[str, Any]:
+    """What a store holds, finished or not, in few numbers and names."""
+    place = Path(folder).expanduser()
+    manifest = read_manifest(place)
+    entries = manifest["shards"] if manifest["complete"] else _in_order(place)
+    specs = specs_of(manifest)
+    return {
+        "complete": manifest["complete"],
+        "pairs": sum(entry["rows"] for entry in entries),
+        "of": manifest["data"].get("pairs"),
+        "skipped": len(manifest.get("skipped", {})),
+        "shards": len(entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "model": manifest["model"],
+        "data": manifest["data"],
+        "sites": {
+            name: {
+                "row": list(spec.shape),
+                "kept as": f"{spec.sparse} of {spec.shape[0]} entries"
+                if spec.sparse is not None
+                else "dense",
+                "dtype": spec.dtype,
+                "bytes a row": sum(column.row_bytes for column in spec.columns()),
+                **({"head": spec.head} if spec.head else {}),
+            }
+            for name, spec in specs.items()
+        },
+        "settings": manifest["settings"],
+        "versions": manifest["versions"],
+    }

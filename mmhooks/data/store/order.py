@@ -1,0 +1,94 @@
+"""The order in which shuffled batches visit rows: shards at random, and at random within a window of shards.
+
+A window is read as a whole before the next one begins, so a store far larger than memory is read once and in
+large pieces. Everything is a function of the seed and the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+WINDOW = 65_536
+Run = tuple[int, int]
+
+
+def generator(seed: int, epoch: int) -> np.random.Generator:
+    """Of its own for each seed and epoch: neighbouring ones share nothing."""
+    mixed = blake2b(f"{seed}/{epoch}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(mixed, "big"))
+
+
+def windows(
+    cuts: Sequence[int], size: int, rng: np.random.Generator, *, piece: int = 8192
+) -> list[list[Run]]:
+    """Runs of rows in random order, gathered to windows of at least ``size`` rows.
+
+    Args:
+        cuts: where shards begin, and the number of rows; a shard of more than ``piece`` rows is several runs.
+
+    >>> sorted(windows([0, 2, 4], 2, generator(0, 0)))
+    [[(0, 2)], [(2, 4)]]
+    """
+    runs = [
+        (start, min(start + piece, end))
+        for begin, end in pairwise(cuts)
+        for start in range(begin, end, piece)
+    ]
+    found: list[list[Run]] = []
+    held = size
+    for i in rng.permutation(len(runs)).tolist():
+        if held >= size:
+            found.append([])
+            held = 0
+        found[-1].append(runs[i])
+        held += runs[i][1] - runs[i][0]
+    return found
+
+
+class Mixer:
+    """Deals the rows of runs out in random batches: any split of them into batches is as likely as any other.
+
+    Within a batch the rows of a run stand together, so that they are gathered shard by shard, in one pass:
+    how many each run gives is drawn first (a multivariate hypergeometric draw), which of its rows by shuffling it.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        # torch shuffles several times as fast as numpy, which alone has the hypergeometric draw.
+        self._shuffle = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        self._rows: list[Tensor] = []  # what is left of each run, shuffled
+
+    def add(self, runs: Sequence[Run]) -> None:
+        for begin, end in runs:
+            self._rows.append(torch.randperm(end - begin, generator=self._shuffle) + begin)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows))
+
+    def deal(self, size: int) -> tuple[Int[Tensor, " b"], list[int]]:
+        """``size`` of the rows that are left, and how many of them each run gave."""
+        left = [len(rows) for rows in self._rows]
+        counts = left if size == sum(left) else self._rng.multivariate_hypergeometric(left, size).tolist()
+        dealt = [rows[:count] for rows, count in zip(self._rows, counts, strict=True) if count]
+        self._rows = [rows[n:] for rows, n in zip(self._rows, counts, strict=True) if n < len(rows)]
+        return torch.cat(dealt), [len(rows) for rows in dealt]
+
+
+def batches(
+    plan: Sequence[Sequence[Run]], size: int, rng: np.random.Generator, *, drop_last: bool
+) -> Iterator[tuple[int, Int[Tensor, " b"], list[int]]]:
+    """``(window, rows, rows of each run)`` for every batch; what a window leaves over goes into the next."""
+    mixer = Mixer(rng)
+    for number, runs in enumerate(plan):
+        mixer.add(runs)
+        for _ in range(len(mixer) // size):
+            yield number, *mixer.deal(size)
+    if len(mixer) and not drop_last:
+        yield len(plan) - 1, *mixer.deal(len(mixer))

@@ -1,0 +1,251 @@
+"""Store: what an extraction wrote, opened for reading without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmhooks.data.store import order
+from mmhooks.data.store.buffers import Buffers
+from mmhooks.data.store.ids import ChosenIds, Ids, StoredIds
+from mmhooks.data.store.layout import columns_of, read_manifest, specs_of
+from mmhooks.data.store.shard import Shards
+from mmhooks.data.store.site_rows import ChosenRows, HeadRows, Rows, SiteRows, StoredRows, spans
+from mmhooks.errors import DataError, MMHooksError, StoreError, UnknownSite
+
+if TYPE_CHECKING:
+    from mmhooks.data.store.check import Fault
+
+LARGE = 4 * 2**30  # bytes of the read sites
+Sites = str | Sequence[str] | None
+
+
+class Store:
+    """Activations of ``n`` pairs at named sites, memory-mapped from the folder that ``mm.extract`` wrote.
+
+    A row is a pair: rows ``i`` of all sites belong together. Opening reads the manifest alone; a shard is
+    mapped when its rows are asked for.
+
+    Attributes:
+        sites: names, in the order in which they were asked for.
+        ids: of the pairs, in row order.
+        manifest: model, weights, heads, data, settings, versions and shards, as written.
+
+    Raises:
+        StoreError: no store there, an unfinished one, or a manifest that was altered. A missing, truncated
+            or unreadable shard raises when it is opened.
+
+    >>> store = Store("runs/acts")                                   # doctest: +SKIP
+    >>> store["image.embed"][:2].shape                               # doctest: +SKIP
+    torch.Size([2, 256])
+    >>> for batch in store.batches(4096, shuffle=True, seed=0, epoch=3):  # doctest: +SKIP
+    ...     loss = train_on(batch["image.embed"], batch["text.embed"])
+    """
+
+    sites: list[str]
+    ids: Ids
+    manifest: Mapping[str, Any]
+
+    def __init__(self, folder: str | Path) -> None:
+        place = Path(folder).expanduser()
+        manifest = read_manifest(place)
+        if not manifest["complete"]:
+            raise StoreError(
+                f"{place} is unfinished: its extraction is still running or was broken off. The same mm.extract "
+                "call (or `mmhooks extract` command) goes on where it stopped; `mmhooks store info` says how far it is"
+            )
+        specs = specs_of(manifest)
+        shards = Shards(place, manifest["shards"], columns_of(specs.values()))
+        if not len(shards):
+            raise StoreError(f"{place} holds no row: every pair of its source was skipped")
+        self._fill(
+            place,
+            {name: StoredRows(spec, shards) for name, spec in specs.items()},
+            StoredIds(shards),
+            manifest,
+        )
+
+    def _fill(
+        self, place: Path | None, rows: Mapping[str, SiteRows], ids: Ids, manifest: Mapping[str, Any]
+    ) -> None:
+        self.folder, self._rows, self.ids, self.manifest = place, dict(rows), ids, manifest
+        self.sites = list(rows)
+
+    @classmethod
+    def _view(cls, rows: Mapping[str, SiteRows], ids: Ids, manifest: Mapping[str, Any]) -> Store:
+        store = cls.__new__(cls)
+        store._fill(None, rows, ids, manifest)
+        return store
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._rows
+
+    def __getitem__(self, site: str) -> SiteRows:
+        if site not in self._rows:
+            raise UnknownSite(site, self.sites, where="this store")
+        return self._rows[site]
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder or 'view')!r}, {len(self)} pairs, sites: {', '.join(self.sites)})"
+
+    # -- passes over all rows --------------------------------------------------------------------------
+
+    def chunks(self, size: int = 4096, sites: Sites = None) -> Iterator[tuple[int, dict[str, Rows]]]:
+        """``(begin, {site: rows})`` in order, at most ``size`` rows each and never across a shard of any site.
+
+        Nothing is copied and memory does not grow with the store; do not write into the tensors.
+        """
+        chosen = self._chosen(sites)
+        cuts = sorted({cut for rows in chosen.values() for cut in rows.cuts})
+        for first, last in pairwise(cuts):
+            for begin, end in spans([first, last], size):
+                yield begin, {name: rows.span(begin, end) for name, rows in chosen.items()}
+            for rows in chosen.values():
+                rows.release(first, last)
+
+    def batches(
+        self,
+        size: int = 4096,
+        *,
+        sites: Sites = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        window: int = order.WINDOW,
+    ) -> Iterator[dict[str, Rows]]:
+        """``{site: rows}`` in batches of ``size``, copied out of the store, so that a training may write into them.
+
+        Shuffled, shards come in random order, and rows at random within windows of at least ``window`` rows; a store of
+        fewer rows is shuffled as a whole. Which rows a batch has is random, within it they stand shard by shard.
+        Everything follows from ``seed`` and ``epoch``.
+
+        Args:
+            sites: all by default.
+            drop_last: leave out the last batch where it is smaller.
+
+        Raises:
+            UnknownSite: a site that is not stored.
+        """
+        chosen = self._chosen(sites)
+        if size < 1 or window < 1:
+            raise MMHooksError(f"size and window must be at least 1, came {size} and {window}")
+        empty = Buffers(keep=4 * len(chosen)).empty
+        if not shuffle:
+            for begin in range(0, len(self), size):
+                end = min(begin + size, len(self))
+                if end - begin == size or not drop_last:
+                    yield {name: rows.read(begin, end, empty) for name, rows in chosen.items()}
+            return
+        rng = order.generator(seed, epoch)
+        cuts = max((rows.cuts for rows in chosen.values()), key=len)
+        plan = order.windows(cuts, window, rng)
+        # Of a store that memory holds with ease, pages stay where they are from epoch to epoch.
+        large = sum(rows.nbytes for rows in chosen.values()) > LARGE
+        current = -1
+        for number, index, counts in order.batches(plan, size, rng, drop_last=drop_last):
+            if large and number != current:
+                for rows in chosen.values():
+                    for run in plan[current] if current >= 0 else ():
+                        rows.release(*run)
+                    for run in plan[number]:
+                        rows.want(*run)
+                current = number
+            yield {
+                name: rows.take(index, empty, counts if rows.cuts is cuts else None)
+                for name, rows in chosen.items()
+            }
+
+    def _chosen(self, sites: Sites) -> dict[str, SiteRows]:
+        names = self.sites if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        return {name: self[name] for name in names}
+
+    # -- other stores from this one --------------------------------------------------------------------
+
+    def select(self, ids: Iterable[str]) -> Store:
+        """The pairs of these ids, in their order, as a store; nothing is copied.
+
+        Raises:
+            DataError: an id that is not here; the message counts them and names the first.
+        """
+        return self.rows(self.ids.rows_of(ids, where=str(self.folder or "this store")))
+
+    def rows(self, index: torch.Tensor | Sequence[int]) -> Store:
+        """The pairs in these rows, in that order, as a store; nothing is copied."""
+        chosen = torch.as_tensor(index).long().flatten()
+        if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= len(self):
+            raise DataError(f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}")
+        rows = {name: ChosenRows(base, chosen) for name, base in self._rows.items()}
+        return self._view(rows, ChosenIds(self.ids, chosen), self.manifest)
+
+    def join(self, other: Store, *, partial: bool = False) -> Store:
+        """The sites of both stores, row by row for equal pair ids, in this one's order.
+
+        Args:
+            partial: pairs that only one of them has are left out; else they raise.
+
+        Raises:
+            DataError: pairs that only one store has, no common pair, or a site that both have.
+        """
+        shared = [site for site in self.sites if site in other]
+        if shared:
+            raise DataError(f"both stores have {', '.join(shared)}: join stores of different sites")
+        if self.ids == other.ids:
+            ours = theirs = None
+        else:
+            if not partial and len(self) != len(other):
+                raise DataError(
+                    f"the stores hold {len(self)} and {len(other)} pairs; partial=True keeps those that both have"
+                )
+            ours = self.ids.rows_of(other.ids, where="the first store", partial=partial).sort().values
+            if len(ours) == 0:
+                raise DataError(f"no id of {len(other)} is among the {len(self)} of the first store")
+            theirs = other.ids.rows_of(ChosenIds(self.ids, ours), where="the second store")
+        mine = self if ours is None else self.rows(ours)
+        yours = other if theirs is None else other.rows(theirs)
+        joined = {**self.manifest, "sites": {**self.manifest["sites"], **other.manifest["sites"]}}
+        return self._view(
+            {**mine._rows, **yours._rows}, mine.ids, joined | {"joined": [self.manifest, other.manifest]}
+        )
+
+    def apply(
+        self, head: Any, at: Sites = ("image.embed", "text.embed"), *, name: str | None = None
+    ) -> Store:
+        """This store with the latents ``<site>.<head>.latents`` of a head, computed when they are read.
+
+        The encoder does not run again. Latents are :class:`SparseRows` where the head names its few active
+        entries.
+
+        Raises:
+            UnknownSite: a site that is not stored.
+            ShapeMismatch: a site of another width than the head's.
+        """
+        added = {f"{site}.{name or head.name}.latents": base for site, base in self._chosen(at).items()}
+        rows = self._rows | {latents: HeadRows(base, head, latents) for latents, base in added.items()}
+        return self._view(rows, self.ids, self.manifest)
+
+    # -- the folder ------------------------------------------------------------------------------------
+
+    def verify(self, *, progress: bool = False) -> list[Fault]:
+        """Every fault of the files: missing, truncated, altered, surplus; and ids that occur twice. Reads all bytes."""
+        from mmhooks.data.store.check import verify
+
+        if self.folder is None:
+            raise MMHooksError("a view of stores has no files of its own: verify the stores it was made of")
+        return verify(self.folder, progress=progress)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What there is, in few numbers and names: pairs, shards, bytes, sites, model, data, settings, versions."""
+        from mmhooks.data.store.check import summary
+
+        if self.folder is None:
+            raise MMHooksError("a view of stores has no files of its own: ask the stores it was made of")
+        return summary(self.folder)
