@@ -121,8 +121,13 @@ def permutation_test(
     sizes = ((plus.name, len(one)), (minus.name, len(other)))
     if min(len(one), len(other)) < 1 or len(one) + len(other) < 3:
         return PermutationTest(math.nan, math.nan, *sizes, 0)
-    outcome = permuted(  # pyright: ignore[reportCallIssue] - scipy renames random_state
-        (one, other), _difference, vectorized=True, n_resamples=draws, random_state=seed, batch=1000
+    outcome = permuted(
+        (one, other),
+        _difference,
+        vectorized=True,
+        n_resamples=draws,
+        batch=1000,
+        random_state=seed,  # pyright: ignore[reportCallIssue] - newer scipy calls it rng, and takes both
     )
     made = len(outcome.null_distribution)
     return PermutationTest(float(outcome.statistic), float(outcome.pvalue), *sizes, made)
