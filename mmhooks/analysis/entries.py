@@ -46,6 +46,18 @@ def check_latents(latents: Latents, n_features: int, what: str = "latents", *, s
             )
 
 
+def check_samples(
+    latents: Latents, vectors: Float[Tensor, "_ _"], n_features: int, dim: int, *, start: int = 0
+) -> None:
+    """:func:`check_latents`, and that there is one finite vector of width ``dim`` a sample."""
+    check_latents(latents, n_features, start=start)
+    if tuple(vectors.shape) != (len(latents), dim):
+        raise ShapeMismatch(
+            f"{len(latents)} samples with embeddings of shape {tuple(vectors.shape)}, expected {dim} numbers a sample"
+        )
+    check_finite(vectors, "embeddings", start=start)
+
+
 def rise(values: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """Half precision to single, so that sums do not lose what was stored; others as they are."""
     values = values.detach()

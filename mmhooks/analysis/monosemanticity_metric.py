@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import check_rows, chunks
-from mmhooks.analysis.entries import Columns, Latents, check_latents, rise
+from mmhooks.analysis.checks import chunks
+from mmhooks.analysis.entries import Columns, Latents, check_samples, rise
 from mmhooks.analysis.intervals import bootstrap
 from mmhooks.data.rows import SparseRows
 
@@ -75,8 +75,7 @@ class MonoSemanticity(Metric):
         Raises:
             ShapeMismatch: rows or widths that differ. NotFinite: NaN or infinity in either.
         """
-        check_latents(latents, self.n_features, start=int(self.n_samples))
-        check_rows(latents.values if isinstance(latents, SparseRows) else latents, embeddings)
+        check_samples(latents, embeddings, self.n_features, self.dim, start=int(self.n_samples))
         if len(latents) == 0:
             return
         if isinstance(latents, SparseRows):

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_rows
-from mmhooks.analysis.entries import Latents
+from mmhooks.analysis.entries import Latents, check_samples
 from mmhooks.analysis.similarity import (
     EmbedSimResult,
     Samples,
@@ -26,7 +25,6 @@ from mmhooks.analysis.similarity import (
 )
 from mmhooks.analysis.top import TopActivating
 from mmhooks.analysis.top_metric import TopSamples
-from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 
 
@@ -70,8 +68,8 @@ class _Similarity(TopSamples):
         """
         if vectors is None:
             raise ShapeMismatch(f"similarity needs the embeddings of the samples, {self.width} numbers each")
-        check_rows(latents.values if isinstance(latents, SparseRows) else latents, vectors)
         start = int(self.n_samples) if start is None else start
+        check_samples(latents, vectors, self.n_features, self.width, start=start)
         unit = normalize(vectors.detach().float(), dim=1)
         super().update(latents, unit, start=start)
         self.unit_sum += unit.sum(0, dtype=torch.float64)
