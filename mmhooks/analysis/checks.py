@@ -33,14 +33,19 @@ def check_pair(
     image: Float[Tensor, "n k"], text: Float[Tensor, "m k2"], what: str = "latents", *, start: int = 0
 ) -> None:
     """Raises ShapeMismatch unless both sides have the same rows and columns, NotFinite for NaN in either."""
-    if image.shape != text.shape:
-        kind = "widths" if image.shape[0] == text.shape[0] else "numbers of pairs"
-        raise ShapeMismatch(
-            f"image {what} are {tuple(image.shape)}, text {what} {tuple(text.shape)}: their {kind} differ; give both "
-            "sides of the same pairs, through the same head"
-        )
+    check_shapes(tuple(image.shape), tuple(text.shape), what)
     check_finite(image, f"image {what}", start=start)
     check_finite(text, f"text {what}", start=start)
+
+
+def check_shapes(image: tuple[int, ...], text: tuple[int, ...], what: str = "latents") -> None:
+    """Raises ShapeMismatch unless both sides have the same rows and columns."""
+    if image != text:
+        kind = "widths" if image[0] == text[0] else "numbers of pairs"
+        raise ShapeMismatch(
+            f"image {what} are {image}, text {what} {text}: their {kind} differ; give both sides of the same "
+            "pairs, through the same head"
+        )
 
 
 def check_rows(latents: Float[Tensor, "n k"], embeddings: Float[Tensor, "m d"]) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_finite, check_pair, chunks
+from mmhooks.analysis.checks import check_pair
+from mmhooks.analysis.density_metric import FeatureDensity
+from mmhooks.analysis.entries import Latents
+from mmhooks.analysis.gap_metric import ModalityMeans
+from mmhooks.analysis.grouped import Grouped
 from mmhooks.analysis.intervals import Estimate, bootstrap, from_draws
+from mmhooks.analysis.passes import BATCH, ActivationStore, Side, batch_size, latent_rows, share, vector_rows
 from mmhooks.analysis.results import Result, Table
+from mmhooks.data.rows import SparseRows
+from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,21 @@ class Density(Result):
     dead: float
     n_samples: int = field(default=0)
 
+    def histogram(self, per_decade: int = 4) -> tuple[list[float], list[int]]:
+        """How many alive features fire how often: edges in equal steps of the logarithm, from below 1 in
+        ``n_samples`` up to 1, and the count of each bin. Dead features are in no bin.
+
+        >>> density(torch.tensor([[1.0, 0.0, 2.0]] + [[1.0, 0.0, 0.0]] * 9)).histogram(per_decade=1)
+        ([0.1, 1.0], [2])
+        """
+        decades = max(1, math.ceil(math.log10(max(self.n_samples, 2)) - 1e-12))
+        steps = decades * per_decade
+        edges = [10 ** (k / per_decade - decades) for k in range(steps + 1)]
+        alive = self.values[self.values > 0]
+        # By the rounded position: a density that equals an edge up to rounding belongs above it.
+        place = ((alive.log10() + decades) * per_decade + 1e-9).floor().clamp(0, steps - 1).long()
+        return edges, torch.bincount(place, minlength=steps).tolist()
+
     def table(self) -> Table:
         e = self.l0
         return Table(
@@ -46,9 +71,19 @@ class Density(Result):
 
 @torch.no_grad()
 def modality_gap(
-    image_emb: Float[Tensor, "n d"], text_emb: Float[Tensor, "n2 d2"], *, draws: int = 200, seed: int = 0
+    image_emb: Float[Tensor, "n d"] | ActivationStore,
+    text_emb: Float[Tensor, "n2 d2"] | None = None,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+    image: str = "image.embed",
+    text: str = "text.embed",
 ) -> ModalityGap:
     """``|mean image - mean text|`` of unit embeddings of pairs, bootstrapped over pairs.
+
+    Args:
+        image_emb: embeddings, or a store, whose sites ``image`` and ``text`` are read in one pass; intervals
+            are then jackknifed over groups of batches.
 
     Raises:
         ShapeMismatch: sides of different shape. NotFinite: NaN in either.
@@ -56,9 +91,13 @@ def modality_gap(
     >>> round(modality_gap(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)).gap.value, 4)
     1.4142
     """
+    if not isinstance(image_emb, Tensor):
+        return gap_of(_means_of_store(image_emb, image, text), len(image_emb))
+    if text_emb is None:
+        raise ShapeMismatch("image embeddings came without text embeddings: give both sides, or a store")
     check_pair(image_emb, text_emb, "embeddings")
-    image, text = (normalize(x.detach().cpu().float(), dim=1) for x in (image_emb, text_emb))
-    apart, n = image - text, len(image)
+    one, other = (normalize(x.detach().cpu().float(), dim=1) for x in (image_emb, text_emb))
+    apart, n = one - other, len(one)
     value = float(apart.mean(0).norm())
     generator = torch.Generator().manual_seed(seed)
     drawn = []
@@ -69,12 +108,41 @@ def modality_gap(
     gap = (
         from_draws(value, torch.tensor(drawn), n) if drawn else Estimate(value, float("nan"), float("nan"), n)
     )
-    return ModalityGap(gap, bootstrap((image * text).sum(1), draws=500, seed=seed))
+    return ModalityGap(gap, bootstrap((one * other).sum(1), draws=500, seed=seed))
+
+
+def gap_of(means: Grouped[ModalityMeans], n: int) -> ModalityGap:
+    """Gap and cosine of pairs with jackknife intervals over samples."""
+
+    def numbers(metric: ModalityMeans) -> list[float]:
+        state = metric.compute()
+        return [float(state["gap"]), float(state["pair_cosine"])]
+
+    return ModalityGap(*means.estimates(numbers, n))
+
+
+def _means_of_store(store: ActivationStore, image: str, text: str) -> Grouped[ModalityMeans]:
+    images, texts = vector_rows(store, image), vector_rows(store, text)
+    means = Grouped(partial(ModalityMeans, images.width))
+    for number, begin, end in share(len(store), batch_size(len(store))):
+        means.update(images[begin:end], texts[begin:end], number=number)
+    return means
 
 
 @torch.no_grad()
-def density(latents: Float[Tensor, "samples n"], *, seed: int = 0) -> Density:
+def density(
+    latents: Latents | ActivationStore,
+    *,
+    seed: int = 0,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
+) -> Density:
     """How often each feature is not 0, and L0 of samples with its interval.
+
+    Args:
+        latents: one row a sample, dense or sparse; or a store, whose ``side`` is read in one pass.
+        head, site: with a store, as in :func:`mmhooks.analysis.mds.mds`.
 
     Raises:
         NotFinite: NaN or infinity in the latents.
@@ -82,17 +150,12 @@ def density(latents: Float[Tensor, "samples n"], *, seed: int = 0) -> Density:
     >>> density(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).values
     tensor([1., 0.], dtype=torch.float64)
     """
-    check_finite(latents, "latents")
-    counts = torch.zeros(latents.shape[1], dtype=torch.float64)
-    l0 = []
-    for _, part in chunks(latents):
-        fires = part != 0
-        counts += fires.sum(0).cpu()
-        l0.append(fires.sum(1).float().cpu())
-    values = counts / max(len(latents), 1)
-    return Density(
-        values,
-        bootstrap(torch.cat(l0), draws=500, seed=seed),
-        float((counts == 0).float().mean()),
-        len(latents),
-    )
+    if isinstance(latents, (Tensor, SparseRows)):
+        metric = FeatureDensity(latents.shape[1], seed=seed)
+        metric.update(latents)
+        return metric.result()
+    rows = latent_rows(latents, side, head, site)
+    metric = FeatureDensity(rows.n_features, seed=seed)
+    for _, begin, end in share(len(rows), BATCH):
+        metric.update(rows[begin:end])
+    return metric.result()

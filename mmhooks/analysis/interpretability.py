@@ -2,97 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_rows
-from mmhooks.analysis.intervals import Estimate, bootstrap
-from mmhooks.analysis.results import Result, Table
-from mmhooks.analysis.top import TopActivating, top_activating
-from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.analysis.passes import ActivationStore, Side
+from mmhooks.analysis.similarity import (
+    EmbedSimResult,
+    Samples,
+    SimKind,
+    WinKind,
+    WinRateResult,
+    check_kind,
+    check_sizes,
+    embed_sim_of,
+    mean_cosine,
+    random_pool,
+    random_samples,
+    win_rate_of,
+)
+from mmhooks.analysis.stored import stored_samples
+from mmhooks.analysis.top import top_activating
+from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
 
-SimKind = Literal["primary", "difference", "paper"]
-WinKind = Literal["expectation", "paper"]
-
-
-@dataclass(frozen=True)
-class EmbedSimResult(Result):
-    """EmbedSim of ``n`` features.
-
-    Attributes:
-        values: of the kind asked for, one a feature; NaN where fewer than ``min_samples`` activate it.
-        estimate: their mean, with a bootstrap interval over features.
-        s_plus: mean cosine of each feature's top samples. s_minus: mean cosine of the shared random pool.
-        paper: the mean of element-wise ratios (equation 5) of each feature.
-        excluded: pairs of samples left out of ``paper`` because their random cosine is below ``eps`` in size,
-            of ``pairs_compared``.
-        counts: how many top samples each feature has, at most m.
-    """
-
-    values: Float[Tensor, " n"]
-    estimate: Estimate
-    s_plus: Float[Tensor, " n"] = field(repr=False)
-    s_minus: float
-    paper: Float[Tensor, " n"] = field(repr=False)
-    excluded: int
-    pairs_compared: int
-    counts: Int[Tensor, " n"] = field(repr=False)
-    kind: str
-    m: int
-    pool: int
-    eps: float
-    seed: int
-
-    def table(self) -> Table:
-        """One row for each of the three forms."""
-        gap = self.s_plus - self.s_minus
-        forms = {"primary": gap / abs(self.s_minus), "difference": gap, "paper": self.paper}
-        return Table(
-            {"form": name, "EmbedSim": e.value, "low": e.low, "high": e.high, "features": e.n, "m": self.m,
-             "S-": self.s_minus, "excluded pairs": self.excluded if name == "paper" else 0}
-            for name, e in ((name, bootstrap(values, seed=self.seed)) for name, values in forms.items())
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class WinRateResult(Result):
-    """WinRate of ``n`` features: ``values`` (NaN where too few samples activate one), and their mean."""
-
-    values: Float[Tensor, " n"]
-    estimate: Estimate
-    counts: Int[Tensor, " n"] = field(repr=False)
-    kind: str
-    m: int
-    pool: int
-    seed: int
-
-    def table(self) -> Table:
-        e = self.estimate
-        return Table(
-            [
-                {
-                    "form": self.kind,
-                    "WinRate": e.value,
-                    "low": e.low,
-                    "high": e.high,
-                    "features": e.n,
-                    "m": self.m,
-                }
-            ]
-        )
+__all__ = ["EmbedSimResult", "WinRateResult", "embed_sim", "mean_cosine", "random_samples", "win_rate"]
 
 
 @torch.no_grad()
 def embed_sim(
-    latents: Float[Tensor, "samples n"],
-    embeddings: Float[Tensor, "samples2 d"],
+    latents: Float[Tensor, "samples n"] | ActivationStore,
+    embeddings: Float[Tensor, "samples2 d"] | str | None = None,
     *,
     m: int = 20,
     kind: SimKind = "primary",
@@ -100,6 +42,9 @@ def embed_sim(
     min_samples: int = 2,
     eps: float = 1e-3,
     seed: int = 0,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
 ) -> EmbedSimResult:
     """EmbedSim: cosine of the ``m`` samples that activate a feature most, against random samples.
 
@@ -108,10 +53,13 @@ def embed_sim(
     feature's own, heavy-tailed where S- comes near zero. All three are in the result.
 
     Args:
-        latents: activations, one row a sample; of signed ones give the absolute value.
-        embeddings: of the same samples, by another model; brought to unit norm here.
+        latents: activations, one row a sample; of signed ones give the absolute value. Or a store, whose
+            ``side`` is read in one pass with bounded memory.
+        embeddings: of the same samples, by another model; brought to unit norm here. With a store also the
+            name of a site; default the model's own ``<side>.embed``.
         pool: size of the random pool; default all samples.
         min_samples: a feature with fewer activating samples is NaN (at least 2; fewer than m are used as they are).
+        head, site: with a store, as in :func:`mmhooks.analysis.mds.mds`.
 
     Raises:
         ShapeMismatch: rows differ, or numbers out of range. NotFinite: NaN in either.
@@ -120,40 +68,24 @@ def embed_sim(
     >>> embed_sim(latents, x, m=2).s_plus
     tensor([1.])
     """
-    if kind not in ("primary", "difference", "paper"):
-        raise MMHooksError(f'kind of EmbedSim must be "primary", "difference" or "paper", came {kind!r}')
-    unit, top, enough = _prepare(latents, embeddings, m, min_samples)
-    drawn = _pool(len(unit), pool, seed)
-    s_minus = mean_cosine(unit[drawn])
-    total, count = torch.zeros(len(enough), unit.shape[1], dtype=unit.dtype), top.count
-    for j in range(m):
-        rows = top.indices[:, j]
-        total += torch.where((rows >= 0)[:, None], unit[rows.clamp_min(0)], 0)
-    pairs = (count * (count - 1)).clamp_min(1)
-    # The sum of all cosines is |sum of unit vectors|^2; the diagonal is one a sample.
-    s_plus = torch.where(enough, (total.square().sum(1) - count) / pairs, torch.nan)
-    paper, excluded, compared = _paper_similarity(unit, top, enough, eps, seed)
-    gap = s_plus - s_minus
-    values = {
-        "primary": gap / abs(s_minus) if s_minus else gap * math.nan,
-        "difference": gap,
-        "paper": paper,
-    }[kind]
-    return EmbedSimResult(
-        values, bootstrap(values, seed=seed), s_plus, s_minus, paper, excluded, compared, count, kind, m, len(drawn), eps, seed
-    )  # fmt: skip
+    check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
+    samples = _samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
+    return embed_sim_of(samples, kind=kind, min_samples=min_samples, eps=eps, seed=seed)
 
 
 @torch.no_grad()
 def win_rate(
-    latents: Float[Tensor, "samples n"],
-    embeddings: Float[Tensor, "samples2 d"],
+    latents: Float[Tensor, "samples n"] | ActivationStore,
+    embeddings: Float[Tensor, "samples2 d"] | str | None = None,
     *,
     m: int = 20,
     kind: WinKind = "expectation",
     pool: int = 2048,
     min_samples: int = 2,
     seed: int = 0,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
 ) -> WinRateResult:
     """WinRate: how often two top samples of a feature are more alike than two random samples.
 
@@ -165,104 +97,38 @@ def win_rate(
     >>> round(win_rate(latents, x, m=2).estimate.value, 3)
     0.833
     """
-    if kind not in ("expectation", "paper"):
-        raise MMHooksError(f'kind of WinRate must be "expectation" or "paper", came {kind!r}')
-    unit, top, enough = _prepare(latents, embeddings, m, min_samples)
-    drawn = _pool(len(unit), pool, seed)
-    values = torch.full((len(enough),), math.nan)
-    if kind == "expectation":
-        random_cosines = _upper(unit[drawn][None])[0].sort().values
-        for rows, cosines, valid in _top_cosines(unit, top):
-            below = torch.searchsorted(random_cosines, cosines.contiguous(), right=False) / len(
-                random_cosines
-            )
-            values[rows] = (below * valid).sum(1) / valid.sum(1).clamp_min(1)
-    else:
-        for rows, cosines, valid in _top_cosines(unit, top):
-            other = _upper(unit[random_samples(len(unit), m, rows, seed)])
-            values[rows] = ((cosines > other) & valid).sum(1) / valid.sum(1).clamp_min(1)
-    values[~enough] = math.nan
-    return WinRateResult(values, bootstrap(values, seed=seed), top.count, kind, m, len(drawn), seed)
+    check_kind("WinRate", kind, ("expectation", "paper"))
+    samples = _samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
+    return win_rate_of(samples, kind=kind, min_samples=min_samples, seed=seed)
 
 
-def mean_cosine(unit: Float[Tensor, "n d"]) -> float:
-    """Mean cosine over all pairs of different rows, of unit vectors: ``(|sum|^2 - n) / (n^2 - n)``."""
-    n = len(unit)
-    if n < 2:
-        return math.nan
-    # The exact squared norms, not n: rounding of unit vectors would show where the mean is near zero.
-    total = unit.double().sum(0).square().sum() - unit.double().square().sum()
-    return float(total) / (n * n - n)
-
-
-def random_samples(n: int, m: int, features: range, seed: int) -> Int[Tensor, "f m"]:
-    """``m`` different random samples for each feature; those of a feature depend on it and the seed alone."""
-    rows = []
-    for feature in features:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + feature)
-        if 4 * m < n:  # a few of many: draw until m differ, rather than shuffle all
-            picked: dict[int, None] = {}
-            while len(picked) < m:
-                picked.update(dict.fromkeys(torch.randint(n, (2 * m,), generator=generator).tolist()))
-            rows.append(torch.tensor(list(picked)[:m]))
-        else:
-            order = torch.randperm(n, generator=generator)[:m]
-            rows.append(order if len(order) == m else order.repeat(-(-m // n))[:m])
-    return torch.stack(rows)
-
-
-def _prepare(
-    latents: Float[Tensor, "samples n"], embeddings: Float[Tensor, "samples2 d"], m: int, min_samples: int
-) -> tuple[Float[Tensor, "samples d"], TopActivating, Bool[Tensor, " n"]]:
-    check_rows(latents, embeddings)
-    if m < 2 or min_samples < 2 or len(latents) < 2:
-        raise ShapeMismatch(
-            f"similarity needs two samples: m = {m}, min_samples = {min_samples}, {len(latents)} samples came"
+def _samples(
+    latents: Tensor | ActivationStore,
+    embeddings: Tensor | str | None,
+    m: int,
+    pool: int | None,
+    min_samples: int,
+    seed: int,
+    head: Head | None,
+    side: Side,
+    site: str | None,
+) -> Samples:
+    if not isinstance(latents, Tensor):
+        return stored_samples(
+            latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
         )
+    if not isinstance(embeddings, Tensor):
+        raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
+    check_rows(latents, embeddings)
+    n = len(latents)
+    check_sizes(m, min_samples, n)
     unit = normalize(embeddings.detach().cpu().float(), dim=1)
-    top = top_activating(latents.detach(), m)
-    return unit, top, top.count >= min_samples
-
-
-def _pool(n: int, size: int | None, seed: int) -> Int[Tensor, " p"]:
-    if size is None or size >= n:
-        return torch.arange(n)
-    if size < 2:
-        raise ShapeMismatch(f"the random pool needs at least 2 samples, came {size}")
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
-
-
-def _upper(unit: Float[Tensor, "f m d"]) -> Float[Tensor, "f p"]:
-    """Cosines of all pairs i < j in each set."""
-    cosines = unit @ unit.transpose(1, 2)
-    i, j = torch.triu_indices(unit.shape[1], unit.shape[1], 1)
-    return cosines[:, i, j]
-
-
-def _top_cosines(unit: Tensor, top: TopActivating) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Per run of features: which ones, cosines of their top samples' pairs, and which of these are of samples."""
-    n, m = top.indices.shape
-    i, j = torch.triu_indices(m, m, 1)
-    width = max(1, 2**22 // (m * unit.shape[1]))
-    for begin in range(0, n, width):
-        rows = range(begin, min(begin + width, n))
-        indices = top.indices[rows.start : rows.stop]
-        real = indices >= 0
-        yield rows, _upper(unit[indices.clamp_min(0)]), real[:, i] & real[:, j]
-
-
-def _paper_similarity(
-    unit: Float[Tensor, "samples d"], top: TopActivating, enough: Bool[Tensor, " n"], eps: float, seed: int
-) -> tuple[Float[Tensor, " n"], int, int]:
-    values, excluded, compared = torch.full((len(enough),), math.nan), 0, 0
-    for rows, cosines, valid in _top_cosines(unit, top):
-        other = _upper(unit[random_samples(len(unit), top.indices.shape[1], rows, seed)])
-        valid = valid & enough[rows.start : rows.stop, None]
-        usable = valid & (other.abs() >= eps)
-        ratio = torch.where(usable, (cosines - other) / torch.where(usable, other, 1.0), 0.0)
-        number = usable.sum(1)
-        values[rows] = torch.where(number > 0, ratio.sum(1) / number.clamp_min(1), torch.nan)
-        excluded += int((valid & ~usable).sum())
-        compared += int(valid.sum())
-    values[~enough] = math.nan
-    return values, excluded, compared
+    drawn = random_pool(n, pool, seed)
+    return Samples(
+        unit,
+        top_activating(latents.detach(), m),
+        drawn,
+        mean_cosine(unit[drawn]),
+        len(drawn),
+        lambda features: random_samples(n, m, features, seed),
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
@@ -58,6 +59,30 @@ def bootstrap(
     if n < 2:
         return Estimate(value, math.nan, math.nan, n, level)
     return from_draws(value, bootstrap_means(values, draws=draws, seed=seed), n, level)
+
+
+def bootstrap_histogram(
+    values: Shaped[Tensor, " bins"],
+    counts: Int[Tensor, " bins"],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """:func:`bootstrap` of samples of which ``counts[i]`` have the value ``values[i]``: the same resampling,
+    at the price of the different values instead of the samples.
+
+    >>> bootstrap_histogram(torch.arange(3), torch.tensor([0, 4, 0])).high
+    1.0
+    """
+    some = counts > 0
+    value, count = values[some].double(), counts[some].double()
+    n = int(count.sum())
+    mean = float((value * count).sum() / n) if n else math.nan
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n, level)
+    picks = np.random.default_rng(seed).multinomial(n, (count / n).numpy(), size=draws)
+    return from_draws(mean, torch.from_numpy(picks).double() @ value / n, n, level)
 
 
 def bootstrap_difference(

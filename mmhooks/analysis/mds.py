@@ -10,9 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmhooks.analysis.entries import Latents
 from mmhooks.analysis.intervals import Estimate, bootstrap
 from mmhooks.analysis.mds_metric import MDS, Kind, divide
+from mmhooks.analysis.passes import BATCH, ActivationStore, data_id, latent_rows, share
 from mmhooks.analysis.results import Result, Table, correlation
+from mmhooks.data.rows import SparseRows
+from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
 from mmhooks.hooks.features import FeatureSet
 
 __all__ = ["GROUPS", "MDS", "MDSResult", "mds"]
@@ -93,37 +98,70 @@ class MDSResult(Result):
 
 
 def mds(
-    image_latents: Float[Tensor, "pairs n"],
-    text_latents: Float[Tensor, "pairs2 n2"],
+    image_latents: Latents | ActivationStore,
+    text_latents: Latents | None = None,
     *,
     kind: Kind = "relu",
-    head: str = "",
+    head: str | Head = "",
     data: str = "",
     min_fires: int = 20,
     seed: int = 0,
+    image: str | None = None,
+    text: str | None = None,
+    progress: bool = False,
 ) -> MDSResult:
     """Modality Dominance Score of every feature (seed paper, section 2.3; decisions in docs/measures.md).
 
     Args:
-        image_latents, text_latents: the two sides of the same pairs, row by row.
+        image_latents, text_latents: the two sides of the same pairs, row by row, dense or sparse. Or a store
+            alone: ``mds(store, head=sae)`` runs the head over stored embeddings, ``mds(store)`` reads
+            stored latents; one pass, bounded memory.
         kind: activation compared: "relu" (SAE, NCL), "abs" (signed features, such as raw CLIP's own
             coordinates: their signed ratio has no mean), "paper" (the raw values as printed).
-        head, data: provenance, kept in the result and in its groups.
+        head, data: provenance, kept in the result and in its groups; with a store ``head`` is the head itself.
         min_fires: an alive feature counted in fewer pairs is flagged as rare.
         seed: of the shuffled control.
+        image, text: with a store, the sites to read; default ``image.embed`` and ``text.embed`` with a head,
+            else each side's one site of latents.
 
     Raises:
         ShapeMismatch: the two sides differ in shape.
         NotFinite: NaN or infinity in either; names how many and where.
+        UnknownSite: a site that the store does not hold.
 
     >>> image = torch.tensor([[3.0, 0.0], [1.0, 0.0]]); text = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     >>> mds(image, text).R
     tensor([0.8750,    nan], dtype=torch.float64)
     """
-    metric = MDS(image_latents.shape[1], kind=kind, head=head, data=data, min_fires=min_fires, seed=seed).to(
-        image_latents.device
-    )
+    if not isinstance(image_latents, (Tensor, SparseRows)):
+        return _of_store(image_latents, kind, head, data, min_fires, seed, image, text, progress)
+    if text_latents is None:
+        raise ShapeMismatch("image latents came without text latents: give both sides, or a store")
+    name = head if isinstance(head, str) else head.id
+    metric = MDS(image_latents.shape[1], kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
+    if isinstance(image_latents, Tensor):
+        metric = metric.to(image_latents.device)
     metric.update(image_latents, text_latents)
+    return metric.result()
+
+
+def _of_store(
+    store: ActivationStore,
+    kind: Kind,
+    head: str | Head,
+    data: str,
+    min_fires: int,
+    seed: int,
+    image: str | None,
+    text: str | None,
+    progress: bool,
+) -> MDSResult:
+    images, texts = latent_rows(store, "image", head, image), latent_rows(store, "text", head, text)
+    name = head.id if isinstance(head, Head) else images.site
+    data = data or data_id(store)
+    metric = MDS(images.n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
+    for _, begin, end in share(len(store), BATCH, "MDS", progress=progress):
+        metric.update(images[begin:end], texts[begin:end], start=begin)
     return metric.result()
 
 

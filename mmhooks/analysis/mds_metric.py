@@ -9,8 +9,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import check_pair
-from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.analysis.checks import check_pair, check_shapes
+from mmhooks.analysis.entries import Latents, check_latents, count, sums
+from mmhooks.data.rows import SparseRows
+from mmhooks.errors import MMHooksError
 
 if TYPE_CHECKING:
     from mmhooks.analysis.mds import MDSResult
@@ -79,23 +81,39 @@ class MDS(Metric):
             self.add_state(name, torch.zeros(n_features, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("n_pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, image: Float[Tensor, "b n"], text: Float[Tensor, "b2 n2"]) -> None:
-        """Adds the latents of a batch of pairs.
+    def update(self, image: Latents, text: Latents, *, start: int | None = None) -> None:
+        """Adds the latents of a batch of pairs, dense or sparse; sparse ones cost their entries.
+
+        Args:
+            start: number of the first pair, which also seeds the shuffled control; default how many pairs
+                this metric has seen. Processes that share a stream give it, so that they shuffle as one does.
 
         Raises:
             ShapeMismatch: sides of different shape, or a width other than ``n_features``.
             NotFinite: NaN or infinity in either.
         """
-        seen = int(self.n_pairs)
-        check_pair(image, text, start=seen)
-        if image.shape[1] != self.n_features:
-            raise ShapeMismatch(
-                f"latents of {image.shape[1]} features, expected {self.n_features}: are they of another head?"
-            )
+        start = int(self.n_pairs) if start is None else start
+        if isinstance(image, SparseRows) != isinstance(text, SparseRows):
+            image, text = (x.dense() if isinstance(x, SparseRows) else x for x in (image, text))
+        if isinstance(image, SparseRows) and isinstance(text, SparseRows):
+            check_shapes(image.shape, text.shape)
+            check_latents(image, self.n_features, "image latents", start=start)
+            check_latents(text, self.n_features, "text latents", start=start)
+        elif isinstance(image, Tensor) and isinstance(text, Tensor):
+            check_pair(image, text, start=start)
+            check_latents(image[:0], self.n_features)
         if len(image) == 0:
             return
-        generator = torch.Generator().manual_seed(self.seed + seen)
-        order = _no_fixed_point(len(image), generator).to(image.device) if len(image) > 1 else None
+        generator = torch.Generator().manual_seed(self.seed + start)
+        device = image.values.device if isinstance(image, SparseRows) else image.device
+        order = _no_fixed_point(len(image), generator).to(device) if len(image) > 1 else None
+        if isinstance(image, SparseRows) and isinstance(text, SparseRows):
+            self._add_sparse(image, text, order)
+        elif isinstance(image, Tensor) and isinstance(text, Tensor):
+            self._add_dense(image, text, order)
+        self.n_pairs = self.n_pairs + len(image)
+
+    def _add_dense(self, image: Tensor, text: Tensor, order: Tensor | None) -> None:
         # Runs of rows that stay in the processor's cache: several times faster than whole tables.
         size = max(1, CACHE_BYTES // (4 * self.n_features))
         for begin in range(0, len(image), size):
@@ -113,7 +131,24 @@ class MDS(Metric):
                 ratio, counted = _ratio(a_i, activation(text[order[rows]], self.kind))
                 self.shuffled_sum += _sum(ratio)
                 self.shuffled_counts += _count(counted)
-        self.n_pairs = self.n_pairs + len(image)
+
+    def _add_sparse(self, image: SparseRows, text: SparseRows, order: Tensor | None) -> None:
+        n, device = self.n_features, self.counts.device
+        image, text = (_activated(x, self.kind) for x in (image, text))
+        image_counts = count(image.indices, image.active, n)
+        text_counts = count(text.indices, text.active, n)
+        ratio, squares, counted = _sparse_ratio(image, text)
+        self.ratio_sum += ratio.to(device)
+        self.ratio_square_sum += squares.to(device)
+        self.counts += (counted + text_counts).to(device)
+        self.image_sum += sums(image.indices, image.values, n).to(device)
+        self.text_sum += sums(text.indices, text.values, n).to(device)
+        self.image_counts += image_counts.to(device)
+        self.text_counts += text_counts.to(device)
+        if order is not None:
+            ratio, _, counted = _sparse_ratio(image, text[order])
+            self.shuffled_sum += ratio.to(device)
+            self.shuffled_counts += (counted + text_counts).to(device)
 
     def compute(self) -> dict[str, Tensor]:
         """``R``, ``ratio_of_means`` and ``counts`` of every feature, with the sums that they come from."""
@@ -146,6 +181,44 @@ def _ratio(a_i: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
     total = a_i + a_t
     counted = total != 0
     return torch.where(counted, a_i / torch.where(counted, total, 1), 0), counted
+
+
+def _activated(batch: SparseRows, kind: Kind) -> SparseRows:
+    return SparseRows(activation(batch.values, kind), batch.indices.long(), batch.n_features)
+
+
+def _sparse_ratio(image: SparseRows, text: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of ``a_I / (a_I + a_T)`` and of its square, and the pairs counted beyond those where text fires.
+
+    Where only the text fires the ratio is 0, so only the image's entries are visited, each with the text's
+    activation of the same pair and feature.
+    """
+    n = image.n_features
+    beside = _at(image.indices, text)
+    active, total = image.active, image.values + beside
+    counted = active & (total != 0)
+    ratio = torch.where(counted, image.values / torch.where(counted, total, 1), 0)
+    # A pair where both fire is among the text's already; with signed values their sum may be 0.
+    extra = counted.double() - (active & (beside != 0)).double()
+    return (
+        sums(image.indices, ratio, n),
+        sums(image.indices, ratio.square(), n),
+        sums(image.indices, extra, n).round().long(),
+    )
+
+
+def _at(indices: Tensor, batch: SparseRows) -> Tensor:
+    """The activations of ``batch`` at other places: row i at the features ``indices[i]``."""
+    size = max(1, CACHE_BYTES // (4 * batch.n_features))
+    table = batch.values.new_zeros(min(size, len(batch)), batch.n_features)
+    found = torch.empty(indices.shape, dtype=batch.values.dtype, device=batch.values.device)
+    for begin in range(0, len(batch), size):
+        rows = slice(begin, begin + size)
+        part = table[: len(batch.values[rows])]
+        part.scatter_add_(1, batch.indices[rows], batch.values[rows])
+        torch.gather(part, 1, indices[rows], out=found[rows])
+        part.scatter_(1, batch.indices[rows], 0.0)
+    return found
 
 
 def _sum(x: Tensor) -> Tensor:

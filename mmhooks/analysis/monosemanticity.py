@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_rows, chunks
+from mmhooks.analysis.checks import check_rows
 from mmhooks.analysis.controls import size_matched
-from mmhooks.analysis.interpretability import EmbedSimResult
-from mmhooks.analysis.intervals import Estimate, bootstrap, bootstrap_difference
+from mmhooks.analysis.intervals import Estimate, bootstrap_difference
+from mmhooks.analysis.monosemanticity_metric import MonoSemanticity
+from mmhooks.analysis.passes import BATCH, ActivationStore, Side, latent_rows, share, vector_rows
 from mmhooks.analysis.results import Result, Table
-from mmhooks.errors import WrongHead
+from mmhooks.analysis.similarity import EmbedSimResult
+from mmhooks.errors import ShapeMismatch, WrongHead
+from mmhooks.heads.base import Head
 from mmhooks.hooks.features import FeatureSet
 
 
@@ -120,12 +122,24 @@ def contrast(
 
 @torch.no_grad()
 def monosemanticity(
-    latents: Float[Tensor, "samples n"], embeddings: Float[Tensor, "samples2 d"], *, seed: int = 0
+    latents: Float[Tensor, "samples n"] | ActivationStore,
+    embeddings: Float[Tensor, "samples2 d"] | str | None = None,
+    *,
+    seed: int = 0,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
 ) -> MonosemanticityResult:
     """MonoSemanticity: mean cosine over all pairs of samples, weighted by the product of their activations.
 
     Activations are scaled to 0..1 per feature. The exact linear form: with weights a and unit vectors e,
     ``(|sum a e|^2 - sum a^2) / ((sum a)^2 - sum a^2)``, so one product of matrices instead of all pairs.
+
+    Args:
+        latents: one row a sample, or a store, whose ``side`` is read in one pass.
+        embeddings: of the same samples, by another model. With a store also the name of a site; default the
+            model's own ``<side>.embed``.
+        head, site: with a store, as in :func:`mmhooks.analysis.mds.mds`.
 
     Raises:
         ShapeMismatch: rows differ. NotFinite: NaN in either.
@@ -134,28 +148,19 @@ def monosemanticity(
     >>> monosemanticity(latents, x).values
     tensor([1., 0.], dtype=torch.float64)
     """
+    if not isinstance(latents, Tensor):
+        rows = latent_rows(latents, side, head, site)
+        vectors = vector_rows(latents, f"{side}.embed" if embeddings is None else embeddings)
+        metric = MonoSemanticity(rows.n_features, vectors.width, seed=seed)
+        for _, begin, end in share(len(rows), BATCH):
+            metric.update(rows[begin:end], vectors[begin:end])
+        return metric.result()
+    if not isinstance(embeddings, Tensor):
+        raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
     check_rows(latents, embeddings)
-    n, d = latents.shape[1], embeddings.shape[1]
-    if len(latents) == 0:
-        return MonosemanticityResult(
-            torch.full((n,), math.nan, dtype=torch.float64), bootstrap(torch.empty(0))
-        )
-    low, high = latents.amin(0).float(), latents.amax(0).float()
-    span = torch.where(high > low, high - low, 1.0)
-    total, squares = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    weighted = torch.zeros(n, d, dtype=torch.float64)
-    for begin, part in chunks(latents):
-        a = (part.float() - low) / span
-        unit = normalize(embeddings[begin : begin + len(a)].float(), dim=1)
-        total += a.sum(0, dtype=torch.float64).cpu()
-        squares += a.square().sum(0, dtype=torch.float64).cpu()
-        weighted += (a.T @ unit).double().cpu()
-    weight = total.square() - squares
-    values = torch.where(
-        weight > 1e-9, (weighted.square().sum(1) - squares) / weight.clamp_min(1e-9), torch.nan
-    )
-    values = torch.where((high > low).cpu(), values, torch.nan)
-    return MonosemanticityResult(values, bootstrap(values, seed=seed), len(latents))
+    metric = MonoSemanticity(latents.shape[1], embeddings.shape[1], seed=seed).to(latents.device)
+    metric.update(latents, embeddings)
+    return metric.result()
 
 
 def _range(drawn: list[float]) -> Estimate:

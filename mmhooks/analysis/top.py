@@ -9,8 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.checks import CHUNK_BYTES, check_finite
+from mmhooks.analysis.passes import ActivationStore, Side, latent_rows
 from mmhooks.analysis.results import Result, Table
+from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,20 @@ class TopActivating(Result):
         )
 
 
-def top_activating(latents: Float[Tensor, "samples n"], m: int = 20) -> TopActivating:
+def top_activating(
+    latents: Float[Tensor, "samples n"] | SparseRows | ActivationStore,
+    m: int = 20,
+    *,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
+    progress: bool = False,
+) -> TopActivating:
     """The ``m`` samples with the largest activation of every feature; equal activations: the earlier sample.
+
+    Args:
+        latents: one row a sample, dense or sparse; or a store, whose ``side`` is read in one pass.
+        head, site: with a store, as in :func:`mmhooks.analysis.mds.mds`.
 
     Raises:
         ShapeMismatch: ``m`` below 1. NotFinite: NaN or infinity in the latents.
@@ -49,6 +64,15 @@ def top_activating(latents: Float[Tensor, "samples n"], m: int = 20) -> TopActiv
     """
     if m < 1:
         raise ShapeMismatch(f"m must be at least 1, came {m}")
+    if not isinstance(latents, Tensor):
+        from mmhooks.analysis.stored import top_of
+        from mmhooks.analysis.top_metric import TopSamples
+
+        if not isinstance(latents, SparseRows):
+            return top_of(latent_rows(latents, side, head, site), m, progress=progress)
+        metric = TopSamples(latents.n_features, m=m)
+        metric.update(latents)
+        return metric.result()
     check_finite(latents, "latents")
     samples, n = latents.shape
     take = min(m, samples)

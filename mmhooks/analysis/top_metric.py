@@ -1,0 +1,146 @@
+"""The samples that a feature responds to most, streaming: m candidates a feature, never a table of all samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from mmhooks.analysis.entries import Latents, check_latents, rise
+from mmhooks.analysis.top import TopActivating, top_activating
+from mmhooks.data.rows import SparseRows
+from mmhooks.errors import ShapeMismatch
+
+
+class TopSamples(Metric):
+    """The ``m`` strongest samples of every feature: ``update(latents)``, then :meth:`result`.
+
+    Equal to :func:`mmhooks.analysis.top.top_activating` on all samples at once, in any order of batches and
+    merges: among equal activations the sample with the smaller number stands first. A sample is known by its
+    number: ``start`` is that of a batch's first row, by default how many rows this metric has seen. Processes
+    that share a stream must therefore give ``start``.
+
+    A sparse batch costs its own entries: one comparison each with the weakest of the feature's m.
+
+    Args:
+        n_features: width of the latents. m: samples kept for each.
+        width: of a vector kept with each sample (``update(…, vectors=…)``); 0 keeps none. The state takes
+            ``n_features * m * (2 + width)`` doubles.
+
+    >>> metric = TopSamples(2, m=2)
+    >>> metric.update(torch.tensor([[0.0, 2.0], [0.0, 5.0]])); metric.update(torch.tensor([[0.0, 3.0]]))
+    >>> metric.result().indices
+    tensor([[-1, -1],
+            [ 1,  2]])
+    """
+
+    best: Tensor  # [n, m, (activation, number, *vector)], strongest first; (0, -1) where there is none
+    n_samples: Tensor
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    def __init__(self, n_features: int, *, m: int = 20, width: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if m < 1:
+            raise ShapeMismatch(f"m must be at least 1, came {m}")
+        self.n_features, self.m, self.width = n_features, m, width
+        empty = torch.zeros(n_features, m, 2 + width, dtype=torch.float64)
+        empty[:, :, 1] = -1
+        self.add_state("best", empty, dist_reduce_fx=strongest)
+        self.add_state("n_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        latents: Latents,
+        vectors: Float[Tensor, "samples2 d"] | None = None,
+        *,
+        start: int | None = None,
+    ) -> None:
+        """Adds a batch.
+
+        Raises:
+            ShapeMismatch: another width, or vectors that do not fit. NotFinite: NaN or infinity.
+        """
+        start = int(self.n_samples) if start is None else start
+        check_latents(latents, self.n_features, start=start)
+        came = (0, 0) if vectors is None else tuple(vectors.shape)
+        if came != ((len(latents), self.width) if self.width else (0, 0)):
+            raise ShapeMismatch(
+                f"{len(latents)} samples with vectors of shape {came}, expected {self.width} numbers a sample"
+            )
+        if isinstance(latents, SparseRows):
+            self._add_entries(latents, vectors, start)
+        else:
+            self._add_table(latents, vectors, start)
+        self.n_samples = self.n_samples + len(latents)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``indices``, ``values`` (``[n, m]``; -1 and 0 where there is no sample) and ``count``."""
+        indices = self.best[:, :, 1].long()
+        values = self.best[:, :, 0].float()
+        return {
+            "indices": indices,
+            "values": values,
+            "count": (indices >= 0).sum(1),
+            "n_samples": self.n_samples,
+        }
+
+    def result(self) -> TopActivating:
+        state = {name: value.cpu() for name, value in self.compute().items()}
+        shape = (self.n_features, self.m)  # torchmetrics makes a scalar of a single number
+        return TopActivating(
+            state["indices"].reshape(shape),
+            state["values"].reshape(shape),
+            state["count"].reshape(-1),
+            int(state["n_samples"]),
+        )
+
+    def _add_table(self, latents: Tensor, vectors: Tensor | None, start: int) -> None:
+        top = top_activating(rise(latents), self.m)
+        fresh = torch.empty_like(self.best, device="cpu")
+        fresh[:, :, 0] = top.values
+        fresh[:, :, 1] = torch.where(top.indices >= 0, top.indices + start, -1)
+        if vectors is not None and len(latents):
+            fresh[:, :, 2:] = vectors.detach().cpu().double()[top.indices.clamp_min(0)]
+        self.best = strongest(torch.stack([self.best, fresh.to(self.best)]))
+
+    def _add_entries(self, latents: SparseRows, vectors: Tensor | None, start: int) -> None:
+        best = self.best.cpu()
+        weakest, number = best[:, -1, 0].contiguous(), best[:, -1, 1].contiguous()
+        values, indices = rise(latents.values).cpu(), latents.indices.cpu().long()
+        # Most entries fall here, at one gather and one comparison.
+        row, place = ((values > 0) & (values >= weakest[indices])).nonzero(as_tuple=True)
+        value, feature, sample = values[row, place].double(), indices[row, place], (row + start).double()
+        beats = (value > weakest[feature]) | ((value == weakest[feature]) & (sample < number[feature]))
+        value, feature, sample, row = value[beats], feature[beats], sample[beats], row[beats]
+        if not len(value):
+            return
+        fresh = torch.stack([value, sample], 1)
+        if vectors is not None:
+            fresh = torch.cat([fresh, vectors.detach().cpu().double()[row]], 1)
+        touched = feature.unique()
+        held = best[touched].flatten(0, 1)
+        together = torch.cat([held, fresh])
+        owner = torch.cat([touched.repeat_interleave(self.m), feature])
+        order = np.lexsort((together[:, 1].numpy(), -together[:, 0].numpy(), owner.numpy()))
+        owner, together = owner[order], together[order]
+        rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+        keep = rank < self.m
+        best[owner[keep], rank[keep]] = together[keep]
+        self.best = best.to(self.best.device)
+
+
+def strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
+    """The m strongest of the samples of several states; equal activations: the smaller number first."""
+    m = states.shape[2]
+    together = states.transpose(0, 1).flatten(1, 2)
+    order = together[:, :, 1].argsort(dim=1, stable=True)
+    value = together[:, :, 0].gather(1, order)
+    order = order.gather(1, value.argsort(dim=1, descending=True, stable=True))[:, :m]
+    return together.gather(1, order[:, :, None].expand(-1, -1, together.shape[2]))
