@@ -121,13 +121,17 @@ def main(
     out: Path = Path("runs/head_quality.md"),
 ) -> None:
     """Quality against peers: python benchmarks/head_quality.py --corpus runs/corpus"""
-    data = {name: torch.nn.functional.normalize(x, dim=1) for name, x in embeddings(embeddings_, corpus).items()}
+    data = {
+        name: torch.nn.functional.normalize(x, dim=1) for name, x in embeddings(embeddings_, corpus).items()
+    }
     train, valid = ((data[f"{s}.image"], data[f"{s}.text"]) for s in ("train", "valid"))
     if pairs:
         chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:pairs]
         train = (train[0][chosen], train[1][chosen])
     found, missing = available()
-    found = [build for build in found if build.name != "SAELens, sparse activations"]  # the same head, stored otherwise
+    found = [
+        build for build in found if build.name != "SAELens, sparse activations"
+    ]  # the same head, stored otherwise
     makers: list[Callable[..., Any]] = [ours, *(lambda *a, b=build: theirs(b, *a) for build in found)]
     names = ["mmhooks", *(build.name for build in found)]
     done = out.with_suffix(".json")
