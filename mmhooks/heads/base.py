@@ -175,6 +175,70 @@ class Head(nn.Module):
 
     from_dir = load
 
+    @classmethod
+    def from_pretrained(
+        cls: type[H],
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> H:
+        """A head of this class from a folder or a Hub repository ``owner/name``, in any format that is read.
+
+        Args:
+            subfolder: folder or file inside it. options: what the file leaves open
+                (:class:`mmhooks.heads.formats.Options`).
+
+        Raises:
+            MissingWeights: nothing there, or no network and nothing cached.
+            MMHooksError: another kind of head than this class, or contents that do not fit.
+        """
+        from mmhooks.heads.formats import Options, read_head
+        from mmhooks.heads.hub import fetch
+
+        path = Path(source)
+        if path.exists():
+            path = path / subfolder if subfolder else path
+        else:
+            path = fetch(str(source), inside=subfolder, revision=revision, cache_dir=cache_dir, token=token)
+        head = read_head(path, Options(**options))
+        if not isinstance(head, cls):
+            raise MMHooksError(f"{source} holds a {type(head).__name__}, not a {cls.__name__}")
+        return head.to(device)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        format: Literal["mmhooks", "saelens"] = "mmhooks",
+        dtype: Literal["fp32", "fp16"] = "fp16",
+        subfolder: str | None = None,
+        message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Publishes the head as ``owner/name`` with a model card; returns the address of the commit.
+
+        Raises:
+            MMHooksError: a bad name, no token or no network; the Hub's own words are in the message.
+        """
+        from mmhooks.heads.hub import push
+
+        return push(
+            self,
+            repo,
+            private=private,
+            format=format,
+            dtype=dtype,
+            inside=subfolder,
+            message=message,
+            token=token,
+        )
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config().items())
 

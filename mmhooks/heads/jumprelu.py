@@ -57,7 +57,7 @@ class JumpReLUSAE(SAE):
     penalty_weight = 1e-3
 
     def __init__(
-        self, d_in: int, n_features: int, *, threshold: float = 0.1, bandwidth: float = 0.05, **kwargs: Any
+        self, d_in: int, n_features: int, *, threshold: float = 0.03, bandwidth: float = 0.03, **kwargs: Any
     ) -> None:
         super().__init__(d_in, n_features, **kwargs)
         if threshold <= 0 or bandwidth <= 0:

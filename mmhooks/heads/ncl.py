@@ -19,6 +19,9 @@ from mmhooks.heads.base import Head
 from mmhooks.heads.geometry import ridge_map
 from mmhooks.heads.source import Rows
 
+RIDGE = 1e-3
+"""Of a fitted decoder, as a share of the features' mean variance."""
+
 
 class NCL(Head):
     """``g+(x) = ReLU(W2 ReLU(W1 x + b1) + b2)``, width ``hidden`` inside.
@@ -83,7 +86,7 @@ class NCL(Head):
         return f @ self.W_dec + self.b_dec
 
     @torch.no_grad()
-    def fit_decoder(self, *x: Rows, ridge: float = 1e-3, batch_size: int = 4096) -> None:
+    def fit_decoder(self, *x: Rows, ridge: float = RIDGE, batch_size: int = 4096) -> None:
         """The linear map from features back to vectors with the least squared error over the rows of ``x``.
 
         Args:
@@ -109,5 +112,7 @@ class NCL(Head):
         self._set_decoder(*ridge_map(((self.encode(rows), rows) for rows in chunks), ridge))
 
     def _set_decoder(self, weight: Float[Tensor, "n d"], bias: Float[Tensor, " d"]) -> None:
-        self.W_dec, self.b_dec = nn.Parameter(weight.to(self.W2)), nn.Parameter(bias.to(self.W2))
+        # Contiguous, as a file gives it back: a product of another layout differs in the last bit.
+        self.W_dec = nn.Parameter(weight.to(self.W2).contiguous())
+        self.b_dec = nn.Parameter(bias.to(self.W2))
         self.has_decoder = True

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import effective_rank
-from mmhooks.heads.ncl import NCL
+from mmhooks.heads.ncl import NCL, RIDGE
 from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.source import Rows
 
@@ -94,7 +94,7 @@ class NCLObjective(Objective):
         assert text is not None
         self._standardise(head, image, text)
         if self.ridge is not None or head.has_decoder:
-            head.fit_decoder(image, text, **({} if self.ridge is None else {"ridge": self.ridge}))
+            head.fit_decoder(image, text, ridge=RIDGE if self.ridge is None else self.ridge)
 
     def _standardise(self, head: NCL, image: Rows, text: Rows) -> None:
         if self.threshold is not None:

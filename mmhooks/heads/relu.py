@@ -23,7 +23,7 @@ class ReLUSAE(SAE):
 
     kind = "relu"
     unit_decoder = False
-    penalty_weight = 0.03
+    penalty_weight = 0.1
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         return pre.relu()

@@ -60,35 +60,47 @@ def load(
     return HookedCLIP(model, tokenizer=tokenizer, preprocess=preprocess, name=name)
 
 
-def load_head(source: str | Path, *, device: str | torch.device = "cpu") -> Head:
-    """A sparse head from the package (``"mini/sae"``), a directory, or a Hugging Face Hub id.
+def load_head(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> Head:
+    """A sparse head from the package (``"mini/sae"``), a folder or file, or a Hugging Face Hub repository.
+
+    The format is recognised by its files: our own, SAELens, sparsify, dictionary_learning, ViT-Prisma, MSAE and
+    overcomplete (:data:`mmhooks.heads.formats.FORMATS`).
+
+    Args:
+        source: name, path, or ``owner/name`` on the Hub.
+        subfolder: folder or file inside it, where it holds several heads.
+        revision, cache_dir: of the Hub's copy.
+        options: what a foreign file leaves open: ``name``, ``normalize_input`` (give raw vectors unit norm
+            first), ``kind``, ``k``, ``threshold``.
 
     Raises:
-        MissingWeights: none of the three holds it.
+        MissingWeights: nothing there; the message lists what was found and what is understood.
+        MMHooksError: a known format whose contents do not fit.
 
     >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
     (256, 1024)
     """
-    from mmhooks.heads.base import load_head_dir
+    from mmhooks.heads.base import Head, load_head_dir
 
-    for folder in (ASSETS / source, Path(source)):
-        if (folder / "config.json").is_file():
-            return load_head_dir(folder, device=device)
-    if str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1 or Path(source).exists():
+    if str(source) in embedded_heads():
+        return load_head_dir(ASSETS / source, device=device)
+    path = Path(source)
+    if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
         raise MissingWeights(
-            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give a directory "
-            "that Head.save wrote, or a Hub id owner/name"
+            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give the path of a "
+            "directory or file of weights, or a Hub id owner/name"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])
-    except Exception as error:
-        raise MissingWeights(
-            f"no head {str(source)!r} in this directory, and the Hub did not give it "
-            f"({type(error).__name__}); embedded heads are {', '.join(embedded_heads())}"
-        ) from error
-    return load_head_dir(folder, device=device)
+    return Head.from_pretrained(
+        source, subfolder=subfolder, device=device, revision=revision, cache_dir=cache_dir, **options
+    )
 
 
 def embedded_heads() -> list[str]:

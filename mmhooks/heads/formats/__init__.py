@@ -1,0 +1,124 @@
+"""One door for heads of every format: which one it is, its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.heads import base
+from mmhooks.heads.base import Head
+from mmhooks.heads.formats import dictionary_learning, msae, overcomplete, prisma, saelens, sparsify
+from mmhooks.heads.formats.affine import Options, read_json, read_tensors
+from mmhooks.heads.formats.saelens import load_saelens, save_saelens
+
+__all__ = ["FORMATS", "Options", "load_saelens", "read_head", "save_saelens"]
+
+TENSOR_FILES = (".safetensors", ".pt", ".pth")
+
+
+class Format(NamedTuple):
+    """A format by name, the files that make it, whether a path holds it, and how it is read."""
+
+    name: str
+    files: str
+    holds: Callable[[Path], bool]
+    read: Callable[[Path, Options], Head]
+
+
+def read_head(path: str | Path, options: Options | None = None) -> Head:
+    """The head at ``path``, a folder or a file of weights, in whichever of :data:`FORMATS` it is written.
+
+    Raises:
+        MissingWeights: nothing there, or nothing that any format knows; the message lists both.
+        MMHooksError: a known format with contents that do not fit.
+
+    >>> import tempfile; from mmhooks.heads import TopKSAE
+    >>> sae = TopKSAE(8, 32, 4)
+    >>> read_head(save_saelens(sae, tempfile.mkdtemp())).id == read_head(sae.save(tempfile.mkdtemp())).id
+    True
+    """
+    path, options = Path(path), options or Options()
+    if not path.exists():
+        raise MissingWeights(f"no head at {path}: nothing is there")
+    for format in FORMATS:
+        if format.holds(path):
+            return format.read(path, options)
+    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
+    known = "\n".join(f"  {format.name}: {format.files}" for format in FORMATS)
+    inside = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+    hint = (
+        f"\nIt has folders ({', '.join(sorted(inside)[:6])}): is the head in one of them?" if inside else ""
+    )
+    raise MissingWeights(f"no head in {path}. Found: {shown or 'nothing'}. Understood are\n{known}{hint}")
+
+
+def _config(path: Path) -> dict:
+    """``config.json`` of a folder, or the one beside a file; empty where there is none."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _one_file(path: Path) -> Path | None:
+    """A file of tensors: the path itself, or the only one in a folder."""
+    if path.is_file():
+        return path if path.suffix in TENSOR_FILES else None
+    files = [p for p in sorted(path.iterdir()) if p.suffix in TENSOR_FILES]
+    return files[0] if len(files) == 1 else None
+
+
+def _keys_fit(fits: Callable[[dict], bool]) -> Callable[[Path], bool]:
+    def holds(path: Path) -> bool:
+        file = _one_file(path)
+        return file is not None and fits(read_tensors(file))
+
+    return holds
+
+
+def _from_file(read: Callable[[Path, Options], Head]) -> Callable[[Path, Options], Head]:
+    def of(path: Path, options: Options) -> Head:
+        file = _one_file(path)
+        assert file is not None
+        return read(file, options)
+
+    return of
+
+
+def _own(path: Path, options: Options) -> Head:
+    given = {k: v for k, v in vars(options).items() if v is not None}
+    if given.keys() - {"name"}:
+        raise MMHooksError(
+            f"{path} is written in our own format, which says everything itself: it takes no "
+            f"{', '.join(sorted(given.keys() - {'name'}))}"
+        )
+    head = base.load_head_dir(path)
+    head.name = options.name or head.name
+    return head
+
+
+def _pair(config: str, weights: str) -> Callable[[Path], bool]:
+    return lambda path: (path / config).is_file() and (path / weights).is_file()
+
+
+FORMATS = (
+    Format(
+        "mmhooks", "config.json (with a kind) and model.safetensors",
+        lambda path: _pair(base.CONFIG, base.WEIGHTS)(path) and "kind" in _config(path), _own,
+    ),
+    Format("SAELens", "cfg.json and sae_weights.safetensors",
+           _pair(saelens.CONFIG, saelens.WEIGHTS), saelens.read),
+    Format("sparsify", "cfg.json and sae.safetensors", _pair(sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
+    Format("dictionary_learning", "ae.pt, with config.json or kind=",
+           lambda path: _pair("ae.pt", "ae.pt")(path), dictionary_learning.read),
+    Format("ViT-Prisma", "config.json (with activation_fn_str) and one .pt file",
+           lambda path: prisma.fits(_config(path)) and (path.suffix == ".pt" or bool(list(path.glob("*.pt")))),
+           prisma.read),
+    Format("MSAE", "a .pth file with model, mean_center and scaling_factor, under its published name",
+           _keys_fit(msae.fits), _from_file(msae.read)),
+    Format("overcomplete", "a file of its state dict (dictionary._weights), with k=, threshold= or kind=",
+           _keys_fit(overcomplete.fits), _from_file(overcomplete.read)),
+    Format("dictionary_learning state dict", "a file with encoder.weight and decoder.weight, or W_enc and threshold",
+           _keys_fit(dictionary_learning.fits), _from_file(dictionary_learning.read)),
+)  # fmt: skip

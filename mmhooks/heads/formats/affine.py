@@ -1,0 +1,143 @@
+"""What every SAE of the field is around its activation, and the exact rewritings that bring it to ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.heads.base import KINDS, load_strictly
+from mmhooks.heads.sae import SAE
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``pre = (x - b_pre) W_enc^T + b_enc`` and ``x' = f W_dec + b_pre``, with what is left to say about them.
+
+    Each method returns the weights that compute the same numbers in this form.
+    """
+
+    W_enc: Float[Tensor, "n d"]
+    b_enc: Float[Tensor, " n"]
+    W_dec: Float[Tensor, "n d"]
+    b_pre: Float[Tensor, " d"]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], where: Path) -> Affine:
+        """From our four names, shapes checked against ``W_enc``."""
+        shape = tuple(weights["W_enc"].shape)
+        n, d = shape if len(shape) == 2 else (-1, -1)
+        for name, expected in {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_pre": (d,)}.items():
+            if tuple(weights[name].shape) != expected:
+                raise MMHooksError(
+                    f"{where}: for an encoder of {n} features and width {d}, {name} must be {list(expected)}, "
+                    f"came {list(weights[name].shape)}"
+                )
+        return cls(**{name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_pre")})
+
+    def encoder_unshifted(self) -> Affine:
+        """From an encoder that reads ``x`` itself: ``x W^T + b = (x - b_pre) W^T + (b + W b_pre)``."""
+        return replace(self, b_enc=self.b_enc + self.W_enc @ self.b_pre)
+
+    def row_norms_folded(self) -> Affine:
+        """From features selected by ``pre |W_dec|`` and decoded by ``W_dec / |W_dec|``."""
+        norm = self.W_dec.norm(dim=1)
+        rows = norm[:, None].clamp_min(1e-8)
+        return replace(self, W_enc=self.W_enc * rows, b_enc=self.b_enc * norm, W_dec=self.W_dec / rows)
+
+    def input_scaled(self, scale: float, mean: Tensor | float = 0.0) -> Affine:
+        """From an SAE that works on ``(x - mean) scale`` and gives ``x' / scale + mean``."""
+        return replace(
+            self, W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_pre=self.b_pre / scale + mean
+        )
+
+    def build(
+        self,
+        kind: str,
+        *,
+        where: Path,
+        source: str,
+        options: Options,
+        extra: Mapping[str, Tensor] | None = None,
+        about: Any = None,
+        **config: Any,
+    ) -> SAE:
+        """The head of this ``kind`` with these weights; every shape is checked."""
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_pre": self.b_pre}
+        n, d = self.W_enc.shape
+        head = KINDS[kind](
+            d, n, name=options.name or "sae", normalize_input=bool(options.normalize_input), **config
+        )
+        assert isinstance(head, SAE)
+        state = {k: v.float().contiguous() for k, v in (tensors | dict(extra or {})).items()}
+        load_strictly(head, state, str(where))
+        head.info = {"from": source} | ({"cfg": about} if about is not None else {})
+        return head.eval()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a file may leave open and the caller knows.
+
+    Attributes:
+        name: of the head (default "sae").
+        normalize_input: whether raw vectors are given unit norm first; foreign formats: no, unless they say so.
+        kind, k, threshold: the activation, where the file does not tell it.
+    """
+
+    name: str | None = None
+    normalize_input: bool | None = None
+    kind: str | None = None
+    k: int | None = None
+    threshold: float | None = None
+
+
+def take(
+    state: Mapping[str, Tensor], names: Mapping[str, str], where: Path, ignored: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors called ``names`` (ours -> theirs), in fp32; a missing or an unknown one raises, naming it."""
+    missing = sorted(theirs for theirs in names.values() if theirs not in state)
+    surplus = sorted(state.keys() - set(names.values()) - set(ignored))
+    if missing or surplus:
+        faults = [f"missing {', '.join(missing)}"] * bool(missing) + [
+            f"unexpected {', '.join(surplus)}"
+        ] * bool(surplus)
+        raise MMHooksError(f"{where}: {'; '.join(faults)}; it holds {', '.join(sorted(state)) or 'nothing'}")
+    return {ours: state[theirs].float() for ours, theirs in names.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MMHooksError(f"{path} is no JSON file that can be read ({error})") from error
+    if not isinstance(found, dict):
+        raise MMHooksError(f"{path}: expected a JSON object, came a {type(found).__name__}")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A safetensors file, or a torch checkpoint read with ``weights_only=True``: no code of a file is run."""
+    if not path.is_file():
+        raise MissingWeights(f"{path} is not there")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise MMHooksError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}); a "
+            "checkpoint that pickles Python objects is not opened here: load it with its own library and save "
+            "its state_dict()"
+        ) from error
+    if not isinstance(found, dict):
+        raise MMHooksError(f"{path}: expected a dictionary of tensors, came a {type(found).__name__}")
+    return dict(found)

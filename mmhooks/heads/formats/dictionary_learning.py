@@ -1,0 +1,87 @@
+"""dictionary_learning's state dicts (``ae.pt`` beside ``config.json``), read without it; checked against 0.1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.sae import SAE
+
+WEIGHTS = "ae.pt"
+LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
+CLASSES = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
+           "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}  # fmt: skip
+
+
+def fits(state: dict[str, Any]) -> bool:
+    """Whether the keys are those of one of its classes."""
+    return set(LINEAR.values()) <= state.keys() or set(PLAIN.values()) | {"threshold"} <= state.keys()
+
+
+def read(path: Path, options: Options) -> SAE:
+    """``path`` is a folder with ``ae.pt``, or the file itself; ``config.json`` beside it names the class.
+
+    Raises:
+        MMHooksError: a class that is not read (gated), or a file that leaves TopK and BatchTopK open.
+    """
+    where = path / WEIGHTS if path.is_dir() else path
+    beside = where.parent / "config.json"
+    cfg = read_json(beside).get("trainer", {}) if beside.is_file() else {}
+    state = read_tensors(where)
+    kind = _kind(cfg.get("dict_class"), state, options, where)
+    k = options.k or int(state.get("k", cfg.get("k", 0)))
+    affine, extra = _weights(kind, state, where), {}
+    config: dict[str, Any] = {"k": k} if kind in ("topk", "batchtopk") else {}
+    if kind == "batchtopk":
+        threshold = float(state["threshold"]) if options.threshold is None else options.threshold
+        if threshold < 0:
+            raise MMHooksError(
+                f"{where}: its threshold is {threshold}: training never set it; pass threshold=, or kind='topk'"
+            )
+        extra["threshold"] = torch.tensor(threshold)
+    elif kind == "jumprelu":
+        extra["log_threshold"] = state["threshold"].float().clamp_min(0).log()
+    return affine.build(
+        kind,
+        where=where,
+        source="dictionary_learning",
+        options=options,
+        extra=extra,
+        about=cfg or None,
+        **config,
+    )
+
+
+def _kind(dict_class: str | None, state: dict[str, Any], options: Options, where: Path) -> str:
+    if dict_class is not None and dict_class not in CLASSES:
+        raise MMHooksError(
+            f"{where}: class {dict_class!r} has no counterpart here; read are {', '.join(CLASSES)}"
+        )
+    if options.kind or dict_class:
+        return options.kind or CLASSES[dict_class or ""]
+    if "k" not in state:
+        return "jumprelu" if "threshold" in state else "relu"
+    if "group_sizes" in state:
+        return "batchtopk"
+    raise MMHooksError(
+        f"{where}: TopK and BatchTopK have the same tensors here and no config.json beside it says which; "
+        "pass kind='topk' or kind='batchtopk'"
+    )
+
+
+def _weights(kind: str, state: dict[str, Tensor], where: Path) -> Affine:
+    book = ("k", "threshold", "group_sizes")
+    if "W_enc" in state:
+        plain = take(state, PLAIN, where, ignored=book)
+        affine = Affine.of(plain | {"W_enc": plain["W_enc"].T}, where)
+        return affine.encoder_unshifted() if kind == "jumprelu" else affine
+    bias = next((b for b in ("bias", "b_dec", "decoder.bias") if b in state), "bias")
+    linear = take(state, LINEAR | {"b_pre": bias}, where, ignored=book)
+    affine = Affine.of(linear | {"W_dec": linear["W_dec"].T}, where)
+    return affine.encoder_unshifted() if bias == "decoder.bias" else affine

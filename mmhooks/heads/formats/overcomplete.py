@@ -1,0 +1,73 @@
+"""overcomplete's state dicts, read without it where the encoder is linear; checked against 0.3.
+
+A state dict of it does not say which activation the SAE has (TopK, BatchTopK and ReLU have the same tensors,
+and BatchTopK's threshold is not among them), so the caller does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError
+from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
+from mmhooks.heads.sae import SAE
+
+ROWS = "dictionary._weights"
+BATCH_NORM_EPS = 1e-5
+
+
+def fits(state: dict[str, Any]) -> bool:
+    return ROWS in state
+
+
+def read(path: Path, options: Options) -> SAE:
+    """The file of a ``state_dict()``. Dictionary rows are given unit norm, as its default layer does in use.
+
+    Raises:
+        MMHooksError: an encoder that is not linear, or an activation that neither file nor caller names.
+    """
+    state = read_tensors(path)
+    rows = state[ROWS].float()
+    unit = rows / (rows.norm(dim=1, keepdim=True) + 1e-8)
+    W_dec = unit * state.get("dictionary.multiplier", torch.zeros(())).float().exp()
+    W_enc, b_enc = _encoder(state, W_dec, path)
+    # It subtracts nothing from its input and adds nothing to its output.
+    affine = Affine.of(
+        {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_pre": torch.zeros(rows.shape[1])}, path
+    )
+    build = {"where": path, "source": "overcomplete", "options": options}
+    if "thresholds" in state:
+        return affine.build("jumprelu", extra={"log_threshold": state["thresholds"]}, **build)
+    if options.threshold is not None:
+        threshold = torch.tensor(float(options.threshold))
+        return affine.build("batchtopk", extra={"threshold": threshold}, k=options.k or 1, **build)
+    if options.k is not None:
+        return affine.build("topk", k=options.k, **build)
+    if options.kind == "relu":
+        return affine.build("relu", **build)
+    raise MMHooksError(
+        f"{path}: a state dict of overcomplete does not say its activation: pass k= (TopKSAE), threshold= "
+        "(BatchTopKSAE: its running_threshold, which is not in the file), or kind='relu' (SAE)"
+    )
+
+
+def _encoder(state: dict[str, Tensor], dictionary: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    own = {k for k in state if k.startswith("encoder.")}
+    zeros = torch.zeros(len(dictionary))
+    if own <= {"encoder.weight", "encoder.bias"}:  # tied to the dictionary where there is no weight
+        return state.get("encoder.weight", dictionary).float(), state.get("encoder.bias", zeros).float()
+    linear, norm = "encoder.final_block.0.", "encoder.final_block.1."
+    if {k for k in own if not k.startswith((linear, norm))}:
+        raise MMHooksError(f"{path}: its encoder is no single linear layer ({', '.join(sorted(own))})")
+    weight, bias = state[linear + "weight"].float(), state[linear + "bias"].float()
+    if any(k.startswith(norm) for k in own):
+        names = {k: norm + k for k in ("weight", "bias", "running_mean", "running_var")}
+        book = (norm + "num_batches_tracked",)
+        batch = take({k: state[k] for k in own if k.startswith(norm)}, names, path, ignored=book)
+        scale = batch["weight"] / (batch["running_var"] + BATCH_NORM_EPS).sqrt()
+        weight, bias = weight * scale[:, None], (bias - batch["running_mean"]) * scale + batch["bias"]
+    return weight, bias

@@ -1,0 +1,199 @@
+"""SAELens's files (``cfg.json``, ``sae_weights.safetensors``), read and written without it; checked against 6.54.
+
+It keeps ``W_enc`` as ``[d_in, d_sae]`` and calls our ``b_pre`` ``b_dec``. BatchTopK heads are stored there as
+JumpReLU with one threshold, and Matryoshka heads as what they are in use; ours keep their kind in ``metadata``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.heads.base import KINDS, Head, load_strictly
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.sae import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
+# SAELens's architecture -> our kind. The last two are training checkpoints; what they compute in use is a threshold.
+ARCHITECTURES = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu",
+                 "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # fmt: skip
+WRITTEN = {
+    "topk": "topk",
+    "matryoshka": "topk",
+    "relu": "standard",
+    "jumprelu": "jumprelu",
+    "batchtopk": "jumprelu",
+}
+
+
+def load_saelens(path: str | Path, *, name: str | None = None, normalize_input: bool | None = None) -> SAE:
+    """The SAE in a directory written by SAELens (``sae.save_model``): topk, standard, jumprelu, batchtopk.
+
+    Its inputs are taken as they come, as SAELens does; pass ``normalize_input=True`` if it was trained on
+    vectors of unit norm and should get them from raw ones. (Files that :func:`save_saelens` wrote remember it.)
+
+    Raises:
+        MissingWeights: no such files in ``path``.
+        MMHooksError: another architecture, input scaling that we do not apply, or tensors that do not fit.
+
+    >>> import tempfile
+    >>> from mmhooks.heads import TopKSAE
+    >>> sae = TopKSAE(8, 32, k=4); folder = save_saelens(sae, tempfile.mkdtemp())
+    >>> x = torch.randn(3, 8)
+    >>> torch.allclose(load_saelens(folder)(x), sae(x), atol=1e-6)
+    True
+    """
+    return read(Path(path), Options(name=name, normalize_input=normalize_input))
+
+
+def read(path: Path, options: Options) -> SAE:
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            raise MissingWeights(
+                f"no SAELens head in {path}: expected {CONFIG} and {WEIGHTS}, {file} is not there"
+            )
+    cfg, where = _modern(read_json(path / CONFIG)), path / WEIGHTS
+    architecture = cfg["architecture"]
+    if architecture not in ARCHITECTURES:
+        raise MMHooksError(
+            f"{path / CONFIG}: architecture {architecture!r} has no counterpart here; read are {', '.join(ARCHITECTURES)}"
+        )
+    state = read_tensors(where)
+    ours = cfg.get("metadata", {}).get("mmhooks")
+    if ours is not None:
+        return _own(ours, state, options, where, cfg)
+    if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
+        del state["scaling_factor"]  # of before 6.0, without effect
+    kind, extra, config, state = _activation(ARCHITECTURES[architecture], cfg, state, options, where)
+    weights = take(state, NAMES, where)
+    affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, where)
+    if tuple(affine.W_enc.shape) != (cfg.get("d_sae"), cfg.get("d_in")):
+        raise MMHooksError(
+            f"{where}: {CONFIG} has d_in = {cfg.get('d_in')} and d_sae = {cfg.get('d_sae')}, W_enc is "
+            f"{list(weights['W_enc'].shape)}"
+        )
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        affine = affine.row_norms_folded()
+    if not cfg.get("apply_b_dec_to_input", True):
+        affine = affine.encoder_unshifted()
+    scaling = cfg.get("normalize_activations") or "none"
+    if scaling == "constant_norm_rescale":  # rows of norm sqrt(d): unit norm, and a scale in the weights
+        affine = affine.input_scaled(cfg["d_in"] ** 0.5)
+        options = Options(name=options.name, normalize_input=True)
+    elif scaling != "none":
+        raise MMHooksError(
+            f"{path / CONFIG}: normalize_activations={scaling!r} scales the input in a way that no weights can "
+            "hold; where it is a constant, fold it with SAELens first (sae.fold_activation_norm_scaling_factor)"
+        )
+    return affine.build(
+        kind, where=where, source="SAELens", options=options, extra=extra, about=cfg, **config
+    )
+
+
+def _modern(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of before 6.0 in today's terms."""
+    cfg = {"architecture": "standard"} | cfg
+    if cfg.get("activation_fn_str", cfg.get("activation_fn")) == "topk" and cfg["architecture"] == "standard":
+        cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
+    if isinstance(cfg.get("normalize_activations"), bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if cfg["normalize_activations"] else "none"
+    return cfg
+
+
+def _activation(
+    kind: str, cfg: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path
+) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Our kind, its own tensors and configuration, and the state without them."""
+    state = dict(state)
+    if kind == "topk":
+        k = options.k or cfg.get("k")
+        if k is None:
+            raise MMHooksError(f"{where}: {CONFIG} names no k; pass k=")
+        return kind, {}, {"k": int(k)}, state
+    if kind == "batchtopk":
+        threshold = state.pop("topk_threshold", None)
+        if threshold is None:
+            raise MMHooksError(f"{where}: missing topk_threshold: without it a BatchTopK SAE cannot be used")
+        return kind, {"threshold": threshold}, {"k": max(1, round(cfg["k"]))}, state
+    if kind == "jumprelu":
+        if "log_threshold" in state:  # training checkpoints of before 6.0
+            log_threshold = state.pop("log_threshold")
+        elif "threshold" in state:
+            log_threshold = state.pop("threshold").float().clamp_min(0).log()  # at zero or below: ReLU
+        else:
+            raise MMHooksError(f"{where}: missing threshold, as a jumprelu SAE has it")
+        return kind, {"log_threshold": log_threshold}, {}, state
+    return kind, {}, {}, state
+
+
+def _own(
+    ours: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path, cfg: dict[str, Any]
+) -> SAE:
+    """A file of :func:`save_saelens`: the kind and configuration that its architecture cannot express."""
+    config = ours["config"] | (
+        {} if options.normalize_input is None else {"normalize_input": options.normalize_input}
+    )
+    head = KINDS[ours["kind"]](**config, name=options.name or ours.get("name"))
+    assert isinstance(head, SAE)
+    state = dict(state)
+    threshold = state.pop("threshold", None)
+    weights = take(state, NAMES, where)
+    weights["W_enc"] = weights["W_enc"].T.contiguous()
+    if ours["kind"] == "jumprelu":
+        assert threshold is not None
+        weights["log_threshold"] = threshold.log()
+    elif ours["kind"] == "batchtopk":
+        assert threshold is not None
+        weights["threshold"] = threshold[0].clone()
+    load_strictly(head, weights, str(where))
+    head.info = {"from": "SAELens", "cfg": cfg}
+    return head.eval()
+
+
+def save_saelens(head: Head, path: str | Path) -> Path:
+    """Writes an SAE as SAELens writes its own; unit norm of the input stays the caller's task there.
+
+    Raises:
+        MMHooksError: a head that no SAELens architecture computes (NCL), or a BatchTopK head without threshold.
+    """
+    if head.kind not in WRITTEN:
+        raise MMHooksError(
+            f"SAELens has no architecture for a {head.kind} head; written are {', '.join(WRITTEN)}. "
+            "head.save(path) keeps it in our own format"
+        )
+    state = {k: v.detach().to("cpu", torch.float32) for k, v in head.state_dict().items()}
+    tensors = {theirs: state[ours] for ours, theirs in NAMES.items()}
+    tensors["W_enc"] = tensors["W_enc"].T
+    cfg: dict[str, Any] = {"architecture": WRITTEN[head.kind], "d_in": head.d_in, "d_sae": head.n_features}
+    if head.kind == "jumprelu":
+        tensors["threshold"] = state["log_threshold"].exp()
+    elif head.kind == "batchtopk":
+        if bool(state["threshold"].isnan()):
+            raise MMHooksError(
+                f"head {head.name!r} has no inference threshold yet: train or calibrate it first"
+            )
+        tensors["threshold"] = state["threshold"].expand(head.n_features)
+    elif WRITTEN[head.kind] == "topk":
+        cfg |= {"k": head.config()["k"], "rescale_acts_by_decoder_norm": False}
+    cfg |= {
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "mmhooks": {"id": head.id, "kind": head.kind, "name": head.name, "config": head.config()}
+        },
+    }
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(cfg, indent=1) + "\n")
+    return path

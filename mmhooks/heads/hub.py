@@ -1,0 +1,104 @@
+"""Heads on the Hugging Face Hub: fetched in any format that is read, published in ours or SAELens's."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmhooks.errors import MissingWeights, MMHooksError
+
+if TYPE_CHECKING:
+    from mmhooks.heads.base import Head
+
+WANTED = ("*.json", "*.safetensors", "*.pt", "*.pth")
+
+
+def fetch(repo: str, *, inside: str | None = None, revision: str | None = None, cache_dir: str | Path | None = None,
+          token: str | bool | None = None) -> Path:  # fmt: skip
+    """The local path of a repository's heads, downloaded where it is not cached.
+
+    Args:
+        inside: a folder or a file of the repository; only it (and the JSON files beside it) is fetched.
+
+    Raises:
+        MissingWeights: no such repository, no network and nothing cached, or nothing at ``inside``.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns: list[str] = list(WANTED)
+    if inside is not None:
+        folder = (
+            Path(inside).parent.as_posix()
+            if Path(inside).suffix in (".pt", ".pth", ".safetensors")
+            else inside
+        )
+        prefix = "" if folder == "." else folder.rstrip("/") + "/"
+        patterns = [inside, prefix + "*.json"] if folder != inside else [prefix + wanted for wanted in WANTED]
+    try:
+        root = snapshot_download(
+            repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns
+        )
+    except Exception as error:
+        raise MissingWeights(
+            f"the Hub did not give {repo!r}" + (f" at {revision!r}" if revision else "")
+            + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+            "Without network only what was downloaded before can be loaded; else give the path of a local copy"
+        ) from error  # fmt: skip
+    path = Path(root) / inside if inside else Path(root)
+    if not path.exists():
+        raise MissingWeights(f"{repo!r} has nothing at {inside!r}")
+    return path
+
+
+def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhooks", "saelens"] = "mmhooks",
+         dtype: Literal["fp32", "fp16"] = "fp16", inside: str | None = None, message: str | None = None,
+         token: str | bool | None = None) -> str:  # fmt: skip
+    """Publishes ``head`` as the repository ``owner/name`` and returns the address of the commit.
+
+    Args:
+        format: ours, or SAELens's (always fp32).
+        inside: folder of the repository to write into, for several heads in one.
+
+    Raises:
+        MMHooksError: a name that is no ``owner/name``, no token, no network: the Hub's own words are kept.
+    """
+    from huggingface_hub import HfApi
+
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise MMHooksError(f"a repository is named owner/name, came {repo!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        if format == "saelens":
+            from mmhooks.heads.formats import save_saelens
+
+            save_saelens(head, folder)
+        else:
+            head.save(folder, dtype=dtype)
+        (Path(folder) / "README.md").write_text(card(head, repo, format))
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            done: Any = api.upload_folder(
+                repo_id=repo, folder_path=folder, path_in_repo=inside, commit_message=message or f"{head.kind} head {head.id}"
+            )  # fmt: skip
+        except Exception as error:
+            raise MMHooksError(
+                f"{repo!r} could not be written to the Hub ({type(error).__name__}: {error}); a token with write "
+                "access is needed (huggingface-cli login, or token=), and network. head.save(path) keeps it locally"
+            ) from error
+    return str(getattr(done, "commit_url", done))
+
+
+def card(head: Head, repo: str, format: str) -> str:
+    """The model card: what it is, how it is loaded, and what ``head.info`` says of its training."""
+    facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
+        k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
+    }
+    rows = "\n".join(f"| {k} | {str(v).replace('|', '/')} |" for k, v in facts.items())
+    library = "sae_lens" if format == "saelens" else "mmhooks"
+    return (
+        f"---\nlibrary_name: {library}\ntags:\n- sparse-autoencoder\n- interpretability\n- mmhooks\n---\n\n"
+        f"# {repo.split('/')[1]}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}")\n'
+        'model.attach(head, at=["image.embed", "text.embed"])\n```\n'
+    )
