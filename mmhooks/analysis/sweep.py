@@ -29,7 +29,7 @@ from mmhooks.heads.jumprelu import JumpReLUSAE
 from mmhooks.heads.matryoshka import MatryoshkaSAE
 from mmhooks.heads.sae import TopKSAE
 from mmhooks.heads.sae_objective import SAEObjective
-from mmhooks.heads.source import SITES, Chosen, paired
+from mmhooks.heads.source import SITES, every_tenth, paired
 from mmhooks.heads.train import train_head
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
@@ -127,7 +127,7 @@ def sweep(
     image, text = paired(data, text, sites)
     if text is None:
         raise MMHooksError("a sweep compares modalities: it needs image rows and text rows")
-    train, held_out = _split(image, text) if valid is None else ((image, text), valid)
+    train, held_out = every_tenth(image, text) if valid is None else ((image, text), valid)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -214,14 +214,6 @@ def pareto(points: Float[Tensor, "runs 2"]) -> Bool[Tensor, " runs"]:
     no_worse = (points[None] <= points[:, None]).all(dim=2)
     better = (points[None] < points[:, None]).any(dim=2)
     return ~(no_worse & better).any(dim=1)
-
-
-def _split(image: Any, text: Any) -> tuple[tuple[Chosen, Chosen], tuple[Tensor, Tensor]]:
-    """Every tenth pair is held out."""
-    held = torch.zeros(len(image), dtype=torch.bool)
-    held[9::10] = True
-    inside, outside = (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
-    return (Chosen(image, inside), Chosen(text, inside)), (image[outside].float(), text[outside].float())
 
 
 def _finished(path: Path, mark: str) -> dict[str, Any] | None:

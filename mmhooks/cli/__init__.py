@@ -8,6 +8,7 @@ import typer
 
 from mmhooks.cli.look import models, pairs, sites
 from mmhooks.cli.sweep import sweep
+from mmhooks.cli.train import train
 
 app = typer.Typer(
     name="mmhooks",
@@ -36,5 +37,5 @@ def main(
     """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
 
 
-for command in (models, sites, pairs, sweep):
+for command in (models, sites, pairs, train, sweep):
     app.command()(command)

@@ -36,7 +36,7 @@ def sweep(
     from mmhooks.analysis.sweep import sweep as run
     from mmhooks.heads.source import paired
     from mmhooks.report.style import LIGHT, dressed
-    from mmhooks.report.sweeps import sweep_figure
+    from mmhooks.report.training import sweep_figure
 
     with clear_errors():
         names = sites.split(",")

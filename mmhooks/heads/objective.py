@@ -62,10 +62,11 @@ class Objective:
         adam: torch.optim.Optimizer,
         dead: Bool[Tensor, " n"],
         epoch: int,
-        sample: Callable[[], Tensor],
+        sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        """After epoch ``epoch`` (from 1): may bring dead features back; returns how many. Must be a function of its
+        """After epoch ``epoch`` (from 1): may bring dead features back; returns how many. ``sample()`` gives
+        some training pairs. Must be a function of its
         arguments alone, so that a resumed run does the same."""
         return 0
 

@@ -16,20 +16,22 @@ def resample(
     adam: torch.optim.Optimizer,
     dead: Bool[Tensor, " n"],
     x: Float[Tensor, "b d"],
+    weight: Float[Tensor, " b"],
     generator: torch.Generator,
 ) -> int:
     """Gives every dead feature the direction of a badly reconstructed row of ``x``; returns how many there were.
 
-    Rows are drawn in proportion to their squared error. The decoder row becomes that row less ``b_pre``, at unit
+    Rows are drawn in proportion to ``weight`` times their squared error. The decoder row becomes that row less ``b_pre``, at unit
     norm; the encoder row the same at a fifth of the living ones' mean norm, its bias 0; Adam forgets both.
     """
     places = dead.nonzero().squeeze(1)
     if len(places) == 0:
         return 0
     error = torch.cat([(part - head(part)).square().sum(dim=1) for part in x.split(4096)])
+    error = weight.double() * error
     if not float(error.sum()) > 0:
         return 0
-    drawn = torch.multinomial(error.double().cpu(), len(places), len(places) > len(x), generator=generator)
+    drawn = torch.multinomial(error.cpu(), len(places), len(places) > len(x), generator=generator)
     rows = unit_rows(x[drawn.to(x.device)] - head.b_pre)
     living = head.W_enc[~dead]
     length = living.norm(dim=1).mean() if len(living) else rows.new_ones(())

@@ -105,9 +105,9 @@ class Run:
             self.team.agree_(self.head)
         self.history.append(row)
 
-    def sample(self) -> Tensor:
-        """Some rows of the training data, of both modalities, the same at every call."""
-        return torch.cat([part.sample(4096) for part in (self.image, self.text) if part is not None])
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """Some pairs of the training data, the same at every call."""
+        return self.image.sample(4096), None if self.text is None else self.text.sample(4096)
 
     def store(self, path: Path, mark: str) -> None:
         if self.team.leads:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.fidelity import fidelity
-from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows
+from mmhooks.heads.geometry import geometric_median, mean_row, total_variance, unit_rows
 from mmhooks.heads.jumprelu import JumpReLUSAE
+from mmhooks.heads.modality import KEY, shifted
 from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.relu import ReLUSAE
 from mmhooks.heads.resample import resample
@@ -33,6 +34,8 @@ class SAEObjective(Objective):
 
     Attributes:
         b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
+        centre: "modality" takes each modality's mean off its vectors first (:mod:`mmhooks.heads.modality`);
+            "pooled" leaves both to ``b_pre``.
         init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
         aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
@@ -48,6 +51,7 @@ class SAEObjective(Objective):
     default_lr = 2e-3
 
     b_pre: Literal["median", "mean", "zero"] = "median"
+    centre: Literal["pooled", "modality"] = "pooled"
     init: Literal["random", "data"] = "random"
     aux_k: int | None = None
     aux_weight: float = 1 / 32
@@ -56,11 +60,12 @@ class SAEObjective(Objective):
     penalty: float | None = None
     target_l0: float | None = None
     variance: tuple[float, float] = field(default=(1.0, 1.0), init=False)
+    offsets: tuple[Tensor | None, Tensor | None] = field(default=(None, None), init=False, repr=False)
 
     @torch.no_grad()
     def start(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
         self._check(head)
-        pooled = image if text is None else torch.cat([image, text])
+        pooled, _ = self.stack(image, text)
         sample = pooled[:: max(1, len(pooled) // 16384)]
         if self.b_pre == "median":
             head.b_pre.copy_(geometric_median(sample))
@@ -79,6 +84,10 @@ class SAEObjective(Objective):
                 "there is nothing to learn"
             )
         self.variance = (variances[0], variances[-1])
+        if self.centre == "modality":
+            if text is None:
+                raise MMHooksError("centre='modality' is for two modalities: pass text= as well as image=")
+            self.offsets = (mean_row(image).float(), mean_row(text).float())
 
     def loss(self, head: SAE, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         x, weight = self.stack(image, text)
@@ -119,12 +128,19 @@ class SAEObjective(Objective):
         return (sum(self.variance) / 2) ** 0.5
 
     def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-        """Both modalities as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
-        per_image = image.new_full((len(image),), 1 / (len(image) * self.variance[0]))
-        if text is None:
-            return image, per_image
-        per_text = text.new_full((len(text),), 1 / (len(text) * self.variance[1]))
-        return torch.cat([image, text]), torch.cat([per_image, per_text]) / 2
+        """Both modalities, centred, as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
+        parts = [part for part in (image, text) if part is not None]
+        shares = [
+            part.new_full((len(part),), 1 / (len(parts) * len(part) * variance))
+            for part, variance in zip(parts, self.variance, strict=False)
+        ]
+        centred = [
+            part if offset is None else part - offset
+            for part, offset in zip(parts, self.offsets, strict=False)
+        ]
+        if len(parts) == 1:
+            return centred[0], shares[0]
+        return torch.cat(centred), torch.cat(shares)
 
     def auxiliary(
         self, head: SAE, x: Float[Tensor, "b d"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
@@ -153,19 +169,28 @@ class SAEObjective(Objective):
         adam: torch.optim.Optimizer,
         dead: Bool[Tensor, " n"],
         epoch: int,
-        sample: Callable[[], Tensor],
+        sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
         due = self.resample_every is not None and epoch % self.resample_every == 0
-        return resample(head, adam, dead, sample(), generator) if due else 0
+        return resample(head, adam, dead, *self.stack(*sample()), generator) if due else 0
 
+    @torch.no_grad()
     def finish(self, head: SAE, image: Rows, text: Rows | None) -> None:
         if isinstance(head, ReLUSAE):
             head.fold_norms()
+        one, two = self.offsets
+        if one is not None and two is not None:
+            # Used as one head, it stands between the modalities; by_modality() puts it where each one is.
+            middle = (one + two) / 2
+            head.b_pre += middle
+            centres = {"image": one - middle, "text": two - middle}
+            head.info = head.info | {KEY: {name: offset.tolist() for name, offset in centres.items()}}
 
     def score(self, head: SAE, image: Tensor, text: Tensor | None) -> dict[str, float]:
-        results = {"image": fidelity(head, image)}
-        if text is not None:
-            results["text"] = fidelity(head, text)
-        scores = {f"fvu_{name}": r.fvu for name, r in results.items()}
+        scores = {}
+        for name, x, offset in zip(("image", "text"), (image, text), self.offsets, strict=True):
+            if x is not None:
+                with shifted(head, offset):
+                    scores[f"fvu_{name}"] = fidelity(head, x).fvu
         return scores | {"score": sum(scores.values()) / len(scores)}

@@ -104,6 +104,17 @@ def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[A
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
+def every_tenth(image: Any, text: Any) -> tuple[tuple[Chosen, Chosen | None], tuple[Tensor, Tensor | None]]:
+    """Training pairs, which stay where they are, and held-out pairs, which are read: every tenth pair."""
+    held = torch.zeros(len(image), dtype=torch.bool)
+    held[9::10] = True
+    inside, outside = (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+    return (
+        (Chosen(image, inside), None if text is None else Chosen(text, inside)),
+        (image[outside].float(), None if text is None else text[outside].float()),
+    )
+
+
 def ready(head: Head, image: Any, text: Any, device: torch.device) -> tuple[Vectors, Vectors | None]:
     """Both modalities as :class:`Vectors`, after one pass over every row.
 

@@ -32,6 +32,11 @@ class Team:
         self.size = self._accelerator.num_processes if self._accelerator else 1
         self.rank = self._accelerator.process_index if self._accelerator else 0
 
+    @staticmethod
+    def leads_here() -> bool:
+        """Whether this process is the first of its peers, asked outside a training."""
+        return os.environ.get("RANK", "0") == "0"
+
     @property
     def leads(self) -> bool:
         """Whether this process writes files and shows the bar."""

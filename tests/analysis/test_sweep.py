@@ -11,7 +11,7 @@ import mmhooks as mm
 from mmhooks.analysis import sweep as module
 from mmhooks.errors import MMHooksError
 from mmhooks.heads import fidelity, load_head_dir
-from mmhooks.report.sweeps import sweep_figure
+from mmhooks.report.training import sweep_figure
 
 GRID = {"k": (2, 4), "n": (24, 48), "seeds": (0, 1), "epochs": 2, "batch_size": 60, "progress": False}
 

@@ -1,4 +1,4 @@
-"""The figure of a sweep: what each head costs in active features, and what it leaves unexplained."""
+"""Figures of training: the curves of one run, and what the heads of a sweep cost and leave unexplained."""
 
 from __future__ import annotations
 
@@ -61,4 +61,33 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
     for name, colour in (("image", palette.img), ("text", palette.text)):
         alike.scatter([], [], color=colour, label=name)
     alike.legend(fontsize=8.5)
+    return figure
+
+
+def training_figure(history: Sequence[Mapping[str, float]], palette: Palette = LIGHT) -> Figure:
+    """What a training's history says, epoch by epoch: errors, active features, features that fell silent.
+
+    >>> [axis.get_ylabel() for axis in training_figure([{"epoch": 1.0, "loss": 0.5, "l0": 4.0, "silent": 0.1}]).axes]
+    ['loss', 'L0', 'silent for an epoch']
+    """
+    from matplotlib.figure import Figure
+
+    if not history:
+        raise ShapeMismatch("no epoch to draw: expected at least one row of history")
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    colours = {"image": palette.img, "text": palette.text}
+    loss, l0, silent = figure.subplots(1, 3)
+    for name in [n for n in history[0] if n in ("loss", "fvu") or n.startswith("valid_fvu")]:
+        colour = colours.get(name.rsplit("_", 1)[-1], palette.soft)
+        style = {"linestyle": "-" if name != "fvu" else ":", "color": colour}
+        loss.plot(epochs, [row.get(name, float("nan")) for row in history], label=name.replace("_", " "), **style)
+    loss.set_yscale("log")
+    loss.legend(fontsize=8.5)
+    for axis, name in ((l0, "l0"), (silent, "silent")):
+        axis.plot(epochs, [row.get(name, float("nan")) for row in history], color=palette.ink)
+        axis.set_ylim(bottom=0)
+    for axis, name in ((loss, "loss"), (l0, "L0"), (silent, "silent for an epoch")):
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(name)
     return figure

@@ -1,0 +1,135 @@
+"""``mmhooks train``: a head from a store of activations."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmhooks.cli.clear_errors import clear_errors
+
+
+class Kind(StrEnum):
+    topk = "topk"
+    batchtopk = "batchtopk"
+    matryoshka = "matryoshka"
+    jumprelu = "jumprelu"
+    relu = "relu"
+    ncl = "ncl"
+
+
+class Fall(StrEnum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Centre(StrEnum):
+    pooled = "pooled"
+    modality = "modality"
+
+
+class Start(StrEnum):
+    median = "median"
+    mean = "mean"
+    zero = "zero"
+
+
+def train(
+    store: Annotated[Path, typer.Argument(help="A store of activations, as mmhooks extract writes it.")],
+    out: Annotated[Path, typer.Option(help="Where the head, its history and its checkpoint go.")] = Path("runs/head"),
+    kind: Annotated[Kind, typer.Option(help="Which head.")] = Kind.topk,
+    features: Annotated[int, typer.Option(help="Number of features n.")] = 1024,
+    k: Annotated[int, typer.Option("--k", help="Active features a vector (target L0 of jumprelu).")] = 32,
+    valid: Annotated[
+        Path | None, typer.Option(help="A store of held-out pairs; by default every tenth pair is held out.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="Image site and text site, or one.")] = "image.embed,text.embed",
+    epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = 60,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs a step; by default the objective's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the objective's.")] = None,
+    schedule: Annotated[Fall, typer.Option(help="How the rate falls.")] = Fall.linear,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.")] = 0.05,
+    decay: Annotated[float, typer.Option(help="Share of the steps over which it falls.")] = 0.5,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without gain held out.")] = None,
+    b_pre: Annotated[Start, typer.Option(help="Where an SAE's pre-bias starts.")] = Start.median,
+    centre: Annotated[Centre, typer.Option(help="One centre, or one for each modality.")] = Centre.pooled,
+    resample_every: Annotated[int | None, typer.Option(help="Epochs between revivals of dead features.")] = None,
+    normalize: Annotated[bool, typer.Option(help="Give vectors unit norm.")] = True,
+    precision: Annotated[Precision, typer.Option(help="Of the large products.")] = Precision.fp32,
+    compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; accelerate chooses its own.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints inside an epoch.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard's files.")] = None,
+) -> None:
+    """Trains a sparse head on stored activations; started again with the same options, it goes on where it was.
+
+    Example: mmhooks train runs/acts --features 4096 --k 32 --epochs 40 --out runs/sae
+
+    On several GPUs or processes: accelerate launch --num_processes 2 -m mmhooks.cli train runs/acts --out runs/sae
+    """
+    from mmhooks.heads.fidelity import fidelity
+    from mmhooks.heads.modality import KEY, by_modality
+    from mmhooks.heads.source import every_tenth, paired
+    from mmhooks.heads.team import Team
+    from mmhooks.heads.train import default_objective, train_head
+    from mmhooks.report.style import LIGHT, dressed
+    from mmhooks.report.training import training_figure
+
+    with clear_errors():
+        names = sites.split(",")
+        image, text = paired(store, None, names)
+        if valid is None:
+            (image, text), held_out = every_tenth(image, text)
+        else:
+            held_out = tuple(rows if rows is None else rows[:] for rows in paired(valid, None, names))
+        head = _head(kind, image.shape[1], features, k, seed, normalize).to(device)
+        objective: Any = default_objective(head)
+        if kind is not Kind.ncl:
+            objective.b_pre, objective.centre = b_pre.value, centre.value
+            objective.resample_every = resample_every
+            objective.target_l0 = float(k) if kind is Kind.jumprelu else None
+        result = train_head(
+            head, image, text, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule.value, warmup=warmup,
+            decay=decay, seed=seed, valid=held_out, patience=patience, checkpoint=out / "checkpoint.safetensors",
+            checkpoint_every=checkpoint_every, objective=objective, precision=precision.value, compile=compile,
+            tensorboard=tensorboard,
+        )  # fmt: skip
+        if not Team.leads_here():
+            return
+        heads = by_modality(head) if KEY in head.info else {}
+        rows = {
+            name: fidelity(heads.get(name, head), x).table()[0]
+            for name, x in zip(("image", "text"), held_out, strict=True)
+            if x is not None
+        }
+        head.info = head.info | {"store": str(store), "sites": names, "epochs": result.epochs, "held_out": rows}
+        head.save(out)
+        (out / "training.json").write_text(json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n")
+        with dressed(LIGHT):
+            training_figure(result.history).savefig(out / "training.png", dpi=160)
+        typer.echo(f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}")
+        for name, row in rows.items():
+            typer.echo(
+                f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "
+                f"L0 {row['l0']:.1f}, fire for none {row['dead']:.1%}"
+            )
+
+
+def _head(kind: Kind, d: int, n: int, k: int, seed: int, normalize: bool) -> Any:
+    from mmhooks.heads import NCL, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
+
+    if kind in (Kind.topk, Kind.batchtopk, Kind.matryoshka):
+        make = {Kind.topk: TopKSAE, Kind.batchtopk: BatchTopKSAE, Kind.matryoshka: MatryoshkaSAE}[kind]
+        return make(d, n, k, seed=seed, normalize_input=normalize)
+    make = {Kind.jumprelu: JumpReLUSAE, Kind.relu: ReLUSAE, Kind.ncl: NCL}[kind]
+    return make(d, n, seed=seed, normalize_input=normalize)
