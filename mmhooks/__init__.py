@@ -31,6 +31,7 @@ _PUBLIC: dict[str, str] = {
     "TopKSAE": "mmhooks.heads.sae",
     "NCL": "mmhooks.heads.ncl",
     "train_head": "mmhooks.heads.train",
+    "extract": "mmhooks.models.extract",
     "Store": "mmhooks.data.store",
     "fidelity": "mmhooks.heads.fidelity",
     "mds": "mmhooks.analysis.mds",
