@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmhooks.cli.look import models, pairs, sites
+from mmhooks.cli.store import extract, store
 
 app = typer.Typer(
     name="mmhooks",
@@ -35,5 +36,6 @@ def main(
     """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
 
 
-for command in (models, sites, pairs):
+for command in (models, sites, pairs, extract):
     app.command()(command)
+app.add_typer(store, name="store")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmhooks.data.pair_set import Pair, Pairs
+from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream, Raw
 from mmhooks.errors import DataError, MMHooksError
 
@@ -111,17 +111,24 @@ class Decoder:
         pixels: list[Tensor] = []
         skipped: dict[str, str] = {}
         for job in work.jobs:
-            pair = job.decoded() if isinstance(job, Raw) else self._pair(job)
-            if isinstance(pair, str):
-                assert isinstance(job, Raw)
-                if self._on_error == "raise":
-                    raise DataError(f'{self._name}, {job.id}: {pair}; on_error="skip" leaves such rows out')
-                skipped[job.id] = pair
-                continue
-            ids.append(pair.id)
-            texts.append(pair.text)
+            if isinstance(job, Raw):
+                pair = job.decoded()
+                if isinstance(pair, str):
+                    if self._on_error == "raise":
+                        raise DataError(
+                            f'{self._name}, {job.id}: {pair}; on_error="skip" leaves such rows out'
+                        )
+                    skipped[job.id] = pair
+                    continue
+                key, text, image = pair.id, pair.text, pair.image
+            else:
+                assert self._pairs is not None
+                key, text = self._pairs.ids[job], self._pairs.texts[job]
+                image = None if self._preprocess is None else self._pairs.image(job)  # else it is not opened
+            ids.append(key)
+            texts.append(text)
             if self._preprocess is not None:
-                pixels.append(self._preprocess(pair.image))
+                pixels.append(self._preprocess(image))
         return Batch(
             work.shard,
             work.last,
@@ -130,12 +137,6 @@ class Decoder:
             self._tokenizer(texts) if self._tokenizer is not None and texts else None,
             skipped,
         )
-
-    def _pair(self, index: int) -> Pair:
-        assert self._pairs is not None
-        if self._preprocess is None:  # the picture is not opened for its text
-            return Pair(self._pairs.ids[index], None, self._pairs.texts[index])  # type: ignore[arg-type]
-        return self._pairs[index]
 
 
 def loader(decoder: Decoder, work: Iterable[Work], *, workers: int, pin: bool) -> Iterator[Batch]:

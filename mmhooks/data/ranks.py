@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed
 
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MMHooksError, StoreError
 
 # Ranks wait for the slowest: days may pass between the first and the last to end.
 _PATIENCE = timedelta(days=14)
@@ -52,18 +52,17 @@ class Ranks:
 
     def first(self, act: Callable[[], Any]) -> Any:
         """Rank 0 acts while the others wait; all get what it returns, or raise what it raised."""
-        outcome: list[Any] = [None, None]
+        if self.world == 1:
+            return act()
+        result: Any = None
+        fault: MMHooksError | None = None
         if self.rank == 0:
             try:
-                outcome[0] = act()
-            except MMHooksError as fault:
-                outcome[1] = fault
-                if self.world > 1:
-                    outcome[1] = type(fault), str(fault)
-        if self.world > 1:
-            distributed.broadcast_object_list(outcome, src=0, group=self._group)
-            if outcome[1] is not None:
-                outcome[1] = outcome[1][0](outcome[1][1])
+                result = act()
+            except MMHooksError as raised:
+                fault = raised
+        outcome = [result, None if fault is None else str(fault)]
+        distributed.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise fault or StoreError(f"rank 0: {outcome[1]}")
         return outcome[0]
