@@ -35,6 +35,7 @@ _PUBLIC: dict[str, str] = {
     "ReLUSAE": "mmhooks.heads.relu",
     "NCL": "mmhooks.heads.ncl",
     "train_head": "mmhooks.heads.train",
+    "extract": "mmhooks.models.extract",
     "Store": "mmhooks.data.store",
     "fidelity": "mmhooks.heads.fidelity",
     "mds": "mmhooks.analysis.mds",

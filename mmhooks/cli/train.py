@@ -45,7 +45,9 @@ class Start(StrEnum):
 
 def train(
     store: Annotated[Path, typer.Argument(help="A store of activations, as mmhooks extract writes it.")],
-    out: Annotated[Path, typer.Option(help="Where the head, its history and its checkpoint go.")] = Path("runs/head"),
+    out: Annotated[Path, typer.Option(help="Where the head, its history and its checkpoint go.")] = Path(
+        "runs/head"
+    ),
     kind: Annotated[Kind, typer.Option(help="Which head.")] = Kind.topk,
     features: Annotated[int, typer.Option(help="Number of features n.")] = 1024,
     k: Annotated[int, typer.Option("--k", help="Active features a vector (target L0 of jumprelu).")] = 32,
@@ -59,16 +61,22 @@ def train(
     schedule: Annotated[Fall, typer.Option(help="How the rate falls.")] = Fall.linear,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.")] = 0.05,
     decay: Annotated[float, typer.Option(help="Share of the steps over which it falls.")] = 0.5,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without gain held out.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without gain held out.")
+    ] = None,
     b_pre: Annotated[Start, typer.Option(help="Where an SAE's pre-bias starts.")] = Start.median,
     centre: Annotated[Centre, typer.Option(help="One centre, or one for each modality.")] = Centre.pooled,
-    resample_every: Annotated[int | None, typer.Option(help="Epochs between revivals of dead features.")] = None,
+    resample_every: Annotated[
+        int | None, typer.Option(help="Epochs between revivals of dead features.")
+    ] = None,
     normalize: Annotated[bool, typer.Option(help="Give vectors unit norm.")] = True,
     precision: Annotated[Precision, typer.Option(help="Of the large products.")] = Precision.fp32,
     compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …; accelerate chooses its own.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints inside an epoch.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints inside an epoch.")
+    ] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard's files.")] = None,
 ) -> None:
     """Trains a sparse head on stored activations; started again with the same options, it goes on where it was.
@@ -112,12 +120,21 @@ def train(
             for name, x in zip(("image", "text"), held_out, strict=True)
             if x is not None
         }
-        head.info = head.info | {"store": str(store), "sites": names, "epochs": result.epochs, "held_out": rows}
+        head.info = head.info | {
+            "store": str(store),
+            "sites": names,
+            "epochs": result.epochs,
+            "held_out": rows,
+        }
         head.save(out)
-        (out / "training.json").write_text(json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n")
+        (out / "training.json").write_text(
+            json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
+        )
         with dressed(LIGHT):
             training_figure(result.history).savefig(out / "training.png", dpi=160)
-        typer.echo(f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}")
+        typer.echo(
+            f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}"
+        )
         for name, row in rows.items():
             typer.echo(
                 f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "

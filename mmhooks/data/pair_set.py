@@ -104,11 +104,7 @@ class Pairs(Sequence[Pair]):
 
     def image(self, index: int) -> Image.Image:
         """The picture in RGB, laid on white where it is transparent."""
-        image = self._open(index)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            over = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return image.convert("RGB")
+        return rgb(self._open(index))
 
     def rgba(self, index: int) -> Image.Image:
         """The picture with its transparency, to lay it on another ground."""
@@ -176,6 +172,14 @@ class _Images(Sequence[Image.Image]):
         if isinstance(index, slice):
             return [self._pairs.image(i) for i in range(*index.indices(len(self)))]
         return self._pairs.image(index)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """In RGB, laid on white where it is transparent."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB")
 
 
 def check_rows(rows: Sequence[Row], name: str) -> None:

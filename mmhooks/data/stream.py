@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,16 @@ def stream(
 
 def _state_of(place: Path) -> list[Any]:
     """Of a local copy: sizes and times of its files, so that a changed one is read again."""
-    if not place.exists():
-        return []
-    files = sorted(p for p in ([place] if place.is_file() else place.rglob("*")) if p.is_file())
+    files = sorted(p for p in _files(place) if p.is_file())
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _files(place: Path) -> Iterable[Path]:
+    if place.is_dir():
+        return place.rglob("*")
+    if place.exists():
+        return [place]
+    return map(Path, glob(str(place))) if "*" in place.name else []
 
 
 def _open(path: str, split: str | None, name: str) -> Any:
@@ -95,11 +102,12 @@ def _open(path: str, split: str | None, name: str) -> Any:
                 else found
             )
             return found.to_iterable_dataset()
-        if place.is_file():
+        files = sorted(map(str, _files(place))) if not place.is_dir() else []
+        if files:
             builder = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(place.suffix)
             if builder is None:
                 raise DataError(f"{place}: a folder, or a .parquet, .arrow or .tar file was expected")
-            found = datasets.load_dataset(builder, data_files=str(place), streaming=True)
+            found = datasets.load_dataset(builder, data_files=files, streaming=True)
         else:
             found = datasets.load_dataset(str(place) if place.is_dir() else path, streaming=True)
         return found[_choose([str(s) for s in found], split, name)]

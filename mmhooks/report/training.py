@@ -81,7 +81,9 @@ def training_figure(history: Sequence[Mapping[str, float]], palette: Palette = L
     for name in [n for n in history[0] if n in ("loss", "fvu") or n.startswith("valid_fvu")]:
         colour = colours.get(name.rsplit("_", 1)[-1], palette.soft)
         style = {"linestyle": "-" if name != "fvu" else ":", "color": colour}
-        loss.plot(epochs, [row.get(name, float("nan")) for row in history], label=name.replace("_", " "), **style)
+        loss.plot(
+            epochs, [row.get(name, float("nan")) for row in history], label=name.replace("_", " "), **style
+        )
     loss.set_yscale("log")
     loss.legend(fontsize=8.5)
     for axis, name in ((l0, "l0"), (silent, "silent")):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -210,7 +210,7 @@ def test_a_batch_may_be_kept_and_written_into(made):
 @settings(deadline=None)
 def test_the_mixer_deals_every_row_once(lengths, size, seed):
     mixer, edges = Mixer(generator(seed, 0)), np.cumsum([0, *lengths]).tolist()
-    mixer.add(list(itertools.pairwise(edges)))
+    mixer.add(list(pairwise(edges)))
     dealt = []
     while len(mixer):
         rows, counts = mixer.deal(min(size, len(mixer)))

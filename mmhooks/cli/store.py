@@ -1,0 +1,164 @@
+"""Activations on disk: extract them, look at stores, check and merge them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.cli.look import Pretrained
+
+Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
+store = typer.Typer(help="Look at, check and merge activation stores.", no_args_is_help=True)
+
+
+def extract(
+    model: Annotated[
+        str, typer.Argument(help="mini, mini-declip, an open_clip name, or a checkpoint.")
+    ] = "mini",
+    pairs: Annotated[
+        str, typer.Option(help="mini, a folder, Parquet or tar files, coco, cc3m, a Hub name.")
+    ] = "mini",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="A site or glob, repeatable. Default: image.embed and text.embed."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The store's folder: new, or one that a killed run left.")] = Path(
+        "runs/acts"
+    ),
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HEAD@SITE, repeatable: attaches a head, e.g. mini/sae@image.embed; adds its latents to the sites."
+        ),
+    ] = None,
+    pretrained: Pretrained = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many pairs.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the data set as a stream; nothing is kept of it.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out pairs that cannot be read instead of stopping.")
+    ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of a data set, where it is not found by itself.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.")] = 128,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode pictures. Default: spare cores, at most 8.")
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Rows of a shard. Default: 8192, less for large rows.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, …; under torchrun, cuda means the rank's own.")
+    ] = "cpu",
+) -> None:
+    """Run a model over pairs and write what flows at its sites into a store. Repeat the command to go on after a kill.
+
+    Example: mmhooks extract mini --pairs mini --head mini/sae@image.embed --head mini/sae@text.embed --out runs/acts
+
+    On several processes: torchrun --nproc-per-node 8 -m mmhooks.cli extract ViT-B-32 --pretrained openai --pairs coco
+    """
+    import mmhooks as mm
+
+    with clear_errors():
+        hooked = mm.load(model, pretrained=pretrained, device=_device(device))
+        sites = list(site or ["image.embed", "text.embed"])
+        for entry in head or []:
+            name, _, at = entry.rpartition("@")
+            if not name:
+                raise mm.errors.MMHooksError(
+                    f"--head takes HEAD@SITE, e.g. mini/sae@image.embed, came {entry!r}"
+                )
+            sites += [
+                f"{place}.latents" for place in hooked.attach(mm.load_head(name, device=hooked.device), at=at)
+            ]
+        columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column}
+        on_error = "skip" if skip_bad else "raise"
+        read = mm.data.pair_stream if streaming else mm.data.pairs
+        found = read(pairs, split=split, limit=limit, on_error=on_error, **columns)
+        done = mm.extract(
+            hooked, found, sites, out, dtype=dtype, batch_size=batch_size, workers=workers, shard_rows=shard_rows
+        )  # fmt: skip
+        typer.echo(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
+
+
+@store.command()
+def info(folder: Folder, as_json: AsJson = False) -> None:
+    """What a store holds and where it comes from, finished or not. Example: mmhooks store info runs/acts"""
+    from mmhooks.data.store.check import summary
+
+    with clear_errors():
+        found = summary(folder)
+        if as_json:
+            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            return
+        of = f" of {found['of']}" if found["of"] else ""
+        state = "finished" if found["complete"] else "unfinished: the same extract command goes on"
+        typer.echo(
+            f"{found['pairs']}{of} pairs in {found['shards']} shards, {_size(found['bytes'])}, {state}"
+        )
+        if found["skipped"]:
+            typer.echo(f"{found['skipped']} pairs were skipped; manifest.json says which and why")
+        model, data = found["model"], found["data"]
+        typer.echo(f"model  {model['name']} ({model.get('class', '')}, weights {model['weights']})")
+        typer.echo(f"data   {data['name']} (fingerprint {data['fingerprint']}) · {data.get('licence', '')}")
+        for name, site in found["sites"].items():
+            head = f", head {site['head']}" if "head" in site else ""
+            typer.echo(
+                f"site   {name}: {site['row']}, {site['dtype']}, {site['kept as']}, {site['bytes a row']} bytes a row{head}"
+            )
+
+
+@store.command()
+def verify(folder: Folder, as_json: AsJson = False) -> None:
+    """Read every byte and name every fault; exit code 1 where there is one. Example: mmhooks store verify runs/acts"""
+    from dataclasses import asdict
+
+    from mmhooks.data.store.check import verify
+
+    with clear_errors():
+        faults = verify(folder, progress=True)
+        if as_json:
+            typer.echo(json.dumps([asdict(fault) for fault in faults], indent=1))
+        else:
+            for fault in faults:
+                typer.echo(str(fault))
+            typer.echo(f"{folder}: {f'{len(faults)} faults' if faults else 'no fault'}")
+        raise typer.Exit(1 if faults else 0)
+
+
+@store.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of the same sites and model, in order.")],
+    out: Annotated[Path, typer.Option(help="The folder of the new store.")],
+) -> None:
+    """Make one store of several; shards are linked, not copied. Example: mmhooks store merge runs/a runs/b --out runs/ab"""
+    from mmhooks.data.store.merge import merge
+
+    with clear_errors():
+        typer.echo(f"{out}: {len(merge(stores, out))} pairs")
+
+
+def _device(asked: str) -> str:
+    """``cuda`` of a rank is the card of its local rank."""
+    import os
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if asked == "cuda" and "LOCAL_RANK" in os.environ else asked
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} TiB"
