@@ -14,7 +14,8 @@ from mmhooks.hooks.program import compile_programs
 
 if TYPE_CHECKING:
     from mmhooks.hooks.context import HookContext
-    from mmhooks.hooks.taps import Remove, Tap
+    from mmhooks.hooks.shadow import Remove
+    from mmhooks.hooks.taps import Tap
 
 
 class Stack:
@@ -120,3 +121,6 @@ class Board:
 
     def __len__(self) -> int:
         return len(self._installed)
+
+    def __deepcopy__(self, memo: Any) -> Board:
+        return Board()  # a copy of a model has no open contexts

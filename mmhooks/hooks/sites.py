@@ -69,18 +69,18 @@ class SiteMap:
 
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
-    _taps: dict[tuple[str, int, str], Tap] = field(default_factory=dict)
+    _taps: dict[tuple[str, nn.Module, str], Tap] = field(default_factory=dict)
     _native: dict[str, Site] | None = None
 
     # -- building --------------------------------------------------------------------------------------
 
     def output(self, module: nn.Module) -> Tap:
         """The one tap of a module's output, shared by all sites that look at it."""
-        return self._taps.setdefault(("output", id(module), ""), ModuleOutput(module))
+        return self._taps.setdefault(("output", module, ""), ModuleOutput(module))
 
     def input(self, module: nn.Module, keyword: str = "") -> Tap:
         """The one tap of a module's first input."""
-        return self._taps.setdefault(("input", id(module), keyword), ModuleInput(module, keyword))
+        return self._taps.setdefault(("input", module, keyword), ModuleInput(module, keyword))
 
     def add(self, site: Site) -> None:
         self.canonical[site.name] = site

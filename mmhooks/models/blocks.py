@@ -21,7 +21,7 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     custom = hasattr(block, "ln_attn")
     forward = custom_attention_forward if custom else attention.multihead_forward
     mlp: Any = block.mlp
-    attn = ExplicitForward(block.attn, attention.LEAVES, forward, exact=False)  # type: ignore[arg-type]
+    attn = ExplicitForward(block.attn, attention.LEAVES, forward, inexact=attention.LEAVES)  # type: ignore[arg-type]
     _add(sites, f"{prefix}.resid_pre", sites.input(block))
     _add(sites, f"{prefix}.ln_1", sites.output(block.ln_1))  # type: ignore[arg-type]
     for leaf in attention.LEAVES:
@@ -29,7 +29,7 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     _add(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
     middle = custom_block_forward if custom else block_forward
     _add(
-        sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle, exact=True), "resid_mid"
+        sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle), "resid_mid"
     )
     _add(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
     _add(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
