@@ -76,16 +76,6 @@ def current() -> Stack:
     return refreshed(active.get())
 
 
-def mark() -> None:
-    """Makes code under ``torch.compile`` depend on the open contexts, so that Dynamo compiles again for others.
-
-    Dynamo does not look at hooks (``skip_nnmodule_hook_guards``): without this, code compiled for an idle
-    model would go on running in a context, and the hooks would never fire.
-    """
-    if active.get().contexts:
-        pass
-
-
 class bound:
     """Runs a block under ``stack`` instead of the thread's own: the recomputation of a checkpoint."""
 

@@ -37,11 +37,16 @@ class Edit:
     steps: Sequence[int] | range | None = None
 
     def __post_init__(self) -> None:
-        _ = self.index  # a bad index or mask raises where it was written, not inside a forward
+        _ = self.last  # a bad index or mask raises where it was written, not inside a forward
 
     @cached_property
     def index(self) -> Int[Tensor, " m"] | None:
         return feature_index(self.features)
+
+    @cached_property
+    def last(self) -> int:
+        """The highest of the features, -1 where there is none: a number, for checks that cost nothing."""
+        return -1 if self.index is None or not len(self.index) else int(self.index[-1])
 
     @property
     def keeps_zero(self) -> bool:
@@ -103,10 +108,9 @@ class Edit:
         return torch.where(token_mask(self.tokens, old, hook.tokens, hook.name), new, old)
 
     def _check_width(self, width: int, value: Tensor, hook: Hook) -> None:
-        index = self.index
-        if index is not None and len(index) and int(index[-1]) >= width:
+        if self.last >= width:
             raise ShapeMismatch(
-                f"{self.label} at {hook.name!r}: feature {int(index[-1])} of {width} (shape {tuple(value.shape)})"
+                f"{self.label} at {hook.name!r}: feature {self.last} of {width} (shape {tuple(value.shape)})"
             )
 
     @property
@@ -121,7 +125,7 @@ class Edit:
                     f"{self.label} at {hook.name!r}: the cache holds {', '.join(given) or 'nothing'}"
                 )
             given = given[hook.name]
-        return reference(given, value, index, hook.axis, f"{self.label} at {hook.name!r}")
+        return reference(given, value, index, self.last, hook.axis, f"{self.label} at {hook.name!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,11 +80,13 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
     return mask.view(shape)
 
 
-def reference(given: Any, value: Tensor, index: Tensor | None, axis: int, where: str) -> Tensor | float:
+def reference(
+    given: Any, value: Tensor, index: Tensor | None, last: int, axis: int, where: str
+) -> Tensor | float:
     """A user's number or tensor, cut to the selected features and broadcastable to ``value``.
 
     ``value`` has its features last and already selected; ``given`` is in the layout of the site, with one
-    entry for every feature of it or none.
+    entry for every feature of it or none. ``last`` is the highest of the features ``index``.
     """
     if not isinstance(given, Tensor):
         return float(given)
@@ -98,9 +100,9 @@ def reference(given: Any, value: Tensor, index: Tensor | None, axis: int, where:
     if given.dim() >= -axis:
         given = given.movedim(axis, -1)
         if index is not None and given.shape[-1] > 1:
-            if given.shape[-1] <= int(index[-1] if len(index) else 0):
+            if given.shape[-1] <= last:
                 raise ShapeMismatch(
-                    f"{where}: features up to {int(index[-1])}, but the given tensor has {given.shape[-1]} "
+                    f"{where}: features up to {last}, but the given tensor has {given.shape[-1]} "
                     "entries along them; pass one for every feature of the site"
                 )
             given = given.index_select(-1, index.to(given.device))

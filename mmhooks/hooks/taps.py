@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed
 from mmhooks.hooks.shadow import Remove, Shadow
@@ -29,17 +30,40 @@ class Tap:
         raise NotImplementedError
 
 
-class ModuleOutput(Tap):
-    """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
+class HookTap(Tap):
+    """A tap that is a hook of torch's.
+
+    The module is shadowed too: compiled code looks at the types of modules, not at their hooks, so without it
+    Dynamo would take code made for the same module without a hook, or with one that is gone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._shadow = Shadow("_mmhooks_hooked", lambda module, below: True)
 
     def install(self) -> Remove:
+        uncast, handle = self._shadow.cast(self.module), self._register()
+
+        def remove() -> None:
+            handle.remove()
+            uncast()
+
+        return remove
+
+    def _register(self) -> RemovableHandle:
+        raise NotImplementedError
+
+
+class ModuleOutput(HookTap):
+    """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
+
+    def _register(self) -> RemovableHandle:
+        own = self.module
+
         def body(module: nn.Module, args: Any, output: Any) -> Any:
             stack = active.get()  # programs_at, spelled out: this is the hot path of every capture
             program = (stack if stack.epoch == epoch.now else refreshed(stack)).table.get(self)
-            if program is None or module is not self.module:  # a copy of the model takes torch's hooks along
+            if program is None or module is not own:  # a copy of the model takes torch's hooks along
                 return None
             if isinstance(output, Tensor):
                 return program(output)
@@ -47,16 +71,17 @@ class ModuleOutput(Tap):
             new = program(old)
             return None if new is old else _with_first(output, new)
 
-        return self.module.register_forward_hook(body).remove
+        return own.register_forward_hook(body)
 
 
-class ModuleInput(Tap):
+class ModuleInput(HookTap):
     """The first tensor a module is called with, or its argument ``keyword``."""
 
     def __init__(self, module: nn.Module, keyword: str = "") -> None:
-        self.module, self.keyword = module, keyword
+        super().__init__(module)
+        self.keyword = keyword
 
-    def install(self) -> Remove:
+    def _register(self) -> RemovableHandle:
         # kwargs has a default: while another thread is between torch's two registrations of a hook with
         # kwargs, torch may call the body without them (that thread has no program here anyway).
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -70,7 +95,7 @@ class ModuleInput(Tap):
             new = program(kwargs[key])
             return None if new is kwargs[key] else (args, {**kwargs, key: new})
 
-        return self.module.register_forward_pre_hook(body, with_kwargs=True).remove
+        return self.module.register_forward_pre_hook(body, with_kwargs=True)
 
 
 class ParameterProduct(Tap):
