@@ -50,21 +50,25 @@ def _put(module: nn.Module, shadows: tuple[Shadow, ...]) -> None:
 
 
 def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:
-    space: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce,
-        "_mmhooks_base": base,
-        "_mmhooks_shadows": shadows,
-    }
-    for name in dict.fromkeys(s.name for s in shadows):
-        space[name] = _Descriptor(name, base, tuple(s.get for s in shadows if s.name == name))
-    made = type(base)(base.__name__, (base,), space)
-    for value in space.values():
-        if isinstance(value, _Descriptor):
-            value.owner = made
+    names = dict.fromkeys(s.name for s in shadows)
+    ours = {name: _Descriptor(name, base, tuple(s.get for s in shadows if s.name == name)) for name in names}
+    same = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    marks = {"_mmhooks_base": base, "_mmhooks_shadows": shadows}
+    made = type(base)(base.__name__, (base,), {**same, **marks, **ours, "__reduce_ex__": _reduce})
+    # The base's __init_subclass__ may have put things in: transformers' layers wrap forward for checkpointing.
+    if "forward" in vars(made) and "forward" not in ours:
+        del made.forward
+    for name, descriptor in ours.items():
+        descriptor.owner = made
+        setattr(made, name, descriptor)
     return made
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Copies and pickles are of the class that the module has without shadows."""
+    own, base = type(self), type(self)._mmhooks_base
+    make, args, *rest = super(own, self).__reduce_ex__(protocol)
+    return (make, tuple(base if a is own else a for a in args), *rest)
 
 
 class _Descriptor:
@@ -93,10 +97,3 @@ class _Descriptor:
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__[self.name]
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    """Copies and pickles are of the class that the module has without shadows."""
-    own, base = type(self), type(self)._mmhooks_base
-    make, args, *rest = super(own, self).__reduce_ex__(protocol)
-    return (make, tuple(base if a is own else a for a in args), *rest)

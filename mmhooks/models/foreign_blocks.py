@@ -30,9 +30,10 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
         add_middle(sites, prefix, block)
     _outputs(sites, prefix, {"ln_2": _child(block, "norm2")})
     mlp = _child(block, "mlp")
-    first, last = _child(mlp, "fc1"), _child(mlp, "fc2")
-    if first is not None and last is not None:
+    first, last = _child(mlp, "fc1"), _child(mlp, "fc2") or _child(mlp, "w2")
+    if first is not None:  # SwiGLU with two first layers has no one place before its non-linearity
         add_site(sites, f"{prefix}.mlp.pre", sites.output(first), layout=_MLP)
+    if last is not None:
         add_site(sites, f"{prefix}.mlp.post", sites.input(last), layout=_MLP)
     _outputs(sites, prefix, {"mlp_out": _child(block, "drop_path2")})
     add_site(sites, f"{prefix}.resid_post", sites.output(block))

@@ -134,5 +134,7 @@ def example_inputs(model: Any, batch: int = 2) -> tuple[Tensor, Tensor]:
     vocabulary = int(getattr(model, "vocab_size", None) or model.text.vocab_size)
     text = getattr(model, "text", model)
     length = int(getattr(text, "context_length", 0) or model.context_length)
-    tokens = torch.randint(1, min(vocabulary, 30_000) - 2, (batch, min(length, 77)))
+    highest = min(vocabulary, 30_000) - 2
+    tokens = torch.randint(1, highest, (batch, min(length, 77)))
+    tokens[:, -1] = highest  # CLIP pools at the highest token, the end of the text
     return torch.randn(batch, 3, height, width), tokens
