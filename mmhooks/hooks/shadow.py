@@ -8,6 +8,7 @@ module that it was copied from. Shadows of one name stack, and are taken off in 
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from threading import RLock
 from typing import Any
@@ -68,6 +69,8 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the class that the module has without shadows."""
     own, base = type(self), type(self)._mmhooks_base
     make, args, *rest = super(own, self).__reduce_ex__(protocol)
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined] - pickle compares its class with the object's
+        return (copyreg._reconstructor, (base, object, None), *rest)  # type: ignore[attr-defined]
     return (make, tuple(base if a is own else a for a in args), *rest)
 
 

@@ -121,6 +121,25 @@ class SiteMap:
         raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
 
 
+class SiteList(list[str]):
+    """Names of sites; printed with their shapes, or with the layout in words where none was seen yet.
+
+    >>> SiteList({"image.embed": "batch d", "text.embed": "batch d"}, {"image.embed": (2, 256)})
+    image.embed  (2, 256)
+    text.embed   batch d
+    """
+
+    def __init__(self, layouts: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(layouts)
+        self.layouts = layouts
+        self.shapes = {name: shapes[name] for name in layouts if name in shapes}
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = (f"{name:{width}}  {self.shapes.get(name) or self.layouts[name]}".rstrip() for name in self)
+        return "\n".join(lines)
+
+
 def match(pattern: Pattern, names: Collection[str]) -> list[str]:
     """The names that a glob or a predicate selects, in their order.
 
