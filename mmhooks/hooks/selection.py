@@ -16,7 +16,7 @@ Features = FeatureSet | Sequence[int] | range | int | Tensor | None
 Tokens = int | slice | Sequence[int] | Tensor | None
 
 
-def feature_index(features: Features) -> Int[Tensor, " m"] | None:
+def feature_index(features: Any) -> Int[Tensor, " m"] | None:
     """Sorted LongTensor of the features; None means all of them.
 
     >>> feature_index([3, 1, 3]), feature_index(torch.tensor([True, False, True]))
@@ -43,7 +43,7 @@ def feature_index(features: Features) -> Int[Tensor, " m"] | None:
     return index
 
 
-def feature_width(features: Features) -> int | None:
+def feature_width(features: Any) -> int | None:
     """How many features there are in all, where the selection says so: a FeatureSet or a bool mask does.
 
     >>> feature_width(torch.tensor([True, False, True])), feature_width([0, 2])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
+from copy import deepcopy
 from threading import RLock
 from typing import Any
 
@@ -25,6 +26,9 @@ class Shadow:
     def __init__(self, name: str, get: Callable[[nn.Module, Any], Any]) -> None:
         self.name, self.get = name, get
         self._classes: dict[Any, type] = {}  # made once: contexts come and go by the batch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shadow:
+        return Shadow(self.name, deepcopy(self.get, memo))  # the classes answer for the original's ``get``
 
     def cast(self, module: nn.Module) -> Remove:
         """Shadows ``module.<name>``; returns the function that takes exactly this shadow off."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class HookedModel:
     def __repr__(self) -> str:
         heads = ", ".join(self.places.attachments) or "none"
         return f"{type(self).__name__}({self.name or type(self.model).__name__}, heads: {heads})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
+        """A hooked copy of the model and its heads, without open contexts."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(new, name, {} if name == "_recomputed" else deepcopy(value, memo))
+        return new
 
     # -- sites and heads -------------------------------------------------------------------------------
 
@@ -236,7 +244,7 @@ class HookedModel:
         return out, cache
 
 
-def _pairs(hooks: Hooks, what: str) -> list[tuple[Pattern, HookFn]]:
+def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
     pairs = list(hooks)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
