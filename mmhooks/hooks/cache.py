@@ -37,6 +37,7 @@ class ActivationCache(Mapping[str, Tensor]):
         copy: bool = False,
     ) -> None:
         self._values: dict[str, Tensor] = {}
+        self._whole: dict[str, tuple[int, ...]] = {}  # shapes before tokens= cut them
         self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
         self._tokens = tokens
 
@@ -76,6 +77,7 @@ class ActivationCache(Mapping[str, Tensor]):
                 raise ShapeMismatch(
                     "a cache keeps the same tokens of every row; use one mask [L], not [batch, L]"
                 )
+            self._whole[name] = tuple(value.shape)
             kept = kept.index_select(axis, mask.flatten().nonzero().flatten())
         kept = kept.to(
             device=self._device or kept.device, dtype=self._dtype if kept.is_floating_point() else None
@@ -101,6 +103,11 @@ class ActivationCache(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         size = sum(t.numel() * t.element_size() for t in self._values.values())
         return f"ActivationCache({len(self)} sites, {size / 2**20:.1f} MiB: {', '.join(self._values)})"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes at the sites, with all of their tokens."""
+        return {name: self._whole.get(name, tuple(value.shape)) for name, value in self._values.items()}
 
     def select(self, pattern: Pattern) -> ActivationCache:
         """The sites that a glob or predicate selects, without copying."""

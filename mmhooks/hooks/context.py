@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
@@ -73,7 +72,4 @@ def _complaint(binding: Binding) -> str:
     sites = ", ".join(binding.sites[:4]) + (
         f" and {len(binding.sites) - 4} more" if len(binding.sites) > 4 else ""
     )
-    hint = binding.hint
-    if "torch._dynamo" in sys.modules:
-        hint += " (compiled code sees hooks through model.encode_image and model.encode_text only)"
-    return f"{binding.label} fired at none of its sites ({sites}): {hint}; strict=False allows that"
+    return f"{binding.label} fired at none of its sites ({sites}): {binding.hint}; strict=False allows that"

@@ -14,7 +14,8 @@ from mmhooks.hooks.program import compile_programs
 
 if TYPE_CHECKING:
     from mmhooks.hooks.context import HookContext
-    from mmhooks.hooks.taps import Remove, Tap
+    from mmhooks.hooks.shadow import Remove
+    from mmhooks.hooks.taps import Tap
 
 
 class Stack:
@@ -75,16 +76,6 @@ def current() -> Stack:
     return refreshed(active.get())
 
 
-def mark() -> None:
-    """Makes code under ``torch.compile`` depend on the open contexts, so that Dynamo compiles again for others.
-
-    Dynamo does not look at hooks (``skip_nnmodule_hook_guards``): without this, code compiled for an idle
-    model would go on running in a context, and the hooks would never fire.
-    """
-    if active.get().contexts:
-        pass
-
-
 class bound:
     """Runs a block under ``stack`` instead of the thread's own: the recomputation of a checkpoint."""
 
@@ -120,3 +111,6 @@ class Board:
 
     def __len__(self) -> int:
         return len(self._installed)
+
+    def __deepcopy__(self, memo: Any) -> Board:
+        return Board()  # a copy of a model has no open contexts

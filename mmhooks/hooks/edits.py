@@ -17,9 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.hooks.program import Hook
-from mmhooks.hooks.selection import Features, Tokens, feature_index, reference, token_mask
+from mmhooks.hooks.selection import (
+    Features,
+    Tokens,
+    feature_index,
+    feature_width,
+    reference,
+    token_mask,
+)
 from mmhooks.hooks.steps import active_step
 
 At = str | Callable[[str], bool] | Sequence[str] | None
@@ -35,13 +42,22 @@ class Edit:
     at: At = None
     tokens: Tokens = None
     steps: Sequence[int] | range | None = None
+    _of: int | None = field(default=None, init=False, repr=False)  # features in all, where the choice tells
 
     def __post_init__(self) -> None:
-        _ = self.index  # a bad index or mask raises where it was written, not inside a forward
+        _ = self.last  # a bad index or mask raises where it was written, not inside a forward
+        object.__setattr__(self, "_of", feature_width(self.features))
+        for name in ("mean", "toward", "direction", "strength", "min", "max", "value"):
+            _check_finite(getattr(self, name, None), f"{name}= of {self.label}")
 
     @cached_property
     def index(self) -> Int[Tensor, " m"] | None:
         return feature_index(self.features)
+
+    @cached_property
+    def last(self) -> int:
+        """The highest of the features, -1 where there is none: a number, for checks that cost nothing."""
+        return -1 if self.index is None or not len(self.index) else int(self.index[-1])
 
     @property
     def keeps_zero(self) -> bool:
@@ -103,11 +119,14 @@ class Edit:
         return torch.where(token_mask(self.tokens, old, hook.tokens, hook.name), new, old)
 
     def _check_width(self, width: int, value: Tensor, hook: Hook) -> None:
-        index = self.index
-        if index is not None and len(index) and int(index[-1]) >= width:
+        if self._of in (None, width) and self.last < width:
+            return
+        shape = f" (shape {tuple(value.shape)})" if value.numel() else ""
+        if self._of not in (None, width):
             raise ShapeMismatch(
-                f"{self.label} at {hook.name!r}: feature {int(index[-1])} of {width} (shape {tuple(value.shape)})"
+                f"{self.label} at {hook.name!r}: chosen among {self._of} features, there are {width}{shape}"
             )
+        raise ShapeMismatch(f"{self.label} at {hook.name!r}: feature {self.last} of {width}{shape}")
 
     @property
     def label(self) -> str:
@@ -121,7 +140,7 @@ class Edit:
                     f"{self.label} at {hook.name!r}: the cache holds {', '.join(given) or 'nothing'}"
                 )
             given = given[hook.name]
-        return reference(given, value, index, hook.axis, f"{self.label} at {hook.name!r}")
+        return reference(given, value, index, self.last, hook.axis, f"{self.label} at {hook.name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,6 +312,15 @@ class Patch(Edit):
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
         return _filled(self._reference(self.source, value, index, hook), value)
+
+
+def _check_finite(given: Any, what: str) -> None:
+    """Numbers and tensors that an edit was given; a cache is the model's own doing."""
+    if isinstance(given, (int, float)):
+        given = torch.tensor(float(given)) if given not in (float("inf"), float("-inf")) else None
+    if isinstance(given, Tensor) and given.device.type != "meta" and not bool(torch.isfinite(given).all()):
+        bad = int((~torch.isfinite(given)).sum())
+        raise NotFinite(f"{what}: NaN or infinity in {bad} of {given.numel()} values")
 
 
 def _filled(reference: Tensor | float, value: Tensor) -> Tensor:

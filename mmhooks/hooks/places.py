@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError, UnknownSite, WrongHead
+from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.hooks.edits import At, Edit, Zero
 from mmhooks.hooks.features import FeatureSet
-from mmhooks.hooks.program import Binding, Op
+from mmhooks.hooks.program import Binding, Hook, Op
 from mmhooks.hooks.sites import Pattern, Site, SiteMap, describe, match
-from mmhooks.hooks.splice import Attachment, HeadSite, check_splice
+from mmhooks.hooks.splice import HEAD_PARTS, Attachment, HeadSite, check_splice
 
 Place = Site | HeadSite
 HookFn = Callable[..., Tensor | None]
@@ -30,9 +30,27 @@ class Places:
     # -- heads -----------------------------------------------------------------------------------------
 
     def attach(
-        self, head: Any, at: Sequence[Pattern], name: str, *, error_term: bool, splice: bool
+        self,
+        head: Any,
+        at: Sequence[Pattern],
+        name: str,
+        *,
+        error_term: bool,
+        splice: bool,
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> list[str]:
+        missing = [part for part in HEAD_PARTS if not hasattr(head, part)]
+        if missing:
+            raise MMHooksError(
+                f"{type(head).__name__} is no head: it lacks {', '.join(missing)}; see mmhooks.hooks.splice.HeadLike"
+            )
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
+        for site in sites:
+            if site.name in shapes and shapes[site.name][-1] != head.d_in:
+                raise ShapeMismatch(
+                    f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries shape "
+                    f"{shapes[site.name]}; attach it at a site of width {head.d_in}"
+                )
         taken = [f"{site.name}.{name}" for site in sites if f"{site.name}.{name}" in self.attachments]
         if taken:
             raise MMHooksError(
@@ -56,11 +74,11 @@ class Places:
 
     # -- finding ---------------------------------------------------------------------------------------
 
-    def names(self, pattern: Pattern | None = None) -> list[str]:
+    def listed(self, pattern: Pattern | None = None) -> list[Place]:
         """Canonical sites and head sites; native paths where a pattern matches nothing else."""
         if pattern is None:
-            return [*self.sites.names(), *self.head_sites]
-        return [place.name for place in self.find(pattern)]
+            return [*self.sites.canonical.values(), *self.head_sites.values()]
+        return self.find(pattern)
 
     def find(self, pattern: Pattern) -> list[Place]:
         heads = self.head_sites
@@ -74,7 +92,7 @@ class Places:
             try:
                 found = [*self.sites.find(pattern), *found]
             except UnknownSite:
-                raise UnknownSite(describe(pattern), [*self.names(), *self.sites.native]) from None
+                raise UnknownSite(describe(pattern), [*(p.name for p in self.listed()), *self.sites.native]) from None
         return found
 
     def latents(self, edit: Edit, attachments: Iterable[Attachment], where: str) -> list[Place]:
@@ -140,9 +158,7 @@ class Places:
     def plan_edit(self, edit: Edit, *, mask_at: At = None) -> Planned:
         places = self.targets(edit, edit.at if mask_at is None else mask_at)
         for place in places:
-            if isinstance(place, HeadSite):
-                check_splice(place.attachment, place.leaf)
-                edit._check_width(place.attachment.head.n_features, torch.empty(0), _at(place))
+            self._check_edit(edit, place)
         binding = Binding(edit.label, tuple(p.name for p in places))
         return [Op(place, "edit", edit, binding) for place in places], [binding]
 
@@ -150,17 +166,24 @@ class Places:
         """``mask=``: features, or ``{site or tower: features}``; one edit, satisfied when any place ran."""
         if not isinstance(mask, Mapping):
             return self.plan_edit(Zero(mask))
+        if not mask:
+            raise MMHooksError("mask={} names no place: {site or tower: features}, or leave it out")
         ops: list[Op] = []
         for where, features in mask.items():
             edit = Zero(features)
             here = [a for a in self.attachments.values() if a.site.name == where]
             places = self.latents(edit, here, f"at {where!r}") if here else self.targets(edit, where)
             for place in places:
-                if isinstance(place, HeadSite):
-                    check_splice(place.attachment, place.leaf)
+                self._check_edit(edit, place)
             ops += [Op(place, "edit", edit, _UNBOUND) for place in places]
         binding = Binding("mask", tuple(op.target.name for op in ops))
         return [Op(op.target, "edit", op.act, binding) for op in ops], [binding]
+
+    def _check_edit(self, edit: Edit, place: Place) -> None:
+        if isinstance(place, HeadSite):
+            check_splice(place.attachment, place.leaf)
+            if place.leaf in ("pre", "latents"):
+                edit._check_width(place.attachment.head.n_features, torch.empty(0), Hook(place.name))
 
     def plan_hook(self, pattern: Pattern, fn: HookFn, kind: str) -> Planned:
         places = self.find(pattern)
@@ -181,9 +204,3 @@ class Places:
 
 
 _UNBOUND = Binding("mask", ())
-
-
-def _at(place: Place) -> Any:
-    from mmhooks.hooks.program import Hook
-
-    return Hook(place.name)

@@ -153,8 +153,11 @@ def apply(op: Op, value: Tensor) -> Tensor:
     """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is."""
     op.binding.fired = True
     new = op.act(value, hook=op.hook)
-    if new is None or new is value:
-        return value
+    return value if new is None or new is value else checked(op, value, new)
+
+
+def checked(op: Op, value: Tensor, new: Any) -> Tensor:
+    """What a hook returned in the place of ``value``, which it must resemble."""
     if not isinstance(new, Tensor):
         raise ShapeMismatch(
             f"{op.binding.label} at {op.hook.name!r} returned {type(new).__name__}; a hook returns a tensor of "
@@ -180,7 +183,8 @@ def watch(value: Tensor, ops: list[Op]) -> None:
             if not op.binding.live:
                 return None
             op.binding.fired = True
-            return op.act(grad, hook=op.hook)
+            new = op.act(grad, hook=op.hook)
+            return None if new is None else checked(op, grad, new)
 
         value.register_hook(backward)
 

@@ -6,7 +6,7 @@ remembers, for the tensor that it was called with, the stack of contexts that wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks import dispatch
-from mmhooks.hooks.taps import Remove, Tap
+from mmhooks.hooks.shadow import Remove, Shadow
+from mmhooks.hooks.taps import Tap
 
 
 class Recomputed(Tap):
@@ -23,12 +24,13 @@ class Recomputed(Tap):
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self._stacks: Any = WeakIdKeyDictionary()
+        self._shadow = Shadow("_call_impl", self._wrapped)
 
     def install(self) -> Remove:
-        space = self.block.__dict__
-        call, before = self.block._call_impl, space.get("_call_impl")
-        stacks: Any = WeakIdKeyDictionary()
+        return self._shadow.cast(self.block)
 
+    def _wrapped(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             if given is None:
@@ -37,25 +39,17 @@ class Recomputed(Tap):
                 stack = dispatch.current()
                 if not stack.contexts:
                     return call(*args, **kwargs)
-                stacks[given] = stack
+                self._stacks[given] = stack
                 output = call(*args, **kwargs)
                 _guard(output, stack)
                 return output
-            stack = stacks.get(given)
+            stack = self._stacks.get(given)
             if stack is None:
                 return call(*args, **kwargs)
             with dispatch.bound(stack):
                 return call(*args, **kwargs)
 
-        space["_call_impl"] = wrapped
-
-        def remove() -> None:
-            if before is None:
-                space.pop("_call_impl", None)
-            else:
-                space["_call_impl"] = before
-
-        return remove
+        return wrapped
 
 
 def _guard(output: Any, stack: dispatch.Stack) -> None:

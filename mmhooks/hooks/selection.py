@@ -16,7 +16,7 @@ Features = FeatureSet | Sequence[int] | range | int | Tensor | None
 Tokens = int | slice | Sequence[int] | Tensor | None
 
 
-def feature_index(features: Features) -> Int[Tensor, " m"] | None:
+def feature_index(features: Any) -> Int[Tensor, " m"] | None:
     """Sorted LongTensor of the features; None means all of them.
 
     >>> feature_index([3, 1, 3]), feature_index(torch.tensor([True, False, True]))
@@ -26,6 +26,8 @@ def feature_index(features: Features) -> Int[Tensor, " m"] | None:
         return None
     if isinstance(features, FeatureSet):
         return features.indices
+    if isinstance(features, (bool, str)):
+        raise ShapeMismatch(f"features are a FeatureSet, indices or a bool mask, came {features!r}")
     if isinstance(features, Tensor) and features.dtype == torch.bool:
         if features.dim() != 1:
             raise ShapeMismatch(f"a feature mask has one dimension, came shape {tuple(features.shape)}")
@@ -41,6 +43,20 @@ def feature_index(features: Features) -> Int[Tensor, " m"] | None:
     return index
 
 
+def feature_width(features: Any) -> int | None:
+    """How many features there are in all, where the selection says so: a FeatureSet or a bool mask does.
+
+    >>> feature_width(torch.tensor([True, False, True])), feature_width([0, 2])
+    (3, None)
+    """
+    if isinstance(features, FeatureSet):
+        return features.n_features
+    if features is None or isinstance(features, (int, range)) or len(features) == 0:
+        return None
+    mask = torch.as_tensor(features)
+    return len(mask) if mask.dtype == torch.bool else None
+
+
 def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> Bool[Tensor, "..."]:
     """True at the selected tokens, broadcastable to ``value``.
 
@@ -48,7 +64,7 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
     differ from row to row, such as the end of the text).
 
     Raises:
-        ShapeMismatch: the value has no token dimension, or a position outside it.
+        ShapeMismatch: the value has no token dimension, a position lies outside it, or none is selected.
     """
     # A pooled vector [b, d] or a feature map of it has no tokens; a feature axis is never the token axis.
     if axis is None or value.dim() < axis + 2:
@@ -62,11 +78,25 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
             raise ShapeMismatch(
                 f"token mask of shape {tuple(tokens.shape)} at {where!r}, which has {length} tokens"
             )
+        if tokens.dim() == 2 and tokens.shape[0] not in (1, value.shape[0]):
+            raise ShapeMismatch(
+                f"token mask of shape {tuple(tokens.shape)} at {where!r}, where the batch is {value.shape[0]} "
+                f"(shape {tuple(value.shape)})"
+            )
         mask = tokens.to(value.device)
     elif isinstance(tokens, slice):
         mask[tokens] = True
+        if not range(*tokens.indices(length)):
+            raise ShapeMismatch(f"{tokens} selects none of the {length} tokens at {where!r}")
     else:
+        if isinstance(tokens, Tensor) and (tokens.is_floating_point() or tokens.dim() > 1):
+            raise ShapeMismatch(
+                f"tokens at {where!r} are positions [m] or a bool mask, came {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
         positions = [tokens] if isinstance(tokens, int) else [int(t) for t in tokens]  # type: ignore[union-attr]
+        if not positions:
+            raise ShapeMismatch(f"tokens=[] at {where!r} selects none of the {length} tokens")
         for position in positions:
             if not -length <= position < length:
                 raise ShapeMismatch(
@@ -80,11 +110,13 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
     return mask.view(shape)
 
 
-def reference(given: Any, value: Tensor, index: Tensor | None, axis: int, where: str) -> Tensor | float:
+def reference(
+    given: Any, value: Tensor, index: Tensor | None, last: int, axis: int, where: str
+) -> Tensor | float:
     """A user's number or tensor, cut to the selected features and broadcastable to ``value``.
 
     ``value`` has its features last and already selected; ``given`` is in the layout of the site, with one
-    entry for every feature of it or none.
+    entry for every feature of it or none. ``last`` is the highest of the features ``index``.
     """
     if not isinstance(given, Tensor):
         return float(given)
@@ -98,9 +130,9 @@ def reference(given: Any, value: Tensor, index: Tensor | None, axis: int, where:
     if given.dim() >= -axis:
         given = given.movedim(axis, -1)
         if index is not None and given.shape[-1] > 1:
-            if given.shape[-1] <= int(index[-1] if len(index) else 0):
+            if given.shape[-1] <= last:
                 raise ShapeMismatch(
-                    f"{where}: features up to {int(index[-1])}, but the given tensor has {given.shape[-1]} "
+                    f"{where}: features up to {last}, but the given tensor has {given.shape[-1]} "
                     "entries along them; pass one for every feature of the site"
                 )
             given = given.index_select(-1, index.to(given.device))

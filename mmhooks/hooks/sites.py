@@ -69,18 +69,18 @@ class SiteMap:
 
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
-    _taps: dict[tuple[str, int, str], Tap] = field(default_factory=dict)
+    _taps: dict[tuple[str, nn.Module, str], Tap] = field(default_factory=dict)
     _native: dict[str, Site] | None = None
 
     # -- building --------------------------------------------------------------------------------------
 
     def output(self, module: nn.Module) -> Tap:
         """The one tap of a module's output, shared by all sites that look at it."""
-        return self._taps.setdefault(("output", id(module), ""), ModuleOutput(module))
+        return self._taps.setdefault(("output", module, ""), ModuleOutput(module))
 
     def input(self, module: nn.Module, keyword: str = "") -> Tap:
         """The one tap of a module's first input."""
-        return self._taps.setdefault(("input", id(module), keyword), ModuleInput(module, keyword))
+        return self._taps.setdefault(("input", module, keyword), ModuleInput(module, keyword))
 
     def add(self, site: Site) -> None:
         self.canonical[site.name] = site
@@ -119,6 +119,25 @@ class SiteMap:
             if names:
                 return [known[name] for name in names]
         raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
+
+
+class SiteList(list[str]):
+    """Names of sites; printed with their shapes, or with the layout in words where none was seen yet.
+
+    >>> SiteList({"image.embed": "batch d", "text.embed": "batch d"}, {"image.embed": (2, 256)})
+    image.embed  (2, 256)
+    text.embed   batch d
+    """
+
+    def __init__(self, layouts: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(layouts)
+        self.layouts = layouts
+        self.shapes = {name: shapes[name] for name in layouts if name in shapes}
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = (f"{name:{width}}  {self.shapes.get(name) or self.layouts[name]}".rstrip() for name in self)
+        return "\n".join(lines)
 
 
 def match(pattern: Pattern, names: Collection[str]) -> list[str]:

@@ -24,6 +24,7 @@ from mmhooks.hooks.program import Op, apply, spell, watch
 from mmhooks.hooks.sites import Site
 
 LEAVES = ("pre", "latents", "recon", "error")
+HEAD_PARTS = ("d_in", "n_features", "has_decoder", "normalize_input", "id", "pre", "encode", "decode")
 
 
 @runtime_checkable
@@ -74,6 +75,11 @@ class HeadSite:
     @property
     def tower(self) -> str:
         return self.site.tower
+
+    @property
+    def layout(self) -> str:
+        """That of the site, with features in the place of dimensions for ``pre`` and ``latents``."""
+        return self.site.layout if self.leaf in LEAVES[2:] else f"{self.site.layout.rpartition(' ')[0]} feature"
 
 
 class HeadStep:

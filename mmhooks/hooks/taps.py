@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed
+from mmhooks.hooks.shadow import Remove, Shadow
 
-Remove = Callable[[], None]
 Emit = Callable[[str, Tensor], Tensor]
 
 
@@ -29,17 +30,40 @@ class Tap:
         raise NotImplementedError
 
 
-class ModuleOutput(Tap):
-    """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
+class HookTap(Tap):
+    """A tap that is a hook of torch's.
+
+    The module is shadowed too: compiled code looks at the types of modules, not at their hooks, so without it
+    Dynamo would take code made for the same module without a hook, or with one that is gone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._shadow = Shadow("_mmhooks_hooked", lambda module, below: True)
 
     def install(self) -> Remove:
+        uncast, handle = self._shadow.cast(self.module), self._register()
+
+        def remove() -> None:
+            handle.remove()
+            uncast()
+
+        return remove
+
+    def _register(self) -> RemovableHandle:
+        raise NotImplementedError
+
+
+class ModuleOutput(HookTap):
+    """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
+
+    def _register(self) -> RemovableHandle:
+        own = self.module
+
         def body(module: nn.Module, args: Any, output: Any) -> Any:
             stack = active.get()  # programs_at, spelled out: this is the hot path of every capture
             program = (stack if stack.epoch == epoch.now else refreshed(stack)).table.get(self)
-            if program is None:
+            if program is None or module is not own:  # a copy of the model takes torch's hooks along
                 return None
             if isinstance(output, Tensor):
                 return program(output)
@@ -47,21 +71,22 @@ class ModuleOutput(Tap):
             new = program(old)
             return None if new is old else _with_first(output, new)
 
-        return self.module.register_forward_hook(body).remove
+        return own.register_forward_hook(body)
 
 
-class ModuleInput(Tap):
+class ModuleInput(HookTap):
     """The first tensor a module is called with, or its argument ``keyword``."""
 
     def __init__(self, module: nn.Module, keyword: str = "") -> None:
-        self.module, self.keyword = module, keyword
+        super().__init__(module)
+        self.keyword = keyword
 
-    def install(self) -> Remove:
+    def _register(self) -> RemovableHandle:
         # kwargs has a default: while another thread is between torch's two registrations of a hook with
         # kwargs, torch may call the body without them (that thread has no program here anyway).
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             program = programs_at(self)
-            if program is None or kwargs is None:
+            if program is None or kwargs is None or module is not self.module:
                 return None
             if args:
                 new = program(args[0])
@@ -70,25 +95,27 @@ class ModuleInput(Tap):
             new = program(kwargs[key])
             return None if new is kwargs[key] else (args, {**kwargs, key: new})
 
-        return self.module.register_forward_pre_hook(body, with_kwargs=True).remove
+        return self.module.register_forward_pre_hook(body, with_kwargs=True)
 
 
 class ParameterProduct(Tap):
     """``x @ parameter`` where no module owns the product: leaf ``in`` is ``x``, leaf ``out`` the product.
 
-    While installed, an object that multiplies by the parameter stands in the module's ``__dict__``, which
-    Python looks at before ``nn.Module`` looks at its parameters; ``state_dict`` and ``parameters()`` do not
-    change, and the module's own code runs as it is.
+    While installed, reading the parameter gives an object that multiplies like it; ``state_dict`` and
+    ``parameters()`` do not change, and the module's own code runs as it is.
     """
 
     leaves = ("in", "out")
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+        self.module = module
+        self._shadow = Shadow(name, self._stand)
 
     def install(self) -> Remove:
-        self.module.__dict__[self.name] = _Stand(self, self.module._parameters[self.name])
-        return lambda: self.module.__dict__.pop(self.name, None) and None
+        return self._shadow.cast(self.module)
+
+    def _stand(self, module: nn.Module, parameter: Any) -> Any:
+        return _Stand(self, parameter)
 
 
 class _Stand:
@@ -117,15 +144,15 @@ class _Stand:
 
 
 class ExplicitForward(Tap):
-    """A module's ``forward`` swapped for one that shows its insides; only threads with a program take it.
+    """A module's ``forward`` shadowed by one that shows its insides; only threads with a program take it.
 
     Args:
-        module: whose ``forward`` is swapped (through the instance's ``__dict__``).
+        module: whose ``forward`` is shadowed.
         leaves: the places that ``forward`` emits.
         forward: ``forward(module, emit, want, *args, **kwargs)``; calls ``emit(leaf, tensor) -> tensor`` at
             each place in ``want`` and goes on with what comes back.
-        exact: ``forward`` is bit-equal to the original. Where it is not, contexts that only read get the
-            original's output, and the explicit one is computed aside.
+        inexact: leaves for whose sake ``forward`` leaves the bits of the original. Contexts that only read
+            those get the original's output, and the explicit one is computed aside.
     """
 
     def __init__(
@@ -134,33 +161,25 @@ class ExplicitForward(Tap):
         leaves: Sequence[str],
         forward: Callable[..., Any],
         *,
-        exact: bool,
+        inexact: Sequence[str] = (),
     ) -> None:
         self.module, self.leaves = module, tuple(leaves)
-        self._explicit, self._exact = forward, exact
+        self._explicit, self._inexact = forward, frozenset(inexact)
+        self._shadow = Shadow("forward", self._forward)
 
     def install(self) -> Remove:
-        space = self.module.__dict__
-        before = space.get("forward")
-        original = self.module.forward
+        return self._shadow.cast(self.module)
 
+    def _forward(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             programs = programs_at(self)
             if programs is None:
                 return original(*args, **kwargs)
-            return self._run(programs, original, args, kwargs)
+            return self._run(module, programs, original, args, kwargs)
 
-        space["forward"] = forward
+        return forward
 
-        def remove() -> None:
-            if before is None:
-                space.pop("forward", None)
-            else:
-                space["forward"] = before
-
-        return remove
-
-    def _run(self, programs: Any, original: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, module: nn.Module, programs: Any, original: Any, args: Any, kwargs: Any) -> Any:
         changed = False
 
         def emit(leaf: str, value: Tensor) -> Tensor:
@@ -174,12 +193,39 @@ class ExplicitForward(Tap):
                 changed = True
             return new
 
-        if not self._exact and all(program.detached for program in programs.values()):
+        if self._inexact.isdisjoint(programs):
+            return self._call(module, emit, programs, original, args, kwargs)
+        dice = _dice(module)
+        if all(program.detached for program in programs.values()):
             with torch.no_grad():
-                self._explicit(self.module, emit, programs, *args, **kwargs)
-            return original(*args, **kwargs)
-        output = self._explicit(self.module, emit, programs, *args, **kwargs)
-        return output if changed or self._exact else original(*args, **kwargs)
+                self._call(module, emit, programs, original, args, kwargs)
+        else:
+            output = self._call(module, emit, programs, original, args, kwargs)
+            if changed:
+                return output
+        dice()
+        return original(*args, **kwargs)
+
+    def _call(
+        self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        return self._explicit(module, emit, want, *args, **kwargs)
+
+
+def _dice(module: nn.Module) -> Callable[[], None]:
+    """Puts the random numbers back, so that a look aside does not change what dropout draws afterwards."""
+    if not module.training:
+        return lambda: None
+    cpu = torch.get_rng_state()
+    device = next((p.device for p in module.parameters() if p.is_cuda), None)
+    cuda = None if device is None else torch.cuda.get_rng_state(device)
+
+    def back() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None and device is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return back
 
 
 def _first(output: Any) -> Tensor:

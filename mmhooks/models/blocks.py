@@ -1,4 +1,4 @@
-"""Sites of transformer blocks: open_clip's own two kinds, timm's, and Hugging Face's BERT-like layers."""
+"""Sites of open_clip's own transformer blocks, of both kinds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.hooks import attention
-from mmhooks.hooks.sites import Site, SiteMap, View
+from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.hooks.taps import Emit, ExplicitForward, Tap
 
 _LAYOUT = {"pattern": "batch head query key", "head_out": "batch token head d"}
@@ -21,51 +21,34 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     custom = hasattr(block, "ln_attn")
     forward = custom_attention_forward if custom else attention.multihead_forward
     mlp: Any = block.mlp
-    attn = ExplicitForward(block.attn, attention.LEAVES, forward, exact=False)  # type: ignore[arg-type]
-    _add(sites, f"{prefix}.resid_pre", sites.input(block))
-    _add(sites, f"{prefix}.ln_1", sites.output(block.ln_1))  # type: ignore[arg-type]
+    attn = ExplicitForward(block.attn, attention.LEAVES, forward, inexact=attention.LEAVES)  # type: ignore[arg-type]
+    add_site(sites, f"{prefix}.resid_pre", sites.input(block))
+    add_site(sites, f"{prefix}.ln_1", sites.output(block.ln_1))  # type: ignore[arg-type]
     for leaf in attention.LEAVES:
         add_attention_site(sites, f"{prefix}.attn.{leaf}", attn, leaf)
-    _add(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
+    add_site(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
     middle = custom_block_forward if custom else block_forward
-    _add(
-        sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle, exact=True), "resid_mid"
+    add_site(
+        sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle), "resid_mid"
     )
-    _add(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
-    _add(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
-    _add(
+    add_site(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
+    add_site(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
+    add_site(
         sites, f"{prefix}.mlp.post", sites.output(mlp.ln if custom else mlp.gelu), layout="batch token d_mlp"
     )
-    _add(sites, f"{prefix}.mlp_out", sites.output(block.ls_2))  # type: ignore[arg-type]
-    _add(sites, f"{prefix}.resid_post", sites.output(block))
+    add_site(sites, f"{prefix}.mlp_out", sites.output(block.ls_2))  # type: ignore[arg-type]
+    add_site(sites, f"{prefix}.resid_post", sites.output(block))
 
 
-def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str, view: View | None = None) -> None:
+def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str) -> None:
     """``q, k, v, z, head_out``: attention heads in the last but one dimension; ``pattern``: in the second."""
     heads, tokens = (-3, 2) if leaf == "pattern" else (-2, 1)
-    sites.add(
-        Site(
-            name,
-            tap,
-            leaf if tap.leaves else "",
-            heads,
-            tokens,
-            _LAYOUT.get(leaf, "batch token head d_head"),
-            view,
-        )
-    )
+    sites.add(Site(name, tap, leaf, heads, tokens, _LAYOUT.get(leaf, "batch token head d_head")))
 
 
-def _add(
-    sites: SiteMap,
-    name: str,
-    tap: Tap,
-    leaf: str = "",
-    *,
-    layout: str = "batch token d",
-    view: View | None = None,
-) -> None:
-    sites.add(Site(name, tap, leaf, layout=layout, view=view))
+def add_site(sites: SiteMap, name: str, tap: Tap, leaf: str = "", layout: str = "batch token d") -> None:
+    """A place in the stream of tokens."""
+    sites.add(Site(name, tap, leaf, layout=layout))
 
 
 # -- open_clip's forwards with their insides -------------------------------------------------------------
@@ -125,79 +108,3 @@ def custom_attention_forward(
 
     z, _ = attention.attend(q, k, v, emit=inner, want=want, mask=mask, dropout=dropout, scale=scale)
     return module.out_drop(attention.project(z, module.out_proj.weight, module.out_proj.bias, emit, want))
-
-
-# -- blocks whose projections are modules ----------------------------------------------------------------
-
-
-def split_heads(heads: int) -> View:
-    """``[b l h*e]`` shown as ``[b l h e]``."""
-    return View(lambda raw: raw.unflatten(-1, (heads, -1)), lambda raw, value: value.flatten(-2))
-
-
-def split_fused(heads: int, which: int) -> View:
-    """``q``, ``k`` or ``v`` (0, 1, 2) of a fused ``[b l 3*h*e]``, shown as ``[b l h e]``."""
-
-    def show(raw: Tensor) -> Tensor:
-        return raw.unflatten(-1, (3, heads, -1))[..., which, :, :]
-
-    def back(raw: Tensor, value: Tensor) -> Tensor:
-        parts = list(raw.chunk(3, dim=-1))
-        parts[which] = value.flatten(-2)
-        return torch.cat(parts, dim=-1)
-
-    return View(show, back)
-
-
-def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
-    """What a timm ViT-like block structurally has; its projections are modules, so these are bit-exact."""
-    _add(sites, f"{prefix}.resid_pre", sites.input(block))
-    if isinstance(getattr(block, "norm1", None), nn.Module):
-        _add(sites, f"{prefix}.ln_1", sites.output(block.norm1))
-    attn = getattr(block, "attn", None)
-    heads = getattr(attn, "num_heads", 0)
-    if attn is not None and heads:
-        qkv = getattr(attn, "qkv", None)
-        for which, leaf in enumerate("qkv"):
-            own = getattr(attn, f"{leaf}_proj", None)
-            if isinstance(own, nn.Module):
-                add_attention_site(
-                    sites, f"{prefix}.attn.{leaf}", sites.output(own), leaf, split_heads(heads)
-                )
-            elif isinstance(qkv, nn.Module) and type(attn).__name__ in ("Attention", "AttentionRope"):
-                # EVA multiplies by qkv.weight itself: there the module never runs.
-                add_attention_site(
-                    sites, f"{prefix}.attn.{leaf}", sites.output(qkv), leaf, split_fused(heads, which)
-                )
-        if isinstance(getattr(attn, "proj", None), nn.Linear):
-            add_attention_site(sites, f"{prefix}.attn.z", sites.input(attn.proj), "z", split_heads(heads))
-    for leaf, name in (("attn_out", "drop_path1"), ("ln_2", "norm2")):
-        if isinstance(getattr(block, name, None), nn.Module):
-            _add(sites, f"{prefix}.{leaf}", sites.output(getattr(block, name)))
-    mlp = getattr(block, "mlp", None)
-    if isinstance(getattr(mlp, "fc1", None), nn.Module) and isinstance(getattr(mlp, "fc2", None), nn.Module):
-        assert mlp is not None
-        _add(sites, f"{prefix}.mlp.pre", sites.output(mlp.fc1), layout="batch token d_mlp")
-        _add(sites, f"{prefix}.mlp.post", sites.input(mlp.fc2), layout="batch token d_mlp")
-    if isinstance(getattr(block, "drop_path2", None), nn.Module):
-        _add(sites, f"{prefix}.mlp_out", sites.output(block.drop_path2))
-    _add(sites, f"{prefix}.resid_post", sites.output(block))
-
-
-def add_bert_block(sites: SiteMap, prefix: str, layer: Any) -> None:
-    """A layer of a Hugging Face text encoder (BERT, RoBERTa and their kin); others get the residual stream."""
-    _add(sites, f"{prefix}.resid_pre", sites.input(layer, "hidden_states"))
-    inner = getattr(getattr(layer, "attention", None), "self", None)
-    heads = getattr(inner, "num_attention_heads", 0)
-    if heads and inner is not None:
-        for leaf, name in (("q", "query"), ("k", "key"), ("v", "value")):
-            if isinstance(getattr(inner, name, None), nn.Module):
-                tap = sites.output(getattr(inner, name))
-                add_attention_site(sites, f"{prefix}.attn.{leaf}", tap, leaf, split_heads(heads))
-        add_attention_site(sites, f"{prefix}.attn.z", sites.output(inner), "z", split_heads(heads))
-        _add(sites, f"{prefix}.attn_out", sites.output(layer.attention.output.dense))
-        _add(sites, f"{prefix}.ln_1", sites.output(layer.attention.output.LayerNorm))
-        _add(sites, f"{prefix}.mlp.pre", sites.output(layer.intermediate.dense), layout="batch token d_mlp")
-        _add(sites, f"{prefix}.mlp.post", sites.output(layer.intermediate), layout="batch token d_mlp")
-        _add(sites, f"{prefix}.mlp_out", sites.output(layer.output.dense))
-    _add(sites, f"{prefix}.resid_post", sites.output(layer))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
-from mmhooks.hooks.dispatch import mark
 from mmhooks.hooks.sites import Pattern
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.openclip_sites import openclip_sites
@@ -59,12 +58,10 @@ class HookedCLIP(HookedModel):
 
     def encode_image(self, pixels: Float[Tensor, "b c h w"], normalize: bool = False) -> Float[Tensor, "b d"]:
         """The model's own ``encode_image``; raw embeddings by default."""
-        mark()
         return self.model.encode_image(pixels, normalize=normalize)  # type: ignore[operator]
 
     def encode_text(self, tokens: Int[Tensor, "b l"], normalize: bool = False) -> Float[Tensor, "b d"]:
         """The model's own ``encode_text``; raw embeddings by default."""
-        mark()
         return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
 
     def forward(self, images: Tensor | None = None, texts: Tensor | None = None) -> CLIPOutput:

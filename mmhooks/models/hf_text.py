@@ -65,11 +65,11 @@ def _add_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
 
     add("resid_pre", sites.input(layer, "hidden_states"))
     add("ln_1", sites.output(layer.layer_norm1))
-    explicit = ExplicitForward(layer.self_attn, LEAVES, attention_forward, exact=False)
+    explicit = ExplicitForward(layer.self_attn, LEAVES, attention_forward, inexact=LEAVES)
     for leaf in LEAVES:
         add_attention_site(sites, f"{prefix}.attn.{leaf}", explicit, leaf)
     add("attn_out", sites.output(layer.self_attn))
-    add("resid_mid", ExplicitForward(layer, ("resid_mid",), layer_forward, exact=True), "resid_mid")
+    add("resid_mid", ExplicitForward(layer, ("resid_mid",), layer_forward), "resid_mid")
     add("ln_2", sites.output(layer.layer_norm2))
     add("mlp.pre", sites.output(layer.mlp.fc1), layout="batch token d_mlp")
     add("mlp.post", sites.input(layer.mlp.fc2), layout="batch token d_mlp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.places import HookFn, Places, Planned
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
-from mmhooks.hooks.sites import Pattern, SiteMap
+from mmhooks.hooks.sites import Pattern, SiteList, SiteMap
 from mmhooks.hooks.taps import Tap
 
 Hooks = Iterable[tuple[Pattern, HookFn]]
@@ -54,18 +55,26 @@ class HookedModel:
         heads = ", ".join(self.places.attachments) or "none"
         return f"{type(self).__name__}({self.name or type(self.model).__name__}, heads: {heads})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
+        """A hooked copy of the model and its heads, without open contexts."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(new, name, {} if name == "_recomputed" else deepcopy(value, memo))
+        return new
+
     # -- sites and heads -------------------------------------------------------------------------------
 
-    def sites(self, pattern: Pattern | None = None) -> list[str]:
+    def sites(self, pattern: Pattern | None = None) -> SiteList:
         """Names of the sites that a glob or predicate selects (all canonical ones without it).
 
-        Native module paths are sites too; they are listed where the pattern matches no canonical name.
-        ``model.shapes`` has the shapes of those seen by a ``run_with_cache``.
+        A list of names; printed, it shows the shapes of those that a cache has seen flow (also in ``.shapes``
+        and ``model.shapes``) and the layout in words of the others. Native module paths are sites too; they are
+        listed where the pattern matches no canonical name.
 
         Raises:
             UnknownSite: nothing matches.
         """
-        return self.places.names(pattern)
+        return SiteList({place.name: place.layout for place in self.places.listed(pattern)}, self.shapes)
 
     def attach(
         self,
@@ -93,10 +102,14 @@ class HookedModel:
 
         Raises:
             UnknownSite: a site that does not exist.
-            MMHooksError: that name is taken at that site.
+            ShapeMismatch: a site known to carry another width.
+            MMHooksError: that name is taken at that site, or ``head`` is no head.
         """
         patterns = [at] if isinstance(at, str) or callable(at) else list(at)
-        return self.places.attach(head, patterns, name or head.name, error_term=error_term, splice=splice)
+        known = name or getattr(head, "name", "head")
+        return self.places.attach(
+            head, patterns, known, error_term=error_term, splice=splice, shapes=self.shapes
+        )
 
     def detach(self, what: Any = None) -> None:
         """Takes heads off: by object, by name, by ``site.name``; all of them without an argument."""
@@ -137,7 +150,7 @@ class HookedModel:
                     f"model.hooks takes edits, came {type(edit).__name__}; a FeatureSet goes to mask=, a "
                     "function to fwd_hooks=[(site, fn)]"
                 )
-        forward, backward = list(fwd_hooks), list(bwd_hooks)
+        forward, backward = _pairs(fwd_hooks, "fwd_hooks"), _pairs(bwd_hooks, "bwd_hooks")
 
         def plan() -> Planned:
             parts = [self.places.plan_edit(edit) for edit in edits]
@@ -174,6 +187,7 @@ class HookedModel:
 
         with HookContext(self._board, plan, strict=strict, around=self._checkpoints):
             yield cache
+        self.shapes.update(cache.shapes)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
         """``forward`` under hooks, as TransformerLens spells it."""
@@ -227,8 +241,15 @@ class HookedModel:
     ) -> tuple[Any, ActivationCache]:
         with self.caching(sites, **options) as cache:
             out = run()
-        self.shapes.update({name: tuple(value.shape) for name, value in cache.items()})
         return out, cache
+
+
+def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
+    pairs = list(hooks)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
+            raise MMHooksError(f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}")
+    return pairs
 
 
 def _joined(parts: Sequence[Planned]) -> Planned:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mmhooks.hooks.sites import Site, SiteMap, View
 from mmhooks.hooks.taps import ParameterProduct
-from mmhooks.models.blocks import add_bert_block, add_openclip_block, add_timm_block
+from mmhooks.models.blocks import add_openclip_block
+from mmhooks.models.foreign_blocks import add_hf_layer, add_timm_block
 
 
 def openclip_sites(model: nn.Module) -> SiteMap:
@@ -73,18 +74,20 @@ def _timm(sites: SiteMap, visual: Any) -> None:
         if isinstance(norm, nn.Module):
             sites.add(Site("image.ln_post", sites.output(norm), layout="batch token d"))
     else:
+        last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"  # Swin keeps its channels last
         if isinstance(stem, nn.Module):
-            sites.add(_feature_map("image.patches", sites.output(stem)))
-        inner = [
-            b for stage in getattr(trunk, "stages", ()) for b in (getattr(stage, "blocks", None) or [stage])
-        ]
+            sites.add(_feature_map("image.patches", sites.output(stem), channels_last=last))
+        stages = getattr(trunk, "stages", None) or getattr(trunk, "layers", ())
+        inner = [block for stage in stages for block in (getattr(stage, "blocks", None) or [stage])]
         for n, block in enumerate(inner):
-            sites.add(_feature_map(f"image.blocks.{n}.resid_pre", sites.input(block)))
-            sites.add(_feature_map(f"image.blocks.{n}.resid_post", sites.output(block)))
+            for leaf, tap in (("resid_pre", sites.input(block)), ("resid_post", sites.output(block))):
+                sites.add(_feature_map(f"image.blocks.{n}.{leaf}", tap, channels_last=last))
     sites.add(Site("image.pooled", sites.output(trunk), tokens=None, layout="batch d"))
 
 
-def _feature_map(name: str, tap: Any) -> Site:
+def _feature_map(name: str, tap: Any, *, channels_last: bool = False) -> Site:
+    if channels_last:
+        return Site(name, tap, tokens=None, layout="batch height width channel")
     return Site(name, tap, axis=-3, tokens=None, layout="batch channel height width")
 
 
@@ -117,7 +120,7 @@ def _hf_text(sites: SiteMap, text: Any) -> None:
     encoder = getattr(transformer, "encoder", transformer)
     layers = next((getattr(encoder, n) for n in ("layer", "layers", "block") if hasattr(encoder, n)), ())
     for n, layer in enumerate(layers):
-        add_bert_block(sites, f"text.blocks.{n}", layer)
+        add_hf_layer(sites, f"text.blocks.{n}", layer)
     if isinstance(getattr(encoder, "final_layer_norm", None), nn.Module):
         sites.add(Site("text.ln_final", sites.output(encoder.final_layer_norm), layout="batch token d"))
     sites.add(Site("text.pooled", sites.output(text.pooler), tokens=None, layout="batch d"))
@@ -131,5 +134,7 @@ def example_inputs(model: Any, batch: int = 2) -> tuple[Tensor, Tensor]:
     vocabulary = int(getattr(model, "vocab_size", None) or model.text.vocab_size)
     text = getattr(model, "text", model)
     length = int(getattr(text, "context_length", 0) or model.context_length)
-    tokens = torch.randint(1, min(vocabulary, 30_000) - 2, (batch, min(length, 77)))
+    highest = min(vocabulary, 30_000) - 2
+    tokens = torch.randint(1, highest, (batch, min(length, 77)))
+    tokens[:, -1] = highest  # CLIP pools at the highest token, the end of the text
     return torch.randn(batch, 3, height, width), tokens

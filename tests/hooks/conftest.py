@@ -57,6 +57,6 @@ def fingerprint(model: torch.nn.Module) -> list[object]:
     for path, module in model.named_modules():
         hooks = {k: tuple(v) for k, v in module.__dict__.items() if "hook" in k and hasattr(v, "__len__")}
         attributes = {k: id(v) for k, v in module.__dict__.items() if "hook" not in k}
-        seen.append((path, id(module), tuple(module.__dict__), hooks, attributes))
+        seen.append((path, id(module), type(module), tuple(module.__dict__), hooks, attributes))
     seen.append(tuple(model.state_dict()))
     return seen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import mmhooks as mm
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
+from mmhooks.hooks.selection import feature_index
 from mmhooks.hooks.steps import step
 
 sets = st.sets(st.integers(0, 19))
@@ -120,9 +123,66 @@ def test_messages_of_edits(model, images):
             "float32.*bool",
         ),
     ]
+    site = "image.blocks.0.ln_1"
+    cases += [
+        (mm.Zero(at=site, tokens=slice(7, 9)), ShapeMismatch, r"selects none of the 5 tokens at 'image.*ln_1'"),
+        (mm.Zero(at=site, tokens=[]), ShapeMismatch, "selects none of the 5 tokens"),
+        (mm.Zero(at=site, tokens=torch.ones(5)), ShapeMismatch, r"positions.*float32 of shape \(5,\)"),
+        (mm.Zero(at=site, tokens=torch.ones(4, dtype=torch.bool)), ShapeMismatch, r"\(4,\).*5 tokens"),
+        (mm.Zero(at=site, tokens=torch.ones(2, 5, dtype=torch.bool)), ShapeMismatch, r"\(2, 5\).*batch is 3"),
+        (mm.Zero(torch.ones(11, dtype=torch.bool), at="image.embed"), ShapeMismatch, "among 11 .* there are 12"),
+        (mm.Zero([True] * 3, at="image.blocks.0.attn.z"), ShapeMismatch, "among 3 .* there are 2"),
+        (mm.Zero(mm.FeatureSet([1], 8), at="image.embed"), ShapeMismatch, r"among 8 .* there are 12.*\(3, 12\)"),
+    ]
     for edit, error, words in cases:
         with pytest.raises(error, match=words), model.hooks(edit):
             model.encode_image(images)
+
+
+@pytest.mark.parametrize("features", [True, "imgd", [0.5], [-1], torch.ones(2, 2, dtype=torch.bool)])
+def test_features_that_are_none(features):
+    with pytest.raises(ShapeMismatch, match="feature"):
+        feature_index(features)
+
+
+@pytest.mark.parametrize("make", [
+    lambda nan: mm.Steer(direction=torch.tensor([1.0, nan])), lambda nan: mm.Mean(mean=nan), lambda nan: mm.Clamp(max=nan),
+    lambda nan: mm.Interpolate(toward=torch.tensor([nan, 1.0])), lambda nan: mm.Steer(strength=nan),
+])  # fmt: skip
+def test_nan_is_refused_where_it_is_given(make):
+    with pytest.raises(mm.errors.NotFinite, match=r"= of (Steer|Mean|Clamp|Interpolate)\(\): NaN .* in 1 of [12] values"):
+        make(float("nan"))
+
+
+LATENT_TOKENS = {
+    "zero": mm.Zero([0, 1, 2], tokens=[1]),
+    "mean": mm.Mean([0, 1, 2], mean=0.5, tokens=[1]),
+    "resample": mm.Resample([0, 1, 2], tokens=[1]),
+    "interpolate": mm.Interpolate([0, 1, 2], toward=1.0, strength=0.5, tokens=slice(1, 2)),
+    "steer": mm.Steer([0, 1, 2], strength=2.0, tokens=torch.arange(5) == 1),
+    "clamp": mm.Clamp([0, 1, 2], value=0.7, tokens=1),
+    "patch": mm.Patch(torch.full((16,), 0.3), [0, 1, 2], tokens=[-4], at="image.blocks.0.ln_1"),
+    "all": mm.Steer(strength=1.0, tokens=[1]),
+}
+
+
+@pytest.mark.parametrize("place", ["image.blocks.0.ln_1", "image.blocks.0.ln_1.sae.latents"])
+@pytest.mark.parametrize("name", LATENT_TOKENS)
+def test_every_edit_takes_tokens(model, images, name, place):
+    """At a site and through a head: what is not selected does not move by a bit, what is equals the edit by hand."""
+    head = mm.TopKSAE(16, 16, 16, normalize_input=False)
+    model.attach(head, at="image.blocks.0.ln_1")
+    edit = copy.copy(LATENT_TOKENS[name])
+    object.__setattr__(edit, "at", place)
+    plain = model.run_with_cache(images, sites=[place])[1][place]
+    with torch.no_grad(), model.hooks(edit), model.caching([place]) as cache:
+        model.encode_image(images)
+    by_hand = copy.copy(edit)
+    object.__setattr__(by_hand, "tokens", None)
+    want = plain.clone()
+    want[:, 1] = by_hand(plain)[:, 1]
+    torch.testing.assert_close(cache[place], want.detach(), atol=1e-6, rtol=1e-5)
+    assert torch.equal(cache[place][:, 2:], plain[:, 2:]) and not torch.equal(cache[place], plain)
 
 
 def test_steps(model, images):

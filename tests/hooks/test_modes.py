@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.errors import HookDidNotFire, MMHooksError
+from mmhooks.errors import MMHooksError
 
 EDITS = [
     mm.Zero([1], at="image.blocks.0.attn.z"),
@@ -92,13 +96,83 @@ def test_compiled_encoder_follows_the_contexts(model, images, sae):
         torch.testing.assert_close(fast(images), clean)
 
 
-def test_compiled_behind_our_back_is_not_silent(model, images):
-    """The native method compiled while idle does not know of hooks: the context says that nothing fired."""
+WHOLE = """
+import sys, torch, mmhooks as mm
+from hooks.conftest import tiny_clip
+model = mm.HookedCLIP(tiny_clip())
+model.attach(mm.TopKSAE(12, 32, 4), at="image.embed")
+images = torch.randn(3, 3, 16, 16)
+torch.set_grad_enabled(False)
+for site in sys.argv[1:]:
+    torch.compiler.reset()
+    fast = torch.compile(model.encode_image, backend="eager", fullgraph=True)
+    with model.hooks(mm.Zero([1], at=site), mm.Steer([0], at=site, direction=0.5), mask=range(8)):
+        torch.testing.assert_close(fast(images), model.encode_image(images), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fast(images), model.encode_image(images), atol=1e-6, rtol=1e-5)
+print("compiled", len(sys.argv) - 1)
+"""
+
+
+def test_every_kind_of_site_compiles_whole():
+    """One graph, no break: edits at the site, a mask through a head. Aside, where no type checks break the graph."""
+    sites = ["image.patches", "image.blocks.0.resid_pre", "image.blocks.0.attn.q", "image.blocks.1.attn.pattern",
+             "image.blocks.0.attn.head_out", "image.blocks.0.resid_mid", "image.blocks.1.mlp.post", "image.pooled"]  # fmt: skip
+    tests = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", WHOLE, *sites], cwd=tests, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+    )  # fmt: skip
+    assert run.stdout.strip() == f"compiled {len(sites)}", run.stderr[-3000:]
+
+
+def test_native_code_compiled_while_idle_follows_the_contexts(model, images):
+    """Dynamo does not look at hooks; both blocks share their code, and only one of them is hooked."""
     torch.compiler.reset()
     fast = torch.compile(model.model.encode_image, backend="eager")
+    other = torch.ones(16)
+    edits = (
+        mm.Zero([1], at="image.blocks.1.mlp.post"),
+        mm.Zero([3], at="image.blocks.1.mlp.post"),
+        mm.Steer([1, 2], at="image.blocks.0.resid_mid", direction=other, tokens=[0, 1]),
+    )
     with torch.no_grad():
-        clean = fast(images)
-        with pytest.raises(HookDidNotFire, match="compiled"):
-            with model.hooks(mm.Zero(at="image.embed")):
-                fast(images)
+        clean = model.encode_image(images)
         torch.testing.assert_close(fast(images), clean)
+        for edit in edits:
+            with model.hooks(edit):
+                got = fast(images)
+            with model.hooks(edit):
+                want = model.encode_image(images)
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+            assert not torch.allclose(got, clean, atol=1e-3)
+        for batch in (images, 2 * images):
+            with model.caching("image.blocks.*.resid_post") as cache:
+                fast(batch)
+            for site, value in model.run_with_cache(batch, sites="image.blocks.*.resid_post")[1].items():
+                torch.testing.assert_close(cache[site], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fast(images), clean)
+
+
+def test_a_reader_does_not_change_what_dropout_draws(model, images):
+    model.model.train()
+    model.model.visual.transformer.resblocks[0].attn.dropout = 0.3
+    torch.manual_seed(0)
+    clean = [model.encode_image(images) for _ in range(2)]
+    torch.manual_seed(0)
+    with model.caching("image.blocks.0.attn.*"):
+        cached = model.encode_image(images)
+    with torch.no_grad(), model.hooks(fwd_hooks=[("image.blocks.0.attn.z", lambda t, *, hook: None)]):
+        read = model.encode_image(images)
+    assert torch.equal(cached, clean[0]) and torch.equal(read, clean[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_converted_after_attaching(model, images, sae, dtype):
+    """The head stays as it is; its change is added in the model's dtype."""
+    model.attach(sae, at="image.embed")
+    with torch.no_grad(), model.hooks(mask=range(32)):
+        want = model.encode_image(images)
+        model.model.to(dtype)
+        got = model.encode_image(images.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=0.05, rtol=0.1)
