@@ -38,6 +38,7 @@ _PUBLIC: dict[str, str] = {
     "extract": "mmhooks.models.extract",
     "Store": "mmhooks.data.store",
     "fidelity": "mmhooks.heads.fidelity",
+    "measure": "mmhooks.analysis.measure",
     "mds": "mmhooks.analysis.mds",
     "embed_sim": "mmhooks.analysis.interpretability",
     "win_rate": "mmhooks.analysis.interpretability",

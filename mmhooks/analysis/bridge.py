@@ -58,7 +58,7 @@ class Bridge(Metric):
 
     >>> metric = Bridge(2)
     >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
-    >>> metric.compute()
+    >>> metric.compute()["together"]
     tensor([[0., 6.],
             [0., 0.]], dtype=torch.float64)
     """
@@ -104,9 +104,10 @@ class Bridge(Metric):
             self.products += products.to(self.products)
         self.n_pairs = self.n_pairs + len(image)
 
-    def compute(self) -> Float[Tensor, "n n"]:
-        """Mean product of every image feature (row) with every text feature (column)."""
-        return self.products / self.n_pairs.clamp_min(1)
+    def compute(self) -> dict[str, Tensor]:
+        """``together``, the mean product of every image feature (row) with every text feature (column), and
+        ``n_pairs``."""
+        return {"together": self.products / self.n_pairs.clamp_min(1), "n_pairs": self.n_pairs}
 
     def result(self, decoder: Float[Tensor, "n d"], *, strongest: int = 20) -> BridgeResult:
         """The scores, with ``decoder`` the directions that the features write (``head.W_dec``).
@@ -117,7 +118,8 @@ class Bridge(Metric):
         n = self.n_features
         if len(decoder) != n:
             raise WrongHead(f"a decoder of {len(decoder)} rows for {n} features: take that of the same head")
-        together = self.compute().reshape(n, n).cpu()
+        state = self.compute()
+        together = state["together"].reshape(n, n).cpu()
         unit = normalize(decoder.detach().cpu().double(), dim=1)
         cosine = unit @ unit.T
         score = together * cosine
@@ -137,5 +139,5 @@ class Bridge(Metric):
             best.clamp_min(0),
             1 - float(own.clamp_min(0).sum()) / mass if mass else 0.0,
             pairs,
-            int(self.n_pairs),
+            int(state["n_pairs"]),
         )

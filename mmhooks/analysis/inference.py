@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,5 +134,5 @@ def permutation_test(
     return PermutationTest(float(outcome.statistic), float(outcome.pvalue), *sizes, made)
 
 
-def _difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+def _difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
     return x.mean(axis=axis) - y.mean(axis=axis)

@@ -49,6 +49,7 @@ class MonoSemanticity(Metric):
     squares: Tensor
     weighted: Tensor
     unit_sum: Tensor
+    unit_squares: Tensor
     low: Tensor
     high: Tensor
     n_samples: Tensor
@@ -65,6 +66,7 @@ class MonoSemanticity(Metric):
         self.add_state("squares", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("weighted", zeros[:, None].repeat(1, dim), dist_reduce_fx="sum")
         self.add_state("unit_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("unit_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("low", zeros + torch.inf, dist_reduce_fx="min")
         self.add_state("high", zeros - torch.inf, dist_reduce_fx="max")
         self.add_state("n_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -97,6 +99,7 @@ class MonoSemanticity(Metric):
             squares=torch.bincount(owner, values.square(), minlength=self.n_features),
             weighted=columns.transposed_times(unit).double(),
             unit_sum=unit.sum(0, dtype=torch.float64),
+            unit_squares=unit.double().square().sum(),
             low=torch.where(quiet, low.clamp_max(0), low).double(),
             high=torch.where(quiet, high.clamp_min(0), high).double(),
         )
@@ -112,6 +115,7 @@ class MonoSemanticity(Metric):
             squares=above.square().sum(0, dtype=torch.float64) + 2 * floor * height + rows * floor.square(),
             weighted=(above.T @ unit.to(above.dtype)).double() + floor[:, None] * unit_sum,
             unit_sum=unit_sum,
+            unit_squares=unit.double().square().sum(),
             low=floor,
             high=high.double(),
         )
@@ -123,7 +127,7 @@ class MonoSemanticity(Metric):
         self.high = torch.maximum(self.high, high.to(self.high.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``values``, one a feature (NaN for a constant one), and ``n_samples``."""
+        """``values``, one a feature (NaN for a constant one), and the sums over all unit vectors."""
         n, some = self.n_samples.double(), self.high > self.low
         low = torch.where(some, self.low, 0)
         span = torch.where(some, self.high - self.low, 1)
@@ -132,7 +136,12 @@ class MonoSemanticity(Metric):
         vector = self.weighted - low[:, None] * self.unit_sum
         known = some & (weight / span.square() > 1e-9)
         values = (vector.square().sum(1) - square_sum) / torch.where(known, weight, 1)
-        return {"values": torch.where(known, values, torch.nan), "n_samples": self.n_samples}
+        return {
+            "values": torch.where(known, values, torch.nan),
+            "unit_sum": self.unit_sum,
+            "unit_squares": self.unit_squares,
+            "n_samples": self.n_samples,
+        }
 
     def result(self) -> MonosemanticityResult:
         from mmhooks.analysis.monosemanticity import MonosemanticityResult

@@ -54,6 +54,8 @@ class Result:
 
 def plain(value: Any) -> Any:
     """``value`` in JSON's words."""
+    if isinstance(value, Result):
+        return value.to_json()
     if isinstance(value, Estimate):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, FeatureSet):

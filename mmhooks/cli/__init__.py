@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmhooks.cli.look import models, pairs, sites
+from mmhooks.cli.measure import measure
 from mmhooks.cli.store import extract, store
 from mmhooks.cli.sweep import sweep
 from mmhooks.cli.train import train
@@ -38,6 +39,6 @@ def main(
     """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
 
 
-for command in (models, sites, pairs, extract, train, sweep):
+for command in (models, sites, pairs, extract, train, sweep, measure):
     app.command()(command)
 app.add_typer(store, name="store")
