@@ -40,6 +40,10 @@ class Objective:
         """The options, as JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
+    def rate(self, head: Any, name: str) -> float:
+        """The learning rate of the parameter ``name``, as a share of the training's; asked after ``measure``."""
+        return 1.0
+
     def start(self, head: Any, image: Tensor, text: Tensor | None) -> None:
         """Data-dependent initialisation: once, before the first step; on some 65,536 evenly spaced pairs, or all."""
 
@@ -62,10 +66,11 @@ class Objective:
         adam: torch.optim.Optimizer,
         dead: Bool[Tensor, " n"],
         epoch: int,
+        done: float,
         sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        """After epoch ``epoch`` (from 1): may bring dead features back; returns how many. ``sample()`` gives
+        """After epoch ``epoch`` (from 1), ``done`` of the training: may bring dead features back; returns how many. ``sample()`` gives
         some training pairs. Must be a function of its
         arguments alone, so that a resumed run does the same."""
         return 0

@@ -22,7 +22,8 @@ def resample(
     """Gives every dead feature the direction of a badly reconstructed row of ``x``; returns how many there were.
 
     Rows are drawn in proportion to ``weight`` times their squared error. The decoder row becomes that row less ``b_pre``, at unit
-    norm; the encoder row the same at a fifth of the living ones' mean norm, its bias 0; Adam forgets both.
+    norm; the encoder row the same at the living ones' mean norm, where features compete for K places, and at a fifth
+    of it (as in the paper) where they do not; its bias 0; Adam forgets all three.
     """
     places = dead.nonzero().squeeze(1)
     if len(places) == 0:
@@ -36,7 +37,8 @@ def resample(
     living = head.W_enc[~dead]
     length = living.norm(dim=1).mean() if len(living) else rows.new_ones(())
     head.W_dec[places] = rows
-    head.W_enc[places] = 0.2 * length * rows
+    # At a fifth of the others' length a feature would never be among the K largest, and stay dead.
+    head.W_enc[places] = (1.0 if hasattr(head, "k") else 0.2) * length * rows
     head.b_enc[places] = 0.0
     for p in (head.W_dec, head.W_enc, head.b_enc):
         for name, value in adam.state.get(p, {}).items():

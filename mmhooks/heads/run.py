@@ -30,6 +30,7 @@ class Run:
     image: Vectors
     text: Vectors | None
     per_epoch: int
+    total: int
     seed: int
     team: Team
     precision: str
@@ -99,7 +100,10 @@ class Run:
             self.stopped = epoch - self.best_epoch >= patience
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         dead = self.dead()
-        if again := self.objective.after_epoch(self.head, self.adam, dead, epoch, self.sample, generator):
+        done = self.step / self.total
+        if again := self.objective.after_epoch(
+            self.head, self.adam, dead, epoch, done, self.sample, generator
+        ):
             row["resampled"] = float(again)
             self.silent[dead] = 0
             self.team.agree_(self.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
+from mmhooks.heads import sparse
 from mmhooks.heads.fidelity import fidelity
 from mmhooks.heads.geometry import geometric_median, mean_row, total_variance, unit_rows
 from mmhooks.heads.jumprelu import JumpReLUSAE
@@ -32,6 +33,9 @@ class SAEObjective(Objective):
     tighter of two clouds is not ignored. A nested head's levels count equally. AuxK (Gao et al. 2024, A.2)
     asks the ``aux_k`` strongest *dead* features to reconstruct what the living ones left over.
 
+    Of a head with a K the encoder starts at the length that reconstructs best, and biases learn at the data's scale, so
+    that a head of scaled vectors is the scaled head.
+
     Attributes:
         b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
         centre: "modality" takes each modality's mean off its vectors first (:mod:`mmhooks.heads.modality`);
@@ -39,7 +43,8 @@ class SAEObjective(Objective):
         init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
         aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
-        resample_every: after every so many epochs, dead features begin again at rows that the head explains badly.
+        resample_every: after every so many epochs of the first half, dead features begin again at rows that the
+            head explains badly (:mod:`mmhooks.heads.resample`).
         penalty: weight of the head's own penalty (ReLU: L1, divided by the data's standard deviation so that
             scale does not matter; JumpReLU: L0); by default the head's ``penalty_weight``. No other head has one.
         target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` in place of L0 (Rajamanoharan et al. 2024, app. F),
@@ -75,6 +80,15 @@ class SAEObjective(Objective):
             rows = torch.linspace(0, len(pooled) - 1, head.n_features).long()
             head.W_dec.copy_(unit_rows(pooled[rows] - head.b_pre))
             head.W_enc.copy_(head.W_dec)
+        if hasattr(head, "k"):
+            # K unit rows that overlap reconstruct too much; the selection does not change with the encoder's length.
+            centred = sample - head.b_pre
+            sketch = _sketch(head, centred)
+            head.W_enc *= (centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30)
+
+    def rate(self, head: SAE, name: str) -> float:
+        """With a K, biases learn at the data's scale; elsewhere they are what makes a head sparse, at the full rate."""
+        return self.spread / head.d_in**0.5 if name in ("b_enc", "b_pre") and hasattr(head, "k") else 1.0
 
     def measure(self, image: Rows, text: Rows | None) -> None:
         variances = [total_variance(x) for x in (image, text) if x is not None]
@@ -169,10 +183,12 @@ class SAEObjective(Objective):
         adam: torch.optim.Optimizer,
         dead: Bool[Tensor, " n"],
         epoch: int,
+        done: float,
         sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        due = self.resample_every is not None and epoch % self.resample_every == 0
+        # Not in the second half: a feature that begins again needs the rest of the training to find its place.
+        due = self.resample_every is not None and epoch % self.resample_every == 0 and done <= 0.5
         return resample(head, adam, dead, *self.stack(*sample()), generator) if due else 0
 
     @torch.no_grad()
@@ -194,3 +210,12 @@ class SAEObjective(Objective):
                 with shifted(head, offset):
                     scores[f"fvu_{name}"] = fidelity(head, x).fvu
         return scores | {"score": sum(scores.values()) / len(scores)}
+
+
+def _sketch(head: Any, centred: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    """What the K strongest features of each row make of it, before any training."""
+    parts = []
+    for part in centred.split(4096):
+        values, places = sparse.encode(part, head.W_enc, head.b_enc, head.k)
+        parts.append(sparse.decode(values, places, head.W_dec))
+    return torch.cat(parts)

@@ -140,12 +140,13 @@ def train_head(
         },
         (*(None if part is None else part.sample(4096) for part in rows), *(held_out or ())),
     )
-    adam = torch.optim.Adam(head.parameters(), lr=lr, eps=6.25e-10, weight_decay=weight_decay, fused=True)
-    silent = torch.zeros(head.n_features, dtype=torch.long, device=team.device)
-    compute = torch.compile(objective.loss) if compile else objective.loss
-    run = Run(head, objective, adam, *rows, per_epoch, seed, team, precision, silent, compute)
     objective.across = team.mean
     objective.measure(*rows)
+    groups = [{"params": [p], "share": objective.rate(head, name)} for name, p in head.named_parameters()]
+    adam = torch.optim.Adam(groups, lr=lr, eps=6.25e-10, weight_decay=weight_decay, fused=True)
+    silent = torch.zeros(head.n_features, dtype=torch.long, device=team.device)
+    compute = torch.compile(objective.loss) if compile else objective.loss
+    run = Run(head, objective, adam, *rows, per_epoch, total, seed, team, precision, silent, compute)
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and team.leads:
         clear_leftovers(path)
@@ -165,12 +166,12 @@ def train_head(
             order = run.order()
             for i in range(run.step % per_epoch, per_epoch):
                 for group in adam.param_groups:
-                    group["lr"] = lr * share(schedule, run.step, total, warmup, decay)
+                    group["lr"] = lr * group["share"] * share(schedule, run.step, total, warmup, decay)
                 parts = run.advance(order[i * batch : (i + 1) * batch])
                 if run.step % 10 == 0:
                     numbers = run.numbers(parts)
                     show(run.step, numbers)
-                    log(run.step, numbers | {"lr": adam.param_groups[0]["lr"]})
+                    log(run.step, numbers | {"lr": lr * share(schedule, run.step - 1, total, warmup, decay)})
                 if path and checkpoint_every and run.step % checkpoint_every == 0 and i + 1 < per_epoch:
                     run.store(path, mark)
             run.end_epoch(parts, held_out, patience)

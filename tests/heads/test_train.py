@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.heads import NCL, Head, TopKSAE, train_head
-from mmhooks.heads.base import load_head_dir
 from mmhooks.heads.objective import StepLoss
 from mmhooks.heads.sae_objective import SAEObjective
 
@@ -71,44 +64,6 @@ def test_resume_of_ncl_and_of_early_stopping(pairs, held_out, tmp_path) -> None:
     again = train_head(NCL(16, 32), *pairs, checkpoint=tmp_path / "c", **kwargs)
     assert same(whole.head, resumed.head) and same(whole.head, again.head)
     assert again.history == whole.history and again.stopped_early == whole.stopped_early
-
-
-@pytest.mark.slow
-def test_sigkill_at_random_moments(tmp_path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        from mmhooks.heads import TopKSAE, train_head
-        torch.set_num_threads(1)
-        x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(5))
-        sae = TopKSAE(32, 256, 8)
-        print("ready", flush=True)
-        train_head(sae, x, x.flip(1), epochs=40, batch_size=125, checkpoint=sys.argv[1], checkpoint_every=3,
-                   progress=False)
-        sae.save(sys.argv[2])
-        """
-    )
-
-    def start(checkpoint, out) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(checkpoint), str(out)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        return process
-
-    assert start(tmp_path / "a", tmp_path / "whole").wait() == 0
-    generator, kills = torch.Generator().manual_seed(0), 0
-    for _ in range(4):
-        process = start(tmp_path / "b", tmp_path / "broken")
-        time.sleep(0.05 + 0.5 * float(torch.rand(1, generator=generator)))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills > 0
-    assert start(tmp_path / "b", tmp_path / "broken").wait() == 0
-    assert same(load_head_dir(tmp_path / "broken"), load_head_dir(tmp_path / "whole"))
 
 
 def test_seed_decides(pairs) -> None:
