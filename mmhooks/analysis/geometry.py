@@ -124,7 +124,7 @@ def gap_of(means: Grouped[ModalityMeans], n: int) -> ModalityGap:
 def _means_of_store(store: ActivationStore, image: str, text: str) -> Grouped[ModalityMeans]:
     images, texts = vector_rows(store, image), vector_rows(store, text)
     means = Grouped(partial(ModalityMeans, images.width))
-    for number, begin, end in share(len(store), batch_size(len(store))):
+    for number, begin, end in share(len(store), batch_size(len(store)), reads=[images, texts]):
         means.update(images[begin:end], texts[begin:end], number=number)
     return means
 
@@ -156,6 +156,6 @@ def density(
         return metric.result()
     rows = latent_rows(latents, side, head, site)
     metric = FeatureDensity(rows.n_features, seed=seed)
-    for _, begin, end in share(len(rows), BATCH):
+    for _, begin, end in share(len(rows), BATCH, reads=[rows]):
         metric.update(rows[begin:end])
     return metric.result()

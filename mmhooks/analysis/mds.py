@@ -160,7 +160,7 @@ def _of_store(
     name = head.id if isinstance(head, Head) else images.site
     data = data or data_id(store)
     metric = MDS(images.n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
-    for _, begin, end in share(len(store), BATCH, "MDS", progress=progress):
+    for _, begin, end in share(len(store), BATCH, "MDS", reads=[images, texts], progress=progress):
         metric.update(images[begin:end], texts[begin:end], start=begin)
     return metric.result()
 

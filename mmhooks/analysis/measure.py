@@ -130,7 +130,10 @@ def measure(
     }
     means = _means(inputs, skipped)
     bridge = _bridge(n_features, head, skipped)
-    for number, begin, end in share(n, batch_size(n), f"measures of {n} pairs", progress=progress):
+    reads = [*inputs.latents.values(), *inputs.embeddings.values(), *inputs.judges.values()]
+    for number, begin, end in share(
+        n, batch_size(n), f"measures of {n} pairs", reads=reads, progress=progress
+    ):
         with clock("latents"):
             batch: dict[Side, Latents] = {
                 side: _activated(rows[begin:end], kind) for side, rows in inputs.latents.items()

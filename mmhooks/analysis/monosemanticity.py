@@ -152,7 +152,7 @@ def monosemanticity(
         rows = latent_rows(latents, side, head, site)
         vectors = vector_rows(latents, f"{side}.embed" if embeddings is None else embeddings)
         metric = MonoSemanticity(rows.n_features, vectors.width, seed=seed)
-        for _, begin, end in share(len(rows), BATCH):
+        for _, begin, end in share(len(rows), BATCH, reads=[rows, vectors]):
             metric.update(rows[begin:end], vectors[begin:end])
         return metric.result()
     if not isinstance(embeddings, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mmhooks.analysis.entries import Latents
 from mmhooks.data.progress import track
 from mmhooks.data.rows import SparseRows
-from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
+from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.heads.base import Head
 
 Side = Literal["image", "text"]
@@ -56,16 +56,23 @@ class LatentRows:
             return SparseRows(values.cpu(), indices.cpu(), self.n_features)
         return self.head.encode(x).cpu()
 
+    def release(self, begin: int, end: int) -> None:
+        """These rows were read: a store may give their pages back."""
+        if hasattr(self.rows, "release"):
+            self.rows.release(begin, end)
+
 
 def latent_rows(
     store: ActivationStore, side: Side, head: Head | str | None = None, site: str | None = None
 ) -> LatentRows:
     """The latents of ``side``: ``head`` over ``site`` (default ``<side>.embed``), or stored ones.
 
-    Without a head, ``site`` is by default the one stored site ``<side>.….latents``.
+    Without a head, ``site`` is by default the one stored site ``<side>.….latents``; with one, a ``site`` of
+    that kind must hold this head's latents, which are read as they are.
 
     Raises:
         UnknownSite: not in the store. ShapeMismatch: not one vector a row, or not the head's width.
+        WrongHead: stored latents of another head.
         MMHooksError: several sites of latents to choose from, or a head given by name.
     """
     if isinstance(head, str) and head:
@@ -73,6 +80,8 @@ def latent_rows(
     if isinstance(head, Head):
         site = site or f"{side}.embed"
         rows = site_rows(store, site)
+        if site.endswith(".latents"):
+            return _stored_latents(rows, site, head)
         if rows.is_sparse or rows.shape[1] != head.d_in:
             kind = "sparse latents" if rows.is_sparse else "vectors"
             raise ShapeMismatch(
@@ -89,6 +98,16 @@ def latent_rows(
         site = str(found[0])
     rows = site_rows(store, site)
     return LatentRows(rows, None, rows.shape[1], site)
+
+
+def _stored_latents(rows: Any, site: str, head: Head) -> LatentRows:
+    written = getattr(getattr(rows, "spec", None), "head", "")
+    if rows.shape[1] != head.n_features or written not in ("", head.id):
+        raise WrongHead(
+            f"site {site!r} holds latents of {written or 'a head'} with {rows.shape[1]} features, not of head "
+            f"{head.id} with {head.n_features}"
+        )
+    return LatentRows(rows, None, head.n_features, site)
 
 
 def site_rows(store: ActivationStore, site: str) -> Any:
@@ -119,6 +138,11 @@ class VectorRows:
     def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
         return self.rows[which].float()
 
+    def release(self, begin: int, end: int) -> None:
+        """These rows were read: a store may give their pages back."""
+        if hasattr(self.rows, "release"):
+            self.rows.release(begin, end)
+
 
 def vector_rows(store: ActivationStore, which: str | Float[Tensor, "n d"]) -> VectorRows:
     """The vectors of site ``which``, or ``which`` itself.
@@ -137,17 +161,28 @@ def vector_rows(store: ActivationStore, which: str | Float[Tensor, "n d"]) -> Ve
     return VectorRows(rows, rows.shape[1], name)
 
 
-def share(n: int, size: int, what: str = "", *, progress: bool = False) -> Iterator[tuple[int, int, int]]:
+def share(
+    n: int,
+    size: int,
+    what: str = "",
+    *,
+    reads: Sequence[LatentRows | VectorRows] = (),
+    progress: bool = False,
+) -> Iterator[tuple[int, int, int]]:
     """This process's batches of ``n`` rows: number of the batch, first row, end.
 
-    Batches are dealt out in turn, so that any number of processes works on the same ones.
+    Batches are dealt out in turn, so that any number of processes works on the same ones. When the next batch
+    is asked for, the pages of the last one are given back for all that it ``reads``.
     """
     if size < 1:
         raise ShapeMismatch(f"a batch needs at least one row, came {size}")
     rank, world = processes()
     mine = range(rank, -(-n // size), world)
     for number in track(mine, len(mine), what, show=progress and rank == 0):
-        yield number, number * size, min(n, (number + 1) * size)
+        begin, end = number * size, min(n, (number + 1) * size)
+        yield number, begin, end
+        for rows in reads:
+            rows.release(begin, end)
 
 
 def batch_size(n: int, groups: int = 20) -> int:

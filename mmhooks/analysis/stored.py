@@ -26,7 +26,7 @@ from mmhooks.heads.base import Head
 def top_of(rows: LatentRows, m: int, *, progress: bool = False) -> TopActivating:
     """The strongest samples of one side of a store, as row numbers."""
     metric = TopSamples(rows.n_features, m=m)
-    for _, begin, end in share(len(rows), BATCH, "top samples", progress=progress):
+    for _, begin, end in share(len(rows), BATCH, "top samples", reads=[rows], progress=progress):
         metric.update(rows[begin:end], start=begin)
     return metric.result()
 

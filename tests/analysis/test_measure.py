@@ -131,6 +131,10 @@ def test_functions_take_a_store(whole):
     for found in (mm.mds(store, head=sae), mm.mds(store)):
         close(found.R, mm.mds(a, b).R)
     assert mm.mds(store).head == "image.embed.sae.latents" and mm.mds(store, head=sae).head == sae.id
+    sites = {f"{side}": f"{side}.embed.sae.latents" for side in ("image", "text")}
+    stored = measure(store, head=sae, **sites, m=5, pool=60, progress=False)
+    close(stored.mds.R, result.mds.R)
+    close(stored.bridge.own, result.bridge.own)
     close(mm.mds(store, image="image.embed", text="text.embed", kind="abs").R,
           mm.mds(store["image.embed"].table, store["text.embed"].table, kind="abs").R)  # fmt: skip
     judge = store["image.judge"].table
@@ -174,8 +178,8 @@ def test_what_is_missing_is_said(whole):
         mm.mds(MemoryStore({"image.embed": torch.rand(5, 3), "text.embed": torch.rand(5, 3)}))
     with pytest.raises(ShapeMismatch, match="width 5, head 'sae' reads vectors of 12"):
         mm.mds(store, head=sae, image="image.judge")
-    with pytest.raises(ShapeMismatch, match="sparse latents of width 40"):
-        mm.mds(store, head=sae, image="image.embed.sae.latents")
+    with pytest.raises(WrongHead, match="with 40 features, not of head topk-.* with 20"):
+        mm.mds(store, head=TopKSAE(D, 20, K), image="image.embed.sae.latents")
     with pytest.raises(MMHooksError, match="give the head itself"):
         mm.mds(store, head="mini/sae")
     with pytest.raises(ShapeMismatch, match="7 vectors for a store of 230"):
