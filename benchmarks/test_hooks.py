@@ -1,11 +1,11 @@
 """Hooks against raw torch, TransformerLens and nnsight; splices against hand-written ones.
 
-    python -m pytest -o addopts= benchmarks/test_hooks.py --benchmark-only -s
+    python -m pytest benchmarks/test_hooks.py --benchmark-only -s
 
-(``addopts=`` leaves out the run-time type checks of the test run, which would be timed too.)
-
-Every case asserts that all contenders compute the same before it times them. Contenders take turns, round by
-round, so that a slow moment of the machine hits all of them; the table shows ratios of minima and medians.
+takes about five minutes and ends with a table for RESULTS.md. Every case first asserts that all contenders compute
+the same. Variance: contenders take turns, round by round, so that a slow moment of the machine hits all of them;
+the ratio of minima says what the code costs, the median of the ratios within a round and their quartiles say how
+steady that is. Run it on an idle machine; ``MMHOOKS_BENCH_SECONDS`` scales the time each case gets.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -20,43 +21,77 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mmhooks as mm
 from mmhooks.hooks.sites import SiteMap
 from mmhooks.models.hooked import HookedModel
 
-ROUNDS = int(os.environ.get("MMHOOKS_BENCH_ROUNDS", "30"))
+SECONDS = float(os.environ.get("MMHOOKS_BENCH_SECONDS", "8"))
+TABLE: list[str] = []
+THREADS = pytest.mark.parametrize("threads", [1, 2])
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quiet(request):
+    """Threads as the case asks (1 otherwise), no gradients, no run-time type checks."""
+    assert not hasattr(mm.HookedCLIP.encode_image, "__wrapped__"), (
+        "leave out --jaxtyping-packages: it is timed too"
+    )
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    case = getattr(request.node, "callspec", None)
+    torch.set_num_threads(case.params.get("threads", 1) if case else 1)
     with torch.no_grad():
         yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    yield
+    print(
+        "\n\n| Case | Contender | Best | Ratio of minima | Ratio within rounds: median (quartiles) | Rounds |"
+    )
+    print("|---|---|---|---|---|---|")
+    print("\n".join(TABLE))
+
+
 def race(
-    benchmark, first: str, contenders: dict[str, Callable[[], object]], *, loops: int = 1
+    benchmark,
+    case: str,
+    contenders: dict[str, Callable[[], object]],
+    *,
+    loops: int = 1,
+    seconds: float = SECONDS,
+    per: float = 0,
+    notes: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Takes turns; the fixture times a last round of ``first``, ratios go to ``extra_info`` and the screen."""
+    """Takes turns until the time is up (5 to 60 rounds); the first contender is 1. ``per``: items in a call."""
+    first = next(iter(contenders))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
-    for _ in range(ROUNDS):
+    began = time.perf_counter()
+    while len(times[first]) < 5 or (time.perf_counter() - began < seconds and len(times[first]) < 60):
         for name, run in contenders.items():
             start = time.perf_counter()
             for _ in range(loops):
                 run()
             times[name].append((time.perf_counter() - start) / loops)
-    benchmark.pedantic(contenders[first], rounds=3)
+    benchmark.pedantic(contenders[first], rounds=1)
     best = {name: min(t) for name, t in times.items()}
+    case = f"{case}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     for name in contenders:
-        median = statistics.median(times[name]) / statistics.median(times[first])
-        line = f"{best[name] * 1e6:12.1f} us  x{best[name] / best[first]:.3f} (median x{median:.3f})"
-        benchmark.extra_info[name] = line.strip()
-        print(f"\n  {name:28}{line}", end="")
+        within = [a / b for a, b in zip(times[name], times[first], strict=True)]
+        low, middle, high = statistics.quantiles(within, n=4)
+        speed = f"{best[name] * 1e6:.1f} µs" if best[name] < 1e-3 else f"{best[name] * 1e3:.2f} ms"
+        speed += f", {per / best[name]:.1f} images/s" if per else ""
+        speed += f", {notes[name]}" if notes else ""
+        ratio = f"{best[name] / best[first]:.3f} | {middle:.3f} ({low:.3f}–{high:.3f})"
+        TABLE.append(f"| {case} | {name} | {speed} | {ratio} | {len(within)} |")
+        benchmark.extra_info[name] = f"{speed}; x{ratio}"
+        print(f"\n  {case:24} {name:28} {speed:34} x{ratio}", end="")
     return best
 
 
@@ -70,18 +105,22 @@ def clip(name: str) -> mm.HookedCLIP:
     return mm.HookedCLIP(model.eval())
 
 
-@pytest.mark.parametrize("name", ["mini", "ViT-B-32"])
-def test_a_idle_forward(benchmark, name):
-    """(a) before, through mmhooks, and after a context."""
-    model = clip(name)
-    used = clip(name)
+def pixels(name: str, batch: int) -> torch.Tensor:
     size = 64 if name == "mini" else 224
-    images = torch.randn(4, 3, size, size)
+    return torch.randn(batch, 3, size, size)
+
+
+@THREADS
+@pytest.mark.parametrize("name", ["mini", "ViT-B-32"])
+def test_a_idle_forward(benchmark, name, threads):
+    """(a) before, through mmhooks, and after a context."""
+    model, used = clip(name), clip(name)
+    images = pixels(name, 4 if name == "mini" else 1)
     used.run_with_cache(images, sites=["image.*"])
     raw = model.model.encode_image
     assert torch.equal(raw(images), model.encode_image(images))
     assert torch.equal(raw(images), used.encode_image(images))
-    race(benchmark, "raw open_clip", {
+    race(benchmark, f"(a) idle, {name}", {
         "raw open_clip": lambda: raw(images),
         "mmhooks idle": lambda: model.encode_image(images),
         "mmhooks after a context": lambda: used.encode_image(images),
@@ -142,7 +181,7 @@ def test_b_capture_hooks(benchmark, n):
         assert list(cache) == list(store) == list(lens) == list(kept) and all(
             torch.equal(cache[k], store[k]) for k in store
         )
-        best = race(benchmark, "raw hooks", {
+        best = race(benchmark, f"(b) {n} hooks on identities", {
             "raw hooks": lambda: plain(x),
             "no hooks": lambda: bare(x),
             "mmhooks": lambda: ours(x),
@@ -151,6 +190,10 @@ def test_b_capture_hooks(benchmark, n):
         }, loops=200)  # fmt: skip
     floor = best["no hooks"]
     each = {name: (best[name] - floor) / n * 1e6 for name in best if name != "no hooks"}
+    for name, cost in each.items():
+        TABLE.append(
+            f"| (b) each of {n} hooks | {name} | {cost:.2f} µs | {cost / each['raw hooks']:.2f} | | |"
+        )
     print("\n  us a hook:", ", ".join(f"{k} {v:.2f}" for k, v in each.items()))
     benchmark.extra_info["us a hook"] = each
 
@@ -185,7 +228,7 @@ def test_b_three_captures_with_nnsight(benchmark):
     want, got = raw(), model.run_with_cache(images, sites=sites)[1]
     for n, site, third in zip((1, 3, 5), sites, nnsight(), strict=True):
         assert torch.equal(want[n], got[site]) and torch.equal(want[n], third)
-    race(benchmark, "raw hooks", {
+    race(benchmark, "(b) 3 captures, mini", {
         "raw hooks": raw,
         "no hooks": lambda: model.model.encode_image(images),
         "mmhooks": lambda: model.run_with_cache(images, sites=sites),
@@ -194,24 +237,101 @@ def test_b_three_captures_with_nnsight(benchmark):
     })  # fmt: skip
 
 
+class Peak(TorchDispatchMode):
+    """Bytes of tensors alive at once, counted by their storages as operations make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._seen and key not in given:
+                    self._seen.add(key)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def peak(run: Callable[[], object]) -> str:
+    """Peak MiB of one call, its result held as a user holds it."""
+    with Peak() as memory:
+        kept = run()
+    del kept
+    return f"peak {memory.most / 2**20:.1f} MiB"
+
+
+def check_peak() -> None:
+    """The counter against sizes known by hand."""
+    with Peak() as memory:
+        a = torch.zeros(1024, 1024)
+        b = a + 1
+        c = b[0].view(2, 512)
+        del a, b, c
+        assert memory.now == 0
+        torch.zeros(1024, 1024) + 1
+    assert memory.most == 2 * 4 * 2**20
+
+
+@THREADS
 @pytest.mark.parametrize("name", ["mini", "ViT-B-32"])
-def test_c_cache(benchmark, name):
-    """(c) one site, and all of the residual stream."""
+def test_c_cache(benchmark, name, threads):
+    """(c) one site, the residual stream, everything: images a second and peak memory of activations and cache."""
+    check_peak()
     model = clip(name)
-    size = 64 if name == "mini" else 224
-    images = torch.randn(8, 3, size, size)
-    assert torch.equal(model.run_with_cache(images)[0].image, model.encode_image(images))
-    race(benchmark, "no cache", {
+    batch = 16 if name == "mini" else 4
+    images, lens = pixels(name, batch), model.as_transformer_lens()
+    blocks = model.model.visual.transformer.resblocks
+
+    def raw() -> dict[int, torch.Tensor]:
+        store: dict[int, torch.Tensor] = {}
+        handles = [
+            b.register_forward_hook(lambda m, i, o, n=n: store.__setitem__(n, o.detach()))
+            for n, b in enumerate(blocks)
+        ]
+        model.model.encode_image(images)
+        [handle.remove() for handle in handles]
+        return store
+
+    stream = model.run_with_cache(images, sites=["image.blocks.*.resid_post"])[1]
+    assert all(torch.equal(stream[f"image.blocks.{n}.resid_post"], value) for n, value in raw().items())
+    ours, theirs = model.run_with_cache(images)[1], lens.run_with_cache(images)[1]
+    assert set(ours) == {k for k in theirs.keys() if k.startswith("image")}  # noqa: SIM118
+    for site in ours:
+        torch.testing.assert_close(ours[site], theirs[site], atol=1e-5, rtol=1e-4)
+    del ours, theirs, stream
+    contenders = {
         "no cache": lambda: model.encode_image(images),
         "image.embed": lambda: model.run_with_cache(images, sites=["image.embed"]),
-        "image.blocks.*.resid_post": lambda: model.run_with_cache(images, sites=["image.blocks.*.resid_post"]),
-        "image.blocks.*.attn.z": lambda: model.run_with_cache(images, sites=["image.blocks.*.attn.z"]),
-        "image.*": lambda: model.run_with_cache(images, sites=["image.*"]),
-    })  # fmt: skip
+        "resid_post, raw hooks": raw,
+        "resid_post": lambda: model.run_with_cache(images, sites=["image.blocks.*.resid_post"]),
+        "resid_post in fp16": lambda: model.run_with_cache(
+            images, sites=["image.blocks.*.resid_post"], dtype=torch.float16
+        ),
+        "attn.z": lambda: model.run_with_cache(images, sites=["image.blocks.*.attn.z"]),
+        "all of image.*": lambda: model.run_with_cache(images, sites=["image.*"]),
+        "all, TransformerLens view": lambda: lens.run_with_cache(images),
+    }
+    notes = {label: peak(run) for label, run in contenders.items()}
+    race(benchmark, f"(c) cache, {name}", contenders, per=batch, notes=notes, seconds=1.5 * SECONDS)
 
 
+@THREADS
 @pytest.mark.parametrize("n", [1024, 16384])
-def test_e_mask_through_a_topk_sae(benchmark, n):
+def test_e_mask_through_a_topk_sae(benchmark, n, threads):
     """(e) batch 1,024, d = 512, K = 32, a third of the features masked."""
     d, k = 512, 32
     sae, x = mm.TopKSAE(d, n, k), torch.randn(1024, d)
@@ -245,9 +365,9 @@ def test_e_mask_through_a_topk_sae(benchmark, n):
     with hooked.hooks(mask=mask):
         for name in ("hand", "double"):
             torch.testing.assert_close(ours(x), nets[name](x), atol=1e-5, rtol=1e-5)
-        race(benchmark, "best by hand", {
+        race(benchmark, f"(e) mask through TopK, n = {n}", {
             "best by hand": lambda: nets["hand"](x),
             "mmhooks": lambda: ours(x),
             "double encode": lambda: nets["double"](x),
             "by hand, no error term": lambda: nets["full"](x),
-        })  # fmt: skip
+        }, seconds=SECONDS if n < 2000 else 3 * SECONDS)  # fmt: skip

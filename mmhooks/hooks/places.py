@@ -92,7 +92,9 @@ class Places:
             try:
                 found = [*self.sites.find(pattern), *found]
             except UnknownSite:
-                raise UnknownSite(describe(pattern), [*(p.name for p in self.listed()), *self.sites.native]) from None
+                raise UnknownSite(
+                    describe(pattern), [*(p.name for p in self.listed()), *self.sites.native]
+                ) from None
         return found
 
     def latents(self, edit: Edit, attachments: Iterable[Attachment], where: str) -> list[Place]:

@@ -79,7 +79,9 @@ class HeadSite:
     @property
     def layout(self) -> str:
         """That of the site, with features in the place of dimensions for ``pre`` and ``latents``."""
-        return self.site.layout if self.leaf in LEAVES[2:] else f"{self.site.layout.rpartition(' ')[0]} feature"
+        return (
+            self.site.layout if self.leaf in LEAVES[2:] else f"{self.site.layout.rpartition(' ')[0]} feature"
+        )
 
 
 class HeadStep:

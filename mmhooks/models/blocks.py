@@ -28,9 +28,7 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
         add_attention_site(sites, f"{prefix}.attn.{leaf}", attn, leaf)
     add_site(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
     middle = custom_block_forward if custom else block_forward
-    add_site(
-        sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle), "resid_mid"
-    )
+    add_site(sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle), "resid_mid")
     add_site(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
     add_site(

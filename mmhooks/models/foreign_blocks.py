@@ -26,7 +26,9 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
     if attn is not None and heads and isinstance(projection, nn.Linear):
         add_attention(sites, prefix, attn, heads, projection, fused=bool(getattr(attn, "fused_attn", False)))
     _outputs(sites, prefix, {"attn_out": _child(block, "drop_path1")})
-    if attn is not None and _child(block, "norm2") is not None:  # blocks with parallel branches have no middle
+    if (
+        attn is not None and _child(block, "norm2") is not None
+    ):  # blocks with parallel branches have no middle
         add_middle(sites, prefix, block)
     _outputs(sites, prefix, {"ln_2": _child(block, "norm2")})
     mlp = _child(block, "mlp")
@@ -93,9 +95,7 @@ def add_attention(
 
 
 def add_middle(sites: SiteMap, prefix: str, block: nn.Module) -> None:
-    add_site(
-        sites, f"{prefix}.resid_mid", Intercepted(block, ("resid_mid",), residual_middle), "resid_mid"
-    )
+    add_site(sites, f"{prefix}.resid_mid", Intercepted(block, ("resid_mid",), residual_middle), "resid_mid")
 
 
 def _outputs(sites: SiteMap, prefix: str, modules: dict[str, nn.Module | None]) -> None:

@@ -248,7 +248,9 @@ def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
     pairs = list(hooks)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
-            raise MMHooksError(f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}")
+            raise MMHooksError(
+                f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}"
+            )
     return pairs
 
 

@@ -310,13 +310,18 @@ def test_a_wrong_return_value_is_described(model, images, result, words):
 def test_wrong_things_given_to_hooks(model, sae):
     with pytest.raises(MMHooksError, match="mask="):
         model.hooks(mm.FeatureSet([1], 8))
-    with pytest.raises(MMHooksError, match=r"fwd_hooks= is a list of \(site, function\) pairs.*'image\.embed'"):
+    with pytest.raises(
+        MMHooksError, match=r"fwd_hooks= is a list of \(site, function\) pairs.*'image\.embed'"
+    ):
         _pairs(("image.embed", lambda t, *, hook: None), "fwd_hooks")
     with pytest.raises(MMHooksError, match=r"bwd_hooks= is a list"):
         _pairs([("image.embed", "fn")], "bwd_hooks")
     with pytest.raises(MMHooksError, match=r"mask=\{\} names no place"), model.hooks(mask={}):
         pass
-    with pytest.raises(UnknownSite, match=r"'imagee'.*near matches: image\.embed"), model.hooks(mask={"imagee": [1]}):
+    with (
+        pytest.raises(UnknownSite, match=r"'imagee'.*near matches: image\.embed"),
+        model.hooks(mask={"imagee": [1]}),
+    ):
         pass
     model.attach(sae, at=["image.embed", "text.embed"])
     for mask in ([40], {"image": [40]}, {"image.embed": [40]}):
@@ -330,7 +335,10 @@ def test_wrong_things_given_to_hooks(model, sae):
 
 
 def test_a_backward_hook_that_returns_nonsense(model, images):
-    for result, words in ((lambda g: g[:, :5], r"image\.embed.*\(3, 12\).*\(3, 5\)"), (lambda g: "no", "returned str")):
+    for result, words in (
+        (lambda g: g[:, :5], r"image\.embed.*\(3, 12\).*\(3, 5\)"),
+        (lambda g: "no", "returned str"),
+    ):
         with pytest.raises(mm.errors.ShapeMismatch, match=words):
             with model.hooks(bwd_hooks=[("image.embed", lambda g, *, hook, result=result: result(g))]):
                 model.encode_image(images).sum().backward()
@@ -348,7 +356,9 @@ def test_sites_are_listed_with_shapes_after_a_forward(model, images, sae):
     model.run_with_cache(images, sites=["image.*"], tokens=[0])  # the cache is cut, the shape is the site's
     assert model.sites("image.blocks.0.attn.pattern").shapes == {"image.blocks.0.attn.pattern": (3, 2, 5, 5)}
     assert repr(model.sites("image.embed*")).splitlines()[2] == "image.embed.sae.latents  (3, 32)"
-    with pytest.raises(mm.errors.ShapeMismatch, match=r"width 10, site 'image\.embed' carries shape \(3, 12\)"):
+    with pytest.raises(
+        mm.errors.ShapeMismatch, match=r"width 10, site 'image\.embed' carries shape \(3, 12\)"
+    ):
         model.attach(TopKSAE(10, 20, 2), at="image.embed", name="wrong")
     with pytest.raises(MMHooksError, match=r"Linear is no head: it lacks d_in, n_features"):
         model.attach(torch.nn.Linear(2, 2), at="image.embed")
@@ -375,5 +385,7 @@ def test_async_generators_and_executors(model, images):
     assert torch.equal(asyncio.run(main()), clean)
     with model.hooks(mm.Zero(at="image.embed")), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(model.encode_image, images).result(), clean)  # a thread starts clean
-        assert not pool.submit(copy_context().run, model.encode_image, images).result().any()  # unless handed over
+        assert (
+            not pool.submit(copy_context().run, model.encode_image, images).result().any()
+        )  # unless handed over
     assert torch.equal(model.encode_image(images), clean) and len(model._board) == 0

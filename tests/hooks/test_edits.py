@@ -125,14 +125,26 @@ def test_messages_of_edits(model, images):
     ]
     site = "image.blocks.0.ln_1"
     cases += [
-        (mm.Zero(at=site, tokens=slice(7, 9)), ShapeMismatch, r"selects none of the 5 tokens at 'image.*ln_1'"),
+        (
+            mm.Zero(at=site, tokens=slice(7, 9)),
+            ShapeMismatch,
+            r"selects none of the 5 tokens at 'image.*ln_1'",
+        ),
         (mm.Zero(at=site, tokens=[]), ShapeMismatch, "selects none of the 5 tokens"),
         (mm.Zero(at=site, tokens=torch.ones(5)), ShapeMismatch, r"positions.*float32 of shape \(5,\)"),
         (mm.Zero(at=site, tokens=torch.ones(4, dtype=torch.bool)), ShapeMismatch, r"\(4,\).*5 tokens"),
         (mm.Zero(at=site, tokens=torch.ones(2, 5, dtype=torch.bool)), ShapeMismatch, r"\(2, 5\).*batch is 3"),
-        (mm.Zero(torch.ones(11, dtype=torch.bool), at="image.embed"), ShapeMismatch, "among 11 .* there are 12"),
+        (
+            mm.Zero(torch.ones(11, dtype=torch.bool), at="image.embed"),
+            ShapeMismatch,
+            "among 11 .* there are 12",
+        ),
         (mm.Zero([True] * 3, at="image.blocks.0.attn.z"), ShapeMismatch, "among 3 .* there are 2"),
-        (mm.Zero(mm.FeatureSet([1], 8), at="image.embed"), ShapeMismatch, r"among 8 .* there are 12.*\(3, 12\)"),
+        (
+            mm.Zero(mm.FeatureSet([1], 8), at="image.embed"),
+            ShapeMismatch,
+            r"among 8 .* there are 12.*\(3, 12\)",
+        ),
     ]
     for edit, error, words in cases:
         with pytest.raises(error, match=words), model.hooks(edit):
@@ -150,7 +162,9 @@ def test_features_that_are_none(features):
     lambda nan: mm.Interpolate(toward=torch.tensor([nan, 1.0])), lambda nan: mm.Steer(strength=nan),
 ])  # fmt: skip
 def test_nan_is_refused_where_it_is_given(make):
-    with pytest.raises(mm.errors.NotFinite, match=r"= of (Steer|Mean|Clamp|Interpolate)\(\): NaN .* in 1 of [12] values"):
+    with pytest.raises(
+        mm.errors.NotFinite, match=r"= of (Steer|Mean|Clamp|Interpolate)\(\): NaN .* in 1 of [12] values"
+    ):
         make(float("nan"))
 
 

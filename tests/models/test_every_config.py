@@ -31,12 +31,17 @@ BLOCK = {"resid_pre", "ln_1", "attn.q", "attn.k", "attn.v", "attn.pattern", "att
          "resid_mid", "ln_2", "mlp.post", "mlp_out", "resid_post"}  # fmt: skip
 
 
-
 def build(name: str):
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, text = config["vision_cfg"], config["text_cfg"]
     custom = config.pop("custom_text", False) or "hf_model_name" in text
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    kind = (
+        open_clip.CoCa
+        if "multimodal_cfg" in config
+        else open_clip.CustomTextCLIP
+        if custom
+        else open_clip.CLIP
+    )
     hf = text.get("hf_model_name")
     if hf:
         config["text_cfg"] = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1}
@@ -47,7 +52,9 @@ def build(name: str):
     with torch.device("meta"):
         model = kind(**config)
     if hf:
-        model.text = hf_text(HF_KINDS[hf], config["embed_dim"], output_tokens=text.get("output_tokens", False))
+        model.text = hf_text(
+            HF_KINDS[hf], config["embed_dim"], output_tokens=text.get("output_tokens", False)
+        )
     blocks = getattr(getattr(model.visual, "trunk", None), "blocks", None)
     if blocks is not None:
         model.visual.trunk.blocks = blocks[:2]
@@ -58,7 +65,9 @@ def build(name: str):
 def test_every_listed_model_has_sites_that_fire(name):
     model = mm.HookedCLIP(build(name))
     images, texts = example_inputs(model.model, batch=1)
-    text_device = next((model.model.text if hasattr(model.model, "text") else model.model).parameters()).device
+    text_device = next(
+        (model.model.text if hasattr(model.model, "text") else model.model).parameters()
+    ).device
     with torch.no_grad():
         out, cache = model.run_with_cache(images.to("meta"), texts.to(text_device))
     assert set(cache) == set(model.sites())
