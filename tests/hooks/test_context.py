@@ -72,6 +72,7 @@ steps = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -167,6 +168,7 @@ def test_other_threads_do_not_see_it(model, images):
     assert torch.equal(results[0], clean)
 
 
+@pytest.mark.slow
 def test_two_threads_with_different_masks(model, images, sae):
     """1,000 forwards each; every output is the single-threaded one."""
     model.model.requires_grad_(False)

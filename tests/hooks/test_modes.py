@@ -113,6 +113,7 @@ print("compiled", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_every_kind_of_site_compiles_whole():
     """One graph, no break: edits at the site, a mask through a head. Aside, where no type checks break the graph."""
     sites = ["image.patches", "image.blocks.0.resid_pre", "image.blocks.0.attn.q", "image.blocks.1.attn.pattern",
