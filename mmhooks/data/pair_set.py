@@ -42,7 +42,7 @@ class Pictures(Protocol):
     def open(self, picture: int | str) -> Image.Image: ...
 
 
-class Pairs(Sequence[Pair]):
+class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a picture
     """A fixed list of pairs; pictures are decoded when asked for.
 
     Attributes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from torch import distributed
@@ -18,37 +20,22 @@ _PATIENCE = timedelta(days=14)
 class Ranks:
     """Which of how many processes this is, and what they wait for; alone, none of it costs anything.
 
-    Uses the process group that is there; else makes one (gloo) where the environment names other ranks, and
-    takes it down again.
+    Uses the process group that is there; where the environment names other ranks and there is none, makes
+    one (gloo), which stays until the process ends: a second one would meet the addresses of the first.
     """
 
     def __init__(self) -> None:
-        self._own = False
-        self._group: Any = None
-
-    def __enter__(self) -> Ranks:
-        if (
-            distributed.is_available()
-            and not distributed.is_initialized()
-            and int(os.environ.get("WORLD_SIZE", 1)) > 1
-        ):
+        there = distributed.is_available()
+        if there and not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             distributed.init_process_group("gloo", timeout=_PATIENCE)
-            self._own = True
-        if distributed.is_available() and distributed.is_initialized():
-            self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
-            if self.world > 1:
-                self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        else:
-            self.rank, self.world = 0, 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._own:
-            distributed.destroy_process_group()
+            atexit.register(distributed.destroy_process_group)
+        joined = there and distributed.is_initialized()
+        self.rank = distributed.get_rank() if joined else 0
+        self.world = distributed.get_world_size() if joined else 1
 
     def barrier(self) -> None:
         if self.world > 1:
-            distributed.barrier(group=self._group)
+            distributed.barrier(group=_group())
 
     def first(self, act: Callable[[], Any]) -> Any:
         """Rank 0 acts while the others wait; all get what it returns, or raise what it raised."""
@@ -62,7 +49,13 @@ class Ranks:
             except MMHooksError as raised:
                 fault = raised
         outcome = [result, None if fault is None else str(fault)]
-        distributed.broadcast_object_list(outcome, src=0, group=self._group)
+        distributed.broadcast_object_list(outcome, src=0, group=_group())
         if outcome[1] is not None:
             raise fault or StoreError(f"rank 0: {outcome[1]}")
         return outcome[0]
+
+
+@cache
+def _group() -> Any:
+    """All ranks, by way of the network: a group for GPUs cannot carry objects of the CPU."""
+    return distributed.new_group(backend="gloo", timeout=_PATIENCE)

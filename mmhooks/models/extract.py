@@ -92,7 +92,8 @@ def extract(
     folder = Path(out).expanduser()
     places = _places(model, sites)
     reader = _Reader(model, places, sparse=sparse)
-    with Ranks() as ranks, ExitStack() as held:
+    ranks = Ranks()
+    with ExitStack() as held:
         plan = _plan(
             reader, pairs, dtype=dtype, batch_size=batch_size, shard_rows=shard_rows, world=ranks.world
         )

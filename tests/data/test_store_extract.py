@@ -492,7 +492,7 @@ def test_killed_at_thirty_random_moments(tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_the_store_of_one(model, pairs, place, table, tmp_path):
     script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(place), str(table), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -238,7 +238,7 @@ class HeadRows(SiteRows):
     def take(
         self, index: Int[Tensor, " b"], empty: Empty = fresh, counts: Sequence[int] | None = None
     ) -> Rows:
-        return self._encode(self._base.take(index))
+        return self._encode(self._base.take(index, fresh, counts))  # its cuts are the base's
 
     def want(self, begin: int, end: int) -> None:
         self._base.want(begin, end)
