@@ -140,7 +140,9 @@ class FidelityResult(Result):
         rows = Table()
         for m in self.modalities:
             for task, found in (("retrieval", m.retrieval), ("zero-shot", m.zero_shot)):
-                for k in () if found is None else found.before:
+                if found is None:
+                    continue
+                for k in found.before:
                     one, two = found.before[k], found.after[k]
                     rows.append(
                         {"modality": m.name, "task": task, "k": k,

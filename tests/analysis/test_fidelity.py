@@ -248,6 +248,8 @@ def test_a_head_without_decoder_has_counts_and_neighbourhoods_only(tmp_path: Pat
 
 
 def test_results_as_tables_as_json_and_as_a_figure(sae: TopKSAE, tmp_path: Path) -> None:
+    from matplotlib.patches import Rectangle
+
     from mmhooks.report.fidelity import fidelity_figure
 
     found = mm.fidelity(sae, vectors(100, 16, 0), vectors(100, 16, 1), others=[TopKSAE(16, 48, 5, seed=1)])
@@ -262,7 +264,7 @@ def test_results_as_tables_as_json_and_as_a_figure(sae: TopKSAE, tmp_path: Path)
     figure.savefig(tmp_path / "f.png")
     heights = [sum(p.get_height() for p in patches) for patches in figure.axes[0].containers]
     assert heights == [sum(c > 0 for c in m.sums.counts) for m in found.modalities]
-    bars = [p.get_height() for p in figure.axes[1].patches]
+    bars = [p.get_height() for p in figure.axes[1].patches if isinstance(p, Rectangle)]
     assert bars == [row[when] for when in ("before", "after") for row in found.kept()]
 
 
