@@ -37,7 +37,7 @@ _PUBLIC: dict[str, str] = {
     "train_head": "mmhooks.heads.train",
     "extract": "mmhooks.models.extract",
     "Store": "mmhooks.data.store",
-    "fidelity": "mmhooks.heads.fidelity",
+    "fidelity": "mmhooks.analysis.fidelity",
     "measure": "mmhooks.analysis.measure",
     "mds": "mmhooks.analysis.mds",
     "embed_sim": "mmhooks.analysis.interpretability",

@@ -10,12 +10,9 @@ from mmhooks.cli.clear_errors import clear_errors
 
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, e.g. openai.")]
 
-EMBEDDED = {
+NOTES = {
     "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
     "mini-declip": "the same size with DeCLIP's self-supervision",
-    "mini/sae": "head of mini: TopK SAE",
-    "mini/ncl": "head of mini: non-negative contrastive MLP",
-    "mini-declip/sae": "head of mini-declip: TopK SAE",
 }
 
 
@@ -23,9 +20,14 @@ def models() -> None:
     """What can be loaded: the embedded models and heads, and open_clip's names with their tags."""
     import open_clip
 
+    from mmhooks.models import zoo
+
     typer.echo("embedded (no network):")
-    for name, note in EMBEDDED.items():
-        typer.echo(f"  {name:<18} {note}")
+    for name in zoo.EMBEDDED:
+        typer.echo(f"  {name:<18} {NOTES[name]}")
+    for name in zoo.embedded_heads():
+        head = zoo.load_head(name)
+        typer.echo(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
     typer.echo("\nopen_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")
     tags: dict[str, list[str]] = {}
     for name, tag in open_clip.list_pretrained():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
+from mmhooks.heads.source import Rows
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,61 @@ class Fidelity:
         return path
 
 
+class Sums(NamedTuple):
+    """What a set of vectors adds up to; sets that were looked at apart are added with :func:`add`.
+
+    Attributes:
+        n: vectors. x_sum: their sum. square: sum of their squares.
+        error: sum of ``|x - x'|^2``; cosine: sum of ``cos(x, x')``; both 0 without a decoder.
+        counts: how often each feature fired.
+    """
+
+    n: Int[Tensor, ""]
+    x_sum: Float[Tensor, " d"]
+    square: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+    cosine: Float[Tensor, ""]
+    counts: Int[Tensor, " n"]
+
+    @property
+    def l0(self) -> float:
+        return float(self.counts.sum() / self.n)
+
+    @property
+    def mean_cosine(self) -> float:
+        return float(self.cosine / self.n)
+
+    @property
+    def fvu(self) -> float:
+        """``sum |x - x'|^2 / sum |x - mean|^2``; NaN for vectors that are all the same."""
+        spread = float(self.square) - float(self.x_sum.square().sum()) / float(self.n)
+        return float(self.error) / spread if spread > 0 else math.nan
+
+
+def add(one: Sums, other: Sums) -> Sums:
+    return Sums(*(a + b for a, b in zip(one, other, strict=True)))
+
+
 @torch.no_grad()
-def fidelity(head: Head, *x: Float[Tensor, "_ d"], batch_size: int = 4096, rare_below: int = 5) -> Fidelity:
+def sums(x: Float[Tensor, "b d"], f: Float[Tensor, "b n"], back: Float[Tensor, "b d"] | None) -> Sums:
+    """The sums of a batch: prepared vectors, their features and what the head makes of them; in double, on the CPU."""
+    nothing = torch.zeros((), dtype=torch.float64)
+    return Sums(
+        torch.tensor(len(x)),
+        x.sum(dim=0, dtype=torch.float64).cpu(),
+        x.double().square().sum().cpu(),
+        nothing if back is None else (x - back).double().square().sum().cpu(),
+        nothing if back is None else torch.cosine_similarity(x, back, dim=-1).double().sum().cpu(),
+        (f > 0).sum(dim=0).cpu(),
+    )
+
+
+@torch.no_grad()
+def fidelity(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int = 5) -> Fidelity:
     """Runs ``head`` over raw vectors (given unit norm first where the head expects it), batch by batch.
 
     Several sets count as one; FVU is per modality, so pass one modality for FVU and both to learn which
-    features fire in neither.
+    features fire in neither. ``mm.fidelity`` measures more: :mod:`mmhooks.analysis.fidelity`.
 
     Raises:
         ShapeMismatch, NotFinite: as :meth:`Head.prepare`. MMHooksError: fewer than two vectors.
@@ -72,30 +123,26 @@ def fidelity(head: Head, *x: Float[Tensor, "_ d"], batch_size: int = 4096, rare_
     if n < 2:
         raise MMHooksError(f"fidelity needs at least 2 vectors, came {n}")
     device = next(head.parameters()).device
-    sums: dict[str, Any] = {"error": 0.0, "cosine": 0.0, "square": 0.0, "active": 0}
-    x_sum = torch.zeros(head.d_in, dtype=torch.float64)
-    counts = torch.zeros(head.n_features, dtype=torch.long)
+    total: Sums | None = None
     for raw in (b for part in x for b in part.split(batch_size)):
         rows = head.prepare(raw.to(device).float())
         f = head.encode(rows)
-        active = f > 0
-        counts += active.sum(dim=0).cpu()
-        sums["active"] += int(active.sum())
-        x_sum += rows.double().sum(dim=0).cpu()
-        sums["square"] += float(rows.double().square().sum())
-        if head.has_decoder:
-            back = head.decode(f)
-            sums["error"] += float((rows - back).double().square().sum())
-            sums["cosine"] += float(torch.cosine_similarity(rows, back, dim=-1).double().sum())
-    spread = sums["square"] - float(x_sum.square().sum()) / n
-    nan = float("nan")
+        found = sums(rows, f, head.decode(f) if head.has_decoder else None)
+        total = found if total is None else add(total, found)
+    assert total is not None
+    return fidelity_of(head, total, rare_below)
+
+
+def fidelity_of(head: Head, total: Sums, rare_below: int = 5) -> Fidelity:
+    """The numbers that follow from the sums."""
+    counts = total.counts
     return Fidelity(
         head=head.id,
-        n=n,
+        n=int(total.n),
         n_features=head.n_features,
-        fvu=sums["error"] / spread if head.has_decoder and spread > 0 else nan,
-        cosine=sums["cosine"] / n if head.has_decoder else nan,
-        l0=sums["active"] / n,
+        fvu=total.fvu if head.has_decoder else math.nan,
+        cosine=total.mean_cosine if head.has_decoder else math.nan,
+        l0=total.l0,
         dead=float((counts == 0).double().mean()),
         rare=float(((counts > 0) & (counts < rare_below)).double().mean()),
         rare_below=rare_below,

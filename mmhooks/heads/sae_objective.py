@@ -37,6 +37,8 @@ class SAEObjective(Objective):
     that a head of scaled vectors is the scaled head.
 
     Attributes:
+        image_share: weight of the images' FVU in the mean, the texts' has the rest. The dictionary is divided by
+            what an error costs: a modality that would take it nearly whole can be held back here.
         b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
         centre: "modality" takes each modality's mean off its vectors first (:mod:`mmhooks.heads.modality`);
             "pooled" leaves both to ``b_pre``.
@@ -55,6 +57,7 @@ class SAEObjective(Objective):
     default_batch_size = 256
     default_lr = 2e-3
 
+    image_share: float = 0.5
     b_pre: Literal["median", "mean", "zero"] = "median"
     centre: Literal["pooled", "modality"] = "pooled"
     init: Literal["random", "data"] = "random"
@@ -119,6 +122,8 @@ class SAEObjective(Objective):
 
     def _check(self, head: SAE) -> None:
         """Options that this head has no use for are refused, not ignored."""
+        if not 0 < self.image_share < 1:
+            raise MMHooksError(f"image_share lies between 0 and 1, came {self.image_share}")
         if self.penalty is not None and head.penalty_weight == 0:
             raise MMHooksError(
                 f"penalty={self.penalty}: a {head.kind} head has no penalty to weigh; set its k"
@@ -142,11 +147,12 @@ class SAEObjective(Objective):
         return (sum(self.variance) / 2) ** 0.5
 
     def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-        """Both modalities, centred, as one batch, and each row's weight: 1 / (rows x variance) of its modality."""
+        """Both modalities, centred, as one batch, and each row's weight: share / (rows x variance) of its modality."""
         parts = [part for part in (image, text) if part is not None]
+        split = (self.image_share, 1 - self.image_share) if len(parts) == 2 else (1.0,)
         shares = [
-            part.new_full((len(part),), 1 / (len(parts) * len(part) * variance))
-            for part, variance in zip(parts, self.variance, strict=False)
+            part.new_full((len(part),), share / (len(part) * variance))
+            for part, share, variance in zip(parts, split, self.variance, strict=False)
         ]
         centred = [
             part if offset is None else part - offset
