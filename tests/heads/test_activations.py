@@ -19,6 +19,7 @@ from mmhooks.heads import (
     train_head,
 )
 from mmhooks.heads.jumprelu import count_above, jump_relu
+from mmhooks.heads.modality import by_modality
 from mmhooks.heads.sae_objective import SAEObjective
 
 DEAD = torch.zeros(48, dtype=torch.bool)
@@ -115,6 +116,15 @@ def test_batchtopk_threshold_is_in_the_file_and_refused_where_it_is_missing(pair
     save_file({k: v for k, v in weights.items() if k != "threshold"}, path / "model.safetensors")
     with pytest.raises(MMHooksError, match="missing threshold"):
         load_head_dir(path)
+
+
+def test_batchtopk_threshold_fits_vectors_centred_by_modality(pairs) -> None:
+    head = BatchTopKSAE(16, 48, 5)
+    objective = SAEObjective(centre="modality")
+    train_head(head, *pairs, epochs=20, batch_size=100, objective=objective, progress=False)
+    heads = by_modality(head)
+    active = sum(float((heads[m].encode(unit(p)) > 0).sum()) for m, p in zip(heads, pairs, strict=True))
+    assert active / 1200 == pytest.approx(5, abs=0.02)
 
 
 # -- Matryoshka --------------------------------------------------------------------------------------------
