@@ -24,6 +24,7 @@ THEIRS = {
     "topk, rescaled": {"k": 8, "rescale_acts_by_decoder_norm": True},
     "topk, b_dec not applied": {"k": 8, "apply_b_dec_to_input": False},
     "topk, constant norm": {"k": 8, "normalize_activations": "constant_norm_rescale"},
+    "topk, layer norm": {"k": 8, "normalize_activations": "layer_norm"},
     "standard": {},
     "jumprelu": {},
 }
@@ -61,6 +62,7 @@ def theirs(folder: Path) -> None:
     import sae_lens
     from sae_lens.registry import get_sae_class, get_sae_training_class
 
+    torch.manual_seed(0)
     report: dict = {"sae-lens": version("sae-lens"), "torch": torch.__version__}
     for kind in WRITERS:
         path = folder / "ours" / kind
@@ -121,10 +123,10 @@ def ours_reads(folder: Path) -> dict[str, dict]:
     rows = {}
     for path in sorted((folder / "theirs").iterdir()):
         head, want = mm.load_head(path), load_file(path / "expected.st")
-        scale = want["x"].norm(dim=-1, keepdim=True) if head.normalize_input else 1.0
+        rows_in, scale, shift = head.scaled(want["x"])
         with torch.no_grad():
-            f = head.encode(head.prepare(want["x"]))
-            recon = head.decode(f) * scale
+            f = head.encode(rows_in)
+            recon = head.decode(f) * (1.0 if scale is None else scale) + (0.0 if shift is None else shift)
         rows[path.name] = {"kind": head.kind} | differences(f, recon, want)
     return rows
 

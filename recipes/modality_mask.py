@@ -82,8 +82,9 @@ def by_hand(
         return x.index_fill(1, index, 0.0)
     if not s.head.has_decoder:
         return f.index_fill(1, index, 0.0)
-    scale = x.norm(dim=-1, keepdim=True) if s.head.normalize_input else 1.0
-    return x - scale * (f[:, index] @ s.head.W_dec[index])
+    scale = s.head.scaled(x)[1]
+    change = f[:, index] @ s.head.W_dec[index]
+    return x - (change if scale is None else scale * change)
 
 
 def experiment(

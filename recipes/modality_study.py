@@ -98,8 +98,8 @@ def subject(name: str, encoded: Encoded, head: Any = None) -> Subject:
     """The latents of a head over stored embeddings (the encoder never runs twice), or the embeddings themselves."""
     if head is None:
         return Subject(name, encoded, None, encoded.image, encoded.text)
-    enter = unit if head.normalize_input else (lambda x: x)
-    return Subject(name, encoded, head, head.encode(enter(encoded.image)), head.encode(enter(encoded.text)))
+    image, text = (head.encode(head.prepare(x)) for x in (encoded.image, encoded.text))
+    return Subject(name, encoded, head, image, text)
 
 
 def train_heads(

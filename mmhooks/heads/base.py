@@ -28,8 +28,9 @@ class Head(nn.Module):
     """Base of all heads: ``x [*b d_in] -> features [*b n_features]``, and back where there is a decoder.
 
     Subclasses set ``kind`` (registered for :func:`load_head_dir`), build their parameters and implement
-    ``pre`` and ``encode``. A head whose ``normalize_input`` is true expects rows of unit norm:
-    :meth:`prepare` makes them; the splice, training and measures call it (or do the same) themselves.
+    ``pre`` and ``encode``. A head whose ``normalize_input`` is true expects rows of unit norm, with
+    ``"layer_norm"`` (foreign heads) rows of mean 0 and standard deviation 1: :meth:`prepare` makes them; the
+    splice, training and measures call it (or do the same) themselves.
 
     Attributes:
         d_in, n_features: widths of the input and of the latent space.
@@ -46,7 +47,12 @@ class Head(nn.Module):
             KINDS[cls.kind] = cls
 
     def __init__(
-        self, d_in: int, n_features: int, *, name: str | None = None, normalize_input: bool = True
+        self,
+        d_in: int,
+        n_features: int,
+        *,
+        name: str | None = None,
+        normalize_input: bool | Literal["layer_norm"] = True,
     ) -> None:
         super().__init__()
         if d_in < 1 or n_features < 1:
@@ -90,15 +96,32 @@ class Head(nn.Module):
         """
         self.check_width(x)
         check_finite(x, "input of head " + repr(self.name))
-        if not self.normalize_input:
-            return x
-        norm = x.norm(dim=-1, keepdim=True)
-        if bool((norm == 0).any()):
-            raise NotFinite(
-                f"{int((norm == 0).sum())} of {norm.numel()} input rows are all zero and cannot be "
-                "given unit norm; drop them or build the head with normalize_input=False"
+        rows, scale, _ = self.scaled(x)
+        if scale is not None and bool((scale == 0).any()):
+            fault, aim = (
+                ("all zero", "unit norm") if self.normalize_input is True else ("constant", "layer norm")
             )
-        return x / norm
+            raise NotFinite(
+                f"{int((scale == 0).sum())} of {scale.numel()} input rows are {fault} and cannot be "
+                f"given {aim}; drop them or build the head with normalize_input=False"
+            )
+        return rows
+
+    def scaled(
+        self, x: Float[Tensor, "*b d"]
+    ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"] | None, Float[Tensor, "*b 1"] | None]:
+        """Rows as the head expects them, and the scale and shift of each that lead back (None: 1 and 0).
+
+        A vector ``v`` that the head decodes stands for ``v * scale + shift``. Nothing is checked.
+        """
+        if not self.normalize_input:
+            return x, None, None
+        if self.normalize_input == "layer_norm":  # as SAELens and ViT-Prisma have it, 1e-5 on the way in only
+            shift = x.mean(dim=-1, keepdim=True)
+            scale = (x - shift).std(dim=-1, keepdim=True)
+            return (x - shift) / (scale + 1e-5), scale, shift
+        scale = x.norm(dim=-1, keepdim=True)
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, None
 
     def check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:

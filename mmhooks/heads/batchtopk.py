@@ -18,9 +18,10 @@ RATE = 0.05
 class BatchTopKSAE(SAE):
     """Trains on the ``B k`` largest pre-activations of a batch of ``B`` rows; in use it is a threshold.
 
-    A row alone has no batch to compete with, so :meth:`encode` keeps what exceeds ``threshold``: the running
-    average, over training steps, of the smallest activation that was still selected. It is part of the state
-    dict (NaN until it is known), so a head that was saved computes what the trained one did.
+    A row alone has no batch to compete with, so :meth:`encode` keeps what exceeds ``threshold``: during training
+    the running average, over steps, of the smallest activation that was still selected; at its end, the value
+    that ``k`` features exceed on the training data (:meth:`calibrate`). It is part of the state dict (NaN until it
+    is known), so a head that was saved computes what the trained one did.
 
     >>> sae = BatchTopKSAE(d_in=8, n_features=32, k=4)
     >>> x = torch.nn.functional.normalize(torch.randn(500, 8), dim=-1)
@@ -87,14 +88,21 @@ class BatchTopKSAE(SAE):
         Args:
             x: raw vectors of one or more modalities; given unit norm where the head expects it.
         """
-        largest = torch.empty(0)
-        rows = sum(len(part) for part in x)
-        if rows == 0:
+        if sum(len(part) for part in x) == 0:
             raise MMHooksError("calibrate needs at least one vector, came none")
-        for chunk in (c for part in x for c in part.split(batch_size)):
-            pre = self.pre(self.prepare(chunk.to(self.W_enc.device, self.W_enc.dtype))).flatten()
-            pool = torch.cat([largest.to(pre), pre])
-            # One more than wanted: the threshold lies between the last that fires and the first that does not.
-            largest = pool.topk(min(self.k * rows + 1, len(pool)), sorted=False).values
-        ordered = largest.relu().sort(descending=True).values
-        self.threshold.copy_(ordered[-1] if len(ordered) > self.k * rows else torch.zeros(()))
+        chunks = (chunk.to(self.W_enc) for part in x for chunk in part.split(batch_size))
+        self.threshold.copy_(threshold_at(self, self.k, *(self.prepare(chunk) for chunk in chunks)))
+
+
+@torch.no_grad()
+def threshold_at(
+    head: SAE, l0: int | float, *x: Float[Tensor, "_ d"], batch_size: int = 4096
+) -> Float[Tensor, ""]:
+    """The threshold that ``l0`` pre-activations a row exceed on average; rows as ``head.pre`` takes them."""
+    wanted, largest = round(l0 * sum(len(part) for part in x)), torch.empty(0)
+    for chunk in (c for part in x for c in part.split(batch_size)):
+        pre = head.pre(chunk).flatten()
+        pool = torch.cat([largest.to(pre), pre])
+        # One more than wanted: the threshold is the largest value that no longer fires.
+        largest = pool.topk(min(wanted + 1, len(pool)), sorted=False).values
+    return largest.min().relu() if len(largest) > wanted else largest.new_zeros(())

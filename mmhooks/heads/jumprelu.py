@@ -18,6 +18,15 @@ from torch.autograd.function import once_differentiable
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.sae import SAE, TrainingPass, firing
 
+SPEED = 10.0
+"""The parameter is ``log(threshold) / SPEED``: Adam moves each parameter by about the learning rate a step, and
+a threshold has to travel through orders of magnitude in a few hundred steps (measured: docs/heads.md)."""
+
+
+def from_log(log_threshold: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """The parameter ``threshold_log`` for thresholds given by their logarithm."""
+    return log_threshold / SPEED
+
 
 def jump_relu(
     z: Float[Tensor, "*b n"], threshold: Float[Tensor, " n"], bandwidth: float
@@ -43,7 +52,7 @@ class JumpReLUSAE(SAE):
     How many are active follows from the penalty (``SAEObjective(penalty=...)`` or ``target_l0=``).
 
     Args:
-        threshold: where every threshold starts; kept as its logarithm, so that it stays positive.
+        threshold: where every threshold starts; learned as its logarithm, so that it stays positive.
         bandwidth: of the kernel; about the spread of the pre-activations near the threshold, or less.
 
     >>> sae = JumpReLUSAE(8, 32, threshold=0.2)
@@ -65,14 +74,19 @@ class JumpReLUSAE(SAE):
                 f"threshold and bandwidth must be above zero, came {threshold} and {bandwidth}"
             )
         self.bandwidth = bandwidth
-        self.log_threshold = nn.Parameter(torch.full((n_features,), threshold).log())
+        self.threshold_log = nn.Parameter(from_log(torch.full((n_features,), threshold).log()))
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"bandwidth": self.bandwidth}
 
     @property
     def threshold(self) -> Float[Tensor, " n"]:
-        return self.log_threshold.exp()
+        return (SPEED * self.threshold_log).exp()
+
+    @torch.no_grad()
+    def set_threshold(self, threshold: Float[Tensor, "*n"]) -> None:
+        """One threshold for all features, or one each; at zero or below it is a ReLU."""
+        self.threshold_log.copy_(from_log(threshold.clamp_min(0).log()))
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         return jump_relu(pre, self.threshold, self.bandwidth)

@@ -7,7 +7,7 @@ spliced back into the model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -48,7 +48,7 @@ class NCL(Head):
         hidden: int | None = None,
         decoder: bool = False,
         name: str | None = "ncl",
-        normalize_input: bool = True,
+        normalize_input: bool | Literal["layer_norm"] = True,
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)

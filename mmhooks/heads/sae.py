@@ -7,7 +7,7 @@ One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,7 +66,7 @@ class SAE(Head):
         n_features: int,
         *,
         name: str | None = "sae",
-        normalize_input: bool = True,
+        normalize_input: bool | Literal["layer_norm"] = True,
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads import sparse
+from mmhooks.heads.batchtopk import BatchTopKSAE, threshold_at
 from mmhooks.heads.fidelity import fidelity
 from mmhooks.heads.geometry import geometric_median, mean_row, total_variance, unit_rows
 from mmhooks.heads.jumprelu import JumpReLUSAE
@@ -21,7 +22,7 @@ from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.relu import ReLUSAE
 from mmhooks.heads.resample import resample
 from mmhooks.heads.sae import SAE
-from mmhooks.heads.source import Rows
+from mmhooks.heads.source import Rows, Vectors
 from mmhooks.heads.sphere import project_out_, to_unit_
 
 
@@ -50,7 +51,7 @@ class SAEObjective(Objective):
         penalty: weight of the head's own penalty (ReLU: L1, divided by the data's standard deviation so that
             scale does not matter; JumpReLU: L0); by default the head's ``penalty_weight``. No other head has one.
         target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` in place of L0 (Rajamanoharan et al. 2024, app. F),
-            weighted by ``penalty`` (default 1).
+            weighted by ``penalty`` (default 1); thresholds start where so many features are active.
     """
 
     # On a few ten thousand vectors steps are what an SAE lacks: many small ones at a higher rate.
@@ -88,6 +89,9 @@ class SAEObjective(Objective):
             centred = sample - head.b_pre
             sketch = _sketch(head, centred)
             head.W_enc *= (centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30)
+        if self.target_l0 is not None:
+            assert isinstance(head, JumpReLUSAE)
+            head.set_threshold(threshold_at(head, self.target_l0, sample).clamp_min(1e-6))
 
     def rate(self, head: SAE, name: str) -> float:
         """With a K, biases learn at the data's scale; elsewhere they are what makes a head sparse, at the full rate."""
@@ -137,7 +141,9 @@ class SAEObjective(Objective):
     def _penalty(self, head: SAE, density: Float[Tensor, ""]) -> Float[Tensor, ""]:
         if self.target_l0 is not None:
             weight = 1.0 if self.penalty is None else self.penalty
-            return weight * (density / self.target_l0 - 1).square()
+            # The square of the whole batch's mean, of which this process may hold a part: its value and gradient.
+            miss = self.across(density.detach()) / self.target_l0 - 1
+            return weight * (miss.square() + 2 * miss * (density - density.detach()) / self.target_l0)
         weight = head.penalty_weight if self.penalty is None else self.penalty
         return weight * (density if isinstance(head, JumpReLUSAE) else density / self.spread)
 
@@ -182,6 +188,8 @@ class SAEObjective(Objective):
     def after_step(self, head: SAE) -> None:
         if head.unit_decoder:
             to_unit_(head.W_dec)
+        if isinstance(head, BatchTopKSAE):
+            head.threshold.copy_(self.across(head.threshold))
 
     def after_epoch(
         self,
@@ -199,8 +207,12 @@ class SAEObjective(Objective):
 
     @torch.no_grad()
     def finish(self, head: SAE, image: Rows, text: Rows | None) -> None:
+        """ReLU: the decoder's norms into the encoder. BatchTopK: the threshold where K are active on the data."""
         if isinstance(head, ReLUSAE):
             head.fold_norms()
+        if isinstance(head, BatchTopKSAE):
+            sample = self.stack(_some(image), None if text is None else _some(text))[0]
+            head.threshold.copy_(threshold_at(head, head.k, sample))
         one, two = self.offsets
         if one is not None and two is not None:
             # Used as one head, it stands between the modalities; by_modality() puts it where each one is.
@@ -225,3 +237,8 @@ def _sketch(head: Any, centred: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         values, places = sparse.encode(part, head.W_enc, head.b_enc, head.k)
         parts.append(sparse.decode(values, places, head.W_dec))
     return torch.cat(parts)
+
+
+def _some(rows: Rows, most: int = 32768) -> Float[Tensor, "_ d"]:
+    """Evenly spaced rows."""
+    return rows.sample(most) if isinstance(rows, Vectors) else rows[:: max(1, len(rows) // most)]

@@ -21,7 +21,7 @@ SITES = ("image.embed", "text.embed")
 
 
 class Vectors:
-    """The rows of one modality, in single precision and unit norm where ``head`` expects it.
+    """The rows of one modality, in single precision and scaled as ``head`` expects them.
 
     Indexed by a slice or by row numbers; ``split`` goes through all of them in order, as a tensor's does.
 
@@ -33,7 +33,7 @@ class Vectors:
     """
 
     def __init__(self, rows: Any, head: Head, device: torch.device) -> None:
-        self.rows, self.unit, self.device = rows, head.normalize_input, device
+        self.rows, self.head, self.device = rows, head, device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +44,7 @@ class Vectors:
             which = which.to(on)
         x = self.rows[which].to(self.device, torch.float32)
         # :func:`check` found every row finite and none of length 0.
-        return x / x.norm(dim=1, keepdim=True) if self.unit else x
+        return self.head.scaled(x)[0]
 
     def split(self, size: int) -> Iterator[Float[Tensor, "b d"]]:
         for begin in range(0, len(self), size):

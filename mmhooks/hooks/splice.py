@@ -6,13 +6,14 @@ With features ``f = enc(x)`` edited to ``f'``, the splice puts
     ``out = s dec(f')``                       (``error_term=False``)
 
 in the place of ``x``, where ``s = 1``; for a head with ``normalize_input``, ``f = enc(x / |x|)`` and
-``s = |x|``. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
+``s = |x|``; with ``"layer_norm"``, ``x`` less its mean over its deviation ``s``, and ``dec`` ends with adding the
+mean. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,7 @@ class HeadLike(Protocol):
     d_in: int
     n_features: int
     has_decoder: bool
-    normalize_input: bool
+    normalize_input: bool | Literal["layer_norm"]
 
     @property
     def id(self) -> str: ...
@@ -153,21 +154,23 @@ class HeadStep:
                 f"move it with head.to({str(x.device)!r})"
             )
 
-    def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The head's input and the scale ``s`` (None: 1), in the head's dtype unless autocast takes care."""
+    def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The head's input, scale ``s`` (None: 1) and shift (None: 0), in its dtype unless autocast takes care."""
         head = self.head
         if head.has_decoder and x.dtype != head.W_dec.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(head.W_dec.dtype)
         if not head.normalize_input:
-            return x, None
+            return x, None, None
+        if head.normalize_input == "layer_norm":
+            return head.scaled(x)
         scale = x.norm(dim=-1, keepdim=True)
-        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, None
 
     # -- the K active features -------------------------------------------------------------------------
 
     def _active(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Edits that keep zeros at zero need nothing but the active features."""
-        unit, scale = self._prepared(x)
+        unit, scale, _ = self._prepared(x)
         values, indices = self.head.encode_topk(unit)
         new = values
         for op in self.ops["latents"]:
@@ -186,16 +189,17 @@ class HeadStep:
     # -- all features ----------------------------------------------------------------------------------
 
     def _run(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        head, unit_scale = self.head, self._prepared(x)
-        unit, scale = unit_scale
+        head = self.head
+        unit, scale, shift = self._prepared(x)
         before, after = self._encode(unit)
         after, change = self._latents(before, after)
         recon_ops, error_ops = self.ops["recon"], self.ops["error"]
         scaled = (lambda t: t) if scale is None else (lambda t: t * scale)
+        back = scaled if shift is None else (lambda t: t * scale + shift)
         whole = not self.attachment.error_term and self.edits
         if recon_ops or error_ops or (whole and self.attachment.splice):
-            recon = scaled(head.decode(after)).to(x.dtype)
-            error = x - (recon if after is before else scaled(head.decode(before)).to(x.dtype))
+            recon = back(head.decode(after)).to(x.dtype)
+            error = x - (recon if after is before else back(head.decode(before)).to(x.dtype))
             recon_after = self._edit_and_read(recon_ops, recon)
             error_after = self._edit_and_read(error_ops, error)
         else:

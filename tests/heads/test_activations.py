@@ -19,6 +19,7 @@ from mmhooks.heads import (
     train_head,
 )
 from mmhooks.heads.jumprelu import count_above, jump_relu
+from mmhooks.heads.modality import by_modality
 from mmhooks.heads.sae_objective import SAEObjective
 
 DEAD = torch.zeros(48, dtype=torch.bool)
@@ -93,16 +94,37 @@ def test_batchtopk_threshold_is_in_the_file_and_refused_where_it_is_missing(pair
         fresh.encode(pairs[0])
     with pytest.raises(MMHooksError, match="no inference threshold yet"):
         load_head_dir(fresh.save(tmp_path / "fresh")).encode(pairs[0])
-    result = train_head(fresh, *pairs, epochs=20, batch_size=100, progress=False, valid=pairs)
+    scored: list[float] = []
+
+    class Watching(SAEObjective):
+        def score(self, head, image, text):
+            scored.append(fidelity(head, image, text).l0)
+            return super().score(head, image, text)
+
+    result = train_head(
+        fresh, *pairs, epochs=40, batch_size=100, progress=False, valid=pairs, objective=Watching()
+    )
+    assert scored[-1] == pytest.approx(5, rel=0.2)  # in training the running average already holds in use
     path = result.head.save(tmp_path / "h")
     weights = load_file(path / "model.safetensors")
     assert float(weights["threshold"]) > 0
     x = unit(pairs[0])
     assert torch.equal(load_head_dir(path).encode(x), fresh.encode(x))
-    assert fidelity(fresh, *pairs).l0 == pytest.approx(5, rel=0.25)  # the running average holds in use
+    assert fidelity(fresh, *pairs).l0 == pytest.approx(
+        5, abs=0.01
+    )  # calibrated on the training data at the end
     save_file({k: v for k, v in weights.items() if k != "threshold"}, path / "model.safetensors")
     with pytest.raises(MMHooksError, match="missing threshold"):
         load_head_dir(path)
+
+
+def test_batchtopk_threshold_fits_vectors_centred_by_modality(pairs) -> None:
+    head = BatchTopKSAE(16, 48, 5)
+    objective = SAEObjective(centre="modality")
+    train_head(head, *pairs, epochs=20, batch_size=100, objective=objective, progress=False)
+    heads = by_modality(head)
+    active = sum(float((heads[m].encode(unit(p)) > 0).sum()) for m, p in zip(heads, pairs, strict=True))
+    assert active / 1200 == pytest.approx(5, abs=0.02)
 
 
 # -- Matryoshka --------------------------------------------------------------------------------------------
@@ -225,16 +247,42 @@ def test_jumprelu_objective_weighs_l0_or_holds_it_at_a_target(pairs) -> None:
     assert float(held.detach()) == pytest.approx((l0 / 4 - 1) ** 2, rel=1e-4)
 
 
+def test_jumprelu_target_is_that_of_the_whole_batch_when_processes_share_it(pairs) -> None:
+    """Two halves whose gradients are averaged, as processes do, give the gradient of the whole."""
+    head = shaken(JumpReLUSAE(16, 48, threshold=0.2))
+    image, text = (unit(p) for p in pairs)
+
+    def gradient(rows: slice, whole: torch.Tensor | None) -> torch.Tensor:
+        objective = SAEObjective(target_l0=4.0)
+        objective.measure(image, text)
+        if whole is not None:
+            objective.across = lambda x: whole
+        out = head.training_pass(torch.cat([image[rows], text[rows]]))
+        assert out.penalty is not None
+        (grad,) = torch.autograd.grad(objective._penalty(head, out.penalty), head.threshold_log)
+        return grad
+
+    whole = head.training_pass(torch.cat([image, text])).penalty
+    assert whole is not None
+    halves = [gradient(rows, whole.detach()) for rows in (slice(0, 300), slice(300, 600))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, gradient(slice(0, 600), None))
+    by_hand = (whole / 4 - 1).square()
+    (expected,) = torch.autograd.grad(by_hand, head.threshold_log)
+    torch.testing.assert_close(gradient(slice(0, 600), None), expected)
+
+
 def test_jumprelu_training_reaches_its_target(pairs) -> None:
     head = JumpReLUSAE(16, 48, threshold=0.1)
-    before = head.log_threshold.detach().clone()
+    before = head.threshold.detach().clone()
     assert fidelity(head, *pairs).l0 > 8
     objective = SAEObjective(target_l0=5.0)
-    train_head(head, *pairs, epochs=60, batch_size=100, lr=5e-3, objective=objective, progress=False)
+    objective.start(head, *(unit(p) for p in pairs))
+    assert fidelity(head, *pairs).l0 == pytest.approx(5, rel=0.01)  # where training starts
+    train_head(head, *pairs, epochs=40, batch_size=100, lr=5e-3, objective=objective, progress=False)
     got = fidelity(head, *pairs)
-    assert got.l0 == pytest.approx(5, rel=0.3)
+    assert got.l0 == pytest.approx(5, rel=0.2)
     assert fidelity(head, pairs[0]).fvu < 0.3
-    assert bool((head.log_threshold != before).any()) and bool((head.threshold > 0).all())
+    assert bool((head.threshold != before).any()) and bool((head.threshold > 0).all())
 
 
 # -- ReLU --------------------------------------------------------------------------------------------------
@@ -355,3 +403,48 @@ def test_options_that_a_head_has_no_use_for_are_refused(pairs) -> None:
         train_head(TopKSAE(16, 48, 5), *pairs, objective=SAEObjective(penalty=0.1), progress=False)
     with pytest.raises(MMHooksError, match="target_l0=5.0 needs an L0 with a gradient"):
         train_head(ReLUSAE(16, 48), *pairs, objective=SAEObjective(target_l0=5.0), progress=False)
+
+
+# -- faults that would bend every number -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fvu_of_the_mean_alone_is_one_wherever_the_cloud_lies(kind) -> None:
+    """The fault: a variance about zero, or about one number for all dimensions, in place of the mean vector."""
+    g = torch.Generator().manual_seed(2)
+    clouds = [torch.randn(300, 16, generator=g) * 0.1 + torch.linspace(3, 9, 16) * sign for sign in (1, -1)]
+    head = KINDS[kind]()
+    head.normalize_input = False
+    with torch.no_grad():
+        head.W_dec.zero_()
+        if isinstance(head, BatchTopKSAE):
+            head.threshold.fill_(0.1)
+    for x in clouds:
+        with torch.no_grad():
+            head.b_pre.copy_(x.mean(dim=0))
+        assert fidelity(head, x).fvu == pytest.approx(1, rel=1e-4)
+        objective = SAEObjective(penalty=0.0 if head.penalty_weight else None)
+        objective.measure(x, None)
+        assert float(objective.loss(head, x, None, DEAD).parts["fvu"]) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pre_bias_counts_once_everywhere(pairs, kind) -> None:
+    """The fault: ``b_dec`` added by the decoder and again by the loss, AuxK or a nested level."""
+    head, x = KINDS[kind](), unit(pairs[0][:50])
+    with torch.no_grad():
+        head.b_pre.copy_(torch.linspace(-1, 1, 16))
+        head.b_enc.fill_(-1e4)  # nothing fires: every reconstruction is the pre-bias
+        if isinstance(head, BatchTopKSAE):
+            head.threshold.fill_(0.1)
+    for recon in (*head.training_pass(x).recons, head(x), head.decode(torch.zeros(50, 48))):
+        torch.testing.assert_close(recon, head.b_pre.expand(50, 16))
+    shaken(head)
+    dead = DEAD.clone()
+    dead[[2, 7, 11]] = True
+    error = torch.randn(50, 16, generator=torch.Generator().manual_seed(4))
+    pre = head.pre(x)[:, dead]
+    top = pre.topk(2, dim=1)
+    guess = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ head.W_dec[dead]
+    expected = (error - guess).square().sum() / error.square().sum()  # the error holds no bias, nor does e'
+    torch.testing.assert_close(SAEObjective(aux_k=2).auxiliary(head, x, error, dead), expected)

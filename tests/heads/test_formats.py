@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.errors import MissingWeights, MMHooksError, NotFinite
 from mmhooks.heads import NCL, SAE
 from mmhooks.heads.formats import FORMATS, load_saelens, read_head, save_saelens
 
@@ -32,6 +32,16 @@ def topk(z: Tensor, k: int) -> Tensor:
 def same(head: SAE, f: Tensor, recon: Tensor, x: Tensor = X) -> None:
     torch.testing.assert_close(head.encode(x).detach(), f, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head(x).detach(), recon, atol=1e-5, rtol=1e-5)
+
+
+def tiny_model() -> tuple[mm.HookedCLIP, Tensor]:
+    from open_clip import CLIP
+
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    model = CLIP(embed_dim=D, vision_cfg=vision, text_cfg=text).eval()  # type: ignore[arg-type]
+    return mm.HookedCLIP(model), torch.randn(5, 3, 16, 16)
 
 
 # -- SAELens -----------------------------------------------------------------------------------------------
@@ -108,11 +118,61 @@ def test_saelens_rows_of_constant_norm_are_unit_norm_and_a_scale(tmp_path) -> No
     same(head, f, recon / norm, x=head.prepare(X))
 
 
+def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mu = x.mean(dim=-1, keepdim=True)
+    std = (x - mu).std(dim=-1, keepdim=True)
+    return (x - mu) / (std + 1e-5), mu, std
+
+
+@pytest.mark.parametrize("library", ["SAELens", "ViT-Prisma"])
+def test_layer_normed_inputs_alone_and_in_the_graph(tmp_path, library) -> None:
+    """Both libraries standardise each row and give the reconstruction its mean and deviation back."""
+    if library == "SAELens":
+        w = saelens(tmp_path / "s", architecture="standard", normalize_activations="layer_norm")
+    else:
+        w = prisma(tmp_path / "s", normalize_activations="layer_norm")
+
+    def features(x: Tensor) -> Tensor:
+        return ((layer_norm(x)[0] - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+
+    def recon(f: Tensor, x: Tensor) -> Tensor:
+        _, mu, std = layer_norm(x)
+        return (f @ w["W_dec"] + w["b_dec"]) * std + mu
+
+    head = mm.load_head(tmp_path / "s")
+    rows, scale, shift = head.scaled(X)
+    f = features(X)
+    torch.testing.assert_close(head.encode(rows).detach(), f, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head(rows).detach() * scale + shift, recon(f, X), atol=1e-5, rtol=1e-5)
+    with pytest.raises(NotFinite, match="1 of 2 input rows are constant"):
+        head.prepare(torch.stack([torch.ones(D), X[0]]))
+
+    model, images = tiny_model()
+    with torch.no_grad():
+        x = model.encode_image(images)
+        model.attach(head, at="image.embed")
+        assert torch.equal(model.encode_image(images), x)
+        _, cache = model.run_with_cache(images=images, sites=["image.embed.sae.recon"])
+        with model.hooks(mask=[0, 3, 7]):
+            z = model.encode_image(images)
+        masked = features(x)
+        masked[:, [0, 3, 7]] = 0
+        close = {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(cache["image.embed.sae.recon"], recon(features(x), x), **close)
+        torch.testing.assert_close(z, recon(masked, x) + (x - recon(features(x), x)), **close)
+        model.detach()
+        model.attach(head, at="image.embed", error_term=False)
+        with model.hooks(mask=[0, 3, 7]):
+            torch.testing.assert_close(model.encode_image(images), recon(masked, x), **close)
+    back = mm.load_head(head.save(tmp_path / "own"))
+    assert back.normalize_input == "layer_norm" and back.id == head.id
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"architecture": "gated"}, "'gated' has no counterpart.*topk"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm.*no weights can hold"),
+        ({"normalize_activations": "expected_average_only_in"}, "statistics that are not in the file"),
         ({"d_sae": 21}, r"d_sae = 21, W_enc is \[6, 20\]"),
         ({"k": None}, "names no k"),
         ({"architecture": "jumprelu"}, "missing threshold"),
@@ -396,7 +456,7 @@ def test_prisma(tmp_path) -> None:
     for cfg, match in (
         ({"architecture": "gated"}, "'gated'"),
         ({"activation_fn_str": "tanh-relu"}, "'tanh-relu'"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm.*no weights can hold"),
+        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
     ):
         prisma(tmp_path / str(match), **cfg)
         with pytest.raises(MMHooksError, match=match):
@@ -479,14 +539,8 @@ def attached_prisma(path: Path):
 )
 def test_a_foreign_head_attached_reconstructs_as_its_library(tmp_path, write) -> None:
     """In the graph: the reconstruction site carries the library's own reconstruction of the embedding."""
-    from open_clip import CLIP
-
     recon_of = write(tmp_path / "h")
-    torch.manual_seed(0)
-    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-    text = {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
-    model = mm.HookedCLIP(CLIP(embed_dim=D, vision_cfg=vision, text_cfg=text).eval())  # type: ignore[arg-type]
-    images = torch.randn(5, 3, 16, 16)
+    model, images = tiny_model()
     head = mm.load_head(tmp_path / "h")
     site = f"image.embed.{head.name}"
     with torch.no_grad():

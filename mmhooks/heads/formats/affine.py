@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -74,7 +74,7 @@ class Affine:
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_pre": self.b_pre}
         n, d = self.W_enc.shape
         head = KINDS[kind](
-            d, n, name=options.name or "sae", normalize_input=bool(options.normalize_input), **config
+            d, n, name=options.name or "sae", normalize_input=options.normalize_input or False, **config
         )
         assert isinstance(head, SAE)
         state = {k: v.float().contiguous() for k, v in (tensors | dict(extra or {})).items()}
@@ -89,15 +89,31 @@ class Options:
 
     Attributes:
         name: of the head (default "sae").
-        normalize_input: whether raw vectors are given unit norm first; foreign formats: no, unless they say so.
+        normalize_input: whether raw vectors are given unit norm (or ``"layer_norm"``) first; foreign formats: no,
+            unless they say so.
         kind, k, threshold: the activation, where the file does not tell it.
     """
 
     name: str | None = None
-    normalize_input: bool | None = None
+    normalize_input: bool | Literal["layer_norm"] | None = None
     kind: str | None = None
     k: int | None = None
     threshold: float | None = None
+
+
+def scaling_of(name: str | None, affine: Affine, options: Options, where: Path) -> tuple[Affine, Options]:
+    """What SAELens and ViT-Prisma call ``normalize_activations``, in our terms."""
+    name = name or "none"
+    if name == "none":
+        return affine, options
+    if name == "constant_norm_rescale":  # rows of norm sqrt(d): unit norm, and a scale in the weights
+        return affine.input_scaled(affine.W_enc.shape[1] ** 0.5), replace(options, normalize_input=True)
+    if name == "layer_norm":
+        return affine, replace(options, normalize_input="layer_norm")
+    raise MMHooksError(
+        f"{where}: normalize_activations={name!r} scales the input by statistics that are not in the file; fold "
+        "them with SAELens first (sae.fold_activation_norm_scaling_factor or fold_activation_whitening)"
+    )
 
 
 def take(

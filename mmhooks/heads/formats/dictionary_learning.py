@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.jumprelu import from_log
 from mmhooks.heads.sae import SAE
 
 WEIGHTS = "ae.pt"
@@ -46,7 +47,7 @@ def read(path: Path, options: Options) -> SAE:
             )
         extra["threshold"] = torch.tensor(threshold)
     elif kind == "jumprelu":
-        extra["log_threshold"] = state["threshold"].float().clamp_min(0).log()
+        extra["threshold_log"] = from_log(state["threshold"].float().clamp_min(0).log())
     return affine.build(
         kind,
         where=where,

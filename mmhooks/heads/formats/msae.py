@@ -12,6 +12,7 @@ from typing import Any
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
+from mmhooks.heads.jumprelu import from_log
 from mmhooks.heads.sae import SAE
 
 NAME = re.compile(
@@ -56,7 +57,7 @@ def read(path: Path, options: Options) -> SAE:
     affine = Affine.of(weights, path).input_scaled(float(scale), mean)
     kind, config = "relu", {}
     if found["activation"] == "JumpReLU":
-        kind, extra = "jumprelu", {"log_threshold": state[thresholds[0]]}
+        kind, extra = "jumprelu", {"threshold_log": from_log(state[thresholds[0]].float())}
     elif options.k is not None:
         kind, config = "topk", {"k": options.k}
     return affine.build(

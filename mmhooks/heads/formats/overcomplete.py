@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
+from mmhooks.heads.jumprelu import from_log
 from mmhooks.heads.sae import SAE
 
 ROWS = "dictionary._weights"
@@ -41,7 +42,9 @@ def read(path: Path, options: Options) -> SAE:
     )
     build = {"where": path, "source": "overcomplete", "options": options}
     if "thresholds" in state:
-        return affine.build("jumprelu", extra={"log_threshold": state["thresholds"]}, **build)
+        return affine.build(
+            "jumprelu", extra={"threshold_log": from_log(state["thresholds"].float())}, **build
+        )
     if options.threshold is not None:
         threshold = torch.tensor(float(options.threshold))
         return affine.build("batchtopk", extra={"threshold": threshold}, k=options.k or 1, **build)

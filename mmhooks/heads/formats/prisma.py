@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
 from mmhooks.heads.sae import SAE
 
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
@@ -21,29 +21,22 @@ def read(path: Path, options: Options) -> SAE:
     """``path`` is the folder, or its ``.pt`` file. ReLU and TopK of the standard architecture.
 
     Raises:
-        MMHooksError: a gated SAE, another activation, or layer-normed inputs, which no weights can hold.
+        MMHooksError: a gated SAE, or another activation.
     """
     folder = path if path.is_dir() else path.parent
     where = path if path.is_file() else weights_of(folder)
     cfg = read_json(folder / "config.json")
-    scaling, activation = cfg.get("normalize_activations") or "none", cfg.get("activation_fn_str", "relu")
+    activation = cfg.get("activation_fn_str", "relu")
     k = options.k or (cfg.get("activation_fn_kwargs") or {}).get("k")
     if cfg.get("architecture", "standard") != "standard" or activation not in ("relu", "topk"):
         raise MMHooksError(
             f"{folder / 'config.json'}: read are standard SAEs with relu or topk, came "
             f"{cfg.get('architecture')!r} with {activation!r}"
         )
-    if scaling not in ("none", "constant_norm_rescale"):
-        raise MMHooksError(
-            f"{folder / 'config.json'}: normalize_activations={scaling!r}: each input is scaled by statistics of "
-            "its own, which no weights can hold"
-        )
     payload = read_tensors(where)
     weights = take(payload.get("state_dict", payload), NAMES, where)
     affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, where)
-    if scaling == "constant_norm_rescale":
-        affine = affine.input_scaled(affine.W_enc.shape[1] ** 0.5)
-        options = Options(name=options.name, normalize_input=True)
+    affine, options = scaling_of(cfg.get("normalize_activations"), affine, options, folder / "config.json")
     config: dict[str, Any] = {"k": k} if activation == "topk" else {}
     kind = "topk" if activation == "topk" else "relu"
     return affine.build(kind, where=where, source="ViT-Prisma", options=options, about=cfg, **config)

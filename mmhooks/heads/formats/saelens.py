@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads.base import KINDS, Head, load_strictly
-from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
+from mmhooks.heads.jumprelu import JumpReLUSAE, from_log
 from mmhooks.heads.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -33,7 +34,9 @@ WRITTEN = {
 }
 
 
-def load_saelens(path: str | Path, *, name: str | None = None, normalize_input: bool | None = None) -> SAE:
+def load_saelens(
+    path: str | Path, *, name: str | None = None, normalize_input: bool | Literal["layer_norm"] | None = None
+) -> SAE:
     """The SAE in a directory written by SAELens (``sae.save_model``): topk, standard, jumprelu, batchtopk.
 
     Its inputs are taken as they come, as SAELens does; pass ``normalize_input=True`` if it was trained on
@@ -83,15 +86,7 @@ def read(path: Path, options: Options) -> SAE:
         affine = affine.row_norms_folded()
     if not cfg.get("apply_b_dec_to_input", True):
         affine = affine.encoder_unshifted()
-    scaling = cfg.get("normalize_activations") or "none"
-    if scaling == "constant_norm_rescale":  # rows of norm sqrt(d): unit norm, and a scale in the weights
-        affine = affine.input_scaled(cfg["d_in"] ** 0.5)
-        options = Options(name=options.name, normalize_input=True)
-    elif scaling != "none":
-        raise MMHooksError(
-            f"{path / CONFIG}: normalize_activations={scaling!r} scales the input in a way that no weights can "
-            "hold; where it is a constant, fold it with SAELens first (sae.fold_activation_norm_scaling_factor)"
-        )
+    affine, options = scaling_of(cfg.get("normalize_activations"), affine, options, path / CONFIG)
     return affine.build(
         kind, where=where, source="SAELens", options=options, extra=extra, about=cfg, **config
     )
@@ -124,12 +119,12 @@ def _activation(
         return kind, {"threshold": threshold}, {"k": max(1, round(cfg["k"]))}, state
     if kind == "jumprelu":
         if "log_threshold" in state:  # training checkpoints of before 6.0
-            log_threshold = state.pop("log_threshold")
+            log_threshold = state.pop("log_threshold").float()
         elif "threshold" in state:
             log_threshold = state.pop("threshold").float().clamp_min(0).log()  # at zero or below: ReLU
         else:
             raise MMHooksError(f"{where}: missing threshold, as a jumprelu SAE has it")
-        return kind, {"log_threshold": log_threshold}, {}, state
+        return kind, {"threshold_log": from_log(log_threshold)}, {}, state
     return kind, {}, {}, state
 
 
@@ -148,7 +143,7 @@ def _own(
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     if ours["kind"] == "jumprelu":
         assert threshold is not None
-        weights["log_threshold"] = threshold.log()
+        weights["threshold_log"] = from_log(threshold.log())
     elif ours["kind"] == "batchtopk":
         assert threshold is not None
         weights["threshold"] = threshold[0].clone()
@@ -173,7 +168,8 @@ def save_saelens(head: Head, path: str | Path) -> Path:
     tensors["W_enc"] = tensors["W_enc"].T
     cfg: dict[str, Any] = {"architecture": WRITTEN[head.kind], "d_in": head.d_in, "d_sae": head.n_features}
     if head.kind == "jumprelu":
-        tensors["threshold"] = state["log_threshold"].exp()
+        assert isinstance(head, JumpReLUSAE)
+        tensors["threshold"] = head.threshold.detach().to("cpu", torch.float32)
     elif head.kind == "batchtopk":
         if bool(state["threshold"].isnan()):
             raise MMHooksError(
