@@ -46,7 +46,7 @@ from mmhooks.heads.base import Head
 
 SIDES: tuple[Side, ...] = get_args(Side)
 BRIDGE_FEATURES = 4096
-CKNNA_ROWS, CKNNA_BLOCKS, CKNNA_NEIGHBOURS = 1000, 20, 10
+CKNNA_ROWS, CKNNA_BLOCKS, CKNNA_NEIGHBOURS = 1000, 10, 10
 COMPARED = (
     ("image embeddings", "text embeddings"),
     ("image embeddings", "image latents"),
@@ -99,7 +99,7 @@ def measure(
 
     MDS with groups and tests, density and L0, top samples, EmbedSim, WinRate, MonoSemanticity, modality gap,
     bridges, CKNNA. After the pass the vectors of top samples, of one random pool and of the paper's controls are
-    read by number, and for CKNNA at most 20 blocks of 1,000 rows. Under ``torchrun`` (an initialised
+    read by number, and for CKNNA at most 10 blocks of 1,000 rows. Under ``torchrun`` (an initialised
     ``torch.distributed``) the processes share the batches out and all return the same result.
 
     Args:
