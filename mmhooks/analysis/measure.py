@@ -14,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.analysis.bridge import Bridge, BridgeResult
+from mmhooks.analysis.cknna_metric import CKNNA
 from mmhooks.analysis.density_metric import FeatureDensity
 from mmhooks.analysis.entries import Latents
 from mmhooks.analysis.gap_metric import ModalityMeans
 from mmhooks.analysis.geometry import gap_of
 from mmhooks.analysis.grouped import Grouped
 from mmhooks.analysis.inference import differs_from_half, permutation_test
+from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.mds_metric import MDS, activation
 from mmhooks.analysis.measures import Measures
 from mmhooks.analysis.monosemanticity import textual_monosemanticity, visual_monosemanticity
@@ -44,6 +46,13 @@ from mmhooks.heads.base import Head
 
 SIDES: tuple[Side, ...] = get_args(Side)
 BRIDGE_FEATURES = 4096
+CKNNA_ROWS, CKNNA_BLOCKS, CKNNA_NEIGHBOURS = 1000, 10, 10
+COMPARED = (
+    ("image embeddings", "text embeddings"),
+    ("image embeddings", "image latents"),
+    ("text embeddings", "text latents"),
+    ("image latents", "text latents"),
+)
 
 
 class Clock:
@@ -89,9 +98,9 @@ def measure(
     """Every measure of both sides of a store, in one pass with memory that does not grow with it.
 
     MDS with groups and tests, density and L0, top samples, EmbedSim, WinRate, MonoSemanticity, modality gap,
-    bridges. After the pass the vectors of top samples, of one random pool and of the paper's controls are read
-    by number. Under ``torchrun`` (an initialised ``torch.distributed``) the processes share the batches out and
-    all return the same result.
+    bridges, CKNNA. After the pass the vectors of top samples, of one random pool and of the paper's controls are
+    read by number, and for CKNNA at most 10 blocks of 1,000 rows. Under ``torchrun`` (an initialised
+    ``torch.distributed``) the processes share the batches out and all return the same result.
 
     Args:
         store: :class:`mmhooks.data.Store`, or anything that reads like one.
@@ -163,6 +172,8 @@ def measure(
         found = {side: metric.result() for side, metric in top.items()}
         densities = {side: metric.result() for side, metric in fires.items()}
         monosemanticity = {side: metric.result() for side, metric in mono.items()}
+    with clock("CKNNA"):
+        alignment = _alignment(inputs, kind, skipped)
     with clock("EmbedSim and WinRate"):
         samples = {
             s: samples_of(found[s], judge, n, m=m, pool=pool, seed=seed, s_minus=_mean_cosine(mono[s]))
@@ -197,6 +208,7 @@ def measure(
         contrasts=contrasts,
         permutations=permutations,
         bridge=_bridge_result(bridge, head),
+        cknna=alignment,
         skipped=skipped,
         seconds=clock.all(),
     )
@@ -254,6 +266,32 @@ def _bridge(n_features: int, head: Head | None, skipped: dict[str, str]) -> Brid
 
 def _bridge_result(bridge: Bridge | None, head: Head | None) -> BridgeResult | None:
     return None if bridge is None or head is None else bridge.result(head.W_dec)  # type: ignore[arg-type]
+
+
+def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str, str]) -> dict[str, Estimate]:
+    """CKNNA of what lies beside each other, over blocks of rows spread evenly over the store."""
+    size = min(CKNNA_ROWS, inputs.n)
+    if not inputs.embeddings or size < 2 * CKNNA_NEIGHBOURS:
+        skipped["CKNNA"] = (
+            f"needs embeddings and {2 * CKNNA_NEIGHBOURS} pairs, came {inputs.n} pairs and "
+            f"{', '.join(rows.name for rows in inputs.embeddings.values()) or 'no embeddings'}"
+        )
+        return {}
+    blocks = min(CKNNA_BLOCKS, inputs.n // size)
+    metrics: dict[str, CKNNA] = {}
+    for _, block, _ in share(blocks, 1):
+        begin = block * (inputs.n - size) // max(1, blocks - 1)
+        rows = slice(begin, begin + size)
+        tables: dict[str, Tensor] = {f"{s} embeddings": v[rows].cpu() for s, v in inputs.embeddings.items()}
+        for side in inputs.embeddings:
+            latents = _activated(inputs.latents[side][rows], kind)
+            tables[f"{side} latents"] = latents.dense() if isinstance(latents, SparseRows) else latents
+        for one, other in COMPARED:
+            if one in tables and other in tables:
+                metric = metrics.setdefault(f"{one} – {other}", CKNNA(k=CKNNA_NEIGHBOURS))
+                metric.update(tables[one], tables[other])
+    names = [f"{a} – {b}" for a, b in COMPARED if all(x.split()[0] in inputs.embeddings for x in (a, b))]
+    return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
 
 
 def _activated(latents: Latents, kind: Literal["relu", "abs"]) -> Latents:

@@ -121,18 +121,24 @@ class TopSamples(Metric):
         value, feature, sample, row = value[beats], feature[beats], sample[beats], row[beats]
         if not len(value):
             return
-        fresh = torch.stack([value, sample], 1)
-        if vectors is not None:
-            fresh = torch.cat([fresh, vectors.detach().cpu().double()[row]], 1)
         touched = feature.unique()
         held = best[touched].flatten(0, 1)
-        together = torch.cat([held, fresh])
         owner = torch.cat([touched.repeat_interleave(self.m), feature])
-        order = np.lexsort((together[:, 1].numpy(), -together[:, 0].numpy(), owner.numpy()))
-        owner, together = owner[order], together[order]
+        values, samples = torch.cat([held[:, 0], value]), torch.cat([held[:, 1], sample])
+        order = torch.from_numpy(np.lexsort((samples.numpy(), -values.numpy(), owner.numpy())))
+        owner = owner[order]
         rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
         keep = rank < self.m
-        best[owner[keep], rank[keep]] = together[keep]
+        owner, rank, order = owner[keep], rank[keep], order[keep]
+        # Vectors are gathered for those that stay alone: in the first batches, few of many.
+        new = order >= len(held)
+        chosen = torch.empty(len(order), best.shape[2], dtype=torch.float64)
+        chosen[~new] = held[order[~new]]
+        fresh = order[new] - len(held)
+        chosen[new, 0], chosen[new, 1] = value[fresh], sample[fresh]
+        if vectors is not None:
+            chosen[new, 2:] = vectors.detach().cpu().double()[row[fresh]]
+        best[owner, rank] = chosen
         self.best = best.to(self.best.device)
 
 

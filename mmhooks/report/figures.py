@@ -59,7 +59,7 @@ def mds_histograms(panels: Sequence[Histogram], palette: Palette = LIGHT) -> Fig
 
     if not panels:
         raise ShapeMismatch("no histogram to draw: expected at least one panel")
-    figure = Figure(figsize=(3.1 * len(panels) + 0.4, 3.0), layout="constrained")
+    figure = Figure(figsize=(max(4.8, 3.1 * len(panels) + 0.4), 3.0), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _histogram(axis, panel, palette)

@@ -112,7 +112,7 @@ def _figures(result: Measures) -> dict[str, tuple[bytes, str]]:
 
     if scores:
         note = f"r shuffled {fixed(mds.shuffled_r, 2)}"
-        panel = Histogram("", scores, mds.mu, mds.sigma, sizes, note)
+        panel = Histogram(f"{result.n_pairs:,} pairs", scores, mds.mu, mds.sigma, sizes, note)
         add("mds.png", lambda p: mds_histograms([panel], p), f"MDS of {len(scores)} alive features.")
     densities = {side: d.histogram() for side, d in result.density.items()}
     add("density.png", lambda p: density_histograms(densities, p), "How many features fire how often.")

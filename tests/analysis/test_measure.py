@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import statistics
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.nn.functional import normalize
 from typer.testing import CliRunner
 
 import mmhooks as mm
+from mmhooks.analysis.cknna import cknna
+from mmhooks.analysis.cknna_metric import CKNNA
 from mmhooks.analysis.geometry import density, modality_gap
 from mmhooks.analysis.inference import benjamini_hochberg, differs_from_half, permutation_test
 from mmhooks.analysis.measure import measure
@@ -122,7 +125,13 @@ def test_equals_the_measures_of_whole_tables(whole):
     together = a.T.double() @ b.double() / N
     unit = normalize(sae.W_dec.detach().double(), dim=1)
     close(result.bridge.own, (together * (unit @ unit.T)).diagonal(), 1e-5)
-    assert not result.skipped
+    assert result.cknna["image embeddings – text embeddings"].value == pytest.approx(
+        cknna(store["image.embed"].table, store["text.embed"].table)
+    )
+    assert result.cknna["text embeddings – text latents"].value == pytest.approx(
+        cknna(store["text.embed"].table, b)
+    )
+    assert len(result.cknna) == 4 and not result.skipped
 
 
 def test_functions_take_a_store(whole):
@@ -169,7 +178,7 @@ def test_what_is_missing_is_said(whole):
     bare = MemoryStore({f"{s}.embed.sae.latents": latents[s] for s in ("image", "text")})
     result = measure(bare, m=5, progress=False)
     assert not result.embed_sim and result.gap is None and result.bridge is None
-    assert len(result.skipped) == 4 and "image.embed" in " ".join(result.skipped.values())
+    assert len(result.skipped) == 5 and "image.embed" in " ".join(result.skipped.values())
     close(result.mds.R, mm.mds(latents["image"].dense(), latents["text"].dense()).R)
     assert "Skipped" in result.tables()
     with pytest.raises(UnknownSite, match=r"image\.embed"):
@@ -319,6 +328,25 @@ def test_command(tmp_path):
     )
     wrong = CliRunner().invoke(app, [*command[:-1], "nowhere.safetensors"])
     assert wrong.exit_code == 1 and "mmhooks: no file nowhere.safetensors" in wrong.output
+
+
+def test_cknna_is_the_mean_over_batches():
+    torch.manual_seed(5)
+    one = torch.randn(6, 30, 4)
+    other = one + torch.randn(6, 30, 4)
+    parts = CKNNA(k=5), CKNNA(k=5)
+    for i in range(6):
+        parts[i % 2].update(one[i], other[i])
+    parts[0].merge_state(parts[1])
+    found, values = parts[0].result(), [cknna(a, b, k=5) for a, b in zip(one, other, strict=True)]
+    assert found.n == 6 and found.value == pytest.approx(sum(values) / 6)
+    error = statistics.stdev(values) / math.sqrt(6)
+    assert found.high - found.value == pytest.approx(2.5706 * error, rel=1e-3)
+    empty = CKNNA(k=5)
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert math.isnan(empty.result().value)
+    with pytest.raises(ShapeMismatch):
+        empty.update(torch.randn(4, 3), torch.randn(4, 3))
 
 
 def test_dominance_is_tested_feature_by_feature():
