@@ -35,7 +35,7 @@ def sweep(
     """
     from mmhooks.analysis.sweep import sweep as run
     from mmhooks.heads.source import paired
-    from mmhooks.report.style import LIGHT, dressed
+    from mmhooks.report.style import draw
     from mmhooks.report.training import sweep_figure
 
     with clear_errors():
@@ -47,8 +47,8 @@ def sweep(
             store, out=out, k=_numbers(k), n=_numbers(n), variants=variants.split(","), seeds=_numbers(seeds),
             valid=held_out, sites=names, epochs=epochs, batch_size=batch_size, lr=lr,  # type: ignore[arg-type]
         )  # fmt: skip
-        with dressed(LIGHT):
-            sweep_figure(result.rows).savefig(out / "pareto.png", dpi=160)
+        figure, _ = draw(lambda palette: sweep_figure(result.rows, palette), alt="sweep", dark=False)
+        (out / "pareto.png").write_bytes(figure.data)
         typer.echo(result.table().markdown())
         typer.echo(f"\n{out}/sweep.json, sweep.md, pareto.png; heads in {out}/heads")
 

@@ -90,7 +90,7 @@ def train(
     from mmhooks.heads.source import every_tenth, paired
     from mmhooks.heads.team import Team
     from mmhooks.heads.train import default_objective, train_head
-    from mmhooks.report.style import LIGHT, dressed
+    from mmhooks.report.style import draw
     from mmhooks.report.training import training_figure
 
     with clear_errors():
@@ -130,8 +130,8 @@ def train(
         (out / "training.json").write_text(
             json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
         )
-        with dressed(LIGHT):
-            training_figure(result.history).savefig(out / "training.png", dpi=160)
+        figure, _ = draw(lambda palette: training_figure(result.history, palette), alt="training", dark=False)
+        (out / "training.png").write_bytes(figure.data)
         typer.echo(
             f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}"
         )

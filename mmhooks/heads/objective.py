@@ -70,9 +70,10 @@ class Objective:
         sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        """After epoch ``epoch`` (from 1), ``done`` of the training: may bring dead features back; returns how many. ``sample()`` gives
-        some training pairs. Must be a function of its
-        arguments alone, so that a resumed run does the same."""
+        """After epoch ``epoch`` (from 1), ``done`` of the training: may bring dead features back; returns how many.
+
+        ``sample()`` gives some training pairs. A function of its arguments alone, so that a resumed run does the same.
+        """
         return 0
 
     def finish(self, head: Any, image: Rows, text: Rows | None) -> None:

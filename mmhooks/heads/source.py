@@ -74,7 +74,7 @@ Rows = Float[Tensor, "_ d"] | Vectors
 
 
 def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
-    """Image rows and text rows (or None) of a tensor pair, a store, or the directory of one.
+    """Image rows and text rows (or None) of a pair of tensors or stored sites, a store, or the directory of one.
 
     A store gives the first of ``sites``, and the second where it holds it.
 
@@ -82,12 +82,12 @@ def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[A
         MMHooksError: a store and a tensor together, or more than two sites.
         ShapeMismatch: a site that holds no dense vectors, one a row.
     """
-    if isinstance(data, Tensor | Chosen):
-        return data, text
     if isinstance(data, str | Path):
         from mmhooks.data.store import Store
 
         data = Store(data)
+    if not hasattr(data, "sites"):
+        return data, text
     if text is not None:
         raise MMHooksError("a store holds both modalities: pass text= only beside a tensor, or name sites=")
     if not 1 <= len(sites) <= 2:

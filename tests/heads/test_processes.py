@@ -53,7 +53,12 @@ def test_two_processes_follow_one(tmp_path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TOGETHER)
     (tmp_path / "tests_conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
     said = {}
     for name, launch in {
         "one": [sys.executable],
@@ -108,7 +113,16 @@ def killed_training(checkpoint: Path, out: Path, torn: bool) -> None:
     module.save_file = dying
     x = torch.randn(600, 32, generator=torch.Generator().manual_seed(5))
     sae = TopKSAE(32, 4096, 8)
-    train_head(sae, x, x.flip(1), epochs=12, batch_size=100, checkpoint=checkpoint, checkpoint_every=2, progress=False)
+    train_head(
+        sae,
+        x,
+        x.flip(1),
+        epochs=12,
+        batch_size=100,
+        checkpoint=checkpoint,
+        checkpoint_every=2,
+        progress=False,
+    )
     sae.save(out)
 
 

@@ -32,7 +32,11 @@ def test_a_store_its_path_and_the_tensors_train_to_the_same_bits(pairs, held_out
     for make in (lambda: TopKSAE(16, 48, 5), lambda: NCL(16, 32)):
         results = [
             train_head(make(), *data, valid=v, **SETTINGS)
-            for data, v in ((pairs, held_out), ((store,), valid), ((str(tmp_path / "acts"),), tmp_path / "valid"))
+            for data, v in (
+                (pairs, held_out),
+                ((store,), valid),
+                ((str(tmp_path / "acts"),), tmp_path / "valid"),
+            )
         ]
         assert same(results[0].head, results[1].head) and same(results[0].head, results[2].head)
         assert results[0].history == results[1].history
@@ -89,7 +93,9 @@ def test_a_tensor_is_not_copied(pairs) -> None:
     x = Vectors(pairs[0], TopKSAE(16, 48, 5), torch.device("cpu"))
     assert x.rows.data_ptr() == pairs[0].data_ptr()
     torch.testing.assert_close(torch.cat(list(x.split(7))), torch.nn.functional.normalize(pairs[0], dim=1))
-    torch.testing.assert_close(mean_row(x).float(), torch.nn.functional.normalize(pairs[0], dim=1).mean(dim=0))
+    torch.testing.assert_close(
+        mean_row(x).float(), torch.nn.functional.normalize(pairs[0], dim=1).mean(dim=0)
+    )
 
 
 def test_every_tenth_pair_is_held_out(pairs) -> None:
@@ -114,7 +120,9 @@ def test_rates_rise_then_fall(schedule) -> None:
         assert rates[50:] == sorted(rates[50:], reverse=True) and 0 < rates[-1] < 0.03
         middle = {"linear": 0.5, "cosine": 0.5}[schedule]
         assert rates[75] == pytest.approx(middle)
-        assert rates[90] == pytest.approx({"linear": 0.2, "cosine": (1 - math.cos(math.pi * 0.2)) / 2}[schedule])
+        assert rates[90] == pytest.approx(
+            {"linear": 0.2, "cosine": (1 - math.cos(math.pi * 0.2)) / 2}[schedule]
+        )
 
 
 def test_the_schedule_reaches_the_optimiser(pairs) -> None:
@@ -205,7 +213,9 @@ def test_resampling_revives_and_a_broken_run_still_ends_with_the_same_bits(pairs
     Crash.__name__ = "SAEObjective"
     with pytest.raises(KeyboardInterrupt):
         train_head(fresh(), *pairs, objective=crash, checkpoint=tmp_path / "c", checkpoint_every=5, **options)
-    again = train_head(fresh(), *pairs, objective=on, checkpoint=tmp_path / "c", checkpoint_every=5, **options)
+    again = train_head(
+        fresh(), *pairs, objective=on, checkpoint=tmp_path / "c", checkpoint_every=5, **options
+    )
     assert same(again.head, whole.head) and again.history == whole.history
 
 
@@ -292,3 +302,34 @@ def test_the_encoder_never_holds_all_preactivations() -> None:
     assert max(rows * n for rows, n in blocks) <= sparse.AT_ONCE and sum(rows for rows, _ in blocks) == 1024
     expected = (x @ w.T).topk(8).values.relu()
     torch.testing.assert_close(values.sort(descending=True).values, expected)
+
+
+# -- scale ---------------------------------------------------------------------------------------------
+
+
+def test_a_head_of_scaled_vectors_is_the_scaled_head(pairs, held_out) -> None:
+    """Neither the length of the vectors nor their unit decides how training goes."""
+    options = {"epochs": 10, "batch_size": 100, "lr": 3e-3, "progress": False}
+    heads = []
+    for scale in (1.0, 64.0):
+        heads.append(TopKSAE(16, 48, 5, normalize_input=False))
+        train_head(heads[-1], *(scale * x for x in pairs), **options)
+    torch.testing.assert_close(
+        heads[1](64.0 * held_out[0]) / 64.0, heads[0](held_out[0]), atol=2e-3, rtol=2e-3
+    )
+
+
+def test_the_encoder_starts_at_the_length_that_reconstructs_best(pairs) -> None:
+    sae, objective = TopKSAE(16, 48, 5), SAEObjective()
+    image, text = (torch.nn.functional.normalize(x, dim=1) for x in pairs)
+    objective.measure(image, text)
+    objective.start(sae, image, text)
+    x = torch.cat([image, text])
+    with torch.no_grad():
+        errors = {}
+        for factor in (0.9, 1.0, 1.1):
+            sae.W_enc *= factor
+            errors[factor] = float((x - sae(x)).square().sum())
+            sae.W_enc /= factor
+    assert errors[1.0] == min(errors.values())
+    torch.testing.assert_close(torch.nn.functional.normalize(sae.W_enc, dim=1), sae.W_dec)
