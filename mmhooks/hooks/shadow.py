@@ -37,7 +37,9 @@ class Shadow:
 
         def remove() -> None:
             with _LOCK:
-                _put(module, tuple(s for s in _shadows(module) if s is not self))
+                rest = list(_shadows(module))
+                rest.remove(self)  # one of them, where the module is under this shadow several times
+                _put(module, tuple(rest))
 
         return remove
 

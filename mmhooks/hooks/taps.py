@@ -7,13 +7,16 @@ active contexts of the calling thread have for the tap; a thread without one pas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from mmhooks.errors import MMHooksError
 from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed
 from mmhooks.hooks.shadow import Remove, Shadow
 
@@ -34,15 +37,19 @@ class HookTap(Tap):
     """A tap that is a hook of torch's.
 
     The module is shadowed too: compiled code looks at the types of modules, not at their hooks, so without it
-    Dynamo would take code made for the same module without a hook, or with one that is gone.
+    Dynamo would take code made for the same module without a hook, or with one that is gone. Modules of one class
+    that are hooked differently need a type each, for code that a graph break cuts into pieces. Many types cost
+    Python its type caches (0.5 µs a hook at 48), so until something is compiled all hooked modules share one.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._shadow = Shadow("_mmhooks_hooked", lambda module, below: True)
+        self._own = Shadow("_mmhooks_hooked", _true)
 
     def install(self) -> Remove:
-        uncast, handle = self._shadow.cast(self.module), self._register()
+        shared = not _compiles()
+        uncast = (_SHARED if shared else self._own).cast(self.module)
+        handle = self._register(_refuse if shared else None)
 
         def remove() -> None:
             handle.remove()
@@ -50,17 +57,40 @@ class HookTap(Tap):
 
         return remove
 
-    def _register(self) -> RemovableHandle:
+    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
+        """Registers the hook; its body calls ``refuse`` where it is being compiled."""
         raise NotImplementedError
+
+
+def _true(module: nn.Module, below: Any) -> bool:
+    return True
+
+
+_SHARED = Shadow("_mmhooks_hooked", _true)
+
+
+def _compiles() -> bool:
+    """Whether ``torch.compile`` was called in this process; True where torch no longer says so."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and bool(getattr(dynamo, "cached_backends", True))
+
+
+def _refuse() -> None:
+    raise MMHooksError(
+        "this code is compiled for the first time inside a context that was opened before any torch.compile; call "
+        "torch.compile (or torch.export) first, then open the context"
+    )
 
 
 class ModuleOutput(HookTap):
     """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
 
-    def _register(self) -> RemovableHandle:
+    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
         own = self.module
 
         def body(module: nn.Module, args: Any, output: Any) -> Any:
+            if refuse is not None and is_compiling():
+                refuse()
             stack = active.get()  # programs_at, spelled out: this is the hot path of every capture
             program = (stack if stack.epoch == epoch.now else refreshed(stack)).table.get(self)
             if program is None or module is not own:  # a copy of the model takes torch's hooks along
@@ -81,10 +111,12 @@ class ModuleInput(HookTap):
         super().__init__(module)
         self.keyword = keyword
 
-    def _register(self) -> RemovableHandle:
+    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
         # kwargs has a default: while another thread is between torch's two registrations of a hook with
         # kwargs, torch may call the body without them (that thread has no program here anyway).
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if refuse is not None and is_compiling():
+                refuse()
             program = programs_at(self)
             if program is None or kwargs is None or module is not self.module:
                 return None

@@ -177,3 +177,47 @@ def test_a_model_converted_after_attaching(model, images, sae, dtype):
         got = model.encode_image(images.to(dtype))
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, atol=0.05, rtol=0.1)
+
+
+BROKEN = """
+import sys, torch, mmhooks as mm
+from torch import nn
+from mmhooks.hooks.sites import SiteMap
+from mmhooks.hooks.taps import _compiles
+from mmhooks.models.hooked import HookedModel
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+    def forward(self, x):
+        x = self.lin(x)
+        torch._dynamo.graph_break()
+        return x * 2
+
+torch.manual_seed(0)
+torch.set_grad_enabled(False)
+net = nn.Sequential(*(Block() for _ in range(3)))
+model, x = HookedModel(net, SiteMap(net)), torch.randn(2, 4)
+assert not _compiles(), "something was compiled before this test began"
+fast = None if sys.argv[1] == "inside" else torch.compile(net, backend="eager")
+for factors in [{"0.lin": 0.5}, {"1.lin": 0.25}, {"0.lin": 0.5, "1.lin": 0.25, "2.lin": 3.0}, {"0": 0.5, "2": 3.0}] * 2:
+    hooks = [(site, lambda t, *, hook, c=c: t * c) for site, c in factors.items()]
+    with model.hooks(fwd_hooks=hooks):
+        want = net(x)
+    with model.hooks(fwd_hooks=hooks):
+        fast = fast or torch.compile(net, backend="eager")
+        assert torch.allclose(fast(x), want), factors
+    assert torch.allclose(fast(x), net(x)), factors
+print("followed")
+"""
+
+
+@pytest.mark.parametrize("compiled", ["before", "inside"])
+def test_code_in_pieces_follows_hooks_on_siblings(compiled):
+    """Three blocks of one class, cut by a graph break, hooked differently; compiled before or inside a context."""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN, compiled], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}
+    )  # fmt: skip
+    assert run.stdout.strip() == "followed", run.stderr[-3000:]
