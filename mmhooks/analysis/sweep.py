@@ -63,13 +63,13 @@ def make_head(
     variant: str, d: int, n: int, k: int, seed: int, options: dict[str, Any] | None = None
 ) -> tuple[Head, SAEObjective]:
     """A fresh head of a variant and the objective that trains it. ``options`` are the objective's."""
-    options = options or {}
+    given: dict[str, Any] = dict(options or {})
     if variant == "jumprelu":
-        return JumpReLUSAE(d, n, seed=seed), SAEObjective(**options | {"target_l0": float(k)})
+        return JumpReLUSAE(d, n, seed=seed), SAEObjective(**{**given, "target_l0": float(k)})
     kinds = {"topk": TopKSAE, "batchtopk": BatchTopKSAE, "matryoshka": MatryoshkaSAE}
     if variant not in kinds:
         raise MMHooksError(f"no variant {variant!r} to sweep over K; there are {', '.join(VARIANTS)}")
-    return kinds[variant](d, n, k, seed=seed), SAEObjective(**options)
+    return kinds[variant](d, n, k, seed=seed), SAEObjective(**given)
 
 
 def sweep(
@@ -127,7 +127,10 @@ def sweep(
     image, text = paired(data, text, sites)
     if text is None:
         raise MMHooksError("a sweep compares modalities: it needs image rows and text rows")
-    train, held_out = every_tenth(image, text) if valid is None else ((image, text), valid)
+    train: tuple[Any, Any] = (image, text)
+    held_out: tuple[Any, Any] = valid or (image, text)
+    if valid is None:
+        train, held_out = every_tenth(image, text)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,

@@ -114,7 +114,7 @@ def train(
         )  # fmt: skip
         if not Team.leads_here():
             return
-        heads = by_modality(head) if KEY in head.info else {}
+        heads: dict[str, Any] = dict(by_modality(head)) if KEY in head.info else {}
         rows = {
             name: fidelity(heads.get(name, head), x).table()[0]
             for name, x in zip(("image", "text"), held_out, strict=True)

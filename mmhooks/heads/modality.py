@@ -45,7 +45,7 @@ def by_modality(head: SAE) -> dict[str, SAE]:
         heads[name] = copy.deepcopy(head)
         heads[name].info = {k: v for k, v in head.info.items() if k != KEY} | {"modality": name}
         with torch.no_grad():
-            heads[name].b_pre += torch.tensor(offset).to(heads[name].b_pre)
+            heads[name].b_pre.add_(torch.tensor(offset).to(heads[name].b_pre))
     return heads
 
 
@@ -57,7 +57,7 @@ def shifted(head: SAE, offset: Float[Tensor, " d"] | None) -> Iterator[SAE]:
         return
     before = head.b_pre.detach().clone()
     with torch.no_grad():
-        head.b_pre += offset
+        head.b_pre.add_(offset)
         try:
             yield head
         finally:

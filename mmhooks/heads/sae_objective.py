@@ -88,7 +88,7 @@ class SAEObjective(Objective):
             # K unit rows that overlap reconstruct too much; the selection does not change with the encoder's length.
             centred = sample - head.b_pre
             sketch = _sketch(head, centred)
-            head.W_enc *= (centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30)
+            head.W_enc.mul_((centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30))
         if self.target_l0 is not None:
             assert isinstance(head, JumpReLUSAE)
             head.set_threshold(threshold_at(head, self.target_l0, sample).clamp_min(1e-6))
@@ -217,7 +217,7 @@ class SAEObjective(Objective):
         if one is not None and two is not None:
             # Used as one head, it stands between the modalities; by_modality() puts it where each one is.
             middle = (one + two) / 2
-            head.b_pre += middle
+            head.b_pre.add_(middle)
             centres = {"image": one - middle, "text": two - middle}
             head.info = head.info | {KEY: {name: offset.tolist() for name, offset in centres.items()}}
 

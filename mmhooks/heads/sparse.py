@@ -8,8 +8,9 @@ each is a product of 2 b n d operations; here each is 2 b K d. ``docs/training.m
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
 
 CROSSOVER = 8
 """Sparse products win where ``n_features >= CROSSOVER * k``: measured from 4 on (AMD) and from 8 on (Intel)."""
@@ -72,6 +75,11 @@ def fast_topk(
     return values, place.div(k, rounding_mode="floor") * groups + best.gather(1, place % k)
 
 
+def _uncompiled(f: F_) -> F_:
+    """Keeps ``f`` out of torch.compile's graphs, and its type."""
+    return torch.compiler.disable(f)  # type: ignore[return-value]
+
+
 class Places:
     """Which ``k`` of ``n`` columns each row selects, and products with the sparse matrix ``S`` of their values."""
 
@@ -109,7 +117,7 @@ class Places:
         return torch.sparse.sampled_addmm(empty, g, w.T, beta=0.0).values().reshape(b, k)
 
 
-@torch.compiler.disable
+@_uncompiled
 def encode(
     x: Float[Tensor, "b d"], w: Float[Tensor, "n d"], bias: Float[Tensor, " n"], k: int
 ) -> tuple[Float[Tensor, "b k"], Places]:
@@ -124,7 +132,7 @@ def encode(
     return values, box[0]
 
 
-@torch.compiler.disable
+@_uncompiled
 def decode(values: Float[Tensor, "b k"], places: Places, w: Float[Tensor, "n d"]) -> Float[Tensor, "b d"]:
     """``S w``; both factors get their gradients."""
     out = _Decode.apply(values, w, places)

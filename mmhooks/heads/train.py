@@ -153,7 +153,7 @@ def train_head(
     if path is not None and path.exists():
         run.resume(path, mark)
     else:
-        objective.start(head, *(None if part is None else part.sample(START) for part in rows))
+        objective.start(head, rows[0].sample(START), None if rows[1] is None else rows[1].sample(START))
         team.agree_(head)
 
     began, parts = time.perf_counter(), {}
@@ -202,5 +202,6 @@ def _held_out(
     """Held-out pairs, in memory."""
     if valid is None:
         return None
-    image, text = ready(head, *(valid if isinstance(valid, tuple) else paired(valid, None, sites)), device)
+    pair = valid if isinstance(valid, tuple) else paired(valid, None, sites)
+    image, text = ready(head, pair[0], pair[1], device)
     return image[:], None if text is None else text[:]
