@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -291,7 +292,9 @@ def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str,
                 metric = metrics.setdefault(f"{one} – {other}", CKNNA(k=CKNNA_NEIGHBOURS))
                 metric.update(tables[one], tables[other])
     names = [f"{a} – {b}" for a, b in COMPARED if all(x.split()[0] in inputs.embeddings for x in (a, b))]
-    return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
+    with warnings.catch_warnings():  # a process without a block has only those of others to add
+        warnings.filterwarnings("ignore", message="The ``compute`` method")
+        return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
 
 
 def _activated(latents: Latents, kind: Literal["relu", "abs"]) -> Latents:

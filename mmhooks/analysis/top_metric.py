@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -125,7 +125,8 @@ class TopSamples(Metric):
         held = best[touched].flatten(0, 1)
         owner = torch.cat([touched.repeat_interleave(self.m), feature])
         values, samples = torch.cat([held[:, 0], value]), torch.cat([held[:, 1], sample])
-        order = torch.from_numpy(np.lexsort((samples.numpy(), -values.numpy(), owner.numpy())))
+        later = not len(held) or float(held[:, 1].max()) < start
+        order = _ordered(owner, values, None if later else samples)
         owner = owner[order]
         rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
         keep = rank < self.m
@@ -140,6 +141,18 @@ class TopSamples(Metric):
             chosen[new, 2:] = vectors.detach().cpu().double()[row[fresh]]
         best[owner, rank] = chosen
         self.best = best.to(self.best.device)
+
+
+def _ordered(
+    owner: Int[Tensor, " e"], values: Float[Tensor, " e"], samples: Float[Tensor, " e"] | None
+) -> Int[Tensor, " e"]:
+    """By owner, then by falling value, then by number; ``samples`` None: ties stand in the right order already."""
+    order = np.arange(len(owner)) if samples is None else samples.numpy().argsort(kind="stable")
+    order = order[(-values.numpy()[order]).argsort(kind="stable")]
+    key = owner.numpy()[order]
+    # Sixteen bits are sorted by counting.
+    order = order[(key.astype(np.uint16) if len(key) and key.max() < 2**16 else key).argsort(kind="stable")]
+    return torch.from_numpy(order)
 
 
 def strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
