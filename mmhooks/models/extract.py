@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from hashlib import blake2b
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -349,12 +349,12 @@ def _plan(
 
 def weights_hash(module: torch.nn.Module) -> str:
     """Of all parameters and buffers, by name, shape, type and bits."""
-    digest = blake2b(digest_size=10)
+    digest = sha256()
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:20]
 
 
 def _spelled(what: Any) -> str | None:
