@@ -133,10 +133,12 @@ class Shard:
         flat = torch.frombuffer(self._map, dtype=TORCH[about.dtype], count=prod(shape), offset=offset)
         return flat.view(shape)
 
-    def want(self) -> None:
-        """Asks the system to read the file ahead."""
+    def want(self, column: str, begin: int, end: int) -> None:
+        """Asks the system to read these rows ahead."""
         if _WILLNEED is not None:
-            self._map.madvise(_WILLNEED)
+            about, offset = self._columns[column]
+            first = (offset + begin * about.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(_WILLNEED, first, offset + end * about.row_bytes - first)
 
     def release(self) -> None:
         """Gives the pages back; a tensor that still looks at them reads them from the file again."""
