@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +30,9 @@ from mmhooks.hooks.places import Place
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.hooked import HookedModel
+from mmhooks.models.provenance import spelled, versions, weights_hash
 
 SHARD_ROWS, SHARD_BYTES = 8192, 256 * 2**20
-VERSIONS = ("mmhooks", "torch", "open_clip_torch", "pyarrow", "pillow")
 
 
 def extract(
@@ -101,7 +97,7 @@ def extract(
         def opened() -> bool:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(Lock(folder))
-            return begin(folder, plan, _versions())
+            return begin(folder, plan, versions())
 
         if not ranks.first(opened):
             _write(reader, pairs, folder, plan, ranks, _workers(workers, pairs, ranks), progress)
@@ -296,7 +292,7 @@ def _places(model: HookedModel, sites: Pattern | Sequence[Pattern]) -> list[Plac
     return list(found.values())
 
 
-# -- provenance ----------------------------------------------------------------------------------------------
+# -- what will be written ------------------------------------------------------------------------------------
 
 
 def _plan(
@@ -339,37 +335,12 @@ def _plan(
         "settings": {
             "batch_size": batch_size,
             "shard_rows": shard_rows or most,
-            "preprocess": _spelled(reader.preprocess),
-            "tokenizer": _spelled(reader.tokenizer),
+            "preprocess": spelled(reader.preprocess),
+            "tokenizer": spelled(reader.tokenizer),
             # Rows of a stream lie differently for another number of processes.
             **({"ranks": world} if stream else {}),
         },
     }
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """Of all parameters and buffers, by name, shape, type and bits."""
-    digest = blake2b(digest_size=10)
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _spelled(what: Any) -> str | None:
-    """A transform in words that are the same in every process."""
-    if what is None:
-        return None
-    name = getattr(what, "__qualname__", None)
-    if name is not None:
-        return f"{what.__module__}.{name}"
-    said = repr(what) if type(what).__repr__ is not object.__repr__ else type(what).__qualname__
-    return re.sub(r" at 0x[0-9a-f]+", "", said)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
 
 
 def _workers(asked: int | None, pairs: Pairs | PairStream, ranks: Ranks) -> int:

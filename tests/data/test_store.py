@@ -492,3 +492,12 @@ def test_a_later_format(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
     with pytest.raises(StoreError, match="format 9, this mmhooks reads up to 1"):
         mm.Store(store.folder)
+
+
+def test_a_store_larger_than_memory_is_read_ahead_and_given_back(made, monkeypatch):
+    from mmhooks.data.store import store as module
+
+    store, values = made
+    monkeypatch.setattr(module, "LARGE", 0)
+    seen = [b["image.embed"] for b in store.batches(4, shuffle=True, window=3)]
+    assert torch.equal(torch.cat(seen).sort(dim=0).values, values["image.embed"].sort(dim=0).values)

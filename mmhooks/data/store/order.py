@@ -1,4 +1,4 @@
-"""The order in which shuffled batches visit rows: shards at random, and at random within a window of shards.
+"""The order in which shuffled batches visit rows: runs of rows at random, and at random within a window of runs.
 
 A window is read as a whole before the next one begins, so a store far larger than memory is read once and in
 large pieces. Everything is a function of the seed and the epoch.
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-WINDOW = 65_536
+WINDOW, RUN = 16_384, 2048
 Run = tuple[int, int]
 
 
@@ -25,21 +25,17 @@ def generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(mixed, "big"))
 
 
-def windows(
-    cuts: Sequence[int], size: int, rng: np.random.Generator, *, piece: int = 8192
-) -> list[list[Run]]:
+def windows(cuts: Sequence[int], size: int, rng: np.random.Generator, *, run: int = RUN) -> list[list[Run]]:
     """Runs of rows in random order, gathered to windows of at least ``size`` rows.
 
     Args:
-        cuts: where shards begin, and the number of rows; a shard of more than ``piece`` rows is several runs.
+        cuts: where shards begin, and the number of rows; a shard of more than ``run`` rows is several runs.
 
     >>> sorted(windows([0, 2, 4], 2, generator(0, 0)))
     [[(0, 2)], [(2, 4)]]
     """
     runs = [
-        (start, min(start + piece, end))
-        for begin, end in pairwise(cuts)
-        for start in range(begin, end, piece)
+        (start, min(start + run, end)) for begin, end in pairwise(cuts) for start in range(begin, end, run)
     ]
     found: list[list[Run]] = []
     held = size

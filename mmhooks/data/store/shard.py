@@ -124,19 +124,25 @@ class Shard:
             raise StoreError(f"{path} is no Arrow stream any more ({fault}): {_ADVICE}") from fault
         self.rows: int = batch.num_rows
         self.ids: Any = batch.column("id")
+        self._tensors: dict[str, Tensor] = {}
         self._columns = {c.name: (c, _address(batch.column(c.name)) - whole.address) for c in columns}
 
     def tensor(self, column: str) -> Shaped[Tensor, "rows ..."]:
         """All rows of a column, in the mapped pages."""
-        about, offset = self._columns[column]
-        shape = (self.rows, *about.shape)
-        flat = torch.frombuffer(self._map, dtype=TORCH[about.dtype], count=prod(shape), offset=offset)
-        return flat.view(shape)
+        found = self._tensors.get(column)
+        if found is None:
+            about, offset = self._columns[column]
+            shape = (self.rows, *about.shape)
+            flat = torch.frombuffer(self._map, dtype=TORCH[about.dtype], count=prod(shape), offset=offset)
+            found = self._tensors[column] = flat.view(shape)
+        return found
 
-    def want(self) -> None:
-        """Asks the system to read the file ahead."""
+    def want(self, column: str, begin: int, end: int) -> None:
+        """Asks the system to read these rows ahead."""
         if _WILLNEED is not None:
-            self._map.madvise(_WILLNEED)
+            about, offset = self._columns[column]
+            first = (offset + begin * about.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(_WILLNEED, first, offset + end * about.row_bytes - first)
 
     def release(self) -> None:
         """Gives the pages back; a tensor that still looks at them reads them from the file again."""

@@ -123,9 +123,10 @@ class Store:
     ) -> Iterator[dict[str, Rows]]:
         """``{site: rows}`` in batches of ``size``, copied out of the store, so that a training may write into them.
 
-        Shuffled, shards come in random order, and rows at random within windows of at least ``window`` rows; a store of
-        fewer rows is shuffled as a whole. Which rows a batch has is random, within it they stand shard by shard.
-        Everything follows from ``seed`` and ``epoch``.
+        Shuffled, runs of 2,048 neighbouring rows come in random order, and rows at random within windows of at least
+        ``window`` rows; a store of fewer rows is shuffled as a whole. Which rows a batch has is random, within it
+        those of a run stand together. Everything follows from ``seed`` and ``epoch``. A larger window mixes more
+        and costs more.
 
         Args:
             sites: all by default.
