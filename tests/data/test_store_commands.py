@@ -45,8 +45,8 @@ def test_info(place):
 
 
 def test_merge_and_verify(place):
-    assert "5 pairs" in run("store", "merge", place / "a", place / "b", "--out", place / "ab").output
-    assert len(mm.Store(place / "ab")) == 5
+    assert "6 pairs" in run("store", "merge", place / "a", place / "b", "--out", place / "ab").output
+    assert len(mm.Store(place / "ab")) == 6
     sound = run("store", "verify", place / "ab")
     assert sound.exit_code == 0 and "no fault" in sound.output
     (place / "ab" / "data-00001.arrow").unlink()
