@@ -31,7 +31,7 @@ def changes() -> dict[str, dict[str, Any]]:
     rows |= {"names alone": {"texts": ("names",), "epochs": 108}}  # as many steps
     rows |= {"no crossed names": {"texts": ("names", "captions"), "epochs": 36}}
     rows |= {f"image share {s}": {"image_share": s} for s in (0.5, 0.7, 0.9)}
-    rows |= {f"K = {k}": {"k": k} for k in (16, 64, 128)}
+    rows |= {f"K = {k}": {"k": k} for k in (16, 48, 64, 128)}
     rows |= {f"n = {n}": {"features": n} for n in (512, 2048, 4096)}
     rows |= {f"rate {lr}": {"lr": lr} for lr in (0.001, 0.003, 0.005)}
     rows |= {f"epochs {e}": {"epochs": e} for e in (6, 24)}
