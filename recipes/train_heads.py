@@ -152,7 +152,7 @@ def train(
 def plan_of(kind: str) -> dict[str, Any]:
     """What ships. The NCL head learns from pairs, so only from texts that belong to the drawing."""
     if kind == "sae":
-        return {"features": 1024, "k": 32, "epochs": 6, "lr": 4e-3, "decay": 0.9, "image_share": 0.7,
+        return {"features": 1024, "k": 32, "epochs": 12, "lr": 2e-3, "decay": 0.9, "image_share": 0.81,
                 "dead_after": 0.25, "texts": ("names", "captions", "crossed")}  # fmt: skip
     return {"features": 1024, "epochs": 5, "lr": 1e-3, "texts": ("names", "captions")}
 
@@ -177,8 +177,8 @@ def main(
     name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
     kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
     features: Annotated[int | None, typer.Option(help="other than 1,024")] = None,
-    epochs: Annotated[int | None, typer.Option(help="other than 6 (SAE) or 5 (NCL)")] = None,
-    lr: Annotated[float | None, typer.Option(help="other than 4e-3 (SAE) or 1e-3 (NCL)")] = None,
+    epochs: Annotated[int | None, typer.Option(help="other than 12 (SAE) or 5 (NCL)")] = None,
+    lr: Annotated[float | None, typer.Option(help="other than 2e-3 (SAE) or 1e-3 (NCL)")] = None,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
