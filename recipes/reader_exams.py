@@ -21,13 +21,10 @@ CLASS_PROMPT = "a drawing of a {}"
 CANDIDATES = 32
 
 
-def exam(
-    pool: Sequence[str], fonts: list[str], n: int, *, seed: int,
-    width: tuple[float, float] = (0.3, 0.95), size: tuple[float, float] = (8.0, 30.0),
-) -> list[Written]:  # fmt: skip
-    """``n`` pictures of words of the pool, anywhere, in any of the fonts."""
+def exam(pool: Sequence[str], fonts: list[str], n: int, *, seed: int, **how) -> list[Written]:
+    """``n`` pictures of words of the pool, in any of the fonts, placed as `place` does by itself or by ``how``."""
     dice = random.Random(f"exam {seed}")
-    return word_pictures([dice.choice(pool) for _ in range(n)], fonts, dice, width=width, size=size)
+    return word_pictures([dice.choice(pool) for _ in range(n)], fonts, dice, **how)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,7 +82,8 @@ def held_out(word: str) -> bool:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words of three to eight letters: names of drawings, and every other word of names and keywords."""
+    """Words of three to eight letters: names of at least ``drawings`` drawings, and every other word of names
+    and keywords."""
 
     names: tuple[str, ...]
     others: tuple[str, ...]
@@ -93,9 +95,10 @@ class Vocabulary:
         return self.names + self.others + self.unseen_names + self.unseen_others
 
     @classmethod
-    def of(cls, corpus: Corpus) -> Vocabulary:
+    def of(cls, corpus: Corpus, drawings: int = 3) -> Vocabulary:
         rows = [corpus.rows[i] for i in corpus.where("train")]
-        names = {row["name"] for row in rows if re.fullmatch(f"[a-z]{{3,{LONGEST}}}", row["name"])}
+        counts = Counter(row["name"] for row in rows if re.fullmatch(f"[a-z]{{3,{LONGEST}}}", row["name"]))
+        names = {name for name, n in counts.items() if n >= drawings}
         every = {
             word
             for row in rows
@@ -118,11 +121,12 @@ def letters(texts: list[str]) -> Int[Tensor, "n longest"]:
 @lru_cache
 def _advances(font: str) -> dict[str, float]:
     """How wide each letter stands, per pixel of size."""
-    return {c: words.ink_of(c * 4, font, 32).shape[1] / 128 for c in "abcdefghijklmnopqrstuvwxyz"}
+    return {c: words.ink_of(c * 4, font, 32.0).shape[1] / 128 for c in "abcdefghijklmnopqrstuvwxyz"}
 
 
 def place(
-    word: str, font: str, dice: random.Random, *, width: tuple[float, float], size: tuple[float, float],
+    word: str, font: str, dice: random.Random, *,
+    width: tuple[float, float] = (0.3, 0.95), size: tuple[float, float] = (8.0, 30.0),
     offset: float = 1.0, plate: float = 0.3, turn: float = 6.0,
 ) -> words.Writing:  # fmt: skip
     """A writing of random width (share of the picture), place and colours that lies inside the picture.
@@ -186,16 +190,18 @@ class Written:
         return inside.flatten()
 
     def letter_map(self, size: int = 8, columns: int = 2) -> Int[Tensor, "rows columns"]:
-        """Which letter has its middle in which ``size`` rows and ``size // columns`` columns of pixels; 26 is
-        none. The word must not be turned."""
+        """Which letter of the word has its middle in which ``size`` rows and ``size // columns`` columns of
+        pixels, as 26 * index in the word + letter; -1 is none. The word must not be turned."""
         side = self.picture.shape[-1]
         top, left, _, _ = words.box_of(self.word, self.writing, side, side)
         step, margin = size // columns, self.writing.margin
-        found = torch.full((side // size, side // step), 26)
+        found = torch.full((side // size, side // step), -1)
         middles = words.letter_middles(self.word, self.writing.font, self.writing.size)
-        for letter, (x, y) in zip(letters([self.word])[0], middles, strict=False):
+        for index, (x, y) in enumerate(middles):
             row, column = int(top + margin + y) // size, int(left + margin + x) // step
-            found[min(row, len(found) - 1), min(column, found.shape[1] - 1)] = letter
+            found[min(row, len(found) - 1), min(column, found.shape[1] - 1)] = (
+                26 * index + ord(self.word[index]) - 97
+            )
         return found
 
 

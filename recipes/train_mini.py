@@ -57,6 +57,8 @@ class Plan:
 class Trainer:
     """The model, its running average, the optimiser and the data of one plan."""
 
+    note = ""  # what a step wants to say beside its loss
+
     def __init__(self, corpus: Corpus, plan: Plan, out: Path) -> None:
         self.corpus, self.plan, self.out, self.step = corpus, plan, out, 0
         torch.manual_seed(plan.seed)
@@ -317,6 +319,7 @@ def fit(trainer: Trainer, every: int, save_every: int | None = None) -> None:
                 began, recent = time.perf_counter(), []
             elif trainer.step % save_every == 0:
                 trainer.save()
+                bar.console.print(f"step {trainer.step}: loss {recent[-1]:.3f} {trainer.note}".rstrip())
 
 
 def main(

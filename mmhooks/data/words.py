@@ -78,7 +78,7 @@ def ink_of(text: str, font: str, size: float, *, angle: float = 0.0) -> Float[Te
     Raises:
         MMHooksError: the word leaves no ink (empty, blanks, or letters that the font lacks).
 
-    >>> ink_of("fox", "DejaVuSans", 16).shape
+    >>> ink_of("fox", "DejaVuSans", 16.0).shape
     torch.Size([12, 25])
     """
     return _ink(text, font, size, angle).clone()
@@ -103,7 +103,7 @@ def _ink(text: str, font: str, size: float, angle: float) -> Float[Tensor, "h w"
 def letter_middles(text: str, font: str, size: float) -> list[tuple[float, float]]:
     """(x, y) of each letter's middle, at half the height of an x, in pixels from the corner of the ink.
 
-    >>> [round(x) for x, _ in letter_middles("fox", "DejaVuSans", 16)]
+    >>> [round(x) for x, _ in letter_middles("fox", "DejaVuSans", 16.0)]
     [2, 10, 20]
     """
     face = _font(font, size)

@@ -25,12 +25,13 @@ _MERGES = Path(__file__).parent.parent / "assets" / "mini" / "merges.txt.gz"
 
 
 class ReadingStem(nn.Module):
-    """Patch embedding of a tower that reads: open_clip's linear one plus convolutions that see letters.
+    """Patch embedding of a tower that reads: open_clip's linear one plus convolutions that read a word.
 
-    A linear patch of 8 px cuts small letters apart wherever the grid happens to fall, and words trained on
-    it alone are never read. The convolutions look over the patch borders (47 px); their share enters
-    through a 1x1 that starts at zero, so that a tower that knows pictures keeps what it knows. The output is
-    a patch embedding like any other, the site ``image.patches``.
+    Words taught to patches and blocks alone are not read in an hour: a linear patch of 8 px cuts small letters
+    apart, and attention has to find their order. Here ``letters`` find letters across patch borders, then look
+    along the whole row of patches, so that a patch can tell which letter of its word it holds; ``word``
+    turns their mean into one code of the word, near zero where none is written. Letters enter their patch,
+    the code enters every patch. The output is a patch embedding like any other, the site ``image.patches``.
     """
 
     def __init__(self, patch: nn.Conv2d) -> None:
@@ -42,13 +43,19 @@ class ReadingStem(nn.Module):
             nn.Conv2d(64, 96, 3, 1, 1), nn.GELU(),
             nn.Conv2d(96, 128, 3, 2, 1), nn.GELU(),
             nn.Conv2d(128, 128, 3, 1, 1), nn.GELU(),
+            nn.Conv2d(128, 128, (1, 15), 1, (0, 7)), nn.GELU(),
+            nn.Conv2d(128, 192, (1, 7), 1, (0, 3)), nn.GELU(),
         )  # fmt: skip
-        self.mix = nn.Conv2d(128, patch.out_channels, 1)
-        nn.init.zeros_(self.mix.weight)
-        nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
+        self.word = nn.Sequential(nn.Linear(192, 512), nn.GELU(), nn.Linear(512, EMBED_DIM))
+        self.mix = nn.Conv2d(192, patch.out_channels, 1)
+        self.say = nn.Linear(EMBED_DIM, patch.out_channels)
+
+    def code(self, letters: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        return self.word(letters.mean((2, 3)))
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h8 w8"]:
-        return self.patch(pixels) + self.mix(self.letters(pixels))
+        letters = self.letters(pixels)
+        return self.patch(pixels) + self.mix(letters) + self.say(self.code(letters))[..., None, None]
 
 
 def build(*, patch_dropout: float = 0.0, reads: bool = False) -> CLIP:
