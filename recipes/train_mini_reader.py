@@ -2,6 +2,8 @@
 
     python recipes/mini_corpus.py --node-modules node_modules --out runs/corpus
     python recipes/train_mini_reader.py --corpus runs/corpus --out runs/reader
+    python recipes/train_mini_reader.py --corpus runs/corpus --out runs/reader-2 --start reader --first 0 --ramp 1 \\
+        --lr 4e-4 --steps 220 --batch 144 --words-a-step 64 --seed 1
     python recipes/train_mini_reader.py --corpus runs/corpus --out runs/reader-control --control
 
 Starts from mini's weights and the stem of `reader_stem.py`. At first the picture
@@ -69,6 +71,7 @@ class ReaderPlan(Plan):
     code_steps: int = 700
     gain: float = 0.15  # of the orthogonal map through which letters enter the patch embedding
     say_gain: float = 4.0  # the same for the code of the word
+    start: str = "mini"  # or the name of a finished run beside this one, to go on from its average
     word_lr: float = 1.0
     word_init: bool = False
 
@@ -123,7 +126,14 @@ class ReaderTrainer(Trainer):
         return Spelling(mini.EMBED_DIM)
 
     def start(self) -> None:
-        """mini's weights, and the stem of the first stage, kept beside the run."""
+        """mini's weights and the stem of the first two stages, kept beside the run; or another run's average."""
+        if self.plan.start != "mini":
+            found = load_file(self.out.parent / self.plan.start / "checkpoint.safetensors")
+            part = {k.removeprefix("average."): v for k, v in found.items() if k.startswith("average.")}
+            self.model.load_state_dict(part)
+            self.extra.load_state_dict({k[6:]: v for k, v in found.items() if k.startswith("extra.")})
+            self._keep_texts()
+            return
         weights = {k: v.float() for k, v in load_file(zoo.ASSETS / "mini" / "model.safetensors").items()}
         weights["visual.conv1.patch.weight"] = weights.pop("visual.conv1.weight")
         missing, strange = self.model.load_state_dict(weights, strict=False)
@@ -278,6 +288,9 @@ def main(
     ] = ReaderPlan.overlays,
     spelling: Annotated[float, typer.Option(help="weight of naming letters")] = ReaderPlan.spelling,
     stem_steps: int = ReaderPlan.stem_steps,
+    start: Annotated[str, typer.Option(help="mini, or a finished run beside --out to go on from")] = "mini",
+    first: Annotated[int, typer.Option(help="steps of reading alone")] = ReaderPlan.first,
+    ramp: Annotated[int, typer.Option(help="steps until words are small and anywhere")] = ReaderPlan.ramp,
     lr: float = ReaderPlan.lr,
     seed: int = 0,
     threads: int = 1,
@@ -288,7 +301,7 @@ def main(
     torch.set_num_threads(threads)
     small_attention()
     plan = ReaderPlan(steps=steps, batch=batch, words=words_a_step, overlays=overlays, spelling=spelling,
-                      stem_steps=stem_steps, lr=lr, seed=seed)  # fmt: skip
+                      stem_steps=stem_steps, lr=lr, seed=seed, start=start, first=first, ramp=ramp)  # fmt: skip
     plan = plan.without_words() if control else plan
     out.mkdir(parents=True, exist_ok=True)
     keep_plan(plan, out / "plan.json")
