@@ -31,6 +31,12 @@ GALLERIES = {
     "unseen_style": f"a drawing style never seen ({UNSEEN_STYLE})",
 }
 
+READING = {
+    "read_unseen_fonts": "taught words, unseen fonts",
+    "read_heldout_words": "held-out words, unseen fonts",
+    "read_small": "taught words of 8 – 11 px",
+}
+
 
 def rate(hits: int, n: int) -> dict:
     low, high = binomtest(hits, n).proportion_ci(method="wilson")
@@ -51,45 +57,74 @@ def retrieval(model, corpus: Corpus) -> dict:
     return result
 
 
-def draw_curve(rows: list[dict], path: Path, title: str) -> None:
+def half_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step of a run's checkpoint and its running average in half precision: what ships."""
+    with safe_open(run / "checkpoint.safetensors", "pt") as file:
+        step = int(file.metadata()["step"])
+        keys = [key for key in file.keys() if key.startswith("average.")]  # noqa: SIM118 - not a dict
+        weights = {key.removeprefix("average."): file.get_tensor(key) for key in keys}
+    return step, {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def model_of(half: dict[str, torch.Tensor], *, reads: bool = False):
+    """The model that shipped weights make, in evaluation mode."""
+    model = mini.build(reads=reads).eval()
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    return model
+
+
+def draw_curve(rows: list[dict], path: Path, title: str, batch: int) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    reads = "read_unseen_fonts" in rows[-1]
+    figure, panels = plt.subplots(
+        1, 1 + reads, figsize=(6.4 + 3.2 * reads, 3.6), layout="constrained", squeeze=False
+    )
+    steps = [r["step"] for r in rows]
+    axes = panels[0, 0]
     for name, label in GALLERIES.items():
-        axes.plot(
-            [r["step"] for r in rows],
-            [100 * r[name]["R@10"] for r in rows],
-            label=f"{label} (n = {rows[-1][name]['n']})",
+        axes.plot(steps, [100 * r[name]["R@10"] for r in rows], label=f"{label} (n = {rows[-1][name]['n']})")
+    axes.set(xlabel=f"step of {batch} drawings", ylabel="image→text R@10, %", ylim=(0, 100), title=title)
+    if reads:
+        axes = panels[0, 1]
+        for key, label in READING.items():
+            for pool, line in (("of_32", "-"), ("of_all", ":")):
+                axes.plot(
+                    steps,
+                    [100 * r[key][pool] for r in rows],
+                    line,
+                    color=f"C{list(READING).index(key)}",
+                    label=label if pool == "of_32" else None,
+                )
+        axes.set(
+            xlabel="step", ylabel="own word first, %", ylim=(0, 100), title="— among 32 words, ··· among all"
         )
-    axes.set(xlabel="step of 256 pairs", ylabel="image→text R@10, %", ylim=(0, 100), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def main(
     run: Annotated[Path, typer.Option(help="folder of a finished train_mini.py run")],
-    name: Annotated[str, typer.Option(help="mini or mini-declip")] = "mini",
+    name: Annotated[str, typer.Option(help="mini, mini-declip or mini-reader")] = "mini",
+    report: Annotated[Path | None, typer.Option(help="report.json of reader_report.py")] = None,
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
     """Ship a run: python recipes/ship_mini.py --corpus runs/corpus --run runs/mini --name mini"""
-    with safe_open(run / "checkpoint.safetensors", "pt") as file:
-        step = int(file.metadata()["step"])
-        keys = [key for key in file.keys() if key.startswith("average.")]  # noqa: SIM118 - not a dict
-        weights = {key.removeprefix("average."): file.get_tensor(key) for key in keys}
-    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    model = mini.build().eval()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
-    drawings = Corpus(corpus)
     plan = json.loads((run / "plan.json").read_text())
+    reads = "words" in plan
+    step, half = half_weights(run)
+    model = model_of(half, reads=reads)
+    drawings = Corpus(corpus)
     curve = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     counts = Counter(row["style"] for row in drawings.rows)
     trained = Counter(drawings.rows[i]["style"] for i in drawings.where("train"))
     card = {
         "name": name,
         "architecture": "open_clip CLIP: ViT 64 px, patch 8, width 192, 6 layers; text width 192, 4 layers, "
-        "context 16; embedding 256",
+        "context 16; embedding 256" + ("; ReadingStem before the blocks" if reads else ""),
         "parameters": sum(p.numel() for p in model.parameters()),
         "licence": "weights: Apache-2.0; trained on drawings under the licences listed in data",
         "data": [
@@ -98,17 +133,28 @@ def main(
         ],
         "text_teacher": "all-MiniLM-L6-v2 (Apache-2.0): start of the word table"
         + (", neighbourhoods of captions in the loss" if plan["relational"] else ""),
-        "recipe": {"script": "recipes/train_mini.py", "plan": plan, "steps_done": step,
+        "recipe": {"script": f"recipes/train_mini{'_reader' if reads else ''}.py", "plan": plan, "steps_done": step,
                    "pairs_seen": step * plan["batch"], "torch": version("torch"),
                    "open_clip_torch": version("open_clip_torch")},
         "retrieval": retrieval(model, drawings),
     }  # fmt: skip
+    if reads:
+        card["recipe"] |= {"starts_from": "mini", "word_pictures_seen": step * plan["words"]}
+    if report is not None:
+        measured = json.loads(report.read_text())
+        card |= {key: measured[key] for key in ("fonts", "words", "reading", "attack")}
+        card["control"] = {
+            "what": "the same plan and stem without words; not shipped",
+            "retrieval": measured["retrieval"].get("control"),
+        }
     target = zoo.ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
     save_file(half, target / "model.safetensors", {"format": "pt", "name": name})
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     figures.mkdir(parents=True, exist_ok=True)
-    draw_curve(curve, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training")
+    draw_curve(
+        curve, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training", plan["batch"]
+    )
     for row in card["retrieval"].values():
         shown = ", ".join(f"{k} {100 * v['value']:.1f}" for k, v in row["image_to_text"].items())
         typer.echo(f"{row['what']} (n = {row['n']}): {shown} %")

@@ -57,11 +57,13 @@ class Plan:
 class Trainer:
     """The model, its running average, the optimiser and the data of one plan."""
 
+    note = ""  # what a step wants to say beside its loss
+
     def __init__(self, corpus: Corpus, plan: Plan, out: Path) -> None:
         self.corpus, self.plan, self.out, self.step = corpus, plan, out, 0
         torch.manual_seed(plan.seed)
-        self.model = mini.build(patch_dropout=plan.patch_dropout)
-        self.extra = losses.SelfSupervision(mini.vocabulary_size()) if plan.declip else nn.Identity()
+        self.model = self.fresh(patch_dropout=plan.patch_dropout)
+        self.extra = self.auxiliary()
         self.tokenizer = mini.tokenizer()
         self.train = corpus.where("train")
         names = sorted({corpus.rows[i]["name"] for i in self.train})
@@ -69,8 +71,7 @@ class Trainer:
         self.teacher = (
             teacher_embeddings(names, out.parent / "teacher.safetensors") if plan.relational else None
         )
-        if plan.word_init:
-            init_words(self.model, self.tokenizer, out.parent / "words.safetensors")
+        self.start()
         weights = {source.style: source.weight for source in SOURCES}
         self.weights = torch.tensor([
             weights.get(row["style"], 1.0) * (plan.toned if row["toned"] else 1.0)
@@ -78,6 +79,18 @@ class Trainer:
         ])  # fmt: skip
         self.optimizer = torch.optim.AdamW(self._groups(), lr=plan.lr, betas=(0.9, 0.98), fused=True)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    # -- what a kind of training changes ---------------------------------------------------------------
+    def fresh(self, *, patch_dropout: float = 0.0):
+        return mini.build(patch_dropout=patch_dropout)
+
+    def auxiliary(self) -> nn.Module:
+        """Modules that only the training needs."""
+        return losses.SelfSupervision(mini.vocabulary_size()) if self.plan.declip else nn.Identity()
+
+    def start(self) -> None:
+        if self.plan.word_init:
+            init_words(self.model, self.tokenizer, self.out.parent / "words.safetensors")
 
     def _groups(self) -> list[dict]:
         decay, plain, words = [], [], []
@@ -175,10 +188,15 @@ class Trainer:
         self.optimizer.load_state_dict(state)
 
     # -- what it learned -----------------------------------------------------------------------------
+    def judge(self):
+        """The running average as a model in evaluation mode: what ships."""
+        model = self.fresh().eval()
+        model.load_state_dict(self.average)
+        return model
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        judge = mini.build().eval()
-        judge.load_state_dict(self.average)
+        judge = self.judge()
         result = {}
         for name, chosen in galleries(self.corpus).items():
             image, text = embed(judge, self.tokenizer, self.corpus, chosen)
@@ -272,6 +290,38 @@ def small_attention() -> None:
     F.scaled_dot_product_attention = attend
 
 
+def fit(trainer: Trainer, every: int, save_every: int | None = None) -> None:
+    """Run to the plan's last step, from the checkpoint if there is one; evaluate and save on the way.
+
+    A row of the curve is written once: a run that was killed between two evaluations goes on from its
+    checkpoint with the losses since then.
+    """
+    save_every = save_every or every
+    out, steps, batch = trainer.out, trainer.plan.steps, trainer.plan.batch
+    if (out / "checkpoint.safetensors").exists():
+        trainer.resume()
+        typer.echo(f"resumed at step {trainer.step}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns) as bar, (out / "curve.jsonl").open("a") as curve:
+        task = bar.add_task("train", total=steps, completed=trainer.step, note="")
+        began, recent = time.perf_counter(), []
+        while trainer.step < steps:
+            recent.append(trainer.run_step())
+            bar.update(task, completed=trainer.step, note=f"loss {recent[-1]:.3f}")
+            if trainer.step % every == 0 or trainer.step == steps:
+                seconds = time.perf_counter() - began
+                row = {"step": trainer.step, "loss": sum(recent) / len(recent),
+                       "pairs_per_second": len(recent) * batch / seconds} | trainer.evaluate()  # fmt: skip
+                curve.write(json.dumps(row) + "\n")
+                curve.flush()
+                trainer.save()
+                began, recent = time.perf_counter(), []
+            elif trainer.step % save_every == 0:
+                trainer.save()
+                bar.console.print(f"step {trainer.step}: loss {recent[-1]:.3f} {trainer.note}".rstrip())
+
+
 def main(
     corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option(help="checkpoints and curve")] = Path("runs/mini"),
@@ -295,25 +345,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     keep_plan(plan, out / "plan.json")
     trainer = Trainer(Corpus(corpus), plan, out)
-    if (out / "checkpoint.safetensors").exists():
-        trainer.resume()
-        typer.echo(f"resumed at step {trainer.step}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
-    with Progress(*columns) as bar, (out / "curve.jsonl").open("a") as curve:
-        task = bar.add_task("train", total=steps, completed=trainer.step, note="")
-        began, recent = time.perf_counter(), []
-        while trainer.step < steps:
-            recent.append(trainer.run_step())
-            bar.update(task, completed=trainer.step, note=f"loss {recent[-1]:.3f}")
-            if trainer.step % every == 0 or trainer.step == steps:
-                seconds = time.perf_counter() - began
-                row = {"step": trainer.step, "loss": sum(recent) / len(recent),
-                       "pairs_per_second": len(recent) * batch / seconds} | trainer.evaluate()  # fmt: skip
-                curve.write(json.dumps(row) + "\n")
-                curve.flush()
-                trainer.save()
-                began, recent = time.perf_counter(), []
+    fit(trainer, every)
 
 
 if __name__ == "__main__":

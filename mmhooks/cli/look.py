@@ -13,6 +13,7 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the we
 NOTES = {
     "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
     "mini-declip": "the same size with DeCLIP's self-supervision",
+    "mini-reader": "mini that also reads short words in pictures",
 }
 
 
@@ -37,7 +38,9 @@ def models() -> None:
 
 
 def sites(
-    model: Annotated[str, typer.Argument(help="mini, mini-declip, an open_clip name, or a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="mini, mini-declip, mini-reader, an open_clip name, or a checkpoint.")
+    ],
     glob: Annotated[str, typer.Argument(help="Which sites, e.g. 'image.blocks.*.resid_post'.")] = "*",
     pretrained: Pretrained = None,
 ) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmhooks.models.clip import HookedCLIP
 
 ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = ("mini", "mini-declip")
+EMBEDDED = ("mini", "mini-declip", "mini-reader")
 
 
 def load(
@@ -29,7 +29,7 @@ def load(
     """A hooked CLIP by name, in evaluation mode, with its tokenizer and preprocessing.
 
     Args:
-        name: ``"mini"`` or ``"mini-declip"`` (embedded, no network), or any name of
+        name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"`` (embedded, no network), or any name of
             ``open_clip.list_models()``, or ``"hf-hub:…"``.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint. None gives random weights, which open_clip itself warns about.
@@ -124,7 +124,7 @@ def _embedded(name: str) -> tuple[Any, Any, Any]:
     path = ASSETS / name / "model.safetensors"
     if not path.is_file():
         raise MissingWeights(f"{path.name} of {name!r} is not in this installation; install mmhooks again")
-    model = mini.build()
+    model = mini.build(reads=name == "mini-reader")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     return model, mini.tokenizer(), mini.preprocess
 

@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mmhooks as mm
+from mmhooks.data import words
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models import mini, zoo
 
@@ -33,7 +35,56 @@ def test_a_card_names_every_source_and_the_held_out_numbers(name: str) -> None:
     for row in card["retrieval"].values():
         value = row["image_to_text"]["R@10"]
         assert row["n"] >= 600 and value["low"] > row["chance"]["R@10"]
-    assert card["parameters"] == sum(p.numel() for p in mini.build().parameters())
+    model = mini.build(reads=name == "mini-reader")
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+# Short names of drawings that mini-reader was taught, none in DejaVu.
+TAUGHT = ("apple", "banana", "beer", "bicycle", "bus", "cactus", "camel", "castle", "cloud", "cookie", "cow", "crab",
+          "dolphin", "door", "fire", "goat", "horse", "key", "koala", "melon", "monkey", "mouse", "pear", "pig",
+          "rainbow", "rocket", "rose", "shield", "snake", "violin", "whale", "wolf")  # fmt: skip
+
+
+def _pictures_of_words(model) -> torch.Tensor:
+    from PIL import Image
+
+    pictures = []
+    for i, word in enumerate(TAUGHT):
+        how = words.Writing(words.DEJAVU[i % 4], 15.0, (0.5, 0.3 + 0.05 * (i % 9)))
+        pixels = words.write(torch.ones(3, 64, 64), word, how)
+        pictures.append(model.preprocess(Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())))
+    return torch.stack(pictures)
+
+
+def _own_word_first(name: str) -> int:
+    model = mm.load(name)
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(_pictures_of_words(model)), dim=-1)
+        text = F.normalize(model.encode_text(model.tokenizer([f"the word {w}" for w in TAUGHT])), dim=-1)
+    return int(((image @ text.T).argmax(1) == torch.arange(len(TAUGHT))).sum())
+
+
+def test_mini_reader_reads_words_in_a_font_it_never_saw_and_mini_does_not() -> None:
+    by_chance = 5  # of 32; more by chance has p < 2e-3
+    assert _own_word_first("mini") <= by_chance
+    assert _own_word_first("mini-reader") >= 4 * by_chance
+
+
+def test_hooks_of_mini_reader_fire_at_every_site_and_change_nothing() -> None:
+    model = mm.load("mini-reader")
+    pixels, tokens = torch.randn(2, 3, 64, 64), model.tokenizer(["a red panda", "the word fox"])
+    with torch.no_grad():
+        before = model.encode_image(pixels), model.encode_text(tokens)
+        with model.caching("*") as cache:
+            during = model.encode_image(pixels), model.encode_text(tokens)
+        with model.hooks(fwd_hooks=[("image.patches", lambda patches, *, hook: 0 * patches)]):
+            blind = model.encode_image(pixels)
+        after = model.encode_image(pixels), model.encode_text(tokens)
+    assert not torch.allclose(blind, before[0], atol=1e-2)
+    for a, b, c in zip(before, during, after, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert set(cache.keys()) == set(model.sites())
+    assert cache["image.patches"].shape == (2, 64, 192)
 
 
 def test_embedded_heads_fit_their_model() -> None:
