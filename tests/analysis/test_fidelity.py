@@ -190,7 +190,8 @@ def test_batches_change_no_value(sae: TopKSAE) -> None:
     x, y = vectors(300, 16, 0), vectors(300, 16, 1)
     small, large = (mm.fidelity(sae, x, y, batch=b) for b in (7, 100))
     for one, other in zip(small.modalities, large.modalities, strict=True):
-        assert one.fvu.value == pytest.approx(other.fvu.value, rel=1e-9)
+        # The head computes in single precision, whose last bits depend on how many rows a product has.
+        assert one.fvu.value == pytest.approx(other.fvu.value, rel=1e-6)
         assert one.sums.counts == other.sums.counts and one.retrieval == other.retrieval
 
 

@@ -474,7 +474,7 @@ def test_what_the_writer_raises_reaches_the_caller_and_items_are_dropped():
 def environment():
     here = str(Path(__file__).parent)
     root = str(Path(mm.__file__).parent.parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join([root, here]), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, here]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 @pytest.mark.slow
