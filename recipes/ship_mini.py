@@ -73,6 +73,10 @@ def model_of(half: dict[str, torch.Tensor], *, reads: bool = False):
     return model
 
 
+def read_curve(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+
+
 def draw_curve(rows: list[dict], path: Path, title: str, batch: int) -> None:
     import matplotlib.pyplot as plt
 
@@ -118,7 +122,12 @@ def main(
     step, half = half_weights(run)
     model = model_of(half, reads=reads)
     drawings = Corpus(corpus)
-    curve = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    curve = read_curve(run)
+    before = None
+    if plan.get("start", "mini") != "mini":  # goes on from another run
+        first = run.parent / plan["start"]
+        before = json.loads((first / "plan.json").read_text())
+        curve = read_curve(first) + [row | {"step": row["step"] + before["steps"]} for row in curve]
     counts = Counter(row["style"] for row in drawings.rows)
     trained = Counter(drawings.rows[i]["style"] for i in drawings.where("train"))
     card = {
@@ -139,13 +148,21 @@ def main(
         "retrieval": retrieval(model, drawings),
     }  # fmt: skip
     if reads:
-        card["recipe"] |= {"starts_from": "mini", "word_pictures_seen": step * plan["words"]}
+        # reading alone takes a third of the drawings and 4/3 of the words of a joint step
+        seen, shown = step * plan["batch"], step * plan["words"]
+        if before is not None:
+            alone, joint = before["first"], before["steps"] - before["first"]
+            seen += joint * before["batch"] + alone * (before["batch"] // 3)
+            shown += joint * before["words"] + alone * (before["words"] * 4 // 3)
+        card["recipe"] |= {"starts_from": "mini", "plan_before": before, "pairs_seen": seen,
+                           "word_pictures_seen": shown}  # fmt: skip
     if report is not None:
         measured = json.loads(report.read_text())
-        card |= {key: measured[key] for key in ("fonts", "words", "reading", "attack")}
-        card["control"] = {
-            "what": "the same plan and stem without words; not shipped",
-            "retrieval": measured["retrieval"].get("control"),
+        card |= {key: measured[key] for key in ("fonts", "words")}
+        for key in ("reading", "attack"):
+            card[key] = measured[key][name]
+        card["control"] = {"what": "the same stem and joint plan, 220 steps, without words; not shipped"} | {
+            key: measured[key].get("control") for key in ("retrieval", "reading", "attack")
         }
     target = zoo.ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
