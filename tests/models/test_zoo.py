@@ -50,7 +50,9 @@ def _pictures_of_words(model) -> torch.Tensor:
 
     pictures = []
     for i, word in enumerate(TAUGHT):
-        how = words.Writing(words.DEJAVU[i % 4], 15.0, (0.5, 0.3 + 0.05 * (i % 9)))
+        font = words.DEJAVU[i % 4]
+        size = min(15.0, words.largest_size(word, font, 60, 40))
+        how = words.Writing(font, size, (0.5, 0.3 + 0.05 * (i % 9)))
         pixels = words.write(torch.ones(3, 64, 64), word, how)
         pictures.append(model.preprocess(Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())))
     return torch.stack(pictures)
