@@ -229,8 +229,7 @@ class ReaderTrainer(Trainer):
         return loss
 
     def _read_alone(self, rgba, flip, rows, dice: random.Random, g: torch.Generator) -> Float[Tensor, ""]:
-        """Words with a few drawings, named among all of mini's texts. In the joint loss reading does not start
-        by itself: the gradients of drawings are larger, and Adam scales the steps by them."""
+        """Words with a few drawings, named among all of mini's texts: cheap steps, without the text tower."""
         plan, model, few = self.plan, self.model, len(rgba)
         v, wanted = self.vocabulary, plan.words * 4 // 3
         chosen = [dice.choice(v.names if dice.random() < 0.85 else v.others) for _ in range(wanted)]
