@@ -71,7 +71,7 @@ class _Similarity(TopSamples):
         start = int(self.n_samples) if start is None else start
         check_samples(latents, vectors, self.n_features, self.width, start=start)
         unit = normalize(vectors.detach().float(), dim=1)
-        super().update(latents, unit, start=start)
+        self._add(latents, unit, start)
         self.unit_sum += unit.sum(0, dtype=torch.float64)
         self.unit_squares += unit.double().square().sum()
         samples = torch.arange(start, start + len(unit))

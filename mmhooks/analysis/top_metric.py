@@ -74,6 +74,10 @@ class TopSamples(Metric):
             raise ShapeMismatch(
                 f"{len(latents)} samples with vectors of shape {came}, expected {self.width} numbers a sample"
             )
+        self._add(latents, vectors, start)
+
+    def _add(self, latents: Latents, vectors: Tensor | None, start: int) -> None:
+        """Adds a batch that was checked."""
         if isinstance(latents, SparseRows):
             self._add_entries(latents, vectors, start)
         else:

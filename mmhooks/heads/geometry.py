@@ -35,14 +35,6 @@ def unit_rows(w: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
 
 
-def without_parallel(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The gradient without its part along each row: what moves unit rows over the sphere, not off it."""
-    along = (gradient * rows).sum(dim=1, keepdim=True) / (rows * rows).sum(dim=1, keepdim=True).clamp_min(
-        1e-30
-    )
-    return gradient - along * rows
-
-
 def total_variance(x: Rows) -> float:
     """Mean squared distance of the rows to their mean: FVU's denominator, per row."""
     centre = mean_row(x)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmhooks.heads import TopKSAE, fidelity, train_head
-from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows, without_parallel
+from mmhooks.heads.geometry import geometric_median, total_variance, unit_rows
 from mmhooks.heads.sae_objective import SAEObjective
+from mmhooks.heads.sphere import project_out_
 
 
 def naive_encode(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,8 @@ def test_geometric_median_is_the_least_sum_of_distances() -> None:
 
 def test_projection_leaves_nothing_parallel() -> None:
     w, g = unit_rows(torch.randn(9, 4)), torch.randn(9, 4)
-    left = without_parallel(g, w)
+    left = g.clone()
+    project_out_(left, w)
     torch.testing.assert_close((left * w).sum(dim=1), torch.zeros(9), atol=1e-6, rtol=0)
     torch.testing.assert_close(left + (g * w).sum(dim=1, keepdim=True) * w, g)
 
