@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +12,9 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.selection import Tokens, token_mask
 from mmhooks.hooks.sites import Pattern, match
+
+if TYPE_CHECKING:
+    from mmhooks.hooks.program import Binding
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -53,16 +55,27 @@ class ActivationCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str) -> Callable[[Tensor], None]:
-        """The function that keeps a value under ``name``; short, because every capture pays for it."""
+    def recorder(self, name: str, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """The function that keeps a value under ``name``, marks ``binding`` as fired and gives the value back.
+
+        A cache that keeps values as they come gets one flat function: every capture pays for its length.
+        """
         if not self._plain:
-            return partial(self._put, name)
+
+            def process(value: Tensor) -> Tensor:
+                binding.fired = True
+                self._put(name, value)
+                return value
+
+            return process
         values = self._values
 
-        def record(value: Tensor) -> None:
+        def keep(value: Tensor) -> Tensor:
+            binding.fired = True
             values[name] = value.detach()
+            return value
 
-        return record
+        return keep
 
     def _put(self, name: str, value: Tensor) -> None:
         if self._detach:

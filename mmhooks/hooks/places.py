@@ -198,11 +198,15 @@ class Places:
         return [Op(p, kind, fn, binding, detached=False) for p in places], [binding]
 
     def plan_capture(
-        self, pattern: Pattern, recorder: Callable[[str], Callable[[Tensor], None]], *, detached: bool
+        self,
+        pattern: Pattern,
+        recorder: Callable[[str, Binding], Callable[[Tensor], Tensor]],
+        *,
+        detached: bool,
     ) -> Planned:
         places = self.find(pattern)
         binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
-        return [Op(p, "capture", recorder(p.name), binding, detached) for p in places], [binding]
+        return [Op(p, "capture", recorder(p.name, binding), binding, detached) for p in places], [binding]
 
 
 _UNBOUND = Binding("mask", ())

@@ -53,7 +53,7 @@ class Binding:
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation at one target. ``kind``: ``edit`` (may change the value), ``capture``
-    (``act(value)`` stores it), ``grad`` (``act(grad, hook=)``)."""
+    (``act(value)`` stores it and gives it back), ``grad`` (``act(grad, hook=)``)."""
 
     target: Site | HeadSite
     kind: str
@@ -106,13 +106,11 @@ class Capture:
     """Stores the value that flows on."""
 
     def __init__(self, op: Op) -> None:
-        self.op, self.view, self.detached = op, op.target.site.view, op.detached
-        self.record, self.binding = op.act, op.binding
+        self.view, self.record, self.detached = op.target.site.view, op.act, op.detached
 
     def __call__(self, raw: Tensor) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes what is kept already
-        self.binding.fired = True
         self.record(raw if self.view is None else self.view.show(raw))
 
 
@@ -131,22 +129,6 @@ class Program:
         for capture in self.captures:
             capture(value)
         return value
-
-
-def single_capture(capture: Capture) -> Callable[[Tensor], Tensor]:
-    """The commonest program, one cache at one site, as a closure: a third of a Program's overhead.
-
-    Under recomputation it stores the same value once more.
-    """
-    binding, record = capture.binding, capture.record
-
-    def program(value: Tensor) -> Tensor:
-        binding.fired = True
-        record(value)
-        return value
-
-    program.detached = True  # type: ignore[attr-defined]
-    return program
 
 
 def apply(op: Op, value: Tensor) -> Tensor:
@@ -241,5 +223,9 @@ def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
         if isinstance(step, HeadStep):
             step.seal()
     if not steps and len(captures) == 1 and captures[0].detached and captures[0].view is None:
-        return single_capture(captures[0])
+        # The commonest program, one cache at one site, is the cache's own function: nothing stands between. Where
+        # a checkpoint recomputes, it stores the same value once more.
+        record = captures[0].record
+        record.detached = True  # type: ignore[attr-defined]
+        return record
     return Program(steps, captures)
