@@ -218,9 +218,24 @@ def test_shuffled_batches(folder: Path, sites: list[str], tmp_path: Path) -> Non
         for _ in store.batches(BATCH, sites=sites, **options):  # type: ignore[arg-type]
             pass
 
+    # What the machine can do: the same number of rows at random, gathered out of plain memory, nothing else done.
+    plain, target = torch.randn(ROWS, WIDTH), torch.empty(BATCH, WIDTH)
+    window = 16_384
+    order = [
+        part
+        for first in range(0, ROWS, window)
+        for part in torch.randperm(min(window, ROWS - first)).add(first).split(BATCH)
+    ]
+
+    def gather() -> None:
+        for _ in sites:
+            for rows in order:
+                torch.index_select(plain, 0, rows, out=target[: len(rows)])
+
     contenders: dict[str, Callable[[], object]] = {
         "store.batches, in order": lambda: read(),
         "store.batches, shuffled": lambda: read(shuffle=True, seed=1),
+        "index_select alone, rows in memory": gather,
     }
     amount = GIGABYTES * len(sites)
     print(f"\nbatches of {BATCH}, {len(sites)} sites, {ROWS} rows of {WIDTH} x fp32:")
