@@ -108,7 +108,7 @@ def decompositions(
     """
     total = len(inputs) if isinstance(inputs, (Tensor, Pairs)) else None
     with rate_bar("decomposing", total, unit=f"{tower}s", show=progress) as advance:
-        for batch in _batches(model, inputs, tower, batch_size, workers):
+        for batch in batches(model, inputs, tower, batch_size, workers):
             found = decompose_batch(model, batch, tower=tower, tokens=tokens, against=against)
             advance(len(batch))
             yield found.normalized() if normalize else found
@@ -195,9 +195,14 @@ def head_outputs(
     return torch.cat(rows)
 
 
-def _batches(
+def batches(
     model: HookedCLIP, inputs: Tensor | Inputs, tower: str, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
+    """Pixels or tokens of ``inputs``, batch by batch.
+
+    Raises:
+        ShapeMismatch: an iterable of something else than tensors. MMHooksError: pairs, and no preprocess or tokenizer.
+    """
     if isinstance(inputs, Tensor):
         yield from inputs.split(batch_size)
         return
