@@ -54,3 +54,7 @@ class MissingWeights(MMHooksError, OSError):
 
 class StoreError(MMHooksError, OSError):
     """An activation store that is damaged, unfinished, being written by another, or of other settings."""
+
+
+class NoExactSum(MMHooksError, TypeError):
+    """A tower whose embedding is not the sum of what its components write, or not one known here; says why."""
