@@ -46,6 +46,7 @@ _PUBLIC: dict[str, str] = {
     "retrieval": "mmhooks.analysis.retrieval",
     "sweep": "mmhooks.analysis.sweep",
     "monosemanticity": "mmhooks.analysis.monosemanticity",
+    "text_span": "mmhooks.analysis.text_span",
 }
 
 __all__ = ["__version__", "data", "errors", *_PUBLIC]
