@@ -25,7 +25,9 @@ _MEN = {0x1F468, 0x1F466, 0x1F474, 0x1F934, 0x1FAC3, 0x1F57A, 0x1F385}
 _PERSON = 0x1F9D1
 _FEMALE, _MALE, _JOINER = 0x2640, 0x2642, 0x200D
 _TWO_PEOPLE = {0x1F46F, 0x1F93C}  # with bunny ears, wrestling: two people in one character
-_TONES = dict(zip(range(0x1F3FB, 0x1F400), ("light", "medium-light", "medium", "medium-dark", "dark"), strict=True))
+_TONES = dict(
+    zip(range(0x1F3FB, 0x1F400), ("light", "medium-light", "medium", "medium-dark", "dark"), strict=True)
+)
 TONES = ("none (yellow)", *_TONES.values())
 # Of a ZWJ sequence, the object that makes a profession; then the professions that are characters of their own.
 _TOOLS = {
@@ -37,7 +39,9 @@ _TOOLS = {
 _ALONE = {0x1F46E: "police officer", 0x1F575: "detective", 0x1F482: "guard", 0x1F477: "construction worker"}
 
 _WORDS = (
-    re.compile(r"\b(wom[ae]n|females?|girls?|lad(y|ies)|mothers?|princess|queen|grandm\w*|daughters?|f)\b", re.I),
+    re.compile(
+        r"\b(wom[ae]n|females?|girls?|lad(y|ies)|mothers?|princess|queen|grandm\w*|daughters?|f)\b", re.I
+    ),
     re.compile(r"\b(m[ae]n|males?|boys?|gentlem[ae]n|fathers?|prince|king|grandp\w*|sons?|m)\b", re.I),
 )
 
@@ -197,9 +201,13 @@ def from_classifier(
         raise MissingWeights(
             f"image classifier {name!r} could not be had ({line}); give --classifier a local path, or --labels column"
         ) from fault
-    classes = {str(c): gender_of_words(re.sub(r"[_\-/]+", " ", str(c))) for c in model.model.config.id2label.values()}
+    classes = {
+        str(c): gender_of_words(re.sub(r"[_\-/]+", " ", str(c))) for c in model.model.config.id2label.values()
+    }
     if not {0, 1} <= set(classes.values()):
-        raise DataError(f"classifier {name} has classes {', '.join(classes)}; expected some of women and some of men")
+        raise DataError(
+            f"classifier {name} has classes {', '.join(classes)}; expected some of women and some of men"
+        )
     out = []
     for begin in range(0, len(pairs), batch):
         rows = range(begin, min(begin + batch, len(pairs)))

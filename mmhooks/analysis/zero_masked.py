@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from mmhooks.errors import MMHooksError, NoDecoder, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.hooks.features import FeatureSet
 
-Space = Literal["decoded", "spliced", "latent"]
+SPACES = ("decoded", "spliced", "latent")
 
 
 class Masked:
@@ -54,13 +54,14 @@ class Masked:
         self.head, self.x = head, x
         self.latents: Float[Tensor, "n k"] = head.encode(head.prepare(x))
         _, self._scale, self._shift = head.scaled(x)
+        self._directions: Any = head.W_dec.detach() if head.has_decoder else None
         self._whole = self._back(head.decode(self.latents)) if head.has_decoder else None
 
     def __len__(self) -> int:
         return len(self.x)
 
     @torch.no_grad()
-    def vectors(self, mask: FeatureSet | None = None, space: Space = "decoded") -> Float[Tensor, "n _"]:
+    def vectors(self, mask: FeatureSet | None = None, space: str = "decoded") -> Float[Tensor, "n _"]:
         """The samples with the features of ``mask`` at zero, in ``space``.
 
         Raises:
@@ -70,10 +71,10 @@ class Masked:
         if mask is not None:
             mask.check(head=self.head.id, n_features=self.head.n_features)
         index = torch.empty(0, dtype=torch.long) if mask is None else mask.indices
+        if space not in SPACES:
+            raise MMHooksError(f"space is one of {', '.join(map(repr, SPACES))}, came {space!r}")
         if space == "latent":
             return self.latents.index_fill(1, index, 0.0)
-        if space not in ("decoded", "spliced"):
-            raise MMHooksError(f"space is 'decoded', 'spliced' or 'latent', came {space!r}")
         if self._whole is None:
             raise NoDecoder(
                 f"head {self.head.name!r} ({self.head.id}) has no decoder: classify in space='latent', or fit a "
@@ -82,7 +83,7 @@ class Masked:
         start = self._whole if space == "decoded" else self.x
         if not len(index):
             return start
-        change = self.latents[:, index] @ self.head.W_dec[index]
+        change = self.latents[:, index] @ self._directions[index]
         return start - (change if self._scale is None else self._scale * change)
 
     def share(self, mask: FeatureSet) -> float:
@@ -274,7 +275,7 @@ def single_ablations(
     features: Sequence[int] | Int[Tensor, " m"],
     labels: CosineLabels,
     *,
-    space: Space = "decoded",
+    space: str = "decoded",
 ) -> Float[Tensor, "n m c"]:
     """Probabilities of every sample with one feature at zero, for each of ``features``: closed form, nothing is
     decoded again.
@@ -295,7 +296,7 @@ def single_ablations(
         step, along = f, target[:, index].T
         squared = (v.square().sum(1, keepdim=True) - f.square()).clamp_min(0)
     else:
-        w = samples.head.W_dec[index].detach().double()
+        w = samples._directions[index].double()
         step = f if samples._scale is None else f * samples._scale.double()
         along = w @ target.T
         squared = v.square().sum(1, keepdim=True) - 2 * step * (v @ w.T) + step.square() * w.square().sum(1)

@@ -196,7 +196,9 @@ def _keep(
             ("meta", pa.string()),
         ]
     )
-    usable = itertools.islice(_usable(_fetched(rows, name), columns, describe, name, on_error, skipped, seen), limit)
+    usable = itertools.islice(
+        _usable(_fetched(rows, name), columns, describe, name, on_error, skipped, seen), limit
+    )
     with written_aside(stored) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             batch: list[dict[str, Any]] = []

@@ -227,7 +227,12 @@ def test_columns_of_a_data_set_are_kept_by_the_names_of_their_classes(tmp_path):
             "age": datasets.Value("int64"),
         }
     )
-    rows = {"image": [{"bytes": encoded(c), "path": None} for c in COLOURS[:2]], "text": ["a", "b"], "gender": [1, 0], "age": [30, 7]}
+    rows = {
+        "image": [{"bytes": encoded(c), "path": None} for c in COLOURS[:2]],
+        "text": ["a", "b"],
+        "gender": [1, 0],
+        "age": [30, 7],
+    }
     place = tmp_path / "people.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(place)
     pairs = mm.data.pairs(place, meta_columns=["gender", "age"], progress=False)
