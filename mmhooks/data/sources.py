@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ def pairs(
     seed: int = 0,
     image_column: str | None = None,
     text_column: str | None = None,
+    meta_columns: Sequence[str] = (),
     progress: bool = True,
 ) -> Pairs:
     """Picture-text pairs from the embedded corpus, a folder, or any image-text data set of ``datasets``.
@@ -36,6 +38,8 @@ def pairs(
         on_error: "raise" names the first pair that cannot be used; "skip" leaves such pairs out and lists
             them in ``.skipped``.
         image_column, text_column: of a data set whose columns are not found by type and name.
+        meta_columns: of a data set, columns to keep in ``meta`` as text (names of classes, not their numbers);
+            of a folder all columns are kept anyway.
 
     Raises:
         DataError: a source that is not there, a file or row that cannot be used; the message names it.
@@ -68,6 +72,7 @@ def pairs(
             on_error=on_error,
             image_column=image_column,
             text_column=text_column,
+            meta_columns=meta_columns,
             progress=progress,
         )
     if split is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
 from hashlib import blake2b
@@ -59,18 +59,20 @@ def stream(
     on_error: str,
     image_column: str | None = None,
     text_column: str | None = None,
+    meta_columns: Sequence[str] = (),
     progress: bool = True,
 ) -> Pairs:
     """Pairs of a data set: fetched picture by picture (encoded, not decoded), kept, and read back memory-mapped."""
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
     request = [path, wanted, limit, on_error, image_column, text_column, _state_of(Path(path).expanduser())]
+    request += [list(meta_columns)] if meta_columns else []
     key = blake2b(json.dumps(request).encode(), digest_size=10).hexdigest()
     stored = cache_dir("pairs") / f"{''.join(c if c.isalnum() else '_' for c in name)[-40:]}-{key}.arrow"
     if not stored.exists():
         rows = _open(path, wanted, name)
         columns = _columns(rows, known, image_column, text_column, name)
-        _keep(stored, rows, columns, name, limit, on_error, progress)
+        _keep(stored, rows, columns, _describer(rows, meta_columns, name), name, limit, on_error, progress)
     return _read(stored, name, known)
 
 
@@ -153,10 +155,25 @@ def _columns(
     return {"image": image, "text": text, "id": key if key in features else None}
 
 
+def _describer(rows: Any, wanted: Sequence[str], name: str) -> Callable[[Mapping[str, Any]], str]:
+    """A row's wanted columns as one JSON text; classes by their names."""
+    features = (rows.features or rows._resolve_features().features) if wanted else {}
+    missing = [c for c in wanted if c not in features]
+    if missing:
+        raise DataError(f"{name} has columns {', '.join(features)}; no column {', '.join(missing)} to keep")
+
+    def word(column: str, value: Any) -> str:
+        name_of = getattr(features[column], "int2str", None)
+        return str(name_of(value)) if name_of and isinstance(value, int) and value >= 0 else str(value)
+
+    return lambda row: json.dumps({c: word(c, row[c]) for c in wanted})
+
+
 def _keep(
     stored: Path,
     rows: Any,
     columns: Mapping[str, str | None],
+    describe: Callable[[Mapping[str, Any]], str],
     name: str,
     limit: int | None,
     on_error: str,
@@ -172,9 +189,16 @@ def _keep(
     skipped: dict[str, str] = {}
     digest, seen = blake2b(digest_size=10), set()
     schema = pa.schema(
-        [("id", pa.string()), ("captions", pa.list_(pa.string())), ("image", pa.large_binary())]
+        [
+            ("id", pa.string()),
+            ("captions", pa.list_(pa.string())),
+            ("image", pa.large_binary()),
+            ("meta", pa.string()),
+        ]
     )
-    usable = itertools.islice(_usable(_fetched(rows, name), columns, name, on_error, skipped, seen), limit)
+    usable = itertools.islice(
+        _usable(_fetched(rows, name), columns, describe, name, on_error, skipped, seen), limit
+    )
     with written_aside(stored) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             batch: list[dict[str, Any]] = []
@@ -205,6 +229,7 @@ def _fetched(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[s
 def _usable(
     rows: Iterable[Mapping[str, Any]],
     columns: Mapping[str, str | None],
+    describe: Callable[[Mapping[str, Any]], str],
     name: str,
     on_error: str,
     skipped: dict[str, str],
@@ -220,7 +245,7 @@ def _usable(
             fault = "its text is empty"
         if fault is None:
             seen.add(key)
-            yield {"id": key, "captions": captions, "image": data}
+            yield {"id": key, "captions": captions, "image": data, "meta": describe(row)}
         elif on_error == "skip":
             skipped[f"row {number} ({key})"] = fault
         else:
@@ -258,11 +283,12 @@ def _encoded(value: Any) -> tuple[bytes, str | None]:
 def _read(stored: Path, name: str, known: Source | None) -> Pairs:
     pictures = _Encoded(stored)
     about = json.loads(stored.with_suffix(".json").read_text())
-    table = pictures.table.select(["id", "captions"]).to_pydict()
+    table = pictures.table.drop_columns(["image"]).to_pydict()
+    kept = table.get("meta") or ["{}"] * len(table["id"])  # files of earlier versions have none
     # The first caption is the text; the others stay in meta.
     rows = [
-        Row(key, captions[0], i, meta={"captions": captions})
-        for i, (key, captions) in enumerate(zip(table["id"], table["captions"], strict=True))
+        Row(key, captions[0], i, meta={**json.loads(meta), "captions": captions})
+        for i, (key, captions, meta) in enumerate(zip(table["id"], table["captions"], kept, strict=True))
     ]
     return Pairs(
         rows, pictures, name=name, content=about["content"], skipped=about["skipped"],

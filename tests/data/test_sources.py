@@ -216,6 +216,32 @@ def test_any_name_image_folder_and_saved_arrow(tmp_path):
     check_all(mm.data.pairs(tmp_path / "one.parquet", text_column="words", progress=False))
 
 
+def test_columns_of_a_data_set_are_kept_by_the_names_of_their_classes(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "gender": datasets.ClassLabel(names=["male", "female"]),
+            "age": datasets.Value("int64"),
+        }
+    )
+    rows = {
+        "image": [{"bytes": encoded(c), "path": None} for c in COLOURS[:2]],
+        "text": ["a", "b"],
+        "gender": [1, 0],
+        "age": [30, 7],
+    }
+    place = tmp_path / "people.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(place)
+    pairs = mm.data.pairs(place, meta_columns=["gender", "age"], progress=False)
+    assert [(m["gender"], m["age"]) for m in pairs.meta] == [("female", "30"), ("male", "7")]
+    assert "gender" not in mm.data.pairs(place, progress=False).meta[0]
+    with pytest.raises(DataError, match="no column tone to keep"):
+        mm.data.pairs(place, meta_columns=["tone"], progress=False)
+
+
 def test_bad_rows_of_a_stream_are_named_or_skipped(tmp_path):
     import datasets
 
