@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError, UnknownSite
 from mmhooks.hooks.cache import ActivationCache
+from mmhooks.hooks.program import Binding
 from mmhooks.hooks.steps import HALVES, Guidance, Moment, halves, now
 
 
@@ -27,37 +28,43 @@ class StepCache(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, *, steps: Container[int] | None = None, guidance: Guidance = "both", **options: Any
+        self, *, steps: Sequence[int] | range | None = None, guidance: Guidance = "both", **options: Any
     ) -> None:
         if guidance not in ("cond", "uncond", "both"):
             raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
         self._asked, self._guidance, self._options = steps, guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
-        self.last = -1  # the highest step that came by, kept or not
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str) -> Callable[[Tensor], None]:
+    def recorder(self, name: str, binding: Binding) -> Callable[[Tensor], Tensor]:
         """The function that keeps what flows at ``name``, under the step and half of the moment."""
 
-        def record(value: Tensor) -> None:
+        def record(value: Tensor) -> Tensor:
             at = now()
-            if at.step is not None:
-                self.last = max(self.last, at.step)
-                if self._asked is not None and at.step not in self._asked:
-                    return
+            if self._leaves_out(at):
+                binding.hint = (
+                    f"the run had {(at.step or 0) + 1} steps, of which steps={self._asked} and "
+                    f"guidance={self._guidance!r} keep none"
+                )
+                return value
+            kept = value
             if self._guidance != "both":
-                if at.half not in (None, "both", self._guidance):
-                    return
                 for half, rows in halves(len(value), name) or ():
                     if half == self._guidance:
-                        value, at = value[rows], Moment(at.step, half)
+                        kept, at = value[rows], Moment(at.step, half)
             part = self._parts.get(at)
             if part is None:
                 part = self._parts[at] = ActivationCache(**self._options)
-            part.recorder(name)(value)
+            part.recorder(name, binding)(kept)
+            return value
 
         return record
+
+    def _leaves_out(self, at: Moment) -> bool:
+        if self._asked is not None and at.step is not None and at.step not in self._asked:
+            return True
+        return self._guidance != "both" and at.half not in (None, "both", self._guidance)
 
     # -- reading ---------------------------------------------------------------------------------------
 

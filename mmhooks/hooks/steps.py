@@ -7,7 +7,7 @@ the text encoder is called for each half by itself.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
@@ -44,7 +44,7 @@ def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
         _NOW.reset(token)
 
 
-def asleep(steps: Container[int] | None, guidance: Guidance, where: str) -> bool:
+def asleep(steps: Sequence[int] | range | None, guidance: Guidance, where: str) -> bool:
     """Whether an edit limited to ``steps`` and to a half has to leave the value at ``where`` alone now.
 
     Raises:

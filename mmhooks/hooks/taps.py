@@ -159,10 +159,10 @@ class ModuleArgument(HookTap):
                 return None
             positional = self._position < len(args)
             given = args[self._position] if positional else kwargs.get(self.argument)
-            old = given.get(self.key) if self.key and given is not None else given
-            if old is None:
+            if given is None:
                 return None
-            new = program(old)
+            old = given.get(self.key) if self.key else given
+            new = old if old is None else program(old)
             if new is old:
                 return None
             new = {**given, self.key: new} if self.key else new
