@@ -117,6 +117,29 @@ class ModuleCalls(Tap):
         return wrapped
 
 
+class ImageEmbeds(Tap):
+    """The image embedding of a Stable unCLIP pipeline, before noise is added to it: of the conditional rows alone."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._shadow = Shadow("noise_image_embeddings", self._seen)
+
+    def install(self) -> Remove:
+        return self._shadow.cast(self.pipe)
+
+    def _seen(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            program = dispatch.programs_at(self)
+            if program is None:
+                return call(*args, **kwargs)
+            bound = signature(call).bind(*args, **kwargs)
+            with moment(None, "cond"):
+                bound.arguments["image_embeds"] = program(bound.arguments["image_embeds"])
+            return call(*bound.args, **bound.kwargs)
+
+        return wrapped
+
+
 def _step() -> Any:
     run = _RUN.get()
     return nullcontext() if run is None else moment(*run.next())

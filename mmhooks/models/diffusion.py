@@ -18,7 +18,7 @@ from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
 from mmhooks.hooks.steps import Guidance, moment
 from mmhooks.hooks.taps import ModuleArgument, Tap
-from mmhooks.models.denoising import ModuleCalls, PipelineCalls
+from mmhooks.models.denoising import ImageEmbeds, ModuleCalls, PipelineCalls
 from mmhooks.models.hf_text import add_clip_text
 from mmhooks.models.hooked import HookedModel, _joined
 from mmhooks.models.unet_sites import add_cross_attention
@@ -33,9 +33,10 @@ class HookedDiffusion(HookedModel):
     The pipeline is the object that was given, at ``.pipe``: call it as ever, inside a context or not.
 
     Sites: ``text.*`` of its text encoder (``text_2.*``: SDXL's second one; ``prior_text.*``: unCLIP's),
-    ``text.cond``: the conditioner as the U-Net gets it, ``text.cond_pooled`` (SDXL) and ``image.cond`` (unCLIP: the
-    image embedding with its noise level), ``unet.<block>.cross.{q, k, v, pattern, z, out}``, and any module by its
-    native path, ``unet.mid_block.resnets.0``, ``vae.decoder``.
+    ``text.cond``: the conditioner as the U-Net gets it, ``text.cond_pooled`` (SDXL), ``image.embed`` and
+    ``image.cond`` (unCLIP: the image embedding before its noise, and with it and its level),
+    ``unet.<block>.cross.{q, k, v, pattern, z, out}``, and any module by its native path,
+    ``unet.mid_block.resnets.0``, ``vae.decoder``.
 
     In a guided run (``guidance_scale > 1``) the U-Net's batch holds the unconditional rows, then the conditional
     ones: ``guidance="cond"`` of an edit names one half. ``steps=`` names denoising steps, from 0. Each half is
@@ -86,6 +87,7 @@ class HookedDiffusion(HookedModel):
             sites.add(Site("text.cond_pooled", tap, tokens=None, layout="batch d"))
         if hasattr(pipe, "image_normalizer"):
             tap = ModuleArgument(unet, "class_labels")
+            sites.add(Site("image.embed", ImageEmbeds(pipe), tokens=None, layout="batch d"))
             sites.add(Site("image.cond", tap, tokens=None, layout="batch 2d"))
         self.cross_blocks = add_cross_attention(sites, "unet", unet)
         super().__init__(parts, sites, name=name)
