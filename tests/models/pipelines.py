@@ -54,12 +54,12 @@ def text_encoder(width: int = 16, *, projection: int = 0, layers: int = 3) -> An
 def unet(cross: int, **options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), norm_num_groups=4,
-        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=cross,
-        **{"attention_head_dim": 2, **options},
-    ).eval()  # fmt: skip
+    shape = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4,
+        "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2,
+    }  # fmt: skip
+    return UNet2DConditionModel(cross_attention_dim=cross, **(shape | options)).eval()
 
 
 def autoencoder() -> Any:
