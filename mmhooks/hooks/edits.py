@@ -2,7 +2,8 @@
 
 An edit is a value: make it once, use it in as many contexts as you like, or call it on a tensor by hand.
 With ``features=None`` it acts on all of them; ``at=`` says where (default: the attached heads whose
-features these are); ``tokens=`` restricts it to positions; ``steps=`` to steps of a diffusion run.
+features these are); ``tokens=`` restricts it to positions; ``steps=`` to steps of a diffusion run and
+``guidance=`` to its conditional or unconditional half.
 At sites of attention heads (``z``, ``q``, ``pattern``, ...) the features are the attention heads.
 """
 
@@ -27,7 +28,7 @@ from mmhooks.hooks.selection import (
     reference,
     token_mask,
 )
-from mmhooks.hooks.steps import active_step
+from mmhooks.hooks.steps import HALVES, Guidance, asleep, halves, moment, now
 
 At = str | Callable[[str], bool] | Sequence[str] | None
 _BY_HAND = Hook("tensor")
@@ -42,10 +43,13 @@ class Edit:
     at: At = None
     tokens: Tokens = None
     steps: Sequence[int] | range | None = None
+    guidance: Guidance = "both"
     _of: int | None = field(default=None, init=False, repr=False)  # features in all, where the choice tells
 
     def __post_init__(self) -> None:
         _ = self.last  # a bad index or mask raises where it was written, not inside a forward
+        if self.guidance not in ("cond", "uncond", "both"):
+            raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {self.guidance!r}')
         object.__setattr__(self, "_of", feature_width(self.features))
         for name in ("mean", "toward", "direction", "strength", "min", "max", "value"):
             _check_finite(getattr(self, name, None), f"{name}= of {self.label}")
@@ -70,8 +74,9 @@ class Edit:
 
     def __call__(self, value: Float[Tensor, "..."], *, hook: Hook = _BY_HAND) -> Float[Tensor, "..."]:
         """The edited tensor; also by hand: ``Zero(imgd)(head.encode(x))``."""
-        if not active_step(self.steps, hook.name):
-            return value
+        return self._by_half(value, hook, lambda part, rows: self._everywhere(part, hook))
+
+    def _everywhere(self, value: Float[Tensor, "..."], hook: Hook) -> Float[Tensor, "..."]:
         axis = hook.axis
         moved = value if axis == -1 else value.movedim(axis, -1)
         index = self.index
@@ -89,8 +94,9 @@ class Edit:
 
     def on_columns(self, value: Float[Tensor, "*b u"], columns: Int[Tensor, " u"], hook: Hook) -> Tensor:
         """The same edit on the columns ``columns`` (sorted, a superset of the edit's) of all features."""
-        if not active_step(self.steps, hook.name):
-            return value
+        return self._by_half(value, hook, lambda part, rows: self._some_columns(part, columns, hook))
+
+    def _some_columns(self, value: Tensor, columns: Tensor, hook: Hook) -> Tensor:
         assert self.index is not None
         index = self.index.to(value.device)
         if len(index) == len(columns):
@@ -105,13 +111,42 @@ class Edit:
         self, value: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"], n: int, hook: Hook
     ) -> Tensor:
         """The same edit on active features alone, given with their indices; needs :attr:`keeps_zero`."""
-        if not active_step(self.steps, hook.name):
-            return value
         assert self.index is not None
         member = torch.zeros(n, dtype=torch.bool, device=value.device)
         member[self.index.to(value.device)] = True
-        new = torch.where(member[indices], self.change(value, None, hook), value)
-        return self._at_tokens(new, value, hook)
+
+        def act(part: Tensor, rows: slice) -> Tensor:
+            new = torch.where(member[indices[rows]], self.change(part, None, hook), part)
+            return self._at_tokens(new, part, hook)
+
+        return self._by_half(value, hook, act)
+
+    # -- steps and halves of a diffusion run -----------------------------------------------------------
+
+    @property
+    def limited(self) -> bool:
+        """Whether there are steps or rows that the edit leaves alone."""
+        return self.steps is not None or self.guidance != "both"
+
+    def asleep(self, where: str) -> bool:
+        """Whether the edit does nothing at this step, or to these rows."""
+        return asleep(self.steps, self.guidance, where)
+
+    def _by_half(self, value: Tensor, hook: Hook, act: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Each half of a guided batch by itself, as if it were alone: as its embeddings edited by hand."""
+        if self.limited and self.asleep(hook.name):
+            return value
+        parts = halves(len(value), hook.name) if now().half == "both" else None
+        if parts is None:
+            return act(value, slice(None))
+        new = []
+        for half, rows in parts:
+            part = value[rows]
+            if self.guidance in ("both", half):
+                with moment(now().step, half):
+                    part = act(part, rows)
+            new.append(part)
+        return torch.cat(new)
 
     def _at_tokens(self, new: Tensor, old: Tensor, hook: Hook) -> Tensor:
         if self.tokens is None:
@@ -139,7 +174,12 @@ class Edit:
                 raise MMHooksError(
                     f"{self.label} at {hook.name!r}: the cache holds {', '.join(given) or 'nothing'}"
                 )
-            given = given[hook.name]
+            at_step = getattr(given, "now", None)  # a cache of a diffusion run
+            given = given[hook.name] if at_step is None else at_step(hook.name)
+        half = now().half
+        whole = isinstance(given, Tensor) and given.dim() == value.dim() and len(given) == 2 * len(value)
+        if whole and half in HALVES:  # the batch of a guided run
+            given = given.chunk(2)[HALVES.index(half)]
         return reference(given, value, index, self.last, hook.axis, f"{self.label} at {hook.name!r}")
 
 
@@ -298,6 +338,7 @@ class Patch(Edit):
         at: At = None,
         tokens: Tokens = None,
         steps: Sequence[int] | range | None = None,
+        guidance: Guidance = "both",
     ) -> None:
         where = list(source) if at is None and isinstance(source, Mapping) else at
         for name, given in {
@@ -306,6 +347,7 @@ class Patch(Edit):
             "at": where,
             "tokens": tokens,
             "steps": steps,
+            "guidance": guidance,
         }.items():
             object.__setattr__(self, name, given)
         self.__post_init__()

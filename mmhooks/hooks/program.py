@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
+from mmhooks.hooks.steps import Guidance, now
 
 if TYPE_CHECKING:
     from mmhooks.hooks.sites import Site
@@ -38,6 +39,16 @@ class Hook:
         """The number in the name, as TransformerLens's HookPoint.layer()."""
         return next(int(part) for part in self.name.split(".") if part.isdigit())
 
+    @property
+    def step(self) -> int | None:
+        """The denoising step of the diffusion run that is going on."""
+        return now().step
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """Whose rows the tensor holds in a diffusion run: ``both`` is the unconditional, then the conditional ones."""
+        return now().half
+
 
 @dataclass(eq=False)
 class Binding:
@@ -61,12 +72,21 @@ class Op:
     binding: Binding
     detached: bool = True
     hook: Hook = field(init=False)
+    limited: bool = field(init=False)
 
     def __post_init__(self) -> None:
         site = self.target.site
         on_head = site is not self.target
         hook = Hook(self.target.name, -1 if on_head else site.axis, site.tokens)
         object.__setattr__(self, "hook", hook)
+        object.__setattr__(self, "limited", self.kind == "edit" and getattr(self.act, "limited", False))
+
+    def asleep(self) -> bool:
+        """Whether this is an edit that does nothing now: it names other steps of a diffusion run, or the other half."""
+        if not self.limited or not self.act.asleep(self.hook.name):  # type: ignore[attr-defined]
+            return False
+        self.binding.hint = "its steps= or guidance= did not come up in the run"
+        return True
 
 
 class FunctionStep:
@@ -133,6 +153,8 @@ class Program:
 
 def apply(op: Op, value: Tensor) -> Tensor:
     """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is."""
+    if op.limited and op.asleep():
+        return value
     op.binding.fired = True
     new = op.act(value, hook=op.hook)
     return value if new is None or new is value else checked(op, value, new)

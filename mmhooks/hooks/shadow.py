@@ -1,6 +1,7 @@
 """Attributes of one live module, shadowed for a while without writing into the module.
 
-The module gets a class of its own, a subclass of its class whose descriptors answer for the shadowed names.
+The module (or other object) gets a class of its own, a subclass of its class whose descriptors answer for the
+shadowed names.
 ``__dict__``, parameters, submodules and ``state_dict`` stay as they are. A copy made meanwhile (``deepcopy``,
 pickle) is of the original class; a replica (``DataParallel``) is passed to the shadow as itself, never as the
 module that it was copied from. Shadows of one name stack, and are taken off in any order.
@@ -14,8 +15,6 @@ from copy import deepcopy
 from threading import RLock
 from typing import Any
 
-from torch import nn
-
 Remove = Callable[[], None]
 _LOCK = RLock()
 
@@ -23,14 +22,14 @@ _LOCK = RLock()
 class Shadow:
     """One shadow of ``name``: reading the attribute gives ``get(module, below)``, ``below`` what was there before."""
 
-    def __init__(self, name: str, get: Callable[[nn.Module, Any], Any]) -> None:
+    def __init__(self, name: str, get: Callable[[Any, Any], Any]) -> None:
         self.name, self.get = name, get
         self._classes: dict[Any, type] = {}  # made once: contexts come and go by the batch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shadow:
         return Shadow(self.name, deepcopy(self.get, memo))  # the classes answer for the original's ``get``
 
-    def cast(self, module: nn.Module) -> Remove:
+    def cast(self, module: Any) -> Remove:
         """Shadows ``module.<name>``; returns the function that takes exactly this shadow off."""
         with _LOCK:
             _put(module, (*_shadows(module), self))
@@ -44,11 +43,11 @@ class Shadow:
         return remove
 
 
-def _shadows(module: nn.Module) -> tuple[Shadow, ...]:
+def _shadows(module: Any) -> tuple[Shadow, ...]:
     return type(module).__dict__.get("_mmhooks_shadows", ())
 
 
-def _put(module: nn.Module, shadows: tuple[Shadow, ...]) -> None:
+def _put(module: Any, shadows: tuple[Shadow, ...]) -> None:
     base = type(module).__dict__.get("_mmhooks_base", type(module))
     if shadows:
         made, key = shadows[-1]._classes, (base, shadows)

@@ -74,9 +74,9 @@ class SiteMap:
 
     # -- building --------------------------------------------------------------------------------------
 
-    def output(self, module: nn.Module) -> Tap:
+    def output(self, module: nn.Module, *, first: bool = False) -> Tap:
         """The one tap of a module's output, shared by all sites that look at it."""
-        return self._taps.setdefault(("output", module, ""), ModuleOutput(module))
+        return self._taps.setdefault(("output", module, ""), ModuleOutput(module, first))
 
     def input(self, module: nn.Module, keyword: str = "") -> Tap:
         """The one tap of a module's first input."""

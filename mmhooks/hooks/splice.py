@@ -23,6 +23,7 @@ from mmhooks.errors import NoDecoder, ShapeMismatch
 from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.program import Op, apply, spell, watch
 from mmhooks.hooks.sites import Site
+from mmhooks.hooks.steps import halves
 
 LEAVES = ("pre", "latents", "recon", "error")
 HEAD_PARTS = ("d_in", "n_features", "has_decoder", "normalize_input", "id", "pre", "encode", "decode")
@@ -113,6 +114,13 @@ class HeadStep:
         # Edits that name their features and nothing else: only those columns of f are touched.
         named = bool(own) and all(isinstance(e, Edit) and e.index is not None for e in own)
         only_latents = len(edits) == len(own)
+        self.limited = bool(edits) and all(op.limited for op in edits)
+        self.reads: HeadStep | None = None  # what is left of the step while all of its edits sleep
+        if self.limited and reads:
+            self.reads = HeadStep(reads[0])
+            for op in reads[1:]:
+                self.reads.add(op)
+            self.reads.seal()
         self.union = torch.cat([e.index for e in own]).unique() if named and only_latents else None
         self.active_only = (
             named
@@ -128,8 +136,10 @@ class HeadStep:
         view = self.site.view
         x = raw if view is None else view.show(raw)
         self._check(x)
+        if self.limited and all(op.asleep() for op in self.all if op.kind == "edit"):
+            return raw if self.reads is None else self.reads(raw)
         for op in self.all:
-            if op.kind != "grad":
+            if op.kind != "grad" and not op.asleep():
                 op.binding.fired = True
         if self.detached:
             with torch.no_grad():
@@ -138,7 +148,17 @@ class HeadStep:
         out = self._active(x) if self.active_only else self._run(x)
         if out is x:
             return raw
+        if self.limited and not self.attachment.error_term:
+            out = self._only_halves(out, x)
         return out if view is None else view.back(raw, out)
+
+    def _only_halves(self, out: Tensor, x: Tensor) -> Tensor:
+        """Without an error term every row is decoded anew: those that no edit names stay as they are."""
+        named = {op.act.guidance for op in self.all if op.limited and not op.asleep()}
+        parts = halves(len(x), self.site.name)
+        if parts is None or "both" in named:
+            return out
+        return torch.cat([out[rows] if half in named else x[rows] for half, rows in parts])
 
     def _check(self, x: Tensor) -> None:
         head = self.head

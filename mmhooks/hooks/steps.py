@@ -1,31 +1,80 @@
-"""The step of a diffusion run, for edits with ``steps=``; set by the pipeline that runs."""
+"""Where a diffusion run is: its denoising step, and which half of a guided batch a module works on.
+
+The pipeline that runs sets both; edits with ``steps=`` and ``guidance=``, caches and hook functions ask. With
+classifier-free guidance the U-Net gets the unconditional rows and then the conditional ones in one batch, while
+the text encoder is called for each half by itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MMHooksError, ShapeMismatch
 
-_STEP: ContextVar[int | None] = ContextVar("mmhooks_step", default=None)
+Guidance = Literal["cond", "uncond", "both"]
+HALVES = ("uncond", "cond")  # the order in which diffusers puts them into a batch
+
+
+class Moment(NamedTuple):
+    """``step``: number of the denoising step, from 0. ``half``: whose rows a batch holds; ``both``: first the
+    unconditional, then the conditional ones."""
+
+    step: int | None = None
+    half: Guidance | None = None
+
+
+_NEVER = Moment()
+_NOW: ContextVar[Moment] = ContextVar("mmhooks_moment", default=_NEVER)
+
+
+def now() -> Moment:
+    return _NOW.get()
 
 
 @contextmanager
-def step(number: int | None) -> Iterator[None]:
-    """Marks everything inside as belonging to denoising step ``number``."""
-    token = _STEP.set(number)
+def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
+    """Marks everything inside as belonging to a denoising step, and to a half of the batch."""
+    token = _NOW.set(Moment(step, half))
     try:
         yield
     finally:
-        _STEP.reset(token)
+        _NOW.reset(token)
 
 
-def active_step(steps: Sequence[int] | range | None, where: str) -> bool:
-    """Whether an edit limited to ``steps`` acts now; raises where there are no steps at all."""
-    if steps is None:
-        return True
-    now = _STEP.get()
-    if now is None:
-        raise MMHooksError(f"steps= at {where!r}, but no diffusion run is going on; leave steps= out")
-    return now in steps
+def asleep(steps: Sequence[int] | range | None, guidance: Guidance, where: str) -> bool:
+    """Whether an edit limited to ``steps`` and to a half has to leave the value at ``where`` alone now.
+
+    Raises:
+        MMHooksError: there are no steps, or no halves, at this place.
+    """
+    at = _NOW.get()
+    if steps is not None and at.step is None:
+        raise MMHooksError(
+            f"steps= at {where!r}, but no diffusion run is going on there (text encoders run once, before its "
+            "first step); leave steps= out, or edit 'text.cond'"
+        )
+    if guidance != "both" and at.half is None:
+        raise MMHooksError(
+            f"guidance={guidance!r} at {where!r}, but nothing says whose rows these are: halves are known in the "
+            "text encoders and the U-Net of a pipeline that runs; leave guidance= out"
+        )
+    return (steps is not None and at.step not in steps) or (
+        guidance != "both" and at.half not in ("both", guidance)
+    )
+
+
+def halves(rows: int, where: str) -> list[tuple[Guidance, slice]] | None:
+    """The halves of a batch that holds both, with their rows; None for a batch of one kind.
+
+    >>> with moment(0, "both"):
+    ...     halves(4, "text.cond")
+    [('uncond', slice(0, 2, None)), ('cond', slice(2, 4, None))]
+    """
+    if _NOW.get().half != "both":
+        return None
+    if rows % 2:
+        raise ShapeMismatch(f"{rows} rows at {where!r} in a guided run, where one half follows the other")
+    return [("uncond", slice(0, rows // 2)), ("cond", slice(rows // 2, rows))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -83,7 +84,15 @@ def _refuse() -> None:
 
 
 class ModuleOutput(HookTap):
-    """What a module returns: the tensor, or the first tensor of a tuple, list or model output."""
+    """What a module returns: the tensor, or the first tensor of a tuple, list or model output.
+
+    ``first``: before the hooks that the module has already. transformers' record hidden states with hooks of
+    their own, which stay after the first call that asks for them, and would show the value from before an edit.
+    """
+
+    def __init__(self, module: nn.Module, first: bool = False) -> None:
+        super().__init__(module)
+        self.first = first
 
     def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
         own = self.module
@@ -101,7 +110,7 @@ class ModuleOutput(HookTap):
             new = program(old)
             return None if new is old else _with_first(output, new)
 
-        return own.register_forward_hook(body)
+        return own.register_forward_hook(body, prepend=self.first)
 
 
 class ModuleInput(HookTap):
@@ -126,6 +135,40 @@ class ModuleInput(HookTap):
             key = self.keyword or next(iter(kwargs))
             new = program(kwargs[key])
             return None if new is kwargs[key] else (args, {**kwargs, key: new})
+
+        return self.module.register_forward_pre_hook(body, with_kwargs=True)
+
+
+class ModuleArgument(HookTap):
+    """One argument of a module, by name, however it is passed; ``key``: an entry of a dict that is passed.
+
+    An argument that is left out or None does not fire.
+    """
+
+    def __init__(self, module: nn.Module, argument: str, key: str = "") -> None:
+        super().__init__(module)
+        self.argument, self.key = argument, key
+        self._position = list(signature(module.forward).parameters).index(argument)
+
+    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
+        def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if refuse is not None and is_compiling():
+                refuse()
+            program = programs_at(self)
+            if program is None or kwargs is None or module is not self.module:
+                return None
+            positional = self._position < len(args)
+            given = args[self._position] if positional else kwargs.get(self.argument)
+            if given is None:
+                return None
+            old = given.get(self.key) if self.key else given
+            new = old if old is None else program(old)
+            if new is old:
+                return None
+            new = {**given, self.key: new} if self.key else new
+            if positional:
+                return (*args[: self._position], new, *args[self._position + 1 :]), kwargs
+            return args, {**kwargs, self.argument: new}
 
         return self.module.register_forward_pre_hook(body, with_kwargs=True)
 

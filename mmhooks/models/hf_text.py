@@ -42,21 +42,30 @@ class HookedCLIPText(HookedModel):
 
 def clip_text_sites(model: nn.Module) -> SiteMap:
     """Site map of a Hugging Face CLIP text model."""
-    tower: Any = getattr(model, "text_model", model)
-    if not hasattr(tower, "final_layer_norm") or not hasattr(tower, "encoder"):
+    sites = SiteMap(model)
+    add_clip_text(sites, "text", model)
+    return sites
+
+
+def add_clip_text(sites: SiteMap, tower: str, model: nn.Module) -> None:
+    """Sites ``<tower>.tokens`` to ``<tower>.ln_final``, and ``pooled`` and ``embed`` where it has a projection."""
+    inner: Any = getattr(model, "text_model", model)
+    if not hasattr(inner, "final_layer_norm") or not hasattr(inner, "encoder"):
         raise MMHooksError(
             f"expected a CLIPTextModel or CLIPTextModelWithProjection, came {type(model).__name__}"
         )
-    sites = SiteMap(model)
-    sites.add(Site("text.tokens", sites.output(tower.embeddings.token_embedding), layout="batch token d"))
-    for n, layer in enumerate(tower.encoder.layers):
-        _add_layer(sites, f"text.blocks.{n}", layer)
-    sites.add(Site("text.ln_final", sites.output(tower.final_layer_norm), layout="batch token d"))
+
+    def add(name: str, tap: Any, tokens: int | None = 1, layout: str = "batch token d") -> None:
+        sites.add(Site(f"{tower}.{name}", tap, tokens=tokens, layout=layout))
+
+    add("tokens", sites.output(inner.embeddings.token_embedding))
+    for n, layer in enumerate(inner.encoder.layers):
+        _add_layer(sites, f"{tower}.blocks.{n}", layer)
+    add("ln_final", sites.output(inner.final_layer_norm))
     projection = getattr(model, "text_projection", None)
     if isinstance(projection, nn.Module):
-        sites.add(Site("text.pooled", sites.input(projection), tokens=None, layout="batch d"))
-        sites.add(Site("text.embed", sites.output(projection), tokens=None, layout="batch d"))
-    return sites
+        add("pooled", sites.input(projection), None, "batch d")
+        add("embed", sites.output(projection), None, "batch d")
 
 
 def _add_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
@@ -74,7 +83,7 @@ def _add_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
     add("mlp.pre", sites.output(layer.mlp.fc1), layout="batch token d_mlp")
     add("mlp.post", sites.input(layer.mlp.fc2), layout="batch token d_mlp")
     add("mlp_out", sites.output(layer.mlp))
-    add("resid_post", sites.output(layer))
+    add("resid_post", sites.output(layer, first=True))
 
 
 def layer_forward(

@@ -160,7 +160,7 @@ class HookedModel:
             parts += [self.places.plan_hook(pattern, fn, "grad") for pattern, fn in backward]
             return _joined(parts)
 
-        return HookContext(self._board, plan, strict=strict, around=self._checkpoints)
+        return HookContext(self._board, plan, strict=strict, around=self._around)
 
     @contextmanager
     def caching(
@@ -185,7 +185,7 @@ class HookedModel:
         def plan() -> Planned:
             return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
-        with HookContext(self._board, plan, strict=strict, around=self._checkpoints):
+        with HookContext(self._board, plan, strict=strict, around=self._around):
             yield cache
         self.shapes.update(cache.shapes)
 
@@ -230,8 +230,8 @@ class HookedModel:
         """One run of the whole model, as the family defines it."""
         raise NotImplementedError
 
-    def _checkpoints(self) -> list[Tap]:
-        """Taps of the blocks that a backward pass would recompute; none outside of grad mode."""
+    def _around(self) -> list[Tap]:
+        """Taps that every context installs besides its own: blocks that a backward pass would recompute."""
         if not torch.is_grad_enabled():
             return []
         return [self._recomputed.setdefault(b, Recomputed(b)) for b in checkpointed(self._can_checkpoint)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mmhooks as mm
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.hooks.selection import feature_index
-from mmhooks.hooks.steps import step
+from mmhooks.hooks.steps import moment
 
 sets = st.sets(st.integers(0, 19))
 
@@ -201,9 +201,9 @@ def test_every_edit_takes_tokens(model, images, name, place):
 
 def test_steps(model, images):
     with model.hooks(mm.Zero(at="image.embed", steps=[1])):
-        with step(0):
+        with moment(0, None):
             assert model.encode_image(images).any()
-        with step(1):
+        with moment(1, None):
             assert not model.encode_image(images).any()
 
 

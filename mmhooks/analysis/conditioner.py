@@ -1,0 +1,80 @@
+"""Modality of the features of a conditioner: the space that is edited is the space that is scored."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmhooks.analysis.mds import MDSResult, mds
+from mmhooks.data.pair_set import Pairs
+from mmhooks.data.progress import rate_bar
+from mmhooks.errors import DataError, MMHooksError
+from mmhooks.models.references import conditioner, reference, text_end, token_norm
+
+Sides = tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
+
+
+def conditioner_sides(
+    sd: Any,
+    pairs: Pairs,
+    *,
+    mode: Literal["naive", "projected"] = "projected",
+    clip: Any = None,
+    projection: Any = None,
+    tokens: Literal["end", "mean"] = "end",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Sides:
+    """Pictures and captions of pairs in the conditioner's space: ``(references [n d], texts [n d])``.
+
+    The picture side is what an edit would bring in, :func:`~mmhooks.models.references.reference`; the text side is
+    the hidden state at the end of the caption, which CLIP projects, or the mean over its tokens (the first left
+    out). A head is trained on both: ``mm.train_head(mm.TopKSAE(d, 4 * d, 16), *sides)``.
+
+    Raises:
+        DataError: there are no pairs.
+        MissingWeights, ShapeMismatch, MMHooksError: as ``reference``.
+    """
+    if not len(pairs):
+        raise DataError("no pairs to score a conditioner's features on")
+    norm = token_norm(sd)
+    images, texts = [], []
+    with rate_bar("conditioner", len(pairs), unit="pairs", show=progress) as advance:
+        for begin in range(0, len(pairs), batch_size):
+            rows = [pairs[i] for i in range(begin, min(begin + batch_size, len(pairs)))]
+            pictures, captions = [row.image for row in rows], [row.text for row in rows]
+            found = reference(sd, pictures, mode=mode, clip=clip, projection=projection, norm=norm)
+            images.append(found[:, 0].float().cpu())
+            cond, ends = conditioner(sd, captions).float().cpu(), text_end(sd, captions)
+            if tokens == "end":
+                texts.append(cond[torch.arange(len(cond)), ends])
+            else:
+                inside = torch.arange(cond.shape[1]) <= ends[:, None]
+                inside[:, 0] = False
+                texts.append((cond * inside[..., None]).sum(1) / inside.sum(1, keepdim=True))
+            advance(len(rows))
+    return torch.cat(images), torch.cat(texts)
+
+
+def conditioner_mds(sides: Sides, *, head: Any = None, data: str = "", min_fires: int = 20) -> MDSResult:
+    """Modality Dominance Score of a conditioner's own dimensions (the paper's), or of a head trained on them.
+
+    Own dimensions are signed and compared by size, ``kind="abs"``.
+
+    Args:
+        sides: of :func:`conditioner_sides`.
+        head: a head over ``d_cond``; its groups select ``text.cond.<head>.latents``.
+
+    Raises:
+        MMHooksError: a head of another width.
+    """
+    images, texts = sides
+    if head is None:
+        return mds(images, texts, kind="abs", data=data, min_fires=min_fires)
+    if head.d_in != images.shape[1]:
+        raise MMHooksError(f"the head reads {head.d_in} dimensions, the conditioner has {images.shape[1]}")
+    with torch.no_grad():
+        return mds(head.encode(images), head.encode(texts), head=head, data=data, min_fires=min_fires)

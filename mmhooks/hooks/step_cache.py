@@ -1,0 +1,158 @@
+"""Activations of a diffusion run, by site and denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmhooks.errors import MMHooksError, UnknownSite
+from mmhooks.hooks.cache import ActivationCache
+from mmhooks.hooks.program import Binding
+from mmhooks.hooks.steps import HALVES, Guidance, Moment, halves, now
+
+
+class StepCache(Mapping[str, Tensor]):
+    """What ``HookedDiffusion.run_with_cache`` returns: a read-only mapping from site name to tensor.
+
+    A site that runs at every denoising step gives ``[step batch ...]``, in the order of :attr:`steps`; one that
+    runs once gives ``[batch ...]``. In a guided run the batch holds the unconditional rows first, as the U-Net gets
+    them, at the sites of the text encoder too; :attr:`cond` and :attr:`uncond` are the halves.
+
+    Args:
+        steps: keep these denoising steps only.
+        guidance: keep this half only.
+        options: ``device, dtype, tokens, copy`` of :class:`~mmhooks.hooks.cache.ActivationCache`.
+    """
+
+    def __init__(
+        self, *, steps: Sequence[int] | range | None = None, guidance: Guidance = "both", **options: Any
+    ) -> None:
+        if guidance not in ("cond", "uncond", "both"):
+            raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
+        self._asked, self._guidance, self._options = steps, guidance, options
+        self._parts: dict[Moment, ActivationCache] = {}
+
+    # -- filling ---------------------------------------------------------------------------------------
+
+    def recorder(self, name: str, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """The function that keeps what flows at ``name``, under the step and half of the moment."""
+
+        def record(value: Tensor) -> Tensor:
+            at = now()
+            if self._leaves_out(at):
+                binding.hint = (
+                    f"the run had {(at.step or 0) + 1} steps, of which steps={self._asked} and "
+                    f"guidance={self._guidance!r} keep none"
+                )
+                return value
+            kept = value
+            if self._guidance != "both":
+                for half, rows in halves(len(value), name) or ():
+                    if half == self._guidance:
+                        kept, at = value[rows], Moment(at.step, half)
+            part = self._parts.get(at)
+            if part is None:
+                part = self._parts[at] = ActivationCache(**self._options)
+            part.recorder(name, binding)(kept)
+            return value
+
+        return record
+
+    def _leaves_out(self, at: Moment) -> bool:
+        if self._asked is not None and at.step is not None and at.step not in self._asked:
+            return True
+        return self._guidance != "both" and at.half not in (None, "both", self._guidance)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """The denoising steps that were kept."""
+        return sorted({at.step for at in self._parts if at.step is not None})
+
+    def at(self, step: int) -> ActivationCache:
+        """What flowed at one denoising step, and at the sites that run once."""
+        if step not in self.steps:
+            raise UnknownSite(f"step {step}", [str(s) for s in self.steps], where="this cache")
+        values = {}
+        for name in self:
+            kept = self._of(name)
+            if None in kept:
+                values[name] = self[name]
+            elif step in kept:
+                values[name] = kept[step]
+        return ActivationCache()._with(values)
+
+    def now(self, name: str) -> Tensor:
+        """The value of the step that is going on: with it, ``mm.Patch(cache)`` patches step by step."""
+        kept, step = self._of(name), now().step
+        if None in kept:
+            return kept[None]
+        if step is None or step not in kept:
+            raise MMHooksError(f"the cache holds {name!r} at steps {self.steps}, asked for at step {step}")
+        return kept[step]
+
+    @property
+    def cond(self) -> StepCache:
+        """The conditional rows."""
+        return self._half("cond")
+
+    @property
+    def uncond(self) -> StepCache:
+        """The unconditional rows."""
+        return self._half("uncond")
+
+    def __getitem__(self, name: str) -> Tensor:
+        kept = self._of(name)
+        if None in kept:
+            return kept[None]
+        return torch.stack([kept[step] for step in self.steps if step in kept])
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self._parts.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for part in self._parts.values() for name in part))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        size = sum(t.numel() * t.element_size() for part in self._parts.values() for t in part.values())
+        return f"StepCache({len(self)} sites, {len(self.steps)} steps, {size / 2**20:.1f} MiB: {', '.join(self)})"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes at the sites, of one step."""
+        return {name: shape for part in self._parts.values() for name, shape in part.shapes.items()}
+
+    def _of(self, name: str) -> dict[int | None, Tensor]:
+        """Step -> value; a text encoder's two calls are put together as the U-Net gets them."""
+        if name not in self:
+            raise UnknownSite(name, self, where="this cache")
+        found: dict[int | None, dict[str, Tensor]] = {}
+        for at, part in self._parts.items():
+            if name in part:
+                found.setdefault(at.step, {})[at.half or ""] = part[name]
+        return {
+            step: torch.cat([by_half[half] for half in HALVES])
+            if all(half in by_half for half in HALVES)
+            else next(reversed(by_half.values()))
+            for step, by_half in found.items()
+        }
+
+    def _half(self, which: Guidance) -> StepCache:
+        new = StepCache(guidance=which)
+        for at, part in self._parts.items():
+            if at.half == "both":
+                index = HALVES.index(which)
+                values = {name: value.chunk(2)[index] for name, value in part.items()}
+                new._parts[Moment(at.step, which)] = part._with(values)
+            elif at.half in (which, None):
+                new._parts[at] = part
+        if not new._parts:
+            raise MMHooksError(f"this cache holds nothing of the half {which!r}: the run had no guidance")
+        return new

@@ -1,0 +1,160 @@
+"""A pipeline that runs: which denoising step the U-Net is at, and whose rows it and the text encoders get.
+
+Nothing of a pipeline is changed for that. While a context is open, ``__call__`` and ``encode_prompt`` of the
+pipeline and the calls of its U-Net and text encoders are wrapped, for threads with a context only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from mmhooks.errors import MMHooksError
+from mmhooks.hooks import dispatch
+from mmhooks.hooks.shadow import Remove, Shadow
+from mmhooks.hooks.steps import Guidance, moment
+from mmhooks.hooks.taps import Tap
+
+
+class _Run:
+    """One call of a pipeline: counts the calls of its U-Net."""
+
+    def __init__(self, pipe: Any, guidance_scale: float | None) -> None:
+        self.pipe, self.calls = pipe, 0
+        self._scale = guidance_scale
+
+    def next(self) -> tuple[int, Guidance]:
+        number = self.calls
+        self.calls += 1
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            raise MMHooksError("perturbed-attention guidance puts a third part into the batch: not supported")
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if guided is None:  # StableUnCLIP keeps it in a local variable
+            guided = self._scale is not None and self._scale > 1.0
+        return number, "both" if guided else "cond"
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("mmhooks_run", default=None)
+# The halves that the calls of each text encoder are for, in their order, while encode_prompt runs.
+_TEXTS: ContextVar[tuple[tuple[Guidance, ...], dict[int, int]] | None] = ContextVar(
+    "mmhooks_texts", default=None
+)
+
+
+class PipelineCalls(Tap):
+    """Knows when the pipeline runs, and what ``encode_prompt`` asks its text encoders for. Emits nothing."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._shadows = [Shadow("__call__", self._counted)]
+        if hasattr(pipe, "encode_prompt"):
+            self._shadows.append(Shadow("encode_prompt", self._told_apart))
+
+    def install(self) -> Remove:
+        removes = [shadow.cast(self.pipe) for shadow in self._shadows]
+
+        def remove() -> None:
+            for one in removes:
+                one()
+
+        return remove
+
+    def _counted(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not dispatch.current().contexts:
+                return call(*args, **kwargs)
+            token = _RUN.set(_Run(pipe, _argument(call, "guidance_scale", args, kwargs)))
+            try:
+                return call(*args, **kwargs)
+            finally:
+                _RUN.reset(token)
+
+        return wrapped
+
+    def _told_apart(self, pipe: Any, encode: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not dispatch.current().contexts:
+                return encode(*args, **kwargs)
+            given = [
+                _argument(encode, f"{which}prompt_embeds", args, kwargs) is None
+                for which in ("", "negative_")
+            ]
+            order: tuple[Guidance, ...] = (
+                *(("cond",) if given[0] else ()),
+                *(("uncond",) if given[1] else ()),
+            )
+            token = _TEXTS.set((order, {}))
+            try:
+                return encode(*args, **kwargs)
+            finally:
+                _TEXTS.reset(token)
+
+        return wrapped
+
+
+class ModuleCalls(Tap):
+    """The calls of a U-Net (``denoises``) or text encoder, each marked with its step and half. Emits nothing."""
+
+    def __init__(self, module: nn.Module, *, denoises: bool) -> None:
+        self.module, self._denoises = module, denoises
+        self._shadow = Shadow("_call_impl", self._marked)
+
+    def install(self) -> Remove:
+        return self._shadow.cast(self.module)
+
+    def _marked(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not dispatch.current().contexts:
+                return call(*args, **kwargs)
+            with _step() if self._denoises else _half(module):
+                return call(*args, **kwargs)
+
+        return wrapped
+
+
+class ImageEmbeds(Tap):
+    """The image embedding of a Stable unCLIP pipeline, before noise is added to it: of the conditional rows alone."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._shadow = Shadow("noise_image_embeddings", self._seen)
+
+    def install(self) -> Remove:
+        return self._shadow.cast(self.pipe)
+
+    def _seen(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            program = dispatch.programs_at(self)
+            if program is None:
+                return call(*args, **kwargs)
+            bound = signature(call).bind(*args, **kwargs)
+            with moment(None, "cond"):
+                bound.arguments["image_embeds"] = program(bound.arguments["image_embeds"])
+            return call(*bound.args, **bound.kwargs)
+
+        return wrapped
+
+
+def _step() -> Any:
+    run = _RUN.get()
+    return nullcontext() if run is None else moment(*run.next())
+
+
+def _half(module: nn.Module) -> Any:
+    texts = _TEXTS.get()
+    if texts is None:
+        return nullcontext()
+    order, calls = texts
+    number = calls[id(module)] = calls.get(id(module), -1) + 1
+    return moment(None, order[number]) if number < len(order) else nullcontext()
+
+
+def _argument(function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    bound = signature(function).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get(name)

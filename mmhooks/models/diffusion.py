@@ -1,0 +1,232 @@
+"""HookedDiffusion: any diffusers text-to-image pipeline with a U-Net, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.hooks.context import HookContext
+from mmhooks.hooks.selection import Tokens
+from mmhooks.hooks.sites import Pattern, Site, SiteMap
+from mmhooks.hooks.step_cache import StepCache
+from mmhooks.hooks.steps import Guidance, moment
+from mmhooks.hooks.taps import ModuleArgument, Tap
+from mmhooks.models.denoising import ImageEmbeds, ModuleCalls, PipelineCalls
+from mmhooks.models.hf_text import add_clip_text
+from mmhooks.models.hooked import HookedModel, _joined
+from mmhooks.models.unet_sites import add_cross_attention
+
+# The pipeline's text encoders, and the towers that their sites are named by.
+TEXT_ENCODERS = {"text_encoder": "text", "text_encoder_2": "text_2", "prior_text_encoder": "prior_text"}
+
+
+class HookedDiffusion(HookedModel):
+    """A diffusers pipeline (Stable Diffusion 1.x and 2.x, SDXL, Stable unCLIP) with named sites, hooks and heads.
+
+    The pipeline is the object that was given, at ``.pipe``: call it as ever, inside a context or not.
+
+    Sites: ``text.*`` of its text encoder (``text_2.*``: SDXL's second one; ``prior_text.*``: unCLIP's),
+    ``text.cond``: the conditioner as the U-Net gets it, ``text.cond_pooled`` (SDXL), ``image.embed`` and
+    ``image.cond`` (unCLIP: the image embedding before its noise, and with it and its level),
+    ``unet.<block>.cross.{q, k, v, pattern, z, out}``, and any module by its native path,
+    ``unet.mid_block.resnets.0``, ``vae.decoder``.
+
+    In a guided run (``guidance_scale > 1``) the U-Net's batch holds the unconditional rows, then the conditional
+    ones: ``guidance="cond"`` of an edit names one half. ``steps=`` names denoising steps, from 0. Each half is
+    edited as if it were alone, so at ``text.cond`` an edit does what it does to ``prompt_embeds`` by hand.
+
+    Raises:
+        MMHooksError: no U-Net or no CLIP text encoder to hook, or a batch of three parts.
+
+    >>> import mmhooks as mm
+    >>> sd = mm.load_diffusion("stabilityai/stable-diffusion-2-base")                       # doctest: +SKIP
+    >>> with sd.hooks(mm.Zero(imgd, at="text.cond", guidance="cond")):                      # doctest: +SKIP
+    ...     picture = sd.pipe("a red panda", generator=torch.manual_seed(0)).images[0]
+    >>> out, cache = sd.run_with_cache("a red panda", sites="unet.mid_block.*.cross.pattern")  # doctest: +SKIP
+    >>> cache.cond["unet.mid_block.attentions.0.transformer_blocks.0.cross.pattern"].shape  # doctest: +SKIP
+    torch.Size([50, 1, 20, 64, 77])
+    """
+
+    def __init__(self, pipe: Any, *, name: str = "") -> None:
+        unet = _whole(getattr(pipe, "unet", None))
+        if not isinstance(unet, nn.Module):
+            raise MMHooksError(
+                f"HookedDiffusion takes a diffusers pipeline with a U-Net (StableDiffusionPipeline, "
+                f"StableDiffusionXLPipeline, StableUnCLIPPipeline), came {type(pipe).__name__}"
+            )
+        if "image_guidance_scale" in signature(type(pipe).__call__).parameters:
+            raise MMHooksError(
+                f"{type(pipe).__name__} guides by text and picture, with three parts in a batch: not supported"
+            )
+        # One module to find all others in: it owns nothing and is never called.
+        parts = nn.Module()
+        for key, part in pipe.components.items():
+            if isinstance(_whole(part), nn.Module):
+                parts.add_module(key, _whole(part))
+        sites = SiteMap(parts)
+        self.text_towers: dict[str, nn.Module] = {}
+        for key, tower in TEXT_ENCODERS.items():
+            encoder = getattr(parts, key, None)
+            if encoder is not None:
+                add_clip_text(sites, tower, encoder)
+                self.text_towers[tower] = encoder
+        if not self.text_towers:
+            raise MMHooksError(f"{type(pipe).__name__} came without a text encoder")
+        sites.add(
+            Site("text.cond", ModuleArgument(unet, "encoder_hidden_states"), layout="batch token d_cond")
+        )
+        if unet.config.addition_embed_type == "text_time":  # type: ignore[union-attr]
+            tap = ModuleArgument(unet, "added_cond_kwargs", "text_embeds")
+            sites.add(Site("text.cond_pooled", tap, tokens=None, layout="batch d"))
+        if hasattr(pipe, "image_normalizer"):
+            tap = ModuleArgument(unet, "class_labels")
+            sites.add(Site("image.embed", ImageEmbeds(pipe), tokens=None, layout="batch d"))
+            sites.add(Site("image.cond", tap, tokens=None, layout="batch 2d"))
+        self.cross_blocks = add_cross_attention(sites, "unet", unet)
+        super().__init__(parts, sites, name=name)
+        self.pipe = pipe
+        self._calls: list[Tap] = [PipelineCalls(pipe), ModuleCalls(unet, denoises=True)]
+        self._calls += [ModuleCalls(encoder, denoises=False) for encoder in self.text_towers.values()]
+
+    def __repr__(self) -> str:
+        heads = ", ".join(self.places.attachments) or "none"
+        return f"HookedDiffusion({self.name or type(self.pipe).__name__}, heads: {heads})"
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.model.unet  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call."""
+        return self.pipe(*args, **kwargs)
+
+    def _around(self) -> list[Tap]:
+        return [*self._calls, *super()._around()]
+
+    @contextmanager
+    def denoising(self, step: int, *, guided: bool) -> Iterator[None]:
+        """For loops of your own around the U-Net: which step it is, and whether the batch holds both halves."""
+        with moment(step, "both" if guided else "cond"):
+            yield
+
+    @contextmanager
+    def caching(
+        self,
+        sites: Pattern | Sequence[Pattern],
+        *,
+        steps: Sequence[int] | range | None = None,
+        guidance: Guidance = "both",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        tokens: Tokens = None,
+        strict: bool = True,
+    ) -> Iterator[StepCache]:
+        """A context that fills the :class:`~mmhooks.hooks.step_cache.StepCache` it gives.
+
+        Args:
+            steps: keep these denoising steps only: 50 steps of all patterns of SD at 512 px are 15 GB.
+            guidance: keep this half only.
+        """
+        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
+        cache = StepCache(
+            steps=steps,
+            guidance=guidance,
+            device=device,
+            dtype=dtype,
+            detach=detach,
+            tokens=tokens,
+            copy=self._writes_inplace,
+        )
+
+        def plan() -> Any:
+            return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+
+        with HookContext(self._board, plan, strict=strict, around=self._around):
+            yield cache
+        self.shapes.update(cache.shapes)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        sites: Pattern | Sequence[Pattern] = ("text.cond",),
+        steps: Sequence[int] | range | None = None,
+        guidance: Guidance = "both",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        tokens: Tokens = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Any, StepCache]:
+        """Runs the pipeline and keeps what flows at ``sites``.
+
+        Args:
+            args, kwargs: of the pipeline: prompt, ``num_inference_steps``, ``generator``, ...
+            sites: names, globs or predicates.
+            steps, guidance: keep these denoising steps, this half of a guided batch.
+            device, dtype, tokens, strict: as in :meth:`HookedModel.caching`.
+
+        Returns:
+            the pipeline's output, and the cache: ``cache[site]`` is ``[step batch ...]`` where the U-Net runs.
+
+        Raises:
+            UnknownSite: a name that no site has.
+            HookDidNotFire: sites that did not run, or of which nothing was kept.
+        """
+        options = {"steps": steps, "guidance": guidance, "device": device, "dtype": dtype}
+        with self.caching(sites, tokens=tokens, strict=strict, **options) as cache:
+            out = self.pipe(*args, **kwargs)
+        return out, cache
+
+
+def load_diffusion(
+    name: str | Path = "mini",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> HookedDiffusion:
+    """A hooked pipeline by name: ``"mini"``, a directory, or a repository of the Hugging Face Hub.
+
+    Args:
+        options: of diffusers' ``from_pretrained``: ``revision, variant, cache_dir, local_files_only``, or parts of
+            the pipeline, such as ``safety_checker=None``.
+
+    Raises:
+        MissingWeights: the directory holds no pipeline, or the repository cannot be had.
+
+    >>> sd = load_diffusion("runs/my-pipeline")  # doctest: +SKIP
+    """
+    from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+
+    from mmhooks.models.zoo import ASSETS
+
+    source = ASSETS / "mini-sd" if str(name) in ("mini", "mini-sd") else Path(name)
+    if source.parent == ASSETS and not (source / "model_index.json").is_file():
+        raise MissingWeights(
+            f"the embedded pipeline {name!r} is not in this installation ({source.name}/model_index.json is "
+            "missing); give the name or the directory of another one"
+        )
+    if source.is_dir() and not (source / "model_index.json").is_file():
+        raise MissingWeights(f"{source} holds no diffusers pipeline: model_index.json is missing")
+    where = str(source) if source.is_dir() else str(name)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise MissingWeights(
+            f"no pipeline {where!r} could be had ({type(error).__name__}: {error}); without network give the "
+            'directory of a downloaded one, or use mm.load_diffusion("mini")'
+        ) from error
+    return HookedDiffusion(pipe.to(device), name=str(name))
+
+
+def _whole(part: Any) -> Any:
+    """The module itself where it was given to ``torch.compile``."""
+    return getattr(part, "_orig_mod", part)

@@ -1,0 +1,144 @@
+"""Cross-attention of a diffusers U-Net in the open: ``q, k, v, pattern, z, out`` of every transformer block.
+
+The processor's own code runs; a torch function mode looks at the calls that attention comes down to: one
+``scaled_dot_product_attention``, or ``baddbmm``, softmax and ``bmm``. So reading changes no bit: of a fused attention
+the pattern is computed beside it, and takes its place only where it was edited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmhooks.errors import MMHooksError
+from mmhooks.hooks.intercept import Call, Intercepted
+from mmhooks.hooks.shadow import Remove
+from mmhooks.hooks.sites import Site, SiteMap
+from mmhooks.hooks.taps import Emit
+
+LEAVES = ("q", "k", "v", "pattern", "z")
+# Those that diffusers installs by itself, with projections fused or not.
+PROCESSORS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttnProcessor2_0")
+_LAYOUT = {
+    "q": "batch pixel head d_head",
+    "k": "batch token head d_head",
+    "v": "batch token head d_head",
+    "pattern": "batch head pixel token",
+    "z": "batch pixel head d_head",
+}
+
+
+def add_cross_attention(sites: SiteMap, tower: str, unet: nn.Module) -> list[str]:
+    """``<tower>.<block>.cross.*`` for every transformer block of ``unet``; returns the blocks' names."""
+    blocks = []
+    for path, module in unet.named_modules():
+        cross = getattr(module, "attn2", None)
+        if isinstance(cross, nn.Module) and getattr(cross, "is_cross_attention", False):
+            blocks.append(f"{tower}.{path}")
+            tap = CrossAttention(cross, f"{blocks[-1]}.cross")
+            for leaf in LEAVES:
+                heads, tokens = (-3, 2) if leaf == "pattern" else (-2, 1)
+                sites.add(Site(f"{blocks[-1]}.cross.{leaf}", tap, leaf, heads, tokens, _LAYOUT[leaf]))
+            sites.add(Site(f"{blocks[-1]}.cross.out", sites.output(cross), layout="batch pixel d"))
+    return blocks
+
+
+class CrossAttention(Intercepted):
+    """The insides of one ``diffusers.Attention``, whichever of the default processors it has."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, LEAVES, _watch)
+        self.name = name
+
+    def install(self) -> Remove:
+        self._check()
+        return super().install()
+
+    def _call(
+        self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        self._check()  # it may have been exchanged meanwhile
+        return super()._call(module, emit, want, original, args, kwargs)
+
+    def _check(self) -> None:
+        processor = type(getattr(self.module, "processor", None)).__name__
+        if processor not in PROCESSORS:
+            raise MMHooksError(
+                f"{self.name}.* is there under {', '.join(PROCESSORS)}, this block runs {processor}; "
+                "unet.set_default_attn_processor() brings the default one back"
+            )
+
+
+def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: Any) -> Call:
+    heads = module.heads
+
+    def by_head(leaf: str, folded: Tensor) -> Tensor:
+        """``[b*h l e]``, as the classic processor has it, shown and put back."""
+        if leaf not in want:
+            return folded
+        shown = folded.unflatten(0, (-1, heads))
+        if leaf == "pattern":
+            return _same(emit(leaf, shown), shown, folded, lambda t: t.flatten(0, 1))
+        shown = shown.transpose(1, 2)
+        return _same(emit(leaf, shown), shown, folded, lambda t: t.transpose(1, 2).flatten(0, 1))
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _fused(emit, want, *args, **kwargs)
+        if func is torch.baddbmm:
+            start, query, key = args
+            key = by_head("k", key.transpose(-1, -2)).transpose(-1, -2) if "k" in want else key
+            return func(start, by_head("q", query), key, **kwargs)
+        if func is torch.bmm:
+            pattern, value = args
+            return by_head("z", func(by_head("pattern", pattern), by_head("v", value), **kwargs))
+        return func(*args, **kwargs)
+
+    return call
+
+
+def _fused(
+    emit: Emit,
+    want: Mapping[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
+) -> Tensor:
+    """torch's ``scaled_dot_product_attention`` on ``[b h l e]``, as diffusers calls it: no dropout, not causal."""
+
+    def by_token(leaf: str, given: Tensor) -> Tensor:
+        if leaf not in want:
+            return given
+        shown = given.transpose(1, 2)
+        return _same(emit(leaf, shown), shown, given, lambda t: t.transpose(1, 2))
+
+    q, k, v = (by_token(leaf, t) for leaf, t in (("q", query), ("k", key), ("v", value)))
+    z = None
+    if "pattern" in want:
+        scale = rest.get("scale") or 1 / math.sqrt(q.shape[-1])
+        with torch.no_grad() if want["pattern"].detached else nullcontext():
+            scores = (q * scale) @ k.transpose(-1, -2)
+            pattern = (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1)
+            edited = emit("pattern", pattern)
+        if edited is not pattern or edited.requires_grad:
+            z = edited @ v
+    if z is None:
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **rest)
+    return by_token("z", z)
+
+
+def _same(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+    """The original itself where nothing was changed, so that its layout in memory stays too."""
+    if new is shown and not new.requires_grad:
+        return original
+    return back(new)
