@@ -31,7 +31,10 @@ def main(
     model: Annotated[str, typer.Option(help="mini, or any open_clip name.")] = "mini",
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
     data: Annotated[
-        str, typer.Option(help="mini, a folder/ with metadata.csv, cc3m, a data set's name, …")
+        str,
+        typer.Option(
+            help="mini, a folder/ with metadata.csv, cc3m, a data set's name, a corpus/ of mini_corpus.py."
+        ),
     ] = "mini",
     labels: Annotated[
         str,
@@ -94,7 +97,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     from gender_features import carriers, shares
     from gender_page import report, save_all
     from gender_paper import claims, conflict
+    from gender_samples import from_drawings
     from gender_study import GROUPS, MAIN, Setting, Split, check_live, false_discovery, groups_of, measure
+    from gender_styles import is_corpus
     from modality import Clock, environment, head_source
     from modality_study import encode, train_heads
 
@@ -115,11 +120,10 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         with clock.step("encoders"):
             model = mm.load(o["model"], pretrained=o["pretrained"])
             encoded = encode(model, o["model"], pairs, cache, batch=o["batch"], progress=clock.bar)
+            drawn = any("codepoints" in meta for meta in pairs.meta)
             scale = float(model.logit_scale.detach().exp())
             form = (
-                o["template"]
-                if o["template"] != "auto"
-                else f"a {'drawing' if o['data'] == 'mini' else 'photo'} of a {{}}"
+                o["template"] if o["template"] != "auto" else f"a {'drawing' if drawn else 'photo'} of a {{}}"
             )
             prompts = prompt_labels(model, PROMPTS, [form])
         with clock.step("heads"):
@@ -135,7 +139,16 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             heads: dict[str, Any] = {
                 k: mm.load_head(n) if n else trained[k] for k, n in names.items() if n != "none"
             }
-            groups = {k: groups_of(h, encoded, known, pairs.fingerprint) for k, h in heads.items()}
+            source, rows = (encoded, pairs.fingerprint), known
+            if is_corpus(o["data"]):  # over all styles mu + sigma exceeds 1: no ImgD would be left
+                drawings = mm.data.pairs("mini")
+                people_there = {s.row for s in from_drawings(drawings) if s.heldout}
+                source = (
+                    encode(model, o["model"], drawings, cache, batch=o["batch"], progress=clock.bar),
+                    drawings.fingerprint,
+                )
+                rows = [i for i in range(len(drawings)) if i not in people_there]
+            groups = {k: groups_of(h, source[0], rows, source[1]) for k, h in heads.items()}
         settings = [
             Setting(f"SAE, {space}", heads["sae"], space, groups["sae"])
             for space in ("decoded", "spliced", "latent")
@@ -210,6 +223,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
 def samples(o: dict[str, Any], clock: Any) -> tuple[Any, list[Sample]]:
     """The pairs, and who is in them."""
     from gender_samples import from_classifier, from_column, from_drawings
+    from gender_styles import corpus_pairs, is_corpus
 
     import mmhooks as mm
     from mmhooks.errors import DataError
@@ -220,6 +234,9 @@ def samples(o: dict[str, Any], clock: Any) -> tuple[Any, list[Sample]]:
     if how == "auto":
         how = "codepoints" if o["data"] == "mini" else "column"
     strata = [s.strip() for s in o["strata"].split(",") if s.strip()]
+    if is_corpus(o["data"]):
+        pairs = corpus_pairs(o["data"], seed=o["seed"])
+        return pairs, from_drawings(pairs)
     folder = (Path(o["data"]).expanduser() / "metadata.csv").is_file()
     columns = [c for c in ([o["label_column"], *strata, o["family"]] if how == "column" else strata) if c]
     pairs = mm.data.pairs(

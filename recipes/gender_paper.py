@@ -65,7 +65,7 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
             contrast = Estimate(-contrast.value, -contrast.high, -contrast.low, contrast.n)
         out.append(
             Claim(
-                agreement(contrast, -1.0),
+                agreement(contrast, -1.0) if here["contrast"]["p"] < 0.05 else "open",
                 f"Removing {group} lowers the probability of the own gender of {word} more than removing {other} "
                 f"(Table 6: {TABLE6[side][group]} against {TABLE6[side][other]}).",
                 f"{fixed(here['groups'][group]['probability']['value'])} against "

@@ -134,8 +134,8 @@ def gender_of_words(text: str) -> int | None:
 
 
 def from_drawings(pairs: Any) -> list[Sample]:
-    """Samples of the drawings: by codepoints where the data have them, by their names elsewhere."""
-    out = []
+    """Samples of the drawings whose data have code points: one person each, of either gender or of none said."""
+    out, styles = [], {meta.get("style") for meta in pairs.meta if meta.get("codepoints")}
     for row, (meta, name, split) in enumerate(zip(pairs.meta, pairs.texts, pairs.splits, strict=True)):
         code = meta.get("codepoints")
         if code is None:
@@ -143,7 +143,10 @@ def from_drawings(pairs: Any) -> list[Sample]:
         label = gender_of_codepoints(code)
         if label is None and not is_single_person(code):
             continue
-        out.append(Sample(row, label, strata_of_codepoints(code), family_of(name), split != "train"))
+        strata = strata_of_codepoints(code)
+        if len(styles) > 1:
+            strata["style"] = str(meta["style"])
+        out.append(Sample(row, label, strata, family_of(name), split != "train"))
     return out
 
 

@@ -98,7 +98,8 @@ def effect_table(results: Mapping[str, Any]) -> Table:
         "Every group beside random features and CrossD",
         "Random: mean change and 95 % range of sets of as many alive features; p two-sided among them, q after "
         "Benjamini–Hochberg over all readings. CrossD: as many features of either as the smaller one has, sub-sampled where a "
-        "group is larger. Masks of one size can take very different shares of the activation: see that column first.",
+        "group is larger; its p is over draws of features alone, so where CrossD is taken whole it says little. "
+        "Masks of one size can take very different shares of the activation: see that column first.",
         text_columns=(0, 1),
     )  # fmt: skip
 

@@ -54,7 +54,8 @@ class Masked:
         self.head, self.x = head, x
         self.latents: Float[Tensor, "n k"] = head.encode(head.prepare(x))
         _, self._scale, self._shift = head.scaled(x)
-        self._directions: Any = head.W_dec.detach() if head.has_decoder else None
+        weight: Any = getattr(head, "W_dec", None)
+        self._directions: Any = weight.detach() if head.has_decoder else None
         self._whole = self._back(head.decode(self.latents)) if head.has_decoder else None
 
     def __len__(self) -> int:

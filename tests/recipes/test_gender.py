@@ -11,11 +11,13 @@ from typing import Any
 import gender
 import gender_paper
 import gender_samples
+import gender_styles
 import numpy as np
 import pytest
 import torch
 from gender_study import MAIN
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import mmhooks as mm
@@ -131,6 +133,36 @@ def test_codepoints_and_names_agree() -> None:
     # A family holds both genders and all tones: none of them is split between fitted and judged by a folder's half.
     farmer = {pairs.texts[s.row].split(" ")[0] for s in people if s.family == "farmer"}
     assert {"woman", "man", "farmer"} <= farmer
+
+
+def test_more_styles_come_from_the_corpus_by_their_names(tmp_path: Path) -> None:
+    names = [
+        "woman farmer: dark skin tone",
+        "Man_Farmer",
+        "farmer",
+        "red apple",
+        "woman running",
+        "women wrestling",
+    ]
+    rows = [
+        {"style": style, "name": n, "split": "unseen_style" if style == "twemoji" else "train"}
+        for style in ("noto", "twemoji")
+        for n in names
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rgba = torch.randint(0, 255, (len(rows), 8, 8, 4), dtype=torch.uint8)
+    save_file({"rgba": rgba}, tmp_path / "rgba.safetensors")
+    assert gender_styles.is_corpus(str(tmp_path))
+    pairs = gender_styles.corpus_pairs(str(tmp_path), others=2)
+    people = gender_samples.from_drawings(pairs)
+    assert len(people) == 8 and len(pairs) == 10
+    found = {(pairs.texts[s.row], s.label, s.strata["style"], s.heldout) for s in people}
+    assert ("Man_Farmer", 1, "noto", False) in found and ("farmer", None, "twemoji", True) in found
+    dark = next(s for s in people if s.label == 0 and s.strata.get("profession"))
+    assert dark.strata["skin tone"] == "dark" and dark.family == people[1].family == "farmer"
+    at = rows.index({"style": "twemoji", "name": "woman running", "split": "unseen_style"})
+    one = next(s.row for s in people if s.heldout and "running" in pairs.texts[s.row])
+    assert np.array_equal(np.asarray(pairs.rgba(one)), rgba[at].numpy())
 
 
 def write_folder(root: Path, n: int = 24, gender_column: str = "gender") -> Path:
