@@ -47,6 +47,7 @@ _PUBLIC: dict[str, str] = {
     "sweep": "mmhooks.analysis.sweep",
     "monosemanticity": "mmhooks.analysis.monosemanticity",
     "decompose": "mmhooks.analysis.decompose",
+    "text_span": "mmhooks.analysis.text_span",
 }
 
 __all__ = ["__version__", "data", "errors", *_PUBLIC]

@@ -1,0 +1,89 @@
+"""What texts say of attention heads, as a small file that other studies read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmhooks.analysis.results import Result, Table
+from mmhooks.errors import MMHooksError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class HeadLabels(Result):
+    """Ranked texts of attention heads of one model, with the kind of each text where the pool has kinds.
+
+    >>> labels = HeadLabels("mini", {"5.2": ("a red thing", "a beach")}, kinds={"5.2": ("colour", "place")})
+    >>> labels.share("place"), labels.of_kind("place", at_least=0.5)
+    ({'5.2': 0.5}, ['5.2'])
+    """
+
+    model: str
+    texts: Mapping[str, tuple[str, ...]]
+    kinds: Mapping[str, tuple[str, ...]] | None = None
+    pool: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def share(self, *kinds: str, top: int | None = None) -> dict[str, float]:
+        """Share of each head's first ``top`` texts that is of one of these kinds.
+
+        Raises:
+            MMHooksError: the labels have no kinds, or none of this name.
+        """
+        if self.kinds is None:
+            raise MMHooksError(
+                f"labels of {self.model} were made with the pool {self.pool!r}, which has no kinds"
+            )
+        known = {k for own in self.kinds.values() for k in own}
+        if not known.intersection(kinds):
+            raise MMHooksError(f"no text of kind {', '.join(kinds)}; there are {', '.join(sorted(known))}")
+        return {
+            head: sum(k in kinds for k in own[:top]) / max(len(own[:top]), 1)
+            for head, own in self.kinds.items()
+        }
+
+    def of_kind(self, *kinds: str, at_least: float = 0.5, top: int | None = None) -> list[str]:
+        """Heads of whose first ``top`` texts at least this share is of these kinds, most first."""
+        shares = self.share(*kinds, top=top)
+        return sorted((h for h, s in shares.items() if s >= at_least), key=lambda h: -shares[h])
+
+    def table(self, top: int = 5) -> Table:
+        rows = Table()
+        for head, texts in self.texts.items():
+            row = {"head": head, "texts": "; ".join(texts[:top])}
+            if self.kinds is not None:
+                common = Counter(self.kinds[head]).most_common(1)
+                row["kind"] = f"{common[0][0]} {common[0][1]}/{len(texts)}" if common else ""
+            rows.append(row)
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **super().to_json()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadLabels:
+        """Reads labels written by :meth:`save`.
+
+        Raises:
+            MMHooksError: the file is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["kind"] != "HeadLabels" or content["format"] > FORMAT:
+                raise KeyError(f"kind {content['kind']!r}, format {content['format']!r}")
+            kinds = content["kinds"]
+            return cls(
+                model=content["model"],
+                texts={h: tuple(t) for h, t in content["texts"].items()},
+                kinds=None if kinds is None else {h: tuple(k) for h, k in kinds.items()},
+                pool=content["pool"],
+                info=content["info"],
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
+            raise MMHooksError(f"{path} holds no head labels of format {FORMAT}: {fault}") from fault
