@@ -48,6 +48,7 @@ _PUBLIC: dict[str, str] = {
     "monosemanticity": "mmhooks.analysis.monosemanticity",
     "decompose": "mmhooks.analysis.decompose",
     "text_span": "mmhooks.analysis.text_span",
+    "sparse_text_code": "mmhooks.analysis.splice_text",
 }
 
 __all__ = ["__version__", "data", "errors", *_PUBLIC]
