@@ -62,7 +62,9 @@ def nonnegative_lasso(
             own, z = rows[part], target[rows[part]]
             atoms, w = _grow(z, dictionary, working[part], start[part], size)
             chosen = dictionary[atoms]
-            w = _descend(chosen @ chosen.transpose(1, 2), torch.einsum("bkd,bd->bk", chosen, z), w, penalty, tolerance)
+            w = _descend(
+                chosen @ chosen.transpose(1, 2), torch.einsum("bkd,bd->bk", chosen, z), w, penalty, tolerance
+            )
             gap = _gap(z, z - torch.einsum("bk,bkd->bd", w, chosen), w, dictionary, penalty)
             done = gap <= tolerance
             gaps[own] = gap

@@ -125,9 +125,7 @@ def sparse_text_code(
             + ("" if len(widths) == 1 else f"; widths {sorted(widths)} (means included) must agree")
         )
     if penalty <= 0:
-        raise ShapeMismatch(
-            f"penalty must be above 0, came {penalty}: without one every text would be used"
-        )
+        raise ShapeMismatch(f"penalty must be above 0, came {penalty}: without one every text would be used")
     if mean is None and n < 2:
         raise ShapeMismatch(
             f"{n} embeddings have no mean to be centred by: give mean= (of unit embeddings of this modality, or zeros)"

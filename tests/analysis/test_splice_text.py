@@ -50,12 +50,18 @@ def test_code_of_embeddings_made_of_texts():
     texts = torch.randn(300, 64, generator=g)
     picks = torch.rand(40, 300, generator=g).topk(3, dim=1).indices
     code = mm.sparse_text_code(
-        texts[picks].sum(1), texts, [str(i) for i in range(300)], mean=torch.zeros(64), text_mean=torch.zeros(64)
+        texts[picks].sum(1),
+        texts,
+        [str(i) for i in range(300)],
+        mean=torch.zeros(64),
+        text_mean=torch.zeros(64),
     )
     top = [{int(t) for t, _ in code.top(i, 3)} for i in range(40)]
     assert sum(a == set(b.tolist()) for a, b in zip(top, picks, strict=True)) >= 38
     assert float(code.cosine.min()) > 0.8 and float(code.l0.mean()) < 10
-    rebuilt = torch.nn.functional.cosine_similarity(code.reconstruct(), centred(texts[picks].sum(1), torch.zeros(64)))
+    rebuilt = torch.nn.functional.cosine_similarity(
+        code.reconstruct(), centred(texts[picks].sum(1), torch.zeros(64))
+    )
     assert torch.allclose(rebuilt, code.cosine, atol=1e-5)
     group = code.top_of([3, 3, 3], 3)
     assert [t for t, _ in group] == [t for t, _ in code.top(3, 3)]
@@ -91,6 +97,10 @@ def test_result_as_a_file(tmp_path):
     ],
 )
 def test_bad_input_is_named(change, error, message):
-    arguments = {"embeddings": torch.randn(9, 4), "text_embeddings": torch.randn(5, 4), "texts": list("abcde")}
+    arguments = {
+        "embeddings": torch.randn(9, 4),
+        "text_embeddings": torch.randn(5, 4),
+        "texts": list("abcde"),
+    }
     with pytest.raises(error, match=message):
         mm.sparse_text_code(**{**arguments, **change})
