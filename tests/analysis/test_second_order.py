@@ -1,0 +1,137 @@
+"""Second-order effects against a live model: one neuron's write carried through the values of each later block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mmhooks as mm
+from mmhooks.analysis.second_order import second_order, second_order_effects
+from mmhooks.errors import NoExactSum, ShapeMismatch
+from mmhooks.models.mini import build
+from mmhooks.models.readout import image_readout
+
+
+def witness(model, pixels, layer, neuron):
+    """Effect [b e] by the hook engine: the neuron's write is normed (σ of the run), its values are added to the real
+    ones at ``attn.v``, and the change of ``attn_out`` at the class token goes through the final LayerNorm with its σ."""
+    visual = model.model.visual
+    blocks = visual.transformer.resblocks
+    depth = len(blocks)
+    sites = [f"image.blocks.{layer}.mlp.post", *(f"image.blocks.{n}.resid_pre" for n in range(depth))]
+    outs = [f"image.blocks.{n}.attn_out" for n in range(depth)]
+    _, plain = model.run_with_cache(pixels, sites=[*sites, *outs, f"image.blocks.{depth - 1}.resid_post"])
+    write = plain[sites[0]][..., neuron, None] * blocks[layer].mlp.c_proj.weight[:, neuron]
+    final = plain[f"image.blocks.{depth - 1}.resid_post"][:, 0]
+    total = 0
+    for n in range(layer + 1, depth):
+        ln, attn, x = blocks[n].ln_1, blocks[n].attn, plain[f"image.blocks.{n}.resid_pre"]
+        sigma = (x.var(-1, correction=0, keepdim=True) + ln.eps).sqrt()
+        normed = (write - write.mean(-1, keepdim=True)) / sigma * ln.weight
+        values = (normed @ attn.in_proj_weight.chunk(3)[2].T).unflatten(-1, (attn.num_heads, -1))
+        with model.hooks(fwd_hooks=[(f"image.blocks.{n}.attn.v", lambda v, hook, add=values: v + add)]):
+            _, moved = model.run_with_cache(pixels, sites=[outs[n]])
+        change = (moved[outs[n]] - plain[outs[n]])[:, 0]
+        sigma = (final.var(-1, correction=0, keepdim=True) + visual.ln_post.eps).sqrt()
+        total = total + (change - change.mean(-1, keepdim=True)) / sigma * visual.ln_post.weight @ visual.proj
+    return total
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mm.load("mini")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 4])
+def test_effects_equal_the_live_model(model, pixels, layer):
+    neurons = [0, 17, 500]
+    found = second_order_effects(model, pixels, layer=layer, neurons=neurons).vectors()
+    for i, neuron in enumerate(neurons):
+        expected = witness(model, pixels, layer, neuron)
+        assert torch.allclose(found[:, i], expected, atol=1e-3 * float(expected.abs().max()), rtol=0), neuron
+
+
+@torch.no_grad()
+def test_principal_direction_sizes_and_top_images(model, pixels):
+    neurons = [3, 200]
+    vectors = second_order_effects(model, pixels, layer=3, neurons=neurons).vectors().double()
+    found = second_order(model, pixels, layer=3, neurons=neurons, top=4, batch_size=2)
+    for i in range(2):
+        _, values, vh = torch.linalg.svd(vectors[:, i], full_matrices=False)
+        assert abs(float(vh[0] @ found.direction[i].double())) == pytest.approx(1, abs=1e-4)
+        assert float(found.direction[i].double() @ vectors[:, i].mean(0)) >= 0
+        assert float(found.explained[i]) == pytest.approx(
+            float(values[0] ** 2 / values.square().sum()), abs=1e-4
+        )
+        norms = vectors[:, i].norm(dim=1)
+        assert found.top[i].tolist() == norms.argsort(descending=True)[:4].tolist()
+        assert float(found.size[i]) == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-4)
+    embedding = model.encode_image(pixels)
+    assert found.reference == pytest.approx(float(embedding.square().sum(1).mean().sqrt()), rel=1e-4)
+    assert found.n_samples == 6 and len(found.table(1)) == 1
+
+
+@torch.no_grad()
+def test_all_neurons_of_an_average_pooling():
+    """With two tokens read, reach goes over all queries: against vectors token by token."""
+    import open_clip
+
+    vision = {
+        "image_size": 32,
+        "patch_size": 16,
+        "width": 32,
+        "layers": 3,
+        "head_width": 16,
+        "pool_type": "avg",
+    }
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    model = mm.HookedCLIP(open_clip.CLIP(24, vision, text).eval())
+    pixels = torch.randn(3, 3, 32, 32)
+    found = second_order_effects(model, pixels, layer=0).vectors()
+    readout = image_readout(model.model)
+    blocks = readout.blocks
+    _, c = model.run_with_cache(pixels, sites=["image.blocks.*"])
+    frozen = readout.freeze(c["image.blocks.2.resid_post"])
+    for neuron in (0, 77):
+        write = c["image.blocks.0.mlp.post"][..., neuron, None] * blocks[0].mlp.c_proj.weight[:, neuron]
+        expected = 0
+        for n in (1, 2):
+            x, ln, attn = c[f"image.blocks.{n}.resid_pre"], blocks[n].ln_1, blocks[n].attn
+            normed = (write - write.mean(-1, keepdim=True)) / (
+                x.var(-1, correction=0, keepdim=True) + ln.eps
+            ).sqrt()
+            values = (normed * ln.weight @ attn.in_proj_weight.chunk(3)[2].T).unflatten(-1, (2, -1))
+            mixed = torch.einsum("bhqt,bthk->bqhk", c[f"image.blocks.{n}.attn.pattern"], values).flatten(2)
+            out = mixed @ attn.out_proj.weight.T
+            expected = expected + frozen.linear(out - out.mean(-1, keepdim=True))
+        assert torch.allclose(found[:, neuron], expected, atol=1e-5)
+
+
+def test_errors_say_what_is_there(model, pixels):
+    with pytest.raises(ShapeMismatch, match=r"layer 5 of 6: .*0\.\.4"):
+        second_order(model, pixels, layer=5)
+    with pytest.raises(ShapeMismatch, match="MLP of 768 neurons"):
+        second_order(model, pixels, layer=2, neurons=[900])
+    model = mm.HookedCLIP(build().eval())
+    model.model.visual.attn_pool = torch.nn.Identity()
+    with pytest.raises(NoExactSum, match="pools by attention"):
+        second_order(model, pixels, layer=2)
+
+
+def test_a_neuron_in_texts(model, pixels):
+    """Its direction is a vector of the joint space: texts code it like any embedding."""
+    found = second_order(model, pixels, layer=3, neurons=[0])
+    pool = mm.data.text_pool("general")
+    from mmhooks.analysis.embed_texts import embed_texts
+
+    code = mm.sparse_text_code(
+        found.direction, embed_texts(model, pool.texts), pool.texts, mean=torch.zeros(256), penalty=0.1
+    )
+    assert 0 < float(code.l0[0]) < 60 and float(code.cosine[0]) > 0.1
