@@ -1,0 +1,320 @@
+"""Zero-shot segmentation by the tokens' contributions along a class's text, against four attention baselines.
+
+Section 5 of "Interpreting CLIP's Image Representation via Text-Based Decomposition". By default on drawings whose
+exact masks are known, laid on photograph-like and patterned grounds; or on a folder in the format of ImageNet-Segmentation.
+
+    python recipes/segmentation.py --out runs/segmentation
+    python recipes/segmentation.py --model ViT-B-16 --pretrained laion2b_s34b_b88k --data imagenet-seg/
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture, where its object is, and the object's name."""
+
+    picture: Image.Image
+    mask: np.ndarray
+    name: str
+    ground: str
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="mini, or any open_clip name of a ViT.")] = "mini",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(help="mini, or a folder: images/NAME.jpg, masks/NAME.png, classes.csv (file,class)."),
+    ] = "mini",
+    limit: Annotated[int, typer.Option(min=2, help="At most so many pictures.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the choice, the grounds and the bootstrap.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,
+    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
+        "runs/segmentation"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")] = False,
+) -> None:
+    """Zero-shot segmentation: token contributions against raw attention, rollout, gradient attention and LeGrad."""
+    from mmhooks.errors import MMHooksError
+
+    try:
+        study(model, pretrained, data, limit=limit, seed=seed, batch=batch, out=out, quiet=quiet)
+    except MMHooksError as error:
+        typer.echo(f"segmentation: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def study(
+    model: str = "mini",
+    pretrained: str | None = None,
+    data: str = "mini",
+    *,
+    limit: int = 400,
+    seed: int = 0,
+    batch: int = 16,
+    out: str | Path = "runs/segmentation",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The whole study; writes everything under ``out`` and returns the results."""
+    start = time.perf_counter()
+    import torch
+    from study_page import environment, write_study
+    from torch.nn.functional import normalize
+
+    import mmhooks as mm
+    from mmhooks.analysis.saliency import METHODS
+    from mmhooks.analysis.segmentation import segmentation_scores
+    from mmhooks.data.progress import track
+
+    torch.manual_seed(seed)
+    hooked = mm.load(model, pretrained=pretrained)
+    samples, attribution = drawings(limit, seed) if data == "mini" else from_folder(data, limit, seed)
+    names = sorted({s.name for s in samples})
+    with torch.no_grad():
+        texts = normalize(
+            torch.cat(
+                [hooked.encode_text(hooked.tokenizer(names[i : i + 256])) for i in range(0, len(names), 256)]
+            ).float(),
+            dim=1,
+        )
+    directions = texts - texts.mean(0)
+    rows = [names.index(s.name) for s in samples]
+    pixels, masks = prepared(hooked.preprocess, samples)
+    maps: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        parts = range(0, len(samples), batch)
+        found = [
+            method(hooked, pixels[i : i + batch], directions[rows[i : i + batch]])
+            for i in track(parts, len(parts), name, show=not quiet)
+        ]
+        maps[name] = torch.cat(found)
+    kinds = list(dict.fromkeys(s.ground for s in samples))
+    kinds = ["all", *kinds] if len(kinds) > 1 else ["all"]
+    scores: dict[str, list[Any]] = {}
+    for kind in kinds:
+        of = torch.tensor([kind in ("all", s.ground) for s in samples])
+        scores[kind] = [segmentation_scores(maps[m][of], masks[of], name=m, seed=seed) for m in METHODS]
+    claims = compared(scores["all"])
+    results = {
+        "settings": {
+            "model": model,
+            "pretrained": pretrained or "",
+            "data": data,
+            "limit": limit,
+            "seed": seed,
+        },
+        "n": len(samples),
+        "classes": len(names),
+        "scores": {
+            kind: {s.name: {"pixel_accuracy": s.pixel_accuracy, "miou": s.miou, "map": s.map} for s in own}
+            for kind, own in scores.items()
+        },
+        "claims": [list(claim) for claim in claims],
+        "environment": environment(start),
+    }
+    paths = write_study(
+        Path(out),
+        results,
+        title="Where in the picture is it? Zero-shot segmentation by token contributions",
+        lead=f"{len(samples)} pictures of {len(names)} things, model {model}. Every map is cut at its own mean; mIoU is the mean "
+        "over pictures of the IoU of object and ground; intervals are 95 % bootstrap over pictures.",
+        claims=claims,
+        tables=[table(kind, own) for kind, own in scores.items()],
+        plots={"maps": picture_plot(samples, masks, maps, scores["all"])},
+        notes=[
+            "A picture's direction is its class's unit text embedding less the mean of all classes'. Raw attention and "
+            "rollout know no text. All methods read the same sites of the same model; none is tuned."
+        ],
+        attribution=attribution,
+    )
+    if not quiet:
+        report(scores, claims, paths, results)
+    return results
+
+
+def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
+    """OpenMoji drawings of animals, food, things and plants that fill a tenth to two thirds of the picture, half of
+    them on each kind of ground."""
+    from grounds import ground, put_on
+
+    import mmhooks as mm
+
+    pairs = mm.data.pairs("mini")
+    draw = np.random.default_rng(seed)
+    samples: list[Sample] = []
+    for i in draw.permutation(len(pairs)).tolist():
+        code = str(pairs.meta[i].get("codepoints", ""))
+        if "-" in code or not code.startswith(("1f3", "1f4", "1f5", "1f6", "1f9", "1fa")):
+            continue  # flags, signs, skin tones and joined people
+        kind = ("photo-like", "patterned")[len(samples) % 2]
+        background = ground(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
+        at = (float(draw.random()), float(draw.random()))
+        picture, mask = put_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
+        if 0.05 < mask.mean() < 0.7:
+            samples.append(Sample(picture, mask, pairs.texts[i], kind))
+        if len(samples) == limit:
+            break
+    return samples, f"{pairs.attribution} Licence of the drawings: {pairs.licence}."
+
+
+def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample], str]:
+    """``images/NAME.*``, ``masks/NAME.png`` (object: not 0) and ``classes.csv`` with the columns file and class.
+
+    Raises:
+        DataError: something of these is missing; names the first.
+    """
+    from mmhooks.errors import DataError
+
+    place = Path(folder).expanduser()
+    listing = place / "classes.csv"
+    if not listing.is_file():
+        raise DataError(
+            f"{listing} is missing: a table with the columns file and class, a row a picture in images/"
+        )
+    with listing.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"file", "class"} <= set(rows[0]):
+        raise DataError(f"{listing} needs the columns file and class and at least one row")
+    chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
+    samples = []
+    for row in (rows[i] for i in chosen):
+        picture, mask = place / "images" / row["file"], (place / "masks" / row["file"]).with_suffix(".png")
+        for path in (picture, mask):
+            if not path.is_file():
+                raise DataError(f"{listing} names {row['file']!r}, but {path} is not there")
+        samples.append(
+            Sample(
+                Image.open(picture).convert("RGB"),
+                np.asarray(Image.open(mask).convert("L")) > 0,
+                row["class"],
+                "photographs",
+            )
+        )
+    return samples, f"Pictures: {place.name}."
+
+
+def prepared(preprocess: Any, samples: Sequence[Sample]) -> tuple[Any, Any]:
+    """Pixels, and masks as the model sees them: the mask takes the way of its picture, as black and white.
+
+    Raises:
+        DataError: a mask of which the model's crop leaves nothing, or everything.
+    """
+    import torch
+
+    from mmhooks.errors import DataError
+
+    pixels, masks = [], []
+    for sample in samples:
+        pixels.append(preprocess(sample.picture))
+        white = preprocess(Image.fromarray(np.full((*sample.mask.shape, 3), 255, np.uint8)))
+        black = preprocess(Image.fromarray(np.zeros((*sample.mask.shape, 3), np.uint8)))
+        grey = preprocess(
+            Image.fromarray(np.repeat(255 * sample.mask[..., None].astype(np.uint8), 3, axis=2))
+        )
+        mask = ((grey - black) / (white - black)).mean(0) > 0.5
+        if bool(mask.all()) or not bool(mask.any()):
+            raise DataError(
+                f"the mask of a picture of {sample.name!r} is all object or all ground after preprocessing"
+            )
+        masks.append(mask)
+    return torch.stack(pixels), torch.stack(masks)
+
+
+def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
+    """Token contributions against every baseline: paired difference of mIoU."""
+    ours, rest = scores[0], scores[1:]
+    claims = []
+    for other in rest:
+        d = ours.beyond(other)
+        verdict = "same" if d.low > 0 else "differs" if d.high < 0 else "open"
+        claims.append(
+            (verdict, f"token contributions beat {other.name} on mIoU",
+             f"{ours.miou.value:.3f} against {other.miou.value:.3f}, difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], "
+             f"n = {d.n}")
+        )  # fmt: skip
+    return claims
+
+
+def table(kind: str, scores: Sequence[Any]) -> Any:
+    from mmhooks.report import Cell, Estimate, Table
+
+    best = {what: max(getattr(s, what).value for s in scores) for what in ("pixel_accuracy", "miou", "map")}
+    rows = [
+        [s.name, *(Cell.of(Estimate.of(e := getattr(s, w)), best=e.value == best[w]) for w in best)]
+        for s in scores
+    ]
+    caption = f"Segmentation of {len(scores[0].ious)} pictures" + (
+        "" if kind == "all" else f", {kind} grounds"
+    )
+    return Table(["Method", "Pixel accuracy", "mIoU", "mAP"], rows, caption)
+
+
+def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], scores: Sequence[Any]) -> Any:
+    """Six pictures, evenly spaced by our own mIoU, from the worst to the best."""
+    from matplotlib.figure import Figure
+
+    from mmhooks.report import Plot
+    from mmhooks.report.style import draw
+
+    order = scores[0].ious.argsort().tolist()
+    shown = [order[round(i * (len(order) - 1) / 5)] for i in range(min(6, len(order)))]
+
+    def make(palette: Any) -> Figure:
+        figure = Figure(figsize=(1.35 * (len(maps) + 2), 1.5 * len(shown)), layout="constrained")
+        axes = figure.subplots(len(shown), len(maps) + 2, squeeze=False)
+        for row, i in zip(axes, shown, strict=True):
+            row[0].imshow(samples[i].picture)
+            row[0].set_ylabel(samples[i].name[:18], fontsize=8)
+            row[1].imshow(masks[i], cmap="gray")
+            for axis, (name, found) in zip(row[2:], maps.items(), strict=True):
+                axis.imshow(found[i], cmap="magma", interpolation="bilinear")
+                if row is axes[0]:
+                    axis.set_title(name, fontsize=8)
+            for axis in row:
+                axis.set(xticks=[], yticks=[])
+        axes[0][0].set_title("picture", fontsize=8)
+        axes[0][1].set_title("mask", fontsize=8)
+        return figure
+
+    light, dark = draw(make, alt="Pictures, their masks and the maps of every method")
+    return Plot(
+        light, dark, "Pictures evenly spaced by mIoU of token contributions: the worst first, the best last."
+    )
+
+
+def report(
+    scores: dict[str, list[Any]], claims: Sequence[Any], paths: Sequence[Path], results: dict[str, Any]
+) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for kind, own in scores.items():
+        console.print(table(kind, own).markdown(), markup=False, highlight=False)
+        console.print()
+    words = {"same": "holds", "differs": "does NOT hold", "open": "undecided"}
+    for verdict, claim, measured in claims:
+        console.print(f"{words[verdict]}: {claim}: {measured}", markup=False, highlight=False)
+    env = results["environment"]
+    console.print(
+        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
+    )
+
+
+if __name__ == "__main__":
+    app()
