@@ -94,7 +94,9 @@ def codepoints(name: str) -> str:
 
 def listing(corpus: Corpus, chosen: list[int]) -> list[dict[str, str]]:
     """Names and codepoints of the drawings, in order."""
-    return [{"name": corpus.rows[i]["name"], "codepoints": codepoints(corpus.rows[i]["name"])} for i in chosen]
+    return [
+        {"name": corpus.rows[i]["name"], "codepoints": codepoints(corpus.rows[i]["name"])} for i in chosen
+    ]
 
 
 def save_listing(corpus: Corpus, chosen: list[int], path: Path) -> None:

@@ -226,7 +226,9 @@ def mini_pipeline() -> StableDiffusionPipeline:
     for name, part in parts.items():
         path = FOLDER / f"{name}.safetensors"
         if not path.is_file():
-            raise MissingWeights(f"{path.name} of 'mini-sd' is not in this installation; install mmhooks again")
+            raise MissingWeights(
+                f"{path.name} of 'mini-sd' is not in this installation; install mmhooks again"
+            )
         part.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return assemble(parts["vae"], parts["unet"])
 
