@@ -72,7 +72,9 @@ def main(
     with safe_open(run / "vae.safetensors", "pt") as file:
         psnr = float(file.metadata()["psnr"])
     source = next(s for s in SOURCES if s.style == STYLE)
-    exams = [json.loads(line) for line in (run / "exams.jsonl").read_text().splitlines()] if (run / "exams.jsonl").exists() else []  # fmt: skip
+    on_the_way = run / "exams.jsonl"
+    lines = on_the_way.read_text().splitlines() if on_the_way.exists() else []
+    exams = [json.loads(line) for line in lines]
     exams = [e for e in exams if e["step"] < step] + [{"step": step} | result]
     card = {
         "name": "mini-sd",
