@@ -83,8 +83,8 @@ def main(
         "patches), DDIM, v-prediction; 64 x 64 pixels",
         "parameters": {"unet": sum(p.numel() for p in pipe.unet.parameters()),
                        "vae": sum(p.numel() for p in pipe.vae.parameters())},
-        "licence": "weights: Apache-2.0; they memorise the drawings listed below, which are under the licence in data",
-        "draws": "the drawings listed below from their names, on white; not things or compositions it never saw",
+        "licence": "weights: Apache-2.0; they memorise the drawings listed in drawings.json, which are under the licence in data",
+        "draws": "the drawings listed in drawings.json from their names, on white; not things or compositions it never saw",
         "data": [{"source": source.style, "licence": source.licence, "attribution": source.attribution,
                   "notice": "Copyright (c) Microsoft Corporation", "trained_on": len(names)}],
         "recipe": {"script": "recipes/train_mini_sd.py", "plan": plan, "steps_done": step,
@@ -95,8 +95,8 @@ def main(
         "exam": result,
         "exams_on_the_way": [{k: e[k] for k in ("step", "n", "efficientnet", "pixels")} for e in exams],
         "seconds_per_picture": seconds_per_picture(pipe, names[0]),
-        "drawings": listed,
     }  # fmt: skip
+    (out / mini_sd.LIST).write_text(json.dumps(listed, indent=0) + "\n")
     (out / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     chosen = spread_rule(names)
     save_grid(drawn[chosen], [names[i] for i in chosen], figures / "mini-sd-grid.png")

@@ -33,6 +33,7 @@ PATCH = 8
 SCALING = 2.0  # autoencoder's latents have a spread of about ½, the U-Net's of 1
 FOLDER = zoo.ASSETS / "mini-sd"
 PAD = "<|pad|>"
+LIST = "drawings.json"
 
 
 def text_encoder() -> CLIPTextModel:
@@ -237,12 +238,13 @@ def write(folder: str | Path) -> Path:
     """Write the shipped pipeline as a plain directory for ``StableDiffusionPipeline.from_pretrained``."""
     folder = Path(folder)
     mini_pipeline().save_pretrained(folder)
+    (folder / LIST).write_bytes((FOLDER / LIST).read_bytes())
     return folder
 
 
 def drawings() -> list[dict[str, str]]:
-    """Names and codepoints of the drawings that the pipeline was trained on, in the order of the card."""
-    path = FOLDER / "card.json"
+    """Names and codepoints of the drawings that the pipeline was trained on, in their order."""
+    path = FOLDER / LIST
     if not path.is_file():
-        raise MissingWeights("card.json of 'mini-sd' is not in this installation; install mmhooks again")
-    return json.loads(path.read_text())["drawings"]
+        raise MissingWeights(f"{LIST} of 'mini-sd' is not in this installation; install mmhooks again")
+    return json.loads(path.read_text())

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 
-from mmhooks.errors import MissingWeights
+import mmhooks as mm
+from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models import mini, mini_sd, zoo
 
 PROMPTS = ["", "a drawing of a red panda", "hi! what's 12 t-shirts?!", "é café — naïve, o'clock", "cat " * 30]
@@ -96,11 +97,20 @@ def test_draws_what_it_is_told(pipe: StableDiffusionPipeline) -> None:
 
 def test_card_names_data_and_scores() -> None:
     card = zoo.card("mini-sd")
-    assert len(card["drawings"]) == card["data"][0]["trained_on"] >= 500
-    assert len({row["name"] for row in card["drawings"]}) == len(card["drawings"])
+    assert len(mini_sd.drawings()) == card["data"][0]["trained_on"] >= 500
+    assert len({row["name"] for row in mini_sd.drawings()}) == len(mini_sd.drawings())
     for space in ("efficientnet", "pixels"):
-        assert card["exam"][space]["first 1"]["n"] == len(card["drawings"])
+        assert card["exam"][space]["first 1"]["n"] == len(mini_sd.drawings())
     assert sum(path.stat().st_size for path in mini_sd.FOLDER.iterdir()) < 18e6
+
+
+def test_loaded_by_name(pipe: StableDiffusionPipeline) -> None:
+    sd = mm.load_diffusion("mini")
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    drawn = [p("cat", generator=torch.Generator().manual_seed(0), **options).images for p in (sd.pipe, pipe)]
+    assert (drawn[0] == drawn[1]).all()
+    with pytest.raises(MMHooksError, match="takes no options"):
+        mm.load_diffusion("mini", variant="fp16")
 
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
