@@ -136,6 +136,7 @@ def scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # of no effect with trailing steps; the pipeline warns of any other value
     )
 
 
