@@ -29,7 +29,7 @@ from mmhooks.analysis.attention_maps import PointingGame, pointing_game
 from mmhooks.analysis.results import Table, plain
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import MMHooksError
-from mmhooks.models.zoo import ASSETS
+from mmhooks.models.mini_sd import drawings
 from mmhooks.report.heat import heat_grid, overlay
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -59,9 +59,9 @@ def foreground(picture: Image.Image) -> Bool[Tensor, "h w"]:
 
 def known_drawings(sd: mm.HookedDiffusion) -> list[str]:
     """Names that a pipeline's directory lists in ``drawings.json``."""
-    embedded = sd.name in ("mini", "mini-sd")
-    folder = ASSETS / "mini-sd" if embedded else Path(str(getattr(sd.pipe, "_name_or_path", "") or sd.name))
-    where = folder / "drawings.json"
+    if sd.name == "mini":
+        return [row["name"] for row in drawings()]
+    where = Path(str(getattr(sd.pipe, "_name_or_path", "") or sd.name)) / "drawings.json"
     if not where.is_file():
         raise MMHooksError(f"{sd!r} lists no drawings of its own ({where}): give --prompt and --word")
     listed = json.loads(where.read_text())

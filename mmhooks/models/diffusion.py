@@ -206,14 +206,15 @@ def load_diffusion(
     """
     from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
 
-    from mmhooks.models.zoo import ASSETS
+    if str(name) in ("mini", "mini-sd"):
+        from mmhooks.models.mini_sd import mini_pipeline
 
-    source = ASSETS / "mini-sd" if str(name) in ("mini", "mini-sd") else Path(name)
-    if source.parent == ASSETS and not (source / "model_index.json").is_file():
-        raise MissingWeights(
-            f"the embedded pipeline {name!r} is not in this installation ({source.name}/model_index.json is "
-            "missing); give the name or the directory of another one"
-        )
+        if options:
+            raise MMHooksError(
+                f"the embedded pipeline takes no options of from_pretrained, came {sorted(options)}"
+            )
+        return HookedDiffusion(mini_pipeline().to(device, dtype), name="mini")
+    source = Path(name)
     if source.is_dir() and not (source / "model_index.json").is_file():
         raise MissingWeights(f"{source} holds no diffusers pipeline: model_index.json is missing")
     where = str(source) if source.is_dir() else str(name)
