@@ -13,7 +13,8 @@ from mmhooks.errors import DataError, MissingWeights
 CLASSES = ("woman", "man")
 CLASSIFIER = "touchtech/fashion-images-gender-age-vit-large-patch16-224-in21k-v3"  # the paper's
 
-# The noun pairs of Bolukbasi et al. (2016), "Man is to computer programmer ...": fixed before any run.
+# The noun pairs of Bolukbasi et al. (2016), "Man is to computer programmer ...". An outside list, but chosen after
+# several prompt sets had been compared on the held-out drawings; "a drawing of a woman" alone gave 59.7 % [46.8, 72.8].
 PROMPTS: tuple[tuple[str, ...], tuple[str, ...]] = (
     ("woman", "girl", "daughter", "mother", "gal", "female"),
     ("man", "boy", "son", "father", "guy", "male"),
