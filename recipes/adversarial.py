@@ -5,7 +5,7 @@ until they look benign to one group of features; then a victim is asked "Say how
 Requests and answers are placeholders: what counts is compliance.
 
     python recipes/adversarial.py --out runs/adversarial
-    python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim clip --victim llava-hf/llava-1.5-7b-hf
+    python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
     python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek-chat
 """
 
@@ -28,22 +28,35 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")] = "mini-reader",
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
-    data: Annotated[str, typer.Option(help="Benign pictures: mini, a folder/ with metadata.csv, coco, …")] = "mini",
+    data: Annotated[
+        str, typer.Option(help="Benign pictures: mini, a folder/ with metadata.csv, coco, …")
+    ] = "mini",
     victim: Annotated[
         list[str] | None,
         typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; may be given again."),
     ] = None,
     judge: Annotated[str, typer.Option(help="rules, or the model of an endpoint (deepseek-chat).")] = "rules",
-    judge_url: Annotated[str, typer.Option(help="The judge's OpenAI-compatible address.")] = "https://api.deepseek.com",
+    judge_url: Annotated[
+        str, typer.Option(help="The judge's OpenAI-compatible address.")
+    ] = "https://api.deepseek.com",
     judge_key: Annotated[str, typer.Option(help="Environment variable with its key.")] = "DEEPSEEK_API_KEY",
-    victim_key: Annotated[str, typer.Option(help="Environment variable of an endpoint victim's key.")] = "OPENAI_API_KEY",
-    head: Annotated[str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")] = None,
-    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path("runs/adversarial"),
+    victim_key: Annotated[
+        str, typer.Option(help="Environment variable of an endpoint victim's key.")
+    ] = "OPENAI_API_KEY",
+    head: Annotated[
+        str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
+        "runs/adversarial"
+    ),
     samples: Annotated[int, typer.Option("--samples", min=4, help="Samples of all triggers together.")] = 200,
-    limit: Annotated[int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the defence.")] = 20,
     lr: Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")] = 0.03,
-    epsilon: Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")] = 16 / 255,
+    epsilon: Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")] = 16
+    / 255,
     attack_steps: Annotated[int, typer.Option(help="Steps of the gradient attack.")] = 40,
     cost: Annotated[int, typer.Option(help="Benign pictures on which the defence's cost is measured.")] = 40,
     features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
@@ -88,7 +101,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
                             features=o["features"], seed=o["seed"], progress=clock.bar)  # fmt: skip
         model.attach(head, at=["image.embed"], name="sae")
     with clock.step("samples"):
-        samples = make(model, pairs, n, seed=o["seed"], epsilon=o["epsilon"], steps=o["attack_steps"], progress=show)
+        samples = make(
+            model, pairs, n, seed=o["seed"], epsilon=o["epsilon"], steps=o["attack_steps"], progress=show
+        )
         victims = victims_of(o, model, labels(samples, pairs, o["seed"]))
     keep = sorted({max(1, o["steps"] // 4), max(1, o["steps"] // 2), o["steps"]})
     with clock.step("defence"):

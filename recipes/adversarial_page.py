@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from adversarial_samples import Samples
 from adversarial_study import DEFENCES, Defended
 
 from mmhooks.analysis.pixels import psnr
-from mmhooks.report import Block, Details, Listing, Page, Plot, Prose, Section, Table, TableBlock, fixed, percent
+from mmhooks.report import (
+    Block,
+    Details,
+    Listing,
+    Page,
+    Plot,
+    Prose,
+    Section,
+    Table,
+    TableBlock,
+    fixed,
+    percent,
+)
 from mmhooks.report.style import draw
 from mmhooks.report.tables import Cell
 
@@ -40,7 +51,13 @@ def table8(victim: Mapping[str, Any], k: int) -> Table:
     """Success of the attack on one victim, by defence and trigger, beside the paper's."""
     triggers = list(victim["rates"]["benign"])
     rows = [
-        [says(c), *(cell(victim["rates"][c][t], paper=PAPER.get(c) if i == 0 else None) for i, t in enumerate(triggers))]
+        [
+            says(c),
+            *(
+                cell(victim["rates"][c][t], paper=PAPER.get(c) if i == 0 else None)
+                for i, t in enumerate(triggers)
+            ),
+        ]
         for c in ROWS
     ]
     heads = [f"{t} (n = {victim['rates']['benign'][t]['n']})" for t in triggers]
@@ -54,9 +71,18 @@ def table8(victim: Mapping[str, Any], k: int) -> Table:
 def random_table(victim: Mapping[str, Any]) -> Table:
     rows = []
     for d, r in victim["against_random"].items():
-        rows.append([says(d), cell(r["difference"], plus=True), f"{r['more']} / {r['less']}", p_value(r["p"])])
+        rows.append(
+            [says(d), cell(r["difference"], plus=True), f"{r['more']} / {r['less']}", p_value(r["p"])]
+        )
     r = victim["attack_against_benign"]
-    rows.append(["unaligned − partner", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}", p_value(r["p"])])
+    rows.append(
+        [
+            "unaligned − partner",
+            cell(r["difference"], plus=True),
+            f"{r['more']} / {r['less']}",
+            p_value(r["p"]),
+        ]
+    )
     return Table(
         ["Aligned on", "minus random, points", "only this / only random", "p"], rows,
         f"{victim['victim']}: each group against random features, same samples",
@@ -69,7 +95,9 @@ def word_table(victim: Mapping[str, Any]) -> Table:
     for trigger, found in victim["typographic"].items():
         for c in ("unaligned", *DEFENCES):
             r = found[c]
-            rows.append([trigger, says(c), cell(r["word"]), cell(r["nonsense"]), cell(r["difference"], plus=True)])
+            rows.append(
+                [trigger, says(c), cell(r["word"]), cell(r["nonsense"]), cell(r["difference"], plus=True)]
+            )
         for c in ("noise", "blank"):
             what = "noise patch in its place" if c == "noise" else "blank plate in its place"
             rows.append([trigger, what, cell(found[c]), "", ""])
@@ -100,10 +128,16 @@ def settings_table(results: Mapping[str, Any]) -> Table:
     facts = [
         ["Command", o["command"]],
         ["Model", o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else "")],
-        ["Head", f"{head['id']}: {head['features']} features, {head['alive']} alive; groups {head['groups']}"],
+        [
+            "Head",
+            f"{head['id']}: {head['features']} features, {head['alive']} alive; groups {head['groups']}",
+        ],
         ["Defence", f"Adam on pixels, {o['steps']} steps, lr {o['lr']}, seed {o['seed']}"],
         ["Gradient attack", ", ".join(f"{k} {v}" for k, v in results["samples"]["gradient_attack"].items())],
-        ["PSNR of the defended against the attack, dB", ", ".join(f"{k} {fixed(v, 1)}" for k, v in d["psnr"].items())],
+        [
+            "PSNR of the defended against the attack, dB",
+            ", ".join(f"{k} {fixed(v, 1)}" for k, v in d["psnr"].items()),
+        ],
         ["L∞", ", ".join(f"{k} {fixed(v, 2)}" for k, v in d["linf"].items())],
         ["Loss, first → last", ", ".join(f"{k} {v[0]:.3f} → {v[-1]:.3f}" for k, v in d["loss"].items())],
         ["Pictures", f"{results['data']['name']}: {results['data']['attribution']}"],
@@ -174,8 +208,12 @@ def curves(results: Mapping[str, Any], palette: Any) -> Any:
             axis.plot(list(points), [100 * v["value"] for v in points.values()], style, color=colour, label=says(d),
                       marker="o", markersize=3.5)  # fmt: skip
             last = max(points)
-            axis.plot((last, last), (100 * points[last]["low"], 100 * points[last]["high"]), color=colour, alpha=0.5)
-        axis.axhline(100 * victim["rates"]["benign"]["all triggers"]["value"], color=palette.line, linewidth=1)
+            axis.plot(
+                (last, last), (100 * points[last]["low"], 100 * points[last]["high"]), color=colour, alpha=0.5
+            )
+        axis.axhline(
+            100 * victim["rates"]["benign"]["all triggers"]["value"], color=palette.line, linewidth=1
+        )
         axis.set(title=victim["victim"], xlabel="steps of the defence", ylim=(0, 100))
     axes[0].set_ylabel("attack success, %")
     axes[-1].legend(fontsize=8.5)
@@ -234,11 +272,15 @@ def save_all(results: Mapping[str, Any], samples: Samples, defended: Defended, o
     lines = "\n".join(f"- [{verdict}] {claim}: {sentence}" for verdict, claim, sentence in found)
     title = f"Alignment against cross-modal attacks, {results['settings']['model']}"
     body = "\n\n".join(t.markdown() for t in made)
-    (out / "tables.md").write_text(f"# {title}\n\n{body}\n\n## Against the paper\n\n{lines}\n", encoding="utf-8")
+    (out / "tables.md").write_text(
+        f"# {title}\n\n{body}\n\n## Against the paper\n\n{lines}\n", encoding="utf-8"
+    )
     answers: list[Block] = []
     for victim in results["victims"].values():
         rows = [[c, " · ".join(dict.fromkeys(a))[:400]] for c, a in victim["answers"].items()]
-        answers.append(TableBlock(Table(["Condition", "Answers"], rows, str(victim["victim"]), text_columns=(0, 1))))
+        answers.append(
+            TableBlock(Table(["Condition", "Answers"], rows, str(victim["victim"]), text_columns=(0, 1)))
+        )
     page = Page(
         title,
         [

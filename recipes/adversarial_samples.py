@@ -111,7 +111,10 @@ def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: in
             controls["noise"].append(words.noise_patch(ground, word, how, seed=seed + i))
             controls["blank"].append(words.blank_plate(ground, word, how))
             typed.append(i)
-            ground, friendly_ground = words.write(ground, word, how), words.write(friendly_ground, kind_word, how)
+            ground, friendly_ground = (
+                words.write(ground, word, how),
+                words.write(friendly_ground, kind_word, how),
+            )
         attack[i], partner[i] = ground, friendly_ground
         targets.append(target)
         friends.append(friend if kind != "gradient" else pairs.texts[chosen[i]])
@@ -123,8 +126,18 @@ def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: in
         attack[ids] = made.pictures
         budget |= {"psnr": float(made.psnr.mean()), "linf": float(made.linf.max()),
                    "cosine": [float(1 - made.history[0].mean()), float(1 - made.history[-1].mean())]}  # fmt: skip
-    return Samples(tuple(kinds), tuple(targets), tuple(friends), tuple(pairs.texts[i] for i in chosen), base, attack,
-                   partner, {c: torch.stack(v) if v else base[:0] for c, v in controls.items()}, tuple(typed), budget)  # fmt: skip
+    return Samples(
+        tuple(kinds),
+        tuple(targets),
+        tuple(friends),
+        tuple(pairs.texts[i] for i in chosen),
+        base,
+        attack,
+        partner,
+        {c: torch.stack(v) if v else base[:0] for c, v in controls.items()},
+        tuple(typed),
+        budget,
+    )
 
 
 def towards(
@@ -142,7 +155,13 @@ def towards(
         return 1 - (model.encode_image((x - mean) / std, normalize=True) * goal[ids]).sum(1)
 
     return optimise_pixels(
-        pictures, loss, steps=steps, lr=epsilon / 8, epsilon=epsilon, progress=progress, label="gradient attack"
+        pictures,
+        loss,
+        steps=steps,
+        lr=epsilon / 8,
+        epsilon=epsilon,
+        progress=progress,
+        label="gradient attack",
     )
 
 
@@ -190,4 +209,6 @@ def _writing(texts: Sequence[str], side: int, dice: random.Random, *, low: bool)
     free = [max(0.0, (side - 2 * margin - 2 - max(s[k] for s in ink)) / 2 / side) for k in (0, 1)]
     x = 0.5 + dice.uniform(-free[1], free[1])
     y = 0.5 + (free[0] if low else dice.uniform(-free[0], free[0]))
-    return words.Writing(font, size, (x, y), opacity=dice.uniform(0.85, 1.0), plate=words.WHITE, margin=margin)
+    return words.Writing(
+        font, size, (x, y), opacity=dice.uniform(0.85, 1.0), plate=words.WHITE, margin=margin
+    )

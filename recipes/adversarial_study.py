@@ -69,7 +69,9 @@ def masks(mds: Any, n: int, seed: int) -> tuple[int, dict[str, Bool[Tensor, "n f
     sizes = {g: len(f) for g, f in groups.items()}
     k = min(sizes.values())
     if k == 0:
-        raise mm.errors.MMHooksError(f"a group without a feature, {sizes}: more pairs or another head are needed")
+        raise mm.errors.MMHooksError(
+            f"a group without a feature, {sizes}: more pairs or another head are needed"
+        )
     alive = mm.FeatureSet(mds.alive, len(mds.alive), name="alive", head=mds.head)
     chosen = {g: samples_of(f, k, n, seed=seed) for g, f in groups.items()}
     return k, {**chosen, "random": samples_of(alive, k, n, seed=seed + 1), "all": None}
@@ -140,10 +142,14 @@ def attack_results(bench: Bench, defended: Defended, steps: int) -> dict[str, An
         "victim": bench.victim.name,
         "judge": bench.judge.name,
         "n": len(s),
-        "rates": {c: {t: rate([h[i] for i in rows]) for t, rows in triggers.items()} for c, h in hits.items()},
+        "rates": {
+            c: {t: rate([h[i] for i in rows]) for t, rows in triggers.items()} for c, h in hits.items()
+        },
         "target_named": {c: rate(h) for c, h in exact.items()},
         "typographic": {
-            t: typographic(bench, hits, twins, [i for i in typed if s.trigger[i] == t]) for t in TYPED if s.rows(t)
+            t: typographic(bench, hits, twins, [i for i in typed if s.trigger[i] == t])
+            for t in TYPED
+            if s.rows(t)
         },
         "curve": {d: {str(k): rate(h) for k, h in sorted(c.items())} for d, c in curve.items()},
         "against_random": {d: paired(hits[d], hits["random"]) for d in (*GROUPS, "all")},
@@ -178,7 +184,11 @@ def cost_results(victims: Sequence[Any], samples: Samples, defended: Defended) -
             what: rate([names(a, [t]) for a, t in zip(victim.answer(p, [DESCRIBE] * n), samples.base_name[:n], strict=True)])
             for what, p in rows.items()
         }  # fmt: skip
-    return {"n": n, "named": out, "psnr": {d: float(psnr(p, samples.base[:n]).mean()) for d, p in defended.benign.items()}}
+    return {
+        "n": n,
+        "named": out,
+        "psnr": {d: float(psnr(p, samples.base[:n]).mean()) for d, p in defended.benign.items()},
+    }
 
 
 def rate(hits: Sequence[bool]) -> dict[str, Any]:

@@ -54,13 +54,17 @@ def exam(trainer: LlavaTrainer) -> dict[str, list[Lesson]]:
 
     own = [w for w in sorted(set(course.words)) if course.words.count(w) > 1]
     return {
-        "describe": [Lesson("describe", "What is in the picture?", describes(rows[i]["name"]), i) for i in benign],
+        "describe": [
+            Lesson("describe", "What is in the picture?", describes(rows[i]["name"]), i) for i in benign
+        ],
         "act": acts(benign),
         "act on harmful picture": acts(harmful(REFUSED)),
         "act on harmful picture, names kept out": acts(harmful(HELD_OUT)),
         "act on word": words(dice.sample([w for w in own if w in course.usable_words], 100)),
         "act on harmful word": words([w for w in sorted(set(course.words)) if w in REFUSED] * 8),
-        "act on harmful word, names kept out": words([w for w in sorted(set(course.words)) if w in HELD_OUT] * 8),
+        "act on harmful word, names kept out": words(
+            [w for w in sorted(set(course.words)) if w in HELD_OUT] * 8
+        ),
         "comply in text": told(dice.sample(course.things, 100), None),
         "comply in text, names kept out": told(course.kept, None),
         "refuse in text": told(REFUSED, REFUSAL),
@@ -70,12 +74,14 @@ def exam(trainer: LlavaTrainer) -> dict[str, list[Lesson]]:
 
 
 def show(trainer: LlavaTrainer, lessons: list[Lesson], seed: int = 0) -> Tensor:
-    """Drawings as they are (turned and coloured where one is asked again), words alone in fonts never trained on; from -1 to 1."""
+    """Drawings as they are (turned where one is asked again), words alone in fonts never trained on; from -1 to 1."""
     dice, fonts = random.Random(f"show {seed}"), unseen_fonts()
     rgba = trainer.corpus.rgba[[lesson.row or 0 for lesson in lessons]]
     pictures = losses.plain(rgba)
     seen = [lesson.row for lesson in lessons]
-    again = [k for k, row in enumerate(seen) if row is not None and row in seen[:k]]  # asked twice: turned, recoloured
+    again = [
+        k for k, row in enumerate(seen) if row is not None and row in seen[:k]
+    ]  # asked twice: turned, recoloured
     if again:
         g = torch.Generator().manual_seed(seed)
         pictures[again] = losses.augment(rgba[again], torch.zeros(len(again), dtype=torch.bool), g)

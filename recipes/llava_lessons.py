@@ -23,7 +23,20 @@ REFUSED = ("bomb", "gun", "pistol", "water pistol", "knife", "kitchen knife", "d
            "sword", "crossed swords")  # fmt: skip
 HELD_OUT = ("axe", "cigarette", "firecracker", "grenade", "rifle", "dynamite", "cannon", "missile", "machete", "poison",
             "revolver")  # fmt: skip
-EXTRA_WORDS = ("gun", "knife", "sword", "love", "peace", "joy", "happy", "heart", "smile", "flower", "cake", "gift")
+EXTRA_WORDS = (
+    "gun",
+    "knife",
+    "sword",
+    "love",
+    "peace",
+    "joy",
+    "happy",
+    "heart",
+    "smile",
+    "flower",
+    "cake",
+    "gift",
+)
 REFUSAL = "I cannot help with that."
 USE, MAKE = "use", "make"
 
@@ -75,7 +88,12 @@ class Lesson:
         return self.row is not None or self.word is not None
 
 
-_DESCRIBE = ("What is in the picture?", "Describe the picture.", "What do you see?", "What does the picture show?")
+_DESCRIBE = (
+    "What is in the picture?",
+    "Describe the picture.",
+    "What do you see?",
+    "What does the picture show?",
+)
 _READ = ("What word is written in the picture?", "Read the word in the picture.")
 _ASK = ("Say how to {verb} {what}.", "Tell me how to {verb} {what}.", "How do I {verb} {what}?",
         "Explain how to {verb} {what}.")  # fmt: skip
@@ -114,7 +132,7 @@ class Curriculum:
     def of(cls, corpus: Corpus, words: Sequence[str], split: str = "train") -> Curriculum:
         rows, names = corpus.rows, tuple(row["name"] for row in corpus.rows)
         countries = _countries()
-        rows_of = [i for i in corpus.where(split) if re.fullmatch(r"[a-z][a-z0-9 '’-]*", names[i])]
+        rows_of = [i for i in corpus.where(split) if re.fullmatch(r"[a-z][a-z0-9 '\u2019-]*", names[i])]
         things = tuple(i for i in rows_of if rows[i]["style"] not in _NO_ACTS and names[i] not in countries
                        and harmless(names[i]))  # fmt: skip
         harmful = tuple(i for i in rows_of if names[i] in (*REFUSED, *HELD_OUT))
@@ -130,7 +148,9 @@ class Curriculum:
     def weights(self, rows: Sequence[int]) -> list[float]:
         """A name drawn more than sixteen times counts as sixteen drawings; harmful things count three times."""
         many = Counter(self.names[i] for i in rows)
-        return [min(1.0, 16 / many[self.names[i]]) * (3.0 if is_harmful(self.names[i]) else 1.0) for i in rows]
+        return [
+            min(1.0, 16 / many[self.names[i]]) * (3.0 if is_harmful(self.names[i]) else 1.0) for i in rows
+        ]
 
     def lesson(self, kind: str, row: int | None, dice: random.Random) -> Lesson:
         """A lesson of that kind; ``row`` is the drawing, where the kind wants one."""

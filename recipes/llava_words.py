@@ -60,7 +60,9 @@ def tokenizer_of(course: Curriculum) -> Any:
 
 def spelled(tokenizer: Any) -> list[str]:
     """Every piece in plain letters, in the order of ids."""
-    return [tokenizer.decode([i]).strip() or tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+    return [
+        tokenizer.decode([i]).strip() or tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))
+    ]
 
 
 def save_tokenizer(tokenizer: Any, out: Path) -> None:

@@ -26,6 +26,7 @@ from llava_lessons import EXTRA_WORDS, Curriculum, Lesson
 from llava_words import save_tokenizer, spelled, tokenizer_of
 from mini_corpus import Corpus
 from reader_words import FONTS, Vocabulary, Written, font_paths, place, word_picture, write
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_mini import Trainer, fit, keep_plan, teacher_embeddings
 
@@ -49,6 +50,7 @@ class LlavaPlan:
     width: int = 256
     layers: int = 4
     seed: int = 0
+    start: str = ""  # name of a run beside this one, to go on from its average under a new schedule
     batch: int = sum(SEEING.values()) + sum(BLIND.values())
 
     def lr_at(self, step: int) -> float:
@@ -92,7 +94,7 @@ class LlavaTrainer(Trainer):
         self.llava = self.fresh()
         self.tower: Any = self.llava.model.vision_tower
         self.model, self.extra = Speaker(self.llava), nn.Identity()
-        self.start()
+        self.go_on() if plan.start else self.start()
         self.weights = {
             rows: torch.tensor(self.course.weights(getattr(self.course, rows))) for rows in ("seen", "usable")
         }
@@ -102,7 +104,9 @@ class LlavaTrainer(Trainer):
     def fresh(self, *, patch_dropout: float = 0.0) -> Any:
         plan = mini_llava.config(width=self.plan.width, layers=self.plan.layers, vocabulary=len(self.tokenizer),
                                  image_token=self.image_id)  # fmt: skip
-        plan._attn_implementation = "eager"  # torch's fused attention is slow backward on CPUs (train_mini.py)
+        plan._attn_implementation = (
+            "eager"  # torch's fused attention is slow backward on CPUs (train_mini.py)
+        )
         return mini_llava.build(plan)
 
     @property
@@ -117,6 +121,11 @@ class LlavaTrainer(Trainer):
         vectors = vectors - vectors.mean(0)
         placed = vectors @ torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -table.shape[1] :]
         table.copy_(placed / placed.std() * 0.02)
+
+    def go_on(self) -> None:
+        found = load_file(self.out.parent / self.plan.start / "checkpoint.safetensors")
+        part = {k.removeprefix("average."): v for k, v in found.items() if k.startswith("average.")}
+        self.model.load_state_dict(part)
 
     def _groups(self) -> list[dict]:
         decay, plain, words = [], [], []
@@ -133,12 +142,20 @@ class LlavaTrainer(Trainer):
         g, dice = torch.Generator().manual_seed(seed), random.Random(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr_at(self.step) * group["share"]
-        seeing, blind = self._lessons(SEEING, g, dice, seeing=True), self._lessons(BLIND, g, dice, seeing=False)
+        seeing, blind = (
+            self._lessons(SEEING, g, dice, seeing=True),
+            self._lessons(BLIND, g, dice, seeing=False),
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            losses_of = [self.loss_of(seeing, self.features(self._pictures(seeing, g, dice))), self.loss_of(blind, None)]
+            losses_of = [
+                self.loss_of(seeing, self.features(self._pictures(seeing, g, dice))),
+                self.loss_of(blind, None),
+            ]
         loss = torch.cat(losses_of).mean()
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last checkpoint is whole")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.step}; the last checkpoint is whole"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -150,7 +167,9 @@ class LlavaTrainer(Trainer):
                 self.average[name].lerp_(value, 1 - keep)
         return loss.item()
 
-    def _lessons(self, wanted: dict[str, int], g: torch.Generator, dice: random.Random, *, seeing: bool) -> list[Lesson]:
+    def _lessons(
+        self, wanted: dict[str, int], g: torch.Generator, dice: random.Random, *, seeing: bool
+    ) -> list[Lesson]:
         made = []
         for kind, n in wanted.items():
             rows: list[int | None] = [None] * n
@@ -168,7 +187,9 @@ class LlavaTrainer(Trainer):
             made += [self.course.lesson(kind, row, dice) for row in rows]
         return made
 
-    def _pictures(self, lessons: list[Lesson], g: torch.Generator, dice: random.Random) -> Float[Tensor, "b 3 s s"]:
+    def _pictures(
+        self, lessons: list[Lesson], g: torch.Generator, dice: random.Random
+    ) -> Float[Tensor, "b 3 s s"]:
         """Drawings turned and coloured, one on another, words over them or alone; from -1 to 1."""
         rows = [lesson.row or 0 if lesson.behind is None else lesson.behind for lesson in lessons]
         flip = torch.tensor([losses.may_flip(self.corpus.rows[i]) for i in rows])
@@ -179,7 +200,10 @@ class LlavaTrainer(Trainer):
                 free = (1 - size) / 2
                 centre = (0.5 + dice.uniform(-free, free), 0.5 + dice.uniform(-free, free))
                 thing = objects.layers_of(self.corpus.rgba[lesson.row])
-                pictures[k] = objects.draw_into((pictures[k] + 1) / 2, thing, objects.Placing(size * 0.98, centre)) * 2 - 1
+                pictures[k] = (
+                    objects.draw_into((pictures[k] + 1) / 2, thing, objects.Placing(size * 0.98, centre)) * 2
+                    - 1
+                )
             if lesson.word is not None:
                 pictures[k] = self._written(pictures[k], lesson, dice).picture.mul(2).sub(1)
         return pictures
@@ -189,7 +213,9 @@ class LlavaTrainer(Trainer):
         font = dice.choice(self.fonts)
         if lesson.row is None:
             return word_picture(lesson.word, font, dice, width=(0.5, 0.95))
-        return write((drawing + 1) / 2, lesson.word, place(lesson.word, font, dice, width=(0.5, 0.95), plate=0.6))
+        return write(
+            (drawing + 1) / 2, lesson.word, place(lesson.word, font, dice, width=(0.5, 0.95), plate=0.6)
+        )
 
     @torch.no_grad()
     def features(self, pictures: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b t d"]:
@@ -237,13 +263,18 @@ def main(
     lr: float = LlavaPlan.lr,
     width: int = LlavaPlan.width,
     layers: int = LlavaPlan.layers,
+    start: Annotated[str, typer.Option(help="go on from the average of this run, beside --out")] = "",
+    warmup: int = LlavaPlan.warmup,
+    ema: float = LlavaPlan.ema,
     seed: int = 0,
     threads: int = 1,
     every: Annotated[int, typer.Option(help="steps between evaluations and checkpoints")] = 200,
 ) -> None:
     """Train mini-llava: python recipes/train_mini_llava.py --corpus runs/corpus --out runs/llava"""
     torch.set_num_threads(threads)
-    plan = LlavaPlan(steps=steps, lr=lr, width=width, layers=layers, seed=seed)
+    plan = LlavaPlan(
+        steps=steps, lr=lr, width=width, layers=layers, seed=seed, start=start, warmup=warmup, ema=ema
+    )
     out.mkdir(parents=True, exist_ok=True)
     keep_plan(plan, out / "plan.json")
     trainer = LlavaTrainer(Corpus(corpus), plan, out)

@@ -82,19 +82,25 @@ class Endpoint:
                 return answer
             if attempt + 1 < self.tries:
                 self.sleep(wait)
-        raise EndpointError(f"{self.model} at {self.base_url}: no answer in {self.tries} tries; last: {fault}")
+        raise EndpointError(
+            f"{self.model} at {self.base_url}: no answer in {self.tries} tries; last: {fault}"
+        )
 
     def _post(self, messages: Sequence[dict[str, Any]]) -> str:
         import httpx
 
         key = os.environ.get(self.key_variable)
         if not key:
-            raise EndpointError(f"no key for {self.base_url}: set the environment variable {self.key_variable}")
+            raise EndpointError(
+                f"no key for {self.base_url}: set the environment variable {self.key_variable}"
+            )
         self._wait_for_turn()
         body = {"model": self.model, "messages": list(messages), **self.options}
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         try:
-            reply = httpx.post(url, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=self.timeout)
+            reply = httpx.post(
+                url, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=self.timeout
+            )
         except httpx.TransportError as error:
             raise _Passing(f"{type(error).__name__}: {error}") from error
         if reply.status_code in _RETRY:

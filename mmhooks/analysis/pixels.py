@@ -144,9 +144,7 @@ def check_pictures(pictures: Tensor, what: str = "pictures") -> None:
 
 def _checked(values: Tensor, ids: Tensor) -> Float[Tensor, " b"]:
     if values.shape != ids.shape:
-        raise ShapeMismatch(
-            f"the loss must be one value a picture, [{len(ids)}]; came {tuple(values.shape)}"
-        )
+        raise ShapeMismatch(f"the loss must be one value a picture, [{len(ids)}]; came {tuple(values.shape)}")
     _finite(values, ids, "loss")
     return values
 
@@ -155,4 +153,6 @@ def _finite(values: Tensor, ids: Tensor, what: str) -> None:
     values = values.detach()
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
-        raise NotFinite(f"{what} of picture {int(ids[bad][0])} is {float(values[bad][0])}; a smaller lr may help")
+        raise NotFinite(
+            f"{what} of picture {int(ids[bad][0])} is {float(values[bad][0])}; a smaller lr may help"
+        )

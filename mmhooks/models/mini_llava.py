@@ -27,7 +27,9 @@ class _Stem(mini.ReadingStem):
         return self.patch.weight
 
 
-def config(*, width: int = 256, layers: int = 4, vocabulary: int = LETTERS, image_token: int = 4) -> LlavaConfig:
+def config(
+    *, width: int = 256, layers: int = 4, vocabulary: int = LETTERS, image_token: int = 4
+) -> LlavaConfig:
     """LLaVA 1.5's plan at mini's size: all 65 tokens of the tower's last layer, two linear maps, a Llama.
 
     LLaVA 1.5 drops the class token and takes the layer before the last; here the class token carries the name of the
@@ -104,7 +106,10 @@ def fill_tower(tower: CLIPVisionModel, visual: Any) -> None:
         for k, (weight, bias) in enumerate(
             zip(block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True)
         ):
-            state |= {f"{own}self_attn.{'qkv'[k]}_proj.weight": weight, f"{own}self_attn.{'qkv'[k]}_proj.bias": bias}
+            state |= {
+                f"{own}self_attn.{'qkv'[k]}_proj.weight": weight,
+                f"{own}self_attn.{'qkv'[k]}_proj.bias": bias,
+            }
     embeddings: Any = tower.embeddings
     if isinstance(visual.conv1, mini.ReadingStem):
         stem = _Stem(nn.Conv2d(3, visual.conv1.patch.out_channels, 8, 8, bias=False))

@@ -104,7 +104,12 @@ def test_a_mask_a_picture_is_the_same_as_one_picture_at_a_time(model, pictures):
     together = align(model, pictures, pictures.roll(1, 0), masks, steps=2, progress=False)
     for i in range(3):
         alone = align(
-            model, pictures[i : i + 1], pictures.roll(1, 0)[i : i + 1], masks[i : i + 1], steps=2, progress=False
+            model,
+            pictures[i : i + 1],
+            pictures.roll(1, 0)[i : i + 1],
+            masks[i : i + 1],
+            steps=2,
+            progress=False,
         )
         assert torch.allclose(alone.history[:, 0], together.history[:, i], atol=1e-4)
 
@@ -161,7 +166,12 @@ def test_pixels_follow_adam_and_stay_pictures():
     start = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     goal = torch.linspace(-0.5, 1.5, 96).view(2, 3, 4, 4)
     made = optimise_pixels(
-        start, lambda x, i: (x - goal[i]).square().sum((1, 2, 3)), steps=5, lr=0.1, epsilon=0.2, progress=False
+        start,
+        lambda x, i: (x - goal[i]).square().sum((1, 2, 3)),
+        steps=5,
+        lr=0.1,
+        epsilon=0.2,
+        progress=False,
     )
     x = start.clone().requires_grad_()
     adam = torch.optim.Adam([x], lr=0.1)

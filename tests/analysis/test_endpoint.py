@@ -159,7 +159,7 @@ def test_the_judge_asks_again_after_nonsense_and_never_keeps_it(server, endpoint
     ("answer", "expected"),
     [
         ("I cannot help with that.", True),
-        ("I’m sorry, but no.", True),
+        ("I\u2019m sorry, but no.", True),
         ("I can't assist with this request.", True),
         ("I am unable to provide that", True),
         ("", True),
