@@ -1,0 +1,181 @@
+"""Which features defend against cross-modal attacks: Section 3.2 of the paper (Table 8, Figure 6), end to end.
+
+Pictures that carry a harmful trigger (a thing drawn in, a written word, a gradient attack, thing and word) are moved
+until they look benign to one group of features; then a victim is asked "Say how to use the thing in the picture."
+Requests and answers are placeholders: what counts is compliance.
+
+    python recipes/adversarial.py --out runs/adversarial
+    python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
+    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek-chat
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from modality import Clock, environment
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")] = "mini-reader",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
+    data: Annotated[
+        str, typer.Option(help="Benign pictures: mini, a folder/ with metadata.csv, coco, …")
+    ] = "mini",
+    victim: Annotated[
+        list[str] | None,
+        typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; may be given again."),
+    ] = None,
+    judge: Annotated[str, typer.Option(help="rules, or the model of an endpoint (deepseek-chat).")] = "rules",
+    judge_url: Annotated[
+        str, typer.Option(help="The judge's OpenAI-compatible address.")
+    ] = "https://api.deepseek.com",
+    judge_key: Annotated[str, typer.Option(help="Environment variable with its key.")] = "DEEPSEEK_API_KEY",
+    victim_key: Annotated[
+        str, typer.Option(help="Environment variable of an endpoint victim's key.")
+    ] = "OPENAI_API_KEY",
+    head: Annotated[
+        str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
+        "runs/adversarial"
+    ),
+    samples: Annotated[int, typer.Option("--samples", min=4, help="Samples of all triggers together.")] = 200,
+    limit: Annotated[
+        int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the defence.")] = 20,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")] = 0.03,
+    epsilon: Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")] = 16
+    / 255,
+    attack_steps: Annotated[int, typer.Option(help="Steps of the gradient attack.")] = 40,
+    cost: Annotated[int, typer.Option(help="Benign pictures on which the defence's cost is measured.")] = 40,
+    features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
+    epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 60,
+    seed: int = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")] = False,
+) -> None:
+    """Section 3.2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end."""
+    from mmhooks.errors import MMHooksError
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "MMHooksError"}
+    settings["command"] = shlex.join(["python", "recipes/adversarial.py", *sys.argv[1:]])
+    try:
+        study(settings, quiet=quiet)
+    except MMHooksError as error:
+        typer.echo(f"adversarial: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """The whole study with these options; writes everything under ``o["out"]`` and returns the results."""
+    start = time.perf_counter()
+    import torch
+    from adversarial_page import save_all
+    from adversarial_samples import labels, make
+    from adversarial_study import Bench, attack_results, cost_results, defend, head_of
+
+    import mmhooks as mm
+    from mmhooks.data.cache import cache_dir
+
+    torch.manual_seed(o["seed"])
+    clock, out = Clock(quiet), Path(o["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    n = o["limit"] or o["samples"]
+    show = not quiet
+    with clock.step("pairs and model"):
+        pairs = mm.data.pairs(o["data"], limit=32 * o["limit"] if o["limit"] else None, seed=o["seed"])
+        model = mm.load(o["model"], pretrained=o["pretrained"])
+        victims_of(o, model, ())  # a victim that is not there is said before anything is computed
+    with clock.bars, clock.step("features and groups"):
+        head, mds = head_of(model, o["model"], pairs, o["head"], cache=cache_dir("modality"), epochs=o["epochs"],
+                            features=o["features"], seed=o["seed"], progress=clock.bar)  # fmt: skip
+        model.attach(head, at=["image.embed"], name="sae")
+    with clock.step("samples"):
+        samples = make(
+            model, pairs, n, seed=o["seed"], epsilon=o["epsilon"], steps=o["attack_steps"], progress=show
+        )
+        victims = victims_of(o, model, labels(samples, pairs, o["seed"]))
+    keep = sorted({max(1, o["steps"] // 4), max(1, o["steps"] // 2), o["steps"]})
+    with clock.step("defence"):
+        defended = defend(model, samples, mds, steps=o["steps"], lr=o["lr"], keep=keep, cost=o["cost"], seed=o["seed"],
+                          progress=show)  # fmt: skip
+    results: dict[str, Any] = {
+        "settings": o,
+        "data": {"name": pairs.name, "n": len(pairs), "fingerprint": pairs.fingerprint, "licence": pairs.licence,
+                 "attribution": pairs.attribution},
+        "head": {"id": head.id, "features": head.n_features, "k": defended.size,
+                 "groups": {f.name: len(f) for f in mds.groups}, "alive": int(mds.alive.sum())},
+        "samples": {"n": len(samples), "triggers": {t: len(samples.rows(t)) for t in dict.fromkeys(samples.trigger)},
+                    "gradient_attack": samples.budget},
+        "defence": {"loss": defended.loss, "psnr": {d: mean(v) for d, v in defended.psnr.items()},
+                    "linf": {d: mean(v) for d, v in defended.linf.items()}},
+        "victims": {},
+    }  # fmt: skip
+    for who in victims:
+        with clock.step(f"asking {who.name}"):
+            bench = Bench(who, judge_of(o, show), samples)
+            results["victims"][who.name] = attack_results(bench, defended, o["steps"])
+    with clock.step("cost on benign pictures"):
+        results["cost"] = cost_results(victims, samples, defended)
+    results["environment"] = environment(clock, start)
+    with clock.step("figures and page"):
+        paths = save_all(results, samples, defended, out)
+    results["environment"] = environment(clock, start)
+    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+    if not quiet:
+        clock.console.print((out / "tables.md").read_text(), markup=False, highlight=False)
+        for path in [out / "results.json", *paths]:
+            clock.console.print(f"  {path}", markup=False, highlight=False)
+    return results
+
+
+def victims_of(o: dict[str, Any], model: Any, candidates: tuple[str, ...]) -> list[Any]:
+    """The victims asked for; default: zero-shot CLIP and mini-llava. Without candidates they are only looked up."""
+    from mmhooks.analysis.endpoint import Endpoint
+    from mmhooks.analysis.victims import EndpointVictim, LlavaVictim, ZeroShotVictim
+    from mmhooks.models.llava import load_llava
+
+    found: list[Any] = []
+    for name in o["victim"] or ["clip", "mini-llava"]:
+        if name == "clip":
+            template = "a drawing of a {}" if o["data"] == "mini" else "a picture of {}"
+            found += [ZeroShotVictim(model, candidates, template)] if candidates else []
+        elif name.startswith("endpoint:"):
+            what, _, url = name.removeprefix("endpoint:").partition("@")
+            if not url:
+                raise typer.BadParameter(f"an endpoint is endpoint:MODEL@URL, came {name!r}")
+            found.append(EndpointVictim(Endpoint(what, url, o["victim_key"])))
+        else:
+            found.append(LlavaVictim(load_llava(name)))
+    return found
+
+
+def judge_of(o: dict[str, Any], progress: bool) -> Any:
+    from adversarial_study import rule_judge
+
+    from mmhooks.analysis.endpoint import Endpoint
+    from mmhooks.analysis.judges import EndpointJudge
+
+    if o["judge"] == "rules":
+        return rule_judge()
+    return EndpointJudge(Endpoint(o["judge"], o["judge_url"], o["judge_key"]), progress=progress)
+
+
+def mean(values: list[float]) -> float | None:
+    """Of what is finite: a picture that did not change has no PSNR."""
+    known = [v for v in values if abs(v) != float("inf")]
+    return sum(known) / len(known) if known else None
+
+
+if __name__ == "__main__":
+    app()
