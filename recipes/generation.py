@@ -65,6 +65,7 @@ class Setting:
     sizes: dict[str, int]  # of the whole groups
     toward: Tensor
     mds: Any
+    head: Any = None
 
 
 def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
@@ -115,10 +116,9 @@ def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *,
     head = mm.TopKSAE(width, features or 4 * width, k)
     mm.train_head(head, *sides, epochs=epochs, seed=seed, progress=not quiet)
     head = head.to(sd.device).eval()
-    place = sd.attach(head, at="text.cond", name=f"sae_{mode}")[0]
     spaces = [("dimensions", "text.cond", None, toward)]
     with torch.no_grad():
-        spaces.append(("SAE", f"{place}.latents", head, head.encode(toward)))
+        spaces.append(("SAE", "text.cond.sae.latents", head, head.encode(toward)))
     found = []
     for space, site, scorer, target in spaces:
         result = conditioner_mds(sides, head=scorer, data=pairs.name)
@@ -127,7 +127,7 @@ def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *,
         alive = mm.FeatureSet(~result.dead, n, head=result.groups[0].head)
         found.append(
             Setting(space, site, same_size(groups, alive, whole=whole, seed=seed),
-                    {k: len(g) for k, g in groups.items()}, target, result))  # fmt: skip
+                    {k: len(g) for k, g in groups.items()}, target, result, scorer))  # fmt: skip
     return found
 
 
@@ -212,6 +212,8 @@ def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: s
     with rate_bar("interpolate", total, unit="pictures", show=not quiet) as advance:
         for setting in settings:
             curves[setting.name], pictures[setting.name] = {}, {}
+            if setting.head is not None:  # an attached head would take edits at the site itself for its own
+                painter.sd.attach(setting.head, at="text.cond", name="sae")
             for name, group in setting.groups.items():
                 rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
                 strip = [starts[0][shown]]
@@ -232,6 +234,8 @@ def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: s
                         rows[m].append(torch.stack([f[m] for f in found]).mean(0))
                 curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
                 pictures[setting.name][name] = torch.stack(strip)
+            if setting.head is not None:
+                painter.sd.detach("sae")
     return curves, pictures
 
 
@@ -289,8 +293,10 @@ def main(
         "runs/generation"
     ),
 ) -> None:
+    from diffusers.utils import logging
     from generation_page import write
 
+    logging.set_verbosity_error()  # a caption that is cut to the context is said once a caption
     start = time.perf_counter()
     strengths = tuple(sorted(s for s in strength or STRENGTHS if s > 0))
     modes, impossible = {}, {}
