@@ -107,8 +107,11 @@ def same_size(groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: 
 
 
 def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *, whole: bool, features: int, k: int,
-                epochs: int, seed: int, quiet: bool) -> list[Setting]:  # fmt: skip
-    """The conditioner's own dimensions (the paper's), and an SAE trained on them; scored where they are edited."""
+                epochs: int, seed: int, quiet: bool, impossible: dict[str, str]) -> list[Setting]:  # fmt: skip
+    """The conditioner's own dimensions (the paper's), and an SAE trained on them; scored where they are edited.
+
+    A space without features in each group goes to ``impossible``, with its scores.
+    """
     sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, progress=not quiet)
     toward = mm.reference(sd, [case.picture for case in cases], mode=mode, clip=clip)
     width = sides[0].shape[1]
@@ -125,9 +128,17 @@ def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *,
         groups = {g.name: g for g in result.groups}
         n = result.groups[0].n_features
         alive = mm.FeatureSet(~result.dead, n, head=result.groups[0].head)
-        found.append(
-            Setting(space, site, same_size(groups, alive, whole=whole, seed=seed),
-                    {k: len(g) for k, g in groups.items()}, target, result, scorer))  # fmt: skip
+        try:
+            edited = same_size(groups, alive, whole=whole, seed=seed)
+        except MMHooksError as error:
+            low, high = result.thresholds
+            impossible[f"{mode}, {space}"] = (
+                f"{error}: scores of its {len(alive)} live features are {result.mu:.3f} ± {result.sigma:.3f}, so the "
+                f"groups would begin below {low:.3f} and above {high:.3f}"
+            )
+            continue
+        sizes = {name: len(g) for name, g in groups.items()}
+        found.append(Setting(space, site, edited, sizes, target, result, scorer))
     return found
 
 
@@ -299,7 +310,8 @@ def main(
     logging.set_verbosity_error()  # a caption that is cut to the context is said once a caption
     start = time.perf_counter()
     strengths = tuple(sorted(s for s in strength or STRENGTHS if s > 0))
-    modes, impossible = {}, {}
+    modes: dict[str, Any] = {}
+    impossible: dict[str, str] = {}
     try:
         if not 0 <= shown < pairs:
             raise MMHooksError(f"--shown is one of {pairs} prompts, from 0; came {shown}")
@@ -318,9 +330,11 @@ def main(
         for one in mode or ("projected", "naive"):
             try:
                 found = settings_of(sd, clip, corpus, cases, one, whole=whole, features=features, k=k, epochs=epochs,
-                                    seed=seed, quiet=quiet)  # fmt: skip
+                                    seed=seed, quiet=quiet, impossible=impossible)  # fmt: skip
             except ShapeMismatch as error:  # naive: widths that differ
                 impossible[one] = str(error)
+                continue
+            if not found:
                 continue
             curves, strips = study(painter, found, cases, image_embedder, strengths=strengths, seeds=seeds,
                                    shown=shown, quiet=quiet)  # fmt: skip
