@@ -65,6 +65,7 @@ class Setting:
     sizes: dict[str, int]  # of the whole groups
     toward: Tensor
     mds: Any
+    head: Any = None
 
 
 def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
@@ -106,8 +107,11 @@ def same_size(groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: 
 
 
 def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *, whole: bool, features: int, k: int,
-                epochs: int, seed: int, quiet: bool) -> list[Setting]:  # fmt: skip
-    """The conditioner's own dimensions (the paper's), and an SAE trained on them; scored where they are edited."""
+                epochs: int, seed: int, quiet: bool, impossible: dict[str, str]) -> list[Setting]:  # fmt: skip
+    """The conditioner's own dimensions (the paper's), and an SAE trained on them; scored where they are edited.
+
+    A space without features in each group goes to ``impossible``, with its scores.
+    """
     sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, progress=not quiet)
     toward = mm.reference(sd, [case.picture for case in cases], mode=mode, clip=clip)
     width = sides[0].shape[1]
@@ -115,19 +119,26 @@ def settings_of(sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Any, *,
     head = mm.TopKSAE(width, features or 4 * width, k)
     mm.train_head(head, *sides, epochs=epochs, seed=seed, progress=not quiet)
     head = head.to(sd.device).eval()
-    place = sd.attach(head, at="text.cond", name=f"sae_{mode}")[0]
     spaces = [("dimensions", "text.cond", None, toward)]
     with torch.no_grad():
-        spaces.append(("SAE", f"{place}.latents", head, head.encode(toward)))
+        spaces.append(("SAE", "text.cond.sae.latents", head, head.encode(toward)))
     found = []
     for space, site, scorer, target in spaces:
         result = conditioner_mds(sides, head=scorer, data=pairs.name)
         groups = {g.name: g for g in result.groups}
         n = result.groups[0].n_features
         alive = mm.FeatureSet(~result.dead, n, head=result.groups[0].head)
-        found.append(
-            Setting(space, site, same_size(groups, alive, whole=whole, seed=seed),
-                    {k: len(g) for k, g in groups.items()}, target, result))  # fmt: skip
+        try:
+            edited = same_size(groups, alive, whole=whole, seed=seed)
+        except MMHooksError as error:
+            low, high = result.thresholds
+            impossible[f"{mode}, {space}"] = (
+                f"{error}: scores of its {len(alive)} live features are {result.mu:.3f} ± {result.sigma:.3f}, so the "
+                f"groups would begin below {low:.3f} and above {high:.3f}"
+            )
+            continue
+        sizes = {name: len(g) for name, g in groups.items()}
+        found.append(Setting(space, site, edited, sizes, target, result, scorer))
     return found
 
 
@@ -212,6 +223,8 @@ def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: s
     with rate_bar("interpolate", total, unit="pictures", show=not quiet) as advance:
         for setting in settings:
             curves[setting.name], pictures[setting.name] = {}, {}
+            if setting.head is not None:  # an attached head would take edits at the site itself for its own
+                painter.sd.attach(setting.head, at="text.cond", name="sae")
             for name, group in setting.groups.items():
                 rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
                 strip = [starts[0][shown]]
@@ -232,6 +245,8 @@ def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: s
                         rows[m].append(torch.stack([f[m] for f in found]).mean(0))
                 curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
                 pictures[setting.name][name] = torch.stack(strip)
+            if setting.head is not None:
+                painter.sd.detach("sae")
     return curves, pictures
 
 
@@ -289,11 +304,14 @@ def main(
         "runs/generation"
     ),
 ) -> None:
+    from diffusers.utils import logging
     from generation_page import write
 
+    logging.set_verbosity_error()  # a caption that is cut to the context is said once a caption
     start = time.perf_counter()
     strengths = tuple(sorted(s for s in strength or STRENGTHS if s > 0))
-    modes, impossible = {}, {}
+    modes: dict[str, Any] = {}
+    impossible: dict[str, str] = {}
     try:
         if not 0 <= shown < pairs:
             raise MMHooksError(f"--shown is one of {pairs} prompts, from 0; came {shown}")
@@ -312,9 +330,11 @@ def main(
         for one in mode or ("projected", "naive"):
             try:
                 found = settings_of(sd, clip, corpus, cases, one, whole=whole, features=features, k=k, epochs=epochs,
-                                    seed=seed, quiet=quiet)  # fmt: skip
+                                    seed=seed, quiet=quiet, impossible=impossible)  # fmt: skip
             except ShapeMismatch as error:  # naive: widths that differ
                 impossible[one] = str(error)
+                continue
+            if not found:
                 continue
             curves, strips = study(painter, found, cases, image_embedder, strengths=strengths, seeds=seeds,
                                    shown=shown, quiet=quiet)  # fmt: skip

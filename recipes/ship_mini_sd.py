@@ -44,7 +44,7 @@ def draw_curve(rows: list[dict], exams: list[dict], path: Path, batch: int) -> N
         for rank, line in (("first 1", "o-"), ("first 10", "o:")):
             right.plot([e["step"] for e in exams], [100 * e[space][rank]["value"] for e in exams], line, color=color,
                        label=f"{space}, {rank}")  # fmt: skip
-    right.set(xlabel="step", ylabel="asked-for drawing among the nearest, %", ylim=(0, 101))
+    right.set(xlim=(0, None), xlabel="step", ylabel="asked-for drawing among the nearest, %", ylim=(0, 101))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
@@ -56,6 +56,7 @@ def main(
     run: Annotated[Path, typer.Option(help="folder of a train_mini_sd.py run")] = Path("runs/mini-sd"),
     out: Annotated[Path, typer.Option(help="where weights and card go")] = mini_sd.FOLDER,
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
+    note: Annotated[str, typer.Option(help="what else the card should say of the run")] = "",
     seed: Annotated[int, typer.Option(help="of the noise that the exam draws from")] = 0,
 ) -> None:
     """Ship a run: python recipes/ship_mini_sd.py --run runs/mini-sd"""
@@ -90,6 +91,7 @@ def main(
         "recipe": {"script": "recipes/train_mini_sd.py", "plan": plan, "steps_done": step,
                    "samples_seen": step * plan["batch"], "templates": list(TEMPLATES),
                    "torch": version("torch"), "diffusers": version("diffusers")},
+        "note": note,
         "autoencoder_psnr_db": psnr,
         "use": {"num_inference_steps": result["steps"], "guidance_scale": result["guidance"]},
         "exam": result,

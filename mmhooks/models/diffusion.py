@@ -213,7 +213,8 @@ def load_diffusion(
             raise MMHooksError(
                 f"the embedded pipeline takes no options of from_pretrained, came {sorted(options)}"
             )
-        return HookedDiffusion(mini_pipeline().to(device, dtype), name="mini")
+        pipe = mini_pipeline().to(device)
+        return HookedDiffusion(pipe if dtype == torch.float32 else pipe.to(dtype), name="mini")
     source = Path(name)
     if source.is_dir() and not (source / "model_index.json").is_file():
         raise MissingWeights(f"{source} holds no diffusers pipeline: model_index.json is missing")
