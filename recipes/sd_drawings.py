@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def choose(corpus: Corpus, count: int, style: str = STYLE) -> list[int]:
         if row["style"] == style and not row["toned"] and plain and len(row["name"].split()) <= 4:
             rows.setdefault(row["name"], i)
     order = sorted(rows, key=lambda name: (len(name.split()), hash_of(name)))
-    model = zoo.load("mini")
+    model: Any = zoo.load("mini")
     text = F.normalize(model.encode_text(model.tokenizer(order)), dim=-1)
     pixels = on_white(corpus.rgba[[rows[name] for name in order]]).flatten(1) / 2
     kept: list[int] = []

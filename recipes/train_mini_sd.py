@@ -19,7 +19,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class Material:
             raise typer.BadParameter(
                 f"{out} holds {len(tensors['pixels'])} drawings, the plan has {count}: choose another --out"
             )
-        vae = mini_sd.autoencoder(tensors["mean"], tensors["basis"])
+        vae: Any = mini_sd.autoencoder(tensors["mean"], tensors["basis"])
         with torch.no_grad():
             latents = vae.encode(tensors["pixels"]).latents * mini_sd.SCALING
         return cls([row["name"] for row in json.loads(names.read_text())], latents=latents, **tensors)
@@ -180,7 +180,7 @@ class UNetTrainer:
         keep = min(plan.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             state = self.model.state_dict()
-            torch._foreach_lerp_(list(self.average.values()), [state[k] for k in self.average], 1 - keep)
+            move(self.average, state, 1 - keep)
         quarter = times * 4 // len(self.keep)
         return torch.stack([losses.detach()[quarter == q].mean() for q in range(4)])
 
@@ -241,6 +241,12 @@ class UNetTrainer:
                     self.save()
 
 
+def move(average: dict[str, Tensor], toward: dict[str, Tensor], share: float) -> None:
+    """A running average takes a step of ``share``, in place."""
+    for name, value in average.items():
+        value.lerp_(toward[name], share)
+
+
 def keep_plan(plan: Plan, trainer: UNetTrainer, path: Path) -> None:
     """One folder, one plan; its length alone may change, as long as the rate has not begun to fall."""
     wanted = asdict(plan)
@@ -289,7 +295,7 @@ def train_decoder(
             keep = min(0.995, (1 + step) / (10 + step))
             with torch.no_grad():
                 state = decoder.state_dict()
-                torch._foreach_lerp_(list(average.values()), [state[k] for k in average], 1 - keep)
+                move(average, state, 1 - keep)
             bar.update(task, advance=1, note=f"loss {loss.item():.4f}")
     decoder.load_state_dict(average)
     vae.eval()

@@ -19,11 +19,11 @@ from mmhooks.errors import MissingWeights
 from mmhooks.models import mini, zoo
 
 if TYPE_CHECKING:
-    from diffusers import (  # type: ignore[attr-defined]
-        AutoencoderTiny,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
+    from diffusers import (
+        AutoencoderTiny,  # type: ignore[attr-defined]
+        DDIMScheduler,  # type: ignore[attr-defined]
+        StableDiffusionPipeline,  # type: ignore[attr-defined]
+        UNet2DConditionModel,  # type: ignore[attr-defined]
     )
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -44,7 +44,7 @@ def text_encoder() -> CLIPTextModel:
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    source = zoo.load("mini").model
+    source: Any = zoo.load("mini").model
     tokenizer, width = mini.tokenizer(), source.token_embedding.weight.shape[1]
     model = CLIPTextModel(
         CLIPTextConfig(
@@ -91,7 +91,7 @@ def tokenizer() -> CLIPTokenizer:
 
     own = mini.tokenizer()
     start, end = (own.decoder[i] for i in (own.sot_token_id, own.eot_token_id))
-    merges = [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
+    merges: Any = [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
     return CLIPTokenizer(
         vocab=dict(own.encoder) | {PAD: mini.mask_id()},
         merges=merges,
@@ -191,7 +191,7 @@ def _set_linear_encoder(layers: Any, mean: Float[Tensor, " 192"], basis: Float[T
                 layer.weight[: len(basis), k, dy + 1, dx + 1] = basis[:, c * 64 + row * PATCH + column]
     for k in range(len(basis)):
         last.weight[k, k, 1, 1] = 1
-    last.bias.copy_(-(basis @ mean))
+    last.bias = torch.nn.Parameter(-(basis @ mean))
 
 
 def assemble(vae: Any, denoiser: Any) -> StableDiffusionPipeline:
@@ -203,7 +203,7 @@ def assemble(vae: Any, denoiser: Any) -> StableDiffusionPipeline:
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
         unet=denoiser.eval(),
-        scheduler=scheduler(),
+        scheduler=scheduler(),  # type: ignore[arg-type]
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
