@@ -114,11 +114,11 @@ def drawn(preprocess: Any, *, n: int, correlation: float, scale: float, seed: in
     choose = _scenes(pairs, preprocess, [h[0] for h in halves], animals, places, scale, draw)
     groups = np.arange(n) % 4
     judge = _scenes(pairs, preprocess, [h[1] for h in halves], groups // 2, groups % 2, scale, draw)
-    names = tuple([pairs.texts[i] for i in own] for own in species)
+    names = ([pairs.texts[i] for i in species[0]], [pairs.texts[i] for i in species[1]])
     shares = torch.bincount(choose.groups, minlength=4).float() / n
     return Study(
         choose, judge, names, shares, f"{pairs.attribution} Licence of the drawings: {pairs.licence}."
-    )  # type: ignore[arg-type]
+    )
 
 
 def _scenes(
@@ -166,7 +166,7 @@ def real(
     for split in ("validation", "test"):
         if split not in found:
             raise DataError(f"{source} has no split {split!r}; it has {', '.join(map(str, found))}")
-        rows = found[split]  # type: ignore[index]
+        rows: Any = found[split]  # type: ignore[index]
         missing = {"image", label, place} - set(rows.column_names)
         if missing:
             raise DataError(
