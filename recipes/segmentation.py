@@ -278,13 +278,13 @@ def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], sc
     def make(palette: Any) -> Figure:
         figure = Figure(figsize=(1.35 * (len(maps) + 2), 1.5 * len(shown)), layout="constrained")
         axes = figure.subplots(len(shown), len(maps) + 2, squeeze=False)
-        for row, i in zip(axes, shown, strict=True):
+        for number, (row, i) in enumerate(zip(axes, shown, strict=True)):
             row[0].imshow(samples[i].picture)
             row[0].set_ylabel(samples[i].name[:18], fontsize=8)
             row[1].imshow(masks[i], cmap="gray")
             for axis, (name, found) in zip(row[2:], maps.items(), strict=True):
                 axis.imshow(found[i], cmap="magma", interpolation="bilinear")
-                if row is axes[0]:
+                if number == 0:
                     axis.set_title(name, fontsize=8)
             for axis in row:
                 axis.set(xticks=[], yticks=[])

@@ -118,13 +118,53 @@ def shares_table(shares: dict[str, Tensor]) -> Table:
 
 
 @overload
-def decompose(model: HookedCLIP, images: Tensor, **options: Any) -> Decomposition: ...
+def decompose(
+    model: HookedCLIP,
+    images: Tensor,
+    texts: None = ...,
+    *,
+    tokens: bool = ...,
+    against: Tensor | None = ...,
+    normalize: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Decomposition: ...
 @overload
-def decompose(model: HookedCLIP, *, texts: Tensor, **options: Any) -> Decomposition: ...
+def decompose(
+    model: HookedCLIP,
+    images: None = ...,
+    *,
+    texts: Tensor,
+    tokens: bool = ...,
+    against: Tensor | None = ...,
+    normalize: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Decomposition: ...
 @overload
-def decompose(model: HookedCLIP, images: Inputs, **options: Any) -> MeanDecomposition: ...
+def decompose(
+    model: HookedCLIP,
+    images: Inputs,
+    texts: None = ...,
+    *,
+    tokens: bool = ...,
+    against: Tensor | None = ...,
+    normalize: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> MeanDecomposition: ...
 @overload
-def decompose(model: HookedCLIP, *, texts: Inputs, **options: Any) -> MeanDecomposition: ...
+def decompose(
+    model: HookedCLIP,
+    images: None = ...,
+    *,
+    texts: Inputs,
+    tokens: bool = ...,
+    against: Tensor | None = ...,
+    normalize: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> MeanDecomposition: ...
 @torch.no_grad()
 def decompose(
     model: HookedCLIP,

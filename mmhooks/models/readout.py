@@ -155,6 +155,7 @@ def _timm_image(visual: Any) -> Readout:
     matrix = bias = None
     for step in steps:
         more, plus = _matrix(step)
+        assert more is not None
         bias = plus if bias is None else bias @ more + (0 if plus is None else plus)
         matrix = more if matrix is None else matrix @ more
     pool = getattr(trunk, "attn_pool", None)

@@ -1,0 +1,429 @@
+"""Taking a spurious cue out of CLIP: attention heads that carry the background, ablated live.
+
+Section 4 of "Interpreting CLIP's Image Representation via Text-Based Decomposition", on a Waterbirds-shaped task: land
+and water animals before land and water. TextSpan names each attention head; those whose texts are places are set to
+their mean. They are chosen on other pictures, of other animals, than they are judged on.
+
+    python recipes/spurious.py --out runs/spurious
+    python recipes/spurious.py --model ViT-L-14 --pretrained laion2b_s32b_b82k --data waterbirds/
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Head = tuple[int, int]
+SIZES = (1, 2, 3, 4, 6, 8, 10)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="mini, or any open_clip name of a ViT.")] = "mini",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="mini, or what datasets loads: splits validation and test, columns image, y, place."
+        ),
+    ] = "mini",
+    classes: Annotated[
+        str, typer.Option(help="Texts of both classes, for --data: 'a landbird,a waterbird'.")
+    ] = ("a landbird,a waterbird"),
+    label: Annotated[str, typer.Option(help="Column of the class, 0 or 1, for --data.")] = "y",
+    place: Annotated[str, typer.Option(help="Column of the background, 0 or 1, for --data.")] = "place",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of the text pool that are backgrounds.")
+    ] = "place,weather",
+    correlation: Annotated[
+        float, typer.Option(help="Animals that stand where they live, where heads are chosen.")
+    ] = 0.95,
+    scale: Annotated[float, typer.Option(help="Width of an animal in its picture.")] = 0.5,
+    layers: Annotated[
+        int, typer.Option(min=1, help="Attention heads of so many last layers are looked at.")
+    ] = 4,
+    limit: Annotated[int, typer.Option(min=8, help="Pictures to choose on, and to judge by.")] = 400,
+    draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random heads.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
+        "runs/spurious"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")] = False,
+) -> None:
+    """Worst-group accuracy before and after attention heads that carry the background are mean-ablated."""
+    from mmhooks.errors import MMHooksError
+
+    options = {k: v for k, v in locals().items() if k != "MMHooksError"}
+    try:
+        study(**options)
+    except MMHooksError as error:
+        typer.echo(f"spurious: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def study(
+    model: str = "mini",
+    pretrained: str | None = None,
+    data: str = "mini",
+    classes: str = "a landbird,a waterbird",
+    *,
+    label: str = "y",
+    place: str = "place",
+    kinds: str = "place,weather",
+    correlation: float = 0.95,
+    scale: float = 0.5,
+    layers: int = 4,
+    limit: int = 400,
+    draws: int = 20,
+    seed: int = 0,
+    batch: int = 64,
+    out: str | Path = "runs/spurious",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The whole study; writes everything under ``out`` and returns the results."""
+    start = time.perf_counter()
+    settings = {k: str(v) for k, v in locals().items() if k not in ("start", "quiet", "out")}
+    from spurious_data import drawn, real
+    from study_page import environment, write_study
+
+    import mmhooks as mm
+    from mmhooks.analysis.ablate import site_means
+    from mmhooks.analysis.decompose_data import head_outputs
+    from mmhooks.data.progress import track
+
+    torch.manual_seed(seed)
+    hooked = mm.load(model, pretrained=pretrained)
+    if data == "mini":
+        found = drawn(hooked.preprocess, n=limit, correlation=correlation, scale=scale, seed=seed)
+    else:
+        one, other = (text.strip() for text in classes.split(",", 1))
+        found = real(
+            hooked.preprocess, data, label=label, place=place, names=(one, other), limit=limit, seed=seed
+        )
+    texts = class_texts(hooked, found.names)
+    outputs = head_outputs(hooked, found.choose.pixels, normalize=True, batch_size=batch, progress=not quiet)
+    depth, n_heads = outputs.shape[1:3]
+    looked = list(range(max(0, depth - layers), depth))
+    named, ranked = by_text_span(hooked, model, outputs[:, looked], looked, kinds.split(","))
+    rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs[:, looked], looked, found.choose, texts)}
+    means = site_means(
+        hooked, found.choose.pixels, [f"image.blocks.{n}.attn.head_out" for n in looked], batch_size=batch
+    )
+    run = Runner(hooked, means, texts, batch)
+    # How many heads: by the worst group where they are chosen, never where they are judged.
+    chosen: dict[str, list[Head]] = {}
+    for name, order in rankings.items():
+        sizes = [k for k in SIZES if k <= len(order)]
+        worst = [worst_group(run(order[:k], found.choose), found.choose.groups) for k in sizes]
+        chosen[name] = order[: sizes[worst.index(max(worst))]] if sizes else []
+    groups = found.judge.groups
+    right = {"plain": run([], found.judge)} | {name: run(own, found.judge) for name, own in chosen.items()}
+    everything = [(n, h) for n in looked for h in range(n_heads)]
+    control: dict[str, list[Tensor]] = {}
+    for name, own in chosen.items():
+        generator = torch.Generator().manual_seed(seed)
+        control[name] = [
+            run(
+                [everything[i] for i in torch.randperm(len(everything), generator=generator)[: len(own)]],
+                found.judge,
+            )
+            for _ in track(range(draws), draws, f"random heads ({len(own)})", show=not quiet)
+        ]
+    report = {name: measured(r, groups, found.shares, seed) for name, r in right.items()}
+    claims, randoms = [], {}
+    for name, own in chosen.items():
+        worst = torch.tensor([worst_group(r, groups) for r in control[name]])
+        randoms[name] = spread(worst)
+        claims += compared(name, own, right, groups, randoms[name], seed)
+    results = {
+        "settings": settings,
+        "n": {"choose": len(found.choose.places), "judge": len(groups)},
+        "shares_where_chosen": found.shares,
+        "heads": {name: [f"{n}.{h}" for n, h in own] for name, own in chosen.items()},
+        "texts": named,
+        "accuracy": report,
+        "random": randoms,
+        "claims": [list(claim) for claim in claims],
+        "environment": environment(start),
+    }
+    paths = write_study(
+        Path(out),
+        results,
+        title="A background taken out of CLIP: attention heads against a spurious cue",
+        lead=f"Land and water animals before land and water, model {model}. Heads of the last {len(looked)} layers are chosen on "
+        f"{len(found.choose.places)} pictures and judged on {len(groups)} others, of other animals where they are drawn. A "
+        "head's output is set, live, to its mean over the former.",
+        claims=claims,
+        tables=[accuracy_table(report, randoms, chosen), heads_table(chosen, named)],
+        plots={"groups": groups_plot(report, randoms)},
+        notes=[
+            f"TextSpan's heads: by the share of their twenty texts of the kinds {kinds}. Contrast: by how much a head moves "
+            "along the difference of the class texts when the background changes, animals held fixed. How many of each: the "
+            "number with the best worst group where they are chosen. Random: as many heads of the same layers, "
+            f"{draws} draws. The average is weighted by the groups' shares where heads are chosen."
+        ],
+        attribution=found.attribution,
+    )
+    if not quiet:
+        show(results, [accuracy_table(report, randoms, chosen), heads_table(chosen, named)], claims, paths)
+    return results
+
+
+# -- choosing ------------------------------------------------------------------------------------------------
+
+
+def class_texts(hooked: Any, names: tuple[list[str], list[str]]) -> Float[Tensor, "2 e"]:
+    """Each class as the mean of its names' unit embeddings."""
+    from mmhooks.analysis.embed_texts import embed_texts
+
+    return torch.stack([normalize(embed_texts(hooked, own).mean(0), dim=0) for own in names])
+
+
+def by_text_span(
+    hooked: Any, model: str, outputs: Float[Tensor, "n l h e"], layers: Sequence[int], kinds: Sequence[str]
+) -> tuple[dict[str, list[str]], list[Head]]:
+    """Texts of every head, and the heads in the order of how many of them name a background; those without any left
+    out. Ties: the head that varies more first."""
+    import mmhooks as mm
+    from mmhooks.analysis.embed_texts import embed_texts
+    from mmhooks.analysis.text_span import text_span
+
+    pool = mm.data.text_pool("general")
+    n_heads = outputs.shape[2]
+    names = [f"{n}.{h}" for n in layers for h in range(n_heads)]
+    rank = min(80, outputs.shape[-1], len(outputs) - 1)
+    span = text_span(
+        outputs.flatten(1, 2),
+        embed_texts(hooked, pool.texts),
+        pool.texts,
+        heads=names,
+        rank=rank,
+        n_texts=min(20, rank),
+    )
+    share = span.labels(model=model, pool="general", kinds=pool.kinds).share(*kinds)
+    variance = dict(zip(names, span.variance, strict=True))
+    order = sorted(
+        (name for name in names if share[name] > 0), key=lambda name: (-share[name], -variance[name])
+    )
+    named = {name: list(texts) for name, texts in zip(names, span.texts, strict=True)}
+    return named, [(int(n), int(h)) for n, h in (name.split(".") for name in order)]
+
+
+def by_contrast(
+    outputs: Float[Tensor, "n l h e"], layers: Sequence[int], scenes: Any, texts: Float[Tensor, "2 e"]
+) -> list[Head]:
+    """Heads by how far water behind an animal, instead of land, moves them towards the text of water animals."""
+    moved = outputs @ (texts[1] - texts[0])
+    effect = torch.zeros(moved.shape[1:])
+    kinds = [animal for animal in (0, 1) if len(set(scenes.places[scenes.animals == animal].tolist())) == 2]
+    for animal in kinds:
+        of, water = scenes.animals == animal, scenes.places == 1
+        effect += moved[of & water].mean(0) - moved[of & ~water].mean(0)
+    order = effect.flatten().argsort(descending=True).tolist()
+    return [(layers[i // effect.shape[1]], i % effect.shape[1]) for i in order if effect.flatten()[i] > 0]
+
+
+# -- judging -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Which pictures are classified rightly with some heads ablated, live."""
+
+    hooked: Any
+    means: dict[str, Tensor]
+    texts: Tensor
+    batch: int
+
+    @torch.no_grad()
+    def __call__(self, heads: Sequence[Head], scenes: Any) -> Bool[Tensor, " n"]:
+        from mmhooks.analysis.ablate import Parts, mean_edits
+
+        edits = mean_edits(Parts("heads", heads=tuple(heads)), self.means)
+        with self.hooked.hooks(*edits):
+            z = torch.cat([self.hooked.encode_image(part) for part in scenes.pixels.split(self.batch)])
+        return (normalize(z.float(), dim=1) @ self.texts.T).argmax(1) == scenes.animals
+
+
+def worst_group(right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
+    """Accuracy of the group with the lowest; groups without a picture do not count."""
+    return min(float(right[groups == g].float().mean()) for g in groups.unique().tolist())
+
+
+def measured(
+    right: Bool[Tensor, " n"], groups: Int[Tensor, " n"], shares: Float[Tensor, " 4"], seed: int
+) -> dict[str, Any]:
+    """Accuracy of every group (Wilson), the worst group's and the weighted average (bootstrap within groups)."""
+    from spurious_data import GROUPS
+
+    from mmhooks.analysis.intervals import from_draws, wilson
+
+    drawn, own = group_draws(right[None], groups, seed)
+    there = groups.unique().tolist()
+    weights = shares[there].double() / shares[there].sum()
+    return {
+        "groups": {GROUPS[g]: wilson(int(right[groups == g].sum()), int((groups == g).sum())) for g in there},
+        "worst": from_draws(float(own[0].min()), drawn[0].min(1).values, len(right)),
+        "average": from_draws(float(own[0] @ weights), drawn[0] @ weights, len(right)),
+    }
+
+
+def group_draws(
+    right: Bool[Tensor, "k n"], groups: Int[Tensor, " n"], seed: int, draws: int = 2000
+) -> tuple[Float[Tensor, "k draws g"], Float[Tensor, "k g"]]:
+    """Accuracy of every group in bootstrap samples, the same pictures for all ``k``, and as it was."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn, own = [], []
+    for g in groups.unique().tolist():
+        here = right[:, groups == g].double()
+        picks = torch.randint(here.shape[1], (draws, here.shape[1]), generator=generator)
+        drawn.append(torch.stack([row[picks].mean(1) for row in here]))
+        own.append(here.mean(1))
+    return torch.stack(drawn, 2), torch.stack(own, 1)
+
+
+def spread(values: Float[Tensor, " draws"]) -> Any:
+    """Mean over random heads, and the range of the central 95 %."""
+    from mmhooks.analysis.intervals import from_draws
+
+    return from_draws(float(values.mean()), values.double(), len(values))
+
+
+def compared(
+    name: str,
+    heads: Sequence[Head],
+    right: dict[str, Tensor],
+    groups: Int[Tensor, " n"],
+    random: Any,
+    seed: int,
+) -> list[tuple[Any, str, str]]:
+    """Worst group against the plain model's (paired bootstrap), and against random heads (the interval lies above the
+    central 95 % of the draws)."""
+    from mmhooks.analysis.intervals import from_draws
+
+    what = f"{len(heads)} heads by {name}"
+    if not heads:
+        return [("open", f"{what} raise the worst group", "no head carries the background by this choice")]
+    drawn, own = group_draws(torch.stack([right["plain"], right[name]]), groups, seed)
+    worst, before = drawn.min(2).values, own.min(1).values
+    gain = from_draws(float(before[1] - before[0]), worst[1] - worst[0], len(groups))
+    ours = from_draws(float(before[1]), worst[1], len(groups))
+    claims: list[tuple[Any, str, str]] = [
+        (
+            "same" if gain.low > 0 else "differs" if gain.high < 0 else "open",
+            f"{what} raise the worst group above the plain model's",
+            f"{before[0]:.3f} to {before[1]:.3f}, difference {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}], n = {gain.n}",
+        )
+    ]
+    above, below = ours.low > random.high, ours.high < random.low
+    claims.append(
+        (
+            "same" if above else "differs" if below else "open",
+            f"{what} raise it above as many random heads",
+            f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}] against {random.value:.3f} "
+            f"[{random.low:.3f}, {random.high:.3f}] over {random.n} draws",
+        )
+    )
+    return claims
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(report: dict[str, Any], randoms: dict[str, Any], chosen: dict[str, list[Head]]) -> Any:
+    from mmhooks.report import Cell, Estimate, Table
+
+    groups = list(report["plain"]["groups"])
+    rows: list[list[Any]] = []
+    for name, r in report.items():
+        label = name if name == "plain" else f"{len(chosen[name])} heads by {name}"
+        cells = [Cell.of(Estimate.of(r[k])) for k in ("average", "worst")]
+        rows.append([label, *cells, *(Cell.of(Estimate.of(r["groups"][g])) for g in groups)])
+        if name in randoms:
+            rows.append(
+                [
+                    f"{len(chosen[name])} random heads",
+                    "–",
+                    Cell.of(Estimate.of(randoms[name])),
+                    *("–" for _ in groups),
+                ]
+            )
+    return Table(["Ablated", "Average", "Worst group", *groups], rows, "Accuracy")
+
+
+def heads_table(chosen: dict[str, list[Head]], named: dict[str, list[str]]) -> Any:
+    from mmhooks.report import Table
+
+    rows = [
+        [name, f"{n}.{h}", "; ".join(named[f"{n}.{h}"][:6])] for name, own in chosen.items() for n, h in own
+    ]
+    return Table(["Chosen by", "Head", "First texts"], rows, "Attention heads", text_columns=(0, 1, 2))
+
+
+def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    from mmhooks.report import Plot
+    from mmhooks.report.style import draw
+
+    def make(palette: Any) -> Figure:
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        axis = figure.subplots()
+        colours = [palette.soft, palette.img, palette.text]
+        groups = [*report["plain"]["groups"], "worst group"]
+        for i, ((name, r), colour) in enumerate(zip(report.items(), colours, strict=False)):
+            points = [*r["groups"].values(), r["worst"]]
+            x = [j + 0.2 * (i - 1) for j in range(len(points))]
+            low = [max(0.0, p.value - p.low) for p in points]
+            high = [max(0.0, p.high - p.value) for p in points]
+            axis.errorbar(
+                x, [p.value for p in points], [low, high], fmt="o", color=colour, label=name, capsize=3
+            )
+            if name in randoms:
+                band = randoms[name]
+                axis.plot([x[-1] + 0.08] * 2, [band.low, band.high], color=colour, linewidth=5, alpha=0.3)
+        axis.set_xticks(range(len(groups)), [g.replace(", ", ",\n") for g in groups])
+        axis.set_ylim(0, 1)
+        axis.set_ylabel("accuracy")
+        axis.legend(fontsize=8)
+        return figure
+
+    light, dark = draw(make, alt="Accuracy of every group before and after the ablation")
+    return Plot(
+        light, dark, "Accuracy of every group with 95 % intervals; broad bands: as many random heads."
+    )
+
+
+def show(
+    results: dict[str, Any], tables: Sequence[Any], claims: Sequence[Any], paths: Sequence[Path]
+) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    for table in tables:
+        console.print(table.markdown(), markup=False, highlight=False)
+        console.print()
+    words = {"same": "holds", "differs": "does NOT hold", "open": "undecided"}
+    for verdict, claim, found in claims:
+        console.print(f"{words[verdict]}: {claim}: {found}", markup=False, highlight=False)
+    env = results["environment"]
+    console.print(
+        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
+    )
+
+
+if __name__ == "__main__":
+    app()

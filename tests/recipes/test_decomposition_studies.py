@@ -1,0 +1,159 @@
+"""The studies on top of the decomposition: what they draw, what they compute by hand, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmhooks as mm
+from mmhooks.errors import DataError
+
+grounds = pytest.importorskip("grounds")
+import segmentation  # noqa: E402
+import spurious  # noqa: E402
+import spurious_data  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", grounds.GROUNDS)
+def test_grounds_come_from_their_seed(kind):
+    one, same, other = (np.asarray(grounds.ground(kind, 32, seed)) for seed in (1, 1, 2))
+    assert one.shape == (32, 32, 3) and (one == same).all() and (one != other).mean() > 0.1
+
+
+def test_a_drawing_hides_its_ground_just_where_its_mask_is():
+    red = Image.new("RGBA", (10, 10), (255, 0, 0, 255))
+    picture, mask = grounds.put_on(red, Image.new("RGB", (40, 40), "blue"), scale=0.5, at=(1.0, 0.0))
+    assert mask.sum() == 400 and mask[:20, 20:].all()
+    assert ((np.asarray(picture)[..., 0] == 255) == mask).all()
+
+
+def test_masks_go_the_way_of_their_pictures():
+    from torchvision import transforms
+
+    steps = transforms.Compose(
+        [
+            transforms.Resize(8),
+            transforms.CenterCrop(8),
+            transforms.ToTensor(),
+            transforms.Normalize([0.4], [0.3]),
+        ]
+    )
+    mask = np.zeros((16, 32), bool)
+    mask[:, 16:] = True  # the crop keeps columns 8 to 24
+    sample = segmentation.Sample(Image.new("RGB", (32, 16)), mask, "half", "x")
+    _, masks = segmentation.prepared(steps, [sample])
+    assert masks.shape == (1, 8, 8) and masks[0, :, 4:].all() and not masks[0, :, :4].any()
+    mask[:, 8:] = True
+    with pytest.raises(DataError, match="after preprocessing"):
+        segmentation.prepared(steps, [sample])
+
+
+def test_a_folder_of_masks(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(DataError, match="classes.csv is missing"):
+        segmentation.from_folder(tmp_path, 5, 0)
+    (tmp_path / "classes.csv").write_text("file,class\na.jpg,apple\n")
+    with pytest.raises(DataError, match=r"a\.png is not there"):
+        segmentation.from_folder(tmp_path, 5, 0)
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / "a.png")
+    samples, _ = segmentation.from_folder(tmp_path, 5, 0)
+    assert samples[0].name == "apple" and samples[0].mask.sum() == 8
+
+
+def test_heads_are_chosen_and_judged_on_other_animals():
+    opened: list[int] = []
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        opened.append(hash(image.tobytes()))
+        return torch.zeros(3, 4, 4)
+
+    found = spurious_data.drawn(preprocess, n=64, correlation=0.9, scale=0.5, seed=3)
+    assert torch.bincount(found.judge.groups).tolist() == [16, 16, 16, 16]
+    assert float(found.shares[[0, 3]].sum()) > 0.7
+    assert not set(opened[:64]) & set(opened[64:])
+
+
+def test_worst_group_and_its_bootstrap():
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
+    right = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1]).bool()
+    assert spurious.worst_group(right, groups) == 0.5
+    report = spurious.measured(right, groups, torch.tensor([0.5, 0.25, 0.0, 0.25]), seed=0)
+    assert report["worst"].value == 0.5 and report["average"].value == pytest.approx(0.875)
+    assert list(report["groups"]) == [spurious_data.GROUPS[g] for g in (0, 1, 3)]
+    drawn, own = spurious.group_draws(torch.stack([right, right]), groups, seed=0)
+    assert torch.equal(drawn[0], drawn[1]) and own[0].tolist() == [1, 0.5, 1]  # the same pictures for both
+
+
+def test_contrast_finds_the_head_that_the_background_moves():
+    animals, places = torch.tensor([0, 0, 1, 1] * 8), torch.tensor([0, 1] * 16)
+    outputs = torch.zeros(32, 2, 3, 4)
+    outputs[:, 1, 2, 0] = places.float()  # this one carries the background, the next the animal
+    outputs[:, 0, 1, 0] = 5 * animals.float()
+    texts = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])
+    scenes = SimpleNamespace(animals=animals, places=places)
+    assert spurious.by_contrast(outputs, [4, 5], scenes, texts) == [(5, 2)]
+
+
+def test_a_claim_that_does_not_hold_says_so():
+    groups = torch.arange(200) % 4
+    plain, worse = torch.ones(200).bool(), torch.arange(200) % 3 > 0
+    right = {"plain": plain, "TextSpan": worse}
+    random = spurious.spread(torch.full((10,), 0.9))
+    claims = spurious.compared("TextSpan", [(5, 0)], right, groups, random, 0)
+    assert [verdict for verdict, _, _ in claims] == ["differs", "differs"]
+    assert spurious.compared("TextSpan", [], right, groups, random, 0)[0][0] == "open"
+
+
+def written(out) -> dict:
+    assert {p.suffix for p in out.iterdir()} == {".json", ".md", ".png", ".html"}
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_segmentation_on_mini_beats_what_knows_no_text(tmp_path):
+    segmentation.study(limit=80, out=tmp_path / "s", quiet=True)
+    found = written(tmp_path / "s")
+    verdicts = {
+        claim.split(" beat ")[1].removesuffix(" on mIoU"): verdict for verdict, claim, _ in found["claims"]
+    }
+    assert verdicts["raw attention"] == verdicts["rollout"] == "same"
+
+
+@pytest.mark.slow
+def test_whole_studies_on_another_model(tmp_path):
+    """ViT-B/32 with random weights: no claim, but everything runs and is written."""
+    segmentation.study("ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
+    assert written(tmp_path / "s")["n"] == 8
+    spurious.study("ViT-B-32", limit=8, draws=2, layers=1, batch=8, out=tmp_path / "p", quiet=True)
+    assert written(tmp_path / "p")["n"] == {"choose": 8, "judge": 8}
+
+
+@pytest.mark.slow
+def test_spurious_on_data_of_ones_own(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [Image.new("RGB", (64, 64), (40 * i, 20, 90)) for i in range(8)],
+        "y": [0, 0, 1, 1] * 2, "place": [0, 1] * 4,
+    }  # fmt: skip
+    features = datasets.Features(
+        {"image": datasets.Image(), "y": datasets.Value("int64"), "place": datasets.Value("int64")}
+    )
+    one = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"validation": one, "test": one}).save_to_disk(str(tmp_path / "d"))
+    mini = mm.load("mini")
+    names = ("a bird", "a fish")
+    found = spurious_data.real(
+        mini.preprocess, str(tmp_path / "d"), label="y", place="place", names=names, limit=8, seed=0
+    )
+    assert found.judge.pixels.shape == (8, 3, 64, 64) and found.shares.tolist() == [0.25] * 4
+    with pytest.raises(DataError, match="no column sky"):
+        spurious_data.real(
+            mini.preprocess, str(tmp_path / "d"), label="y", place="sky", names=names, limit=8, seed=0
+        )
