@@ -99,7 +99,7 @@ def objective(w: Tensor, z: Tensor, dictionary: Tensor) -> Tensor:
 
 
 def admm(z: Tensor, dictionary: Tensor, good: Callable[[Tensor], bool], rho: float) -> Tensor:
-    """Woodbury: ``(CCᵀ + r)⁻¹ = (1 - C (CᵀC + r)⁻¹ Cᵀ) / r`` (``r``: rho) needs a factor of width d alone."""
+    """Woodbury: ``(CCᵀ + ρ)⁻¹ = (1 - C (CᵀC + ρ)⁻¹ Cᵀ) / ρ`` needs a factor of width d alone."""
     inverse = torch.linalg.inv(dictionary.T @ dictionary + rho * torch.eye(D))
     alike = z @ dictionary.T
     w = u = torch.zeros_like(alike)
