@@ -70,7 +70,7 @@ ANIMALS = words(
     "chicken, rooster, peacock, flamingo, dinosaur, dragon, unicorn"
 )
 PLANTS = words(
-    "tree, palm tree, pine tree, cactus, rose, tulip, sunflower, leaf, mushroom, grass, bamboo, fern, clover, "
+    "tree, palm tree, pine tree, cactus, rose, tulip, sunflower, leaf, mushroom, blade of grass, bamboo plant, fern, clover, "
     "cherry blossom, ivy, seedling"
 )
 FRUITS = words(
@@ -151,7 +151,8 @@ def kinds() -> dict[str, list[str]]:
     """Kind -> its descriptions, in order; none occurs twice."""
     made = {
         "colour": [
-            *each(["{} things", "a picture that is mostly {}", "a {} object on a plain background"], COLOURS),
+            *each(["{} things", "a picture that is mostly {}"], COLOURS),
+            *(f"{a(c)} object on a plain background" for c in COLOURS),
             *(
                 f"{a(c)} {thing}"
                 for c in COLOURS[:12]

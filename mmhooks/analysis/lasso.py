@@ -41,11 +41,15 @@ def nonnegative_lasso(
     """``argmin_w ½‖w @ dictionary - target‖² + penalty · Σw``, ``w >= 0``, of every row.
 
     Raises:
-        MMHooksError: a row whose duality gap stays above ``tolerance``.
+        MMHooksError: a row whose duality gap stays above ``tolerance``, or one that single precision cannot certify.
 
     >>> nonnegative_lasso(torch.tensor([[1.0, 0.3]]), torch.eye(2), 0.5).values
     tensor([[0.5000]])
     """
+    if tolerance < 1e-6 and target.dtype != torch.float64:
+        raise MMHooksError(
+            f"single precision certifies no gap below 1e-6, asked {tolerance:g}: give double-precision tensors"
+        )
     n = len(target)
     weights: list[tuple[Tensor, Tensor]] = [(target.new_zeros(0), torch.zeros(0, dtype=torch.long))] * n
     gaps = target.new_zeros(n)

@@ -12,7 +12,7 @@ from sklearn.linear_model import Lasso
 import mmhooks as mm
 from mmhooks.analysis.lasso import nonnegative_lasso
 from mmhooks.analysis.splice_text import centred
-from mmhooks.errors import NotFinite, ShapeMismatch
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 
 
 def sample(n, d, t, seed):
@@ -104,3 +104,10 @@ def test_bad_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         mm.sparse_text_code(**{**arguments, **change})
+
+
+def test_single_precision_certifies_no_smaller_gap():
+    z, dictionary = (centred(x) for x in sample(4, 16, 30, 3))
+    with pytest.raises(MMHooksError, match="no gap below 1e-6"):
+        nonnegative_lasso(z, dictionary, 0.2, tolerance=1e-8)
+    assert float(nonnegative_lasso(z.double(), dictionary.double(), 0.2, tolerance=1e-10).gap.max()) <= 1e-10
