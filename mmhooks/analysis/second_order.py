@@ -193,7 +193,7 @@ def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[in
         w_o, _ = readout.writer(n)
         w_o = w_o - w_o.mean(2, keepdim=True)  # the final LayerNorm's mean, which is linear in the stream
         value = torch.einsum("nd,dhk->hnk", write * gain, w_v)
-        rows += [torch.einsum("hnk,hke->hne", value, w_o @ to_embedding) for to_embedding in maps]
+        rows.extend(torch.einsum("hnk,hke->hne", value, w_o @ to_embedding) for to_embedding in maps)
     return torch.cat(rows)
 
 
