@@ -52,6 +52,8 @@ _PUBLIC: dict[str, str] = {
     "retrieval": "mmhooks.analysis.retrieval",
     "sweep": "mmhooks.analysis.sweep",
     "monosemanticity": "mmhooks.analysis.monosemanticity",
+    "align": "mmhooks.analysis.align",
+    "load_llava": "mmhooks.models.llava",
     "decompose": "mmhooks.analysis.decompose",
     "text_span": "mmhooks.analysis.text_span",
     "sparse_text_code": "mmhooks.analysis.splice_text",

@@ -104,11 +104,12 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         samples = make(
             model, pairs, n, seed=o["seed"], epsilon=o["epsilon"], steps=o["attack_steps"], progress=show
         )
-        victims = victims_of(o, model, labels(samples, pairs, o["seed"]))
     keep = sorted({max(1, o["steps"] // 4), max(1, o["steps"] // 2), o["steps"]})
     with clock.step("defence"):
         defended = defend(model, samples, mds, steps=o["steps"], lr=o["lr"], keep=keep, cost=o["cost"], seed=o["seed"],
                           progress=show)  # fmt: skip
+    with clock.step("victims"):
+        victims = victims_of(o, model, labels(samples, pairs, o["seed"]))
     results: dict[str, Any] = {
         "settings": o,
         "data": {"name": pairs.name, "n": len(pairs), "fingerprint": pairs.fingerprint, "licence": pairs.licence,
