@@ -108,11 +108,11 @@ def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
     from mmhooks.analysis.embed_texts import embed_texts
 
     beach, red = embed_texts(mini, ["a beach", "red"])
-    outputs = torch.zeros(40, 1, 2, 256)
-    outputs[:, 0, 0] = torch.linspace(-1, 1, 40)[:, None] * red
-    outputs[:, 0, 1] = torch.linspace(-1, 1, 40)[:, None] * beach
+    outputs = 0.01 * torch.randn(40, 1, 2, 256, generator=torch.Generator().manual_seed(0))
+    outputs[:, 0, 0] += torch.linspace(-1, 1, 40)[:, None] * red
+    outputs[:, 0, 1] += torch.linspace(-1, 1, 40)[:, None] * beach
     named, order, reach = spurious.by_text_span(mini, str(pool), outputs, [5], ["place"])
-    assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and reach == pytest.approx(1, abs=1e-3)
+    assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and 0.8 < reach <= 1
     (tmp_path / "plain.txt").write_text("a beach\n")
     with pytest.raises(DataError, match="no kinds"):
         spurious.by_text_span(mini, str(tmp_path / "plain.txt"), outputs, [5], ["place"])
