@@ -101,6 +101,23 @@ def test_contrast_finds_the_head_that_the_background_moves():
     assert spurious.by_contrast(outputs, [4, 5], scenes, texts) == [(5, 2)]
 
 
+def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
+    mini = mm.load("mini")
+    pool = tmp_path / "pool.txt"
+    pool.write_text("# place\na beach\na forest\n# colour\nred\nblue\n")
+    from mmhooks.analysis.embed_texts import embed_texts
+
+    beach, red = embed_texts(mini, ["a beach", "red"])
+    outputs = 0.01 * torch.randn(40, 1, 2, 256, generator=torch.Generator().manual_seed(0))
+    outputs[:, 0, 0] += torch.linspace(-1, 1, 40)[:, None] * red
+    outputs[:, 0, 1] += torch.linspace(-1, 1, 40)[:, None] * beach
+    named, order, reach = spurious.by_text_span(mini, str(pool), outputs, [5], ["place"])
+    assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and 0.8 < reach <= 1
+    (tmp_path / "plain.txt").write_text("a beach\n")
+    with pytest.raises(DataError, match="no kinds"):
+        spurious.by_text_span(mini, str(tmp_path / "plain.txt"), outputs, [5], ["place"])
+
+
 def test_a_claim_that_does_not_hold_says_so():
     groups = torch.arange(200) % 4
     plain, worse = torch.ones(200).bool(), torch.arange(200) % 3 > 0
@@ -131,7 +148,10 @@ def test_whole_studies_on_another_model(tmp_path):
     """ViT-B/32 with random weights: no claim, but everything runs and is written."""
     segmentation.study("ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
     assert written(tmp_path / "s")["n"] == 8
-    spurious.study("ViT-B-32", limit=8, draws=2, layers=1, batch=8, out=tmp_path / "p", quiet=True)
+    pool = tmp_path / "pool.txt"
+    pool.write_text("# place\na beach\na forest\nthe sea\n# colour\nred things\nblue things\n")
+    options = {"limit": 8, "draws": 2, "layers": 1, "batch": 8, "pool": str(pool), "quiet": True}
+    spurious.study("ViT-B-32", **options, out=tmp_path / "p")  # type: ignore[arg-type]
     assert written(tmp_path / "p")["n"] == {"choose": 8, "judge": 8}
 
 
