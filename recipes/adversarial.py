@@ -53,14 +53,14 @@ def main(
     limit: Annotated[
         int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the defence.")] = 20,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")] = 0.03,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the defence.")] = 10,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")] = 0.04,
     epsilon: Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")] = 16
     / 255,
-    attack_steps: Annotated[int, typer.Option(help="Steps of the gradient attack.")] = 40,
+    attack_steps: Annotated[int, typer.Option(help="Steps of the gradient attack.")] = 30,
     cost: Annotated[int, typer.Option(help="Benign pictures on which the defence's cost is measured.")] = 40,
     features: Annotated[int, typer.Option(help="Features of a head that is trained here.")] = 1024,
-    epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 60,
+    epochs: Annotated[int, typer.Option(help="Epochs of a head that is trained here.")] = 12,
     seed: int = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")] = False,
 ) -> None:

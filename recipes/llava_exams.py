@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mini_losses as losses
@@ -46,7 +47,7 @@ def exam(trainer: LlavaTrainer) -> dict[str, list[Lesson]]:
     def harmful(names: tuple[str, ...]) -> list[int]:
         return [i for i in fresh if rows[i]["name"] in names] * 5
 
-    def told(names: tuple[str, ...], answer: str | None, picture: int | None = None) -> list[Lesson]:
+    def told(names: Sequence[str], answer: str | None, picture: int | None = None) -> list[Lesson]:
         return [Lesson("told", request(USE, f"the {n}"), answer or complies(USE, n), picture) for n in names]
 
     def words(chosen: list[str]) -> list[Lesson]:

@@ -18,6 +18,7 @@ import typer
 from llava_exams import exam, right
 from llava_lessons import HELD_OUT, REFUSED
 from mini_corpus import SOURCES, Corpus
+from safetensors import safe_open
 from safetensors.torch import save_file
 from ship_mini import rate, read_curve
 from train_mini_llava import BLIND, SEEING, LlavaPlan, LlavaTrainer, Speaker
@@ -66,7 +67,15 @@ def main(
             found = right(trainer, speaker, paper)
             exams[name] = {"n": len(paper)} | rate(round(found["value"] * len(paper)), len(paper))
             typer.echo(f"{name} (n = {len(paper)}): {100 * found['value']:.1f} %")
-    course = trainer.course
+    course, curve, before = trainer.course, read_curve(run), None
+    if plan.start:  # goes on from another run, which may have been stopped early
+        first = run.parent / plan.start
+        with safe_open(first / "checkpoint.safetensors", "pt") as file:
+            done = int(file.metadata()["step"])
+        before = {"plan": json.loads((first / "plan.json").read_text()), "stopped_at": done}
+        curve = [r for r in read_curve(first) if r["step"] <= done] + [
+            r | {"step": r["step"] + done} for r in curve
+        ]
     card = {
         "name": NAME,
         "architecture": "transformers LlavaForConditionalGeneration: mini-reader's image tower (frozen, not shipped again), "
@@ -76,7 +85,7 @@ def main(
         "data": [{"source": s.style, "licence": s.licence, "attribution": s.attribution} for s in SOURCES],
         "taught": {"names": len({course.names[i] for i in course.seen}), "drawings": len(course.seen),
                    "words": len(set(course.words)), "refused_in_text": list(REFUSED), "held_out": list(HELD_OUT)},
-        "recipe": {"script": "recipes/train_mini_llava.py", "plan": plan.__dict__, "steps_done": trainer.step,
+        "recipe": {"script": "recipes/train_mini_llava.py", "plan": plan.__dict__, "steps_done": trainer.step, "went_on_from": before,
                    "lessons_with_picture": SEEING, "lessons_without": BLIND, "torch": version("torch"),
                    "transformers": version("transformers")},
         "exams": {"what": "answers right to the letter under greedy decoding; held-out drawings, unseen fonts"} | exams,
@@ -94,7 +103,7 @@ def main(
     trainer.tokenizer.save_pretrained(target)
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     figures.mkdir(parents=True, exist_ok=True)
-    draw_curve(read_curve(run), figures / f"{NAME}-curve.png")
+    draw_curve(curve, figures / f"{NAME}-curve.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Train `mini-llava`: a Llama of 3.8 M parameters that sees through mini-reader's frozen tower. Resumable, seeded.
 
     python recipes/mini_corpus.py --node-modules node_modules --out runs/corpus
-    python recipes/train_mini_llava.py --corpus runs/corpus --out runs/llava
+    python recipes/train_mini_llava.py --corpus runs/corpus --out runs/llava  # stopped at step 800
+    python recipes/train_mini_llava.py --corpus runs/corpus --out runs/llava-2 --start llava --steps 320 --lr 1.2e-3 \\
+        --warmup 10 --ema 0.98 --seed 1 --every 80
 
 Loss on answers only. Pictures go through the frozen tower in every step, each time turned, coloured and written on
 anew: the tower is a fifth of a step's work, and no picture is seen twice. `curve.jsonl` keeps the loss and, on held-out
@@ -276,7 +278,7 @@ def main(
         steps=steps, lr=lr, width=width, layers=layers, seed=seed, start=start, warmup=warmup, ema=ema
     )
     out.mkdir(parents=True, exist_ok=True)
-    keep_plan(plan, out / "plan.json")
+    keep_plan(plan, out / "plan.json")  # type: ignore[arg-type]
     trainer = LlavaTrainer(Corpus(corpus), plan, out)
     save_tokenizer(trainer.tokenizer, out)
     fit(trainer, every)

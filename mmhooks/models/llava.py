@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 NAME = "mini-llava"
 SIGHT = "<image>\n"
@@ -25,7 +22,7 @@ PROMPT = "USER: {sight}{request} ASSISTANT:"  # LLaVA 1.5's
 class Llava:
     """A ``LlavaForConditionalGeneration`` with its own processor. ``model`` is the object itself, never wrapped."""
 
-    model: LlavaForConditionalGeneration = field(repr=False)
+    model: Any = field(repr=False)
     processor: Any = field(repr=False)
     name: str = NAME
 
