@@ -82,7 +82,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     import torch
     from adversarial_page import save_all
     from adversarial_samples import labels, make
-    from adversarial_study import Bench, attack_results, cost_results, defend, head_of
+    from adversarial_study import Bench, attack_results, cost_results, defend, groups_of, head_of
 
     import mmhooks as mm
     from mmhooks.data.cache import cache_dir
@@ -115,7 +115,8 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         "data": {"name": pairs.name, "n": len(pairs), "fingerprint": pairs.fingerprint, "licence": pairs.licence,
                  "attribution": pairs.attribution},
         "head": {"id": head.id, "features": head.n_features, "k": defended.size,
-                 "groups": {f.name: len(f) for f in mds.groups}, "alive": int(mds.alive.sum())},
+                 "groups": {g: len(f) for g, f in groups_of(mds)[0].items()},
+                 "rule": groups_of(mds)[1], "alive": int(mds.alive.sum())},
         "samples": {"n": len(samples), "triggers": {t: len(samples.rows(t)) for t in dict.fromkeys(samples.trigger)},
                     "gradient_attack": samples.budget},
         "defence": {"loss": defended.loss, "psnr": {d: mean(v) for d, v in defended.psnr.items()},

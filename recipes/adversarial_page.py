@@ -130,7 +130,7 @@ def settings_table(results: Mapping[str, Any]) -> Table:
         ["Model", o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else "")],
         [
             "Head",
-            f"{head['id']}: {head['features']} features, {head['alive']} alive; groups {head['groups']}",
+            f"{head['id']}: {head['features']} features, {head['alive']} alive; groups {head['groups']} by {head['rule']}",
         ],
         ["Defence", f"Adam on pixels, {o['steps']} steps, lr {o['lr']}, seed {o['seed']}"],
         ["Gradient attack", ", ".join(f"{k} {v}" for k, v in results["samples"]["gradient_attack"].items())],

@@ -63,15 +63,28 @@ class Defended:
     linf: dict[str, list[float]]
 
 
+def groups_of(mds: Any) -> tuple[dict[str, Any], str]:
+    """The three groups and the rule that parts them: mu ± sigma, or, where a side has no feature beyond it because
+    scores are skewed, the sixth of the alive features with the highest and with the lowest score."""
+    groups = dict(zip(GROUPS, mds.groups, strict=True))
+    if all(len(f) for f in groups.values()):
+        return groups, "mu ± sigma"
+    order = mds.alive.nonzero().flatten()
+    order = order[mds.R[order].argsort(stable=True)]
+    sixth = len(order) // 6
+    if sixth == 0:
+        raise mm.errors.MMHooksError(
+            f"{len(order)} features are alive: more pairs or another head are needed"
+        )
+    parts = {"ImgD": order[-sixth:], "TextD": order[:sixth], "CrossD": order[sixth:-sixth]}
+    sets = {g: mm.FeatureSet(i, len(mds.alive), name=g, head=mds.head) for g, i in parts.items()}
+    return sets, "highest and lowest sixth (mu ± sigma leaves a group empty)"
+
+
 def masks(mds: Any, n: int, seed: int) -> tuple[int, dict[str, Bool[Tensor, "n f"] | None]]:
     """For each defence the features of every sample: equal counts, drawn anew for each sample; None is all."""
-    groups = dict(zip(GROUPS, mds.groups, strict=True))
-    sizes = {g: len(f) for g, f in groups.items()}
-    k = min(sizes.values())
-    if k == 0:
-        raise mm.errors.MMHooksError(
-            f"a group without a feature, {sizes}: more pairs or another head are needed"
-        )
+    groups, _ = groups_of(mds)
+    k = min(len(f) for f in groups.values())
     alive = mm.FeatureSet(mds.alive, len(mds.alive), name="alive", head=mds.head)
     chosen = {g: samples_of(f, k, n, seed=seed) for g, f in groups.items()}
     return k, {**chosen, "random": samples_of(alive, k, n, seed=seed + 1), "all": None}

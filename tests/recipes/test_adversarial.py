@@ -101,6 +101,17 @@ def test_equal_counts_for_every_group():
         assert not (chosen[name] & ~group.mask).any()
 
 
+def test_a_skewed_head_is_parted_by_rank():
+    """No score lies below mu - sigma: the sixths at both ends stand in, and the rule is told."""
+    strength = torch.rand(200, 60, generator=torch.Generator().manual_seed(0)) + 0.1
+    share = torch.cat([torch.full((45,), 0.02), torch.full((15,), 0.95)])
+    scores = mm.mds(strength * share, strength * (1 - share))
+    assert not len(scores.groups[1])
+    groups, rule = adversarial_study.groups_of(scores)
+    assert "sixth" in rule and [len(groups[g]) for g in ("ImgD", "TextD", "CrossD")] == [10, 10, 40]
+    assert scores.R[groups["ImgD"].indices].min() >= scores.R[groups["TextD"].indices].max()
+
+
 def test_paired_counts_by_hand():
     found = adversarial_study.paired([True, True, False, False], [False, True, True, False])
     assert (found["more"], found["less"], found["p"]) == (1, 1, 1.0)
