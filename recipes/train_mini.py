@@ -22,6 +22,7 @@ import mini_losses as losses
 import torch
 import torch.nn.functional as F
 import typer
+from checkpoints import load_checkpoint, save_checkpoint
 from jaxtyping import Float
 from mini_corpus import SOURCES, Corpus
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -156,36 +157,14 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------
     def save(self) -> None:
-        """Write everything aside, then rename: a kill leaves the old checkpoint or the new one."""
-        tensors = {f"average.{k}": v for k, v in self.average.items()}
-        tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-        aside = self.out / "checkpoint.tmp"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, {"step": str(self.step)})
-        aside.rename(self.out / "checkpoint.safetensors")
+        parts = {"average": self.average, "model": self.model.state_dict(), "extra": self.extra.state_dict()}
+        save_checkpoint(self.out / "checkpoint.safetensors", self.step, parts, self.optimizer)
 
     def resume(self) -> None:
-        from safetensors import safe_open
-
-        path = self.out / "checkpoint.safetensors"
-        with safe_open(path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-        tensors = load_file(path)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.model.load_state_dict(part("model."))
-        self.extra.load_state_dict(part("extra."))
-        self.average = part("average.")
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for key, value in part("adam.").items():
-            i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = value
-        self.optimizer.load_state_dict(state)
+        self.step, parts = load_checkpoint(self.out / "checkpoint.safetensors", self.optimizer)
+        self.model.load_state_dict(parts["model"])
+        self.extra.load_state_dict(parts.get("extra", {}))
+        self.average = parts["average"]
 
     # -- what it learned -----------------------------------------------------------------------------
     def judge(self):

@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from checkpoints import load_checkpoint, save_checkpoint
 from jaxtyping import Float, Int
 from mini_corpus import Corpus
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sd_drawings import TEMPLATES, choose, listing, on_white
 from torch import Tensor, nn
@@ -185,39 +185,14 @@ class UNetTrainer:
         return torch.stack([losses.detach()[quarter == q].mean() for q in range(4)])
 
     def save(self) -> None:
-        """Write everything aside, then rename: a kill leaves the old checkpoint or the new one."""
-        tensors = {f"average.{k}": v for k, v in self.average.items()}
-        tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-        aside = self.out / "unet.tmp"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, {"step": str(self.step)})
-        aside.rename(self.out / "unet.safetensors")
+        parts = {"average": self.average, "model": self.model.state_dict()}
+        save_checkpoint(self.out / "unet.safetensors", self.step, parts, self.optimizer)
 
     def resume(self) -> None:
-        path = self.out / "unet.safetensors"
-        with safe_open(path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-        tensors = load_file(path)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.model.load_state_dict(part("model."))
-        for name, value in part("average.").items():
+        self.step, parts = load_checkpoint(self.out / "unet.safetensors", self.optimizer)
+        self.model.load_state_dict(parts["model"])
+        for name, value in parts["average"].items():
             self.average[name].copy_(value)
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        places = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for key, value in part("adam.").items():
-            i, name = key.split(".")
-            place = places[int(i)]
-            if (
-                value.shape == place.shape
-            ):  # fused AdamW walks through memory: moments lie as their weights do
-                value = torch.empty_like(place).copy_(value)
-            state["state"].setdefault(int(i), {})[name] = value
-        self.optimizer.load_state_dict(state)
 
     def fit(self, every: int = 100, save_every: int = 600) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -1,0 +1,46 @@
+"""Checkpoints of the trainings: one safetensors file with every part, the optimiser's state and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(
+    path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes everything aside, then renames: a kill leaves the old checkpoint or the new one."""
+    tensors = {f"{part}.{name}": value for part, named in parts.items() for name, value in named.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+    aside = path.with_suffix(".tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, aside, {"step": str(step)})
+    aside.rename(path)
+
+
+def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, Parts]:
+    """The step and the parts; the optimiser is restored in place."""
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    parts: Parts = {}
+    for key, value in load_file(path).items():
+        part, name = key.split(".", 1)
+        parts.setdefault(part, {})[name] = value
+    places = [p for group in optimizer.param_groups for p in group["params"]]
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for key, value in parts.pop("adam", {}).items():
+        number, name = key.split(".")
+        place = places[int(number)]
+        if value.shape == place.shape:  # fused AdamW walks through memory: moments lie as their weights do
+            value = torch.empty_like(place).copy_(value)
+        state["state"].setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(state)
+    return step, parts
