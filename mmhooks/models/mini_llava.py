@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmhooks.models import mini
+from mmhooks.models.hf_weights import encoder_layers
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -98,18 +99,7 @@ def fill_tower(tower: CLIPVisionModel, visual: Any) -> None:
         "post_layernorm.weight": visual.ln_post.weight,
         "post_layernorm.bias": visual.ln_post.bias,
     }
-    for n, block in enumerate(visual.transformer.resblocks):
-        own = f"encoder.layers.{n}."
-        for ours, theirs in (("layer_norm1", block.ln_1), ("layer_norm2", block.ln_2), ("mlp.fc1", block.mlp.c_fc),
-                             ("mlp.fc2", block.mlp.c_proj), ("self_attn.out_proj", block.attn.out_proj)):  # fmt: skip
-            state |= {own + ours + ".weight": theirs.weight, own + ours + ".bias": theirs.bias}
-        for k, (weight, bias) in enumerate(
-            zip(block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True)
-        ):
-            state |= {
-                f"{own}self_attn.{'qkv'[k]}_proj.weight": weight,
-                f"{own}self_attn.{'qkv'[k]}_proj.bias": bias,
-            }
+    state |= encoder_layers(visual.transformer.resblocks)
     embeddings: Any = tower.embeddings
     if isinstance(visual.conv1, mini.ReadingStem):
         stem = _Stem(nn.Conv2d(3, visual.conv1.patch.out_channels, 8, 8, bias=False))

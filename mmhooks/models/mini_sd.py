@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmhooks.errors import MissingWeights
 from mmhooks.models import mini, zoo
+from mmhooks.models.hf_weights import encoder_layers
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -65,21 +66,11 @@ def text_encoder() -> CLIPTextModel:
     words[mini.mask_id()] = words[0]
     state = {
         "embeddings.token_embedding.weight": words,
-        "embeddings.position_embedding.weight": source.positional_embedding.detach().clone(),
-        "final_layer_norm.weight": source.ln_final.weight.detach().clone(),
-        "final_layer_norm.bias": source.ln_final.bias.detach().clone(),
+        "embeddings.position_embedding.weight": source.positional_embedding.detach(),
+        "final_layer_norm.weight": source.ln_final.weight.detach(),
+        "final_layer_norm.bias": source.ln_final.bias.detach(),
     }
-    places = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-              "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
-    for i, block in enumerate(source.transformer.resblocks):
-        found = {k: v.detach().clone() for k, v in block.state_dict().items()}
-        for theirs, ours in places.items():
-            for kind in ("weight", "bias"):
-                state[f"encoder.layers.{i}.{ours}.{kind}"] = found[f"{theirs}.{kind}"]
-        for kind in ("weight", "bias"):
-            parts = found[f"attn.in_proj_{kind}"].chunk(3)
-            for name, part in zip("qkv", parts, strict=True):
-                state[f"encoder.layers.{i}.self_attn.{name}_proj.{kind}"] = part.clone()
+    state |= encoder_layers(source.transformer.resblocks)
     prefix = "text_model." if any(k.startswith("text_model.") for k in model.state_dict()) else ""
     model.load_state_dict({prefix + k: v for k, v in state.items()})
     return model.eval()
