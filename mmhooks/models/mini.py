@@ -138,4 +138,4 @@ def preprocess(image: Image) -> Float[Tensor, "3 64 64"]:
         image = Image.alpha_composite(ground, image)
     image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     pixels = F.pil_to_tensor(image).float() / 255
-    return F.normalize(pixels, MEAN, STD)
+    return F.normalize(pixels, list(MEAN), list(STD))
