@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+import mmhooks as mm
+
 KINDS = ("sd1", "sd2", "sdxl", "unclip")
+PATTERN = "unet.mid_block.attentions.0.transformer_blocks.0.cross.pattern"
 LENGTH, VOCABULARY = 12, 520
 WORDS = ["red", "panda", "blue", "kite", "house", "umbrella"]
 
@@ -153,3 +156,15 @@ def draw(
         generator=torch.Generator().manual_seed(1), **options,
     )  # fmt: skip
     return run.images
+
+
+def traces(sd: mm.HookedDiffusion) -> list:
+    """All that a context could leave: classes, hooks, attributes, processors."""
+    seen = [type(sd.pipe), sorted(k for k in vars(sd.pipe) if k not in ("_guidance_scale",))]
+    for name, module in sd.model.named_modules():
+        hooks = [
+            list(getattr(module, kind))
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        ]
+        seen.append((name, type(module), sorted(vars(module)), hooks, getattr(module, "processor", None)))
+    return seen
