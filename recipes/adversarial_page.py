@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from adversarial_samples import Samples
 from adversarial_study import DEFENCES, Defended
+from study_page import save_plots
 
 from mmhooks.analysis.pixels import psnr
 from mmhooks.report import (
@@ -264,11 +265,7 @@ def figures(results: Mapping[str, Any], samples: Samples, defended: Defended) ->
 def save_all(results: Mapping[str, Any], samples: Samples, defended: Defended, out: Path) -> list[Path]:
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots, made, found = figures(results, samples, defended), tables(results), claims(results)
-    paths = []
-    for name, plot in plots.items():
-        path = out / f"{name}.png"
-        path.write_bytes(plot.light.data)
-        paths.append(path)
+    paths = save_plots(plots, out)
     lines = "\n".join(f"- [{verdict}] {claim}: {sentence}" for verdict, claim, sentence in found)
     title = f"Alignment against cross-modal attacks, {results['settings']['model']}"
     body = "\n\n".join(t.markdown() for t in made)

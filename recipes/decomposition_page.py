@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from study_page import save_plots
+
 from mmhooks.report import (
     Block,
     Cell,
@@ -278,10 +280,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 def save_all(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]], out: Path) -> list[Path]:
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots = figures(results, shown)
-    paths = []
-    for name, plot in plots.items():
-        paths.append(out / f"{name}.png")
-        paths[-1].write_bytes(plot.light.data)
+    paths = save_plots(plots, out)
     data = results["data"]
     source = f"{data['n']:,} pairs of {data['name']}, licence: {data['licence']}."
     head = f"# What attention heads of {data['model']} say\n\n{source}\n\n"

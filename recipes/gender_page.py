@@ -23,6 +23,7 @@ from modality_page import Shown, card, minutes
 from modality_page import strip as feature_strip
 from modality_paper import Claim
 from modality_study import Encoded, distinct, samples
+from study_page import save_plots
 
 import mmhooks as mm
 from mmhooks.report import (
@@ -286,11 +287,7 @@ def save_all(
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     shown = show(results, pairs, setting, encoded)
     plots = figures(results, pairs, shown)
-    paths = []
-    for name, plot in plots.items():
-        path = out / f"{name}.png"
-        path.write_bytes(plot.light.data)
-        paths.append(path)
+    paths = save_plots(plots, out)
     (out / "tables.md").write_text(markdown(results, found), encoding="utf-8")
     return [*paths, out / "tables.md", page(results, found, plots, shown).save(out / "index.html")]
 

@@ -10,10 +10,7 @@ texts of features of each group (Figures 2-4, Tables 3-5), and what masking a gr
 from __future__ import annotations
 
 import json
-import os
-import platform
 import random
-import resource
 import shlex
 import sys
 import time
@@ -269,23 +266,10 @@ def about(pairs: Any, o: dict[str, Any], heldout: int) -> dict[str, Any]:
 
 
 def environment(clock: Clock, start: float) -> dict[str, Any]:
-    import open_clip
-    import torch
+    """Time, memory and versions, with the seconds of each step."""
+    from study_page import environment as measured
 
-    import mmhooks
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "seconds": time.perf_counter() - start,
-        "steps": {k: round(v, 2) for k, v in clock.seconds.items()},
-        "peak_memory_gb": peak / (1024**3 if sys.platform == "darwin" else 1024**2),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "mmhooks": mmhooks.__version__,
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
-    }
+    return measured(start) | {"steps": {k: round(v, 2) for k, v in clock.seconds.items()}}
 
 
 def report(console: Any, results: dict[str, Any], found: Sequence[Any], paths: Sequence[Path]) -> None:

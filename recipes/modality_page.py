@@ -20,6 +20,7 @@ from modality_tables import (
     table2,
 )
 from PIL.Image import Image
+from study_page import save_plots
 
 from mmhooks.report import (
     Block,
@@ -271,10 +272,6 @@ def save_all(
 ) -> list[Path]:
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots = figures(results, shown, hero)
-    paths = []
-    for name, plot in plots.items():
-        path = out / f"{name}.png"
-        path.write_bytes(plot.light.data)
-        paths.append(path)
+    paths = save_plots(plots, out)
     (out / "tables.md").write_text(markdown(results, found), encoding="utf-8")
     return [*paths, out / "tables.md", page(results, found, shown, plots, hero).save(out / "index.html")]

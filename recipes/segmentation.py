@@ -10,7 +10,6 @@ exact masks are known, laid on photograph-like and patterned grounds; or on a fo
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,10 +73,10 @@ def study(
     """The whole study; writes everything under ``out`` and returns the results."""
     start = time.perf_counter()
     import torch
-    from study_page import environment, write_study
-    from torch.nn.functional import normalize
+    from study_page import environment, show, write_study
 
     import mmhooks as mm
+    from mmhooks.analysis.embed_texts import embed_texts
     from mmhooks.analysis.saliency import METHODS
     from mmhooks.analysis.segmentation import segmentation_scores
     from mmhooks.data.progress import track
@@ -86,13 +85,7 @@ def study(
     hooked = mm.load(model, pretrained=pretrained)
     samples, attribution = drawings(limit, seed) if data == "mini" else from_folder(data, limit, seed)
     names = sorted({s.name for s in samples})
-    with torch.no_grad():
-        texts = normalize(
-            torch.cat(
-                [hooked.encode_text(hooked.tokenizer(names[i : i + 256])) for i in range(0, len(names), 256)]
-            ).float(),
-            dim=1,
-        )
+    texts = embed_texts(hooked, names)
     directions = texts - texts.mean(0)
     rows = [names.index(s.name) for s in samples]
     pixels, masks = prepared(hooked.preprocess, samples)
@@ -128,6 +121,7 @@ def study(
         "claims": [list(claim) for claim in claims],
         "environment": environment(start),
     }
+    tables = [table(kind, own) for kind, own in scores.items()]
     paths = write_study(
         Path(out),
         results,
@@ -135,7 +129,7 @@ def study(
         lead=f"{len(samples)} pictures of {len(names)} things, model {model}. Every map is cut at its own mean; mIoU is the mean "
         "over pictures of the IoU of object and ground; intervals are 95 % bootstrap over pictures.",
         claims=claims,
-        tables=[table(kind, own) for kind, own in scores.items()],
+        tables=tables,
         plots={"maps": picture_plot(samples, masks, maps, scores["all"])},
         notes=[
             "A picture's direction is its class's unit text embedding less the mean of all classes'. Raw attention and "
@@ -144,7 +138,7 @@ def study(
         attribution=attribution,
     )
     if not quiet:
-        report(scores, claims, paths, results)
+        show(results, tables, claims, paths)
     return results
 
 
@@ -295,24 +289,6 @@ def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], sc
     light, dark = draw(make, alt="Pictures, their masks and the maps of every method")
     return Plot(
         light, dark, "Pictures evenly spaced by mIoU of token contributions: the worst first, the best last."
-    )
-
-
-def report(
-    scores: dict[str, list[Any]], claims: Sequence[Any], paths: Sequence[Path], results: dict[str, Any]
-) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for kind, own in scores.items():
-        console.print(table(kind, own).markdown(), markup=False, highlight=False)
-        console.print()
-    words = {"same": "holds", "differs": "does NOT hold", "open": "undecided"}
-    for verdict, claim, measured in claims:
-        console.print(f"{words[verdict]}: {claim}: {measured}", markup=False, highlight=False)
-    env = results["environment"]
-    console.print(
-        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
     )
 
 

@@ -10,7 +10,6 @@ their mean. They are chosen on other pictures, of other animals, than they are j
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def study(
     start = time.perf_counter()
     settings = {k: str(v) for k, v in locals().items() if k not in ("start", "quiet", "out")}
     from spurious_data import drawn, real
-    from study_page import environment, write_study
+    from study_page import environment, show, write_study
 
     import mmhooks as mm
     from mmhooks.analysis.ablate import site_means
@@ -165,6 +164,7 @@ def study(
         "claims": [list(claim) for claim in claims],
         "environment": environment(start),
     }
+    tables = [accuracy_table(report, randoms, chosen), heads_table(chosen, named)]
     paths = write_study(
         Path(out),
         results,
@@ -173,7 +173,7 @@ def study(
         f"{len(found.choose.places)} pictures and judged on {len(groups)} others, of other animals where they are drawn. A "
         "head's output is set, live, to its mean over the former.",
         claims=claims,
-        tables=[accuracy_table(report, randoms, chosen), heads_table(chosen, named)],
+        tables=tables,
         plots={"groups": groups_plot(report, randoms)},
         notes=[
             f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {kinds}. "
@@ -185,7 +185,7 @@ def study(
         attribution=found.attribution,
     )
     if not quiet:
-        show(results, [accuracy_table(report, randoms, chosen), heads_table(chosen, named)], claims, paths)
+        show(results, tables, claims, paths)
     return results
 
 
@@ -355,27 +355,6 @@ def compared(
         )
     )
     return claims
-
-
-# -- writing -------------------------------------------------------------------------------------------------
-
-
-def show(
-    results: dict[str, Any], tables: Sequence[Any], claims: Sequence[Any], paths: Sequence[Path]
-) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    for table in tables:
-        console.print(table.markdown(), markup=False, highlight=False)
-        console.print()
-    words = {"same": "holds", "differs": "does NOT hold", "open": "undecided"}
-    for verdict, claim, found in claims:
-        console.print(f"{words[verdict]}: {claim}: {found}", markup=False, highlight=False)
-    env = results["environment"]
-    console.print(
-        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
-    )
 
 
 if __name__ == "__main__":

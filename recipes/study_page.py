@@ -17,7 +17,11 @@ from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, Ta
 Verdict = Literal["same", "differs", "open"]
 
 
+VERDICTS: dict[Verdict, str] = {"same": "holds", "differs": "does not hold", "open": "undecided"}
+
+
 def environment(start: float) -> dict[str, Any]:
+    """How long it took since ``start``, how much memory, on what."""
     import open_clip
     import torch
 
@@ -55,12 +59,10 @@ def write_study(
     (out / "results.json").write_text(
         json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
-    paths = [out / "results.json"]
-    for name, plot in plots.items():
-        paths.append(out / f"{name}.png")
-        paths[-1].write_bytes(plot.light.data)
-    words = {"same": "holds", "differs": "does not hold", "open": "undecided"}
-    lines = "\n".join(f"- **{words[verdict]}**: {claim}; {measured}" for verdict, claim, measured in claims)
+    paths = [out / "results.json", *save_plots(plots, out)]
+    lines = "\n".join(
+        f"- **{VERDICTS[verdict]}**: {claim}; {measured}" for verdict, claim, measured in claims
+    )
     body = "\n\n".join([f"# {title}", lead, lines, *(t.markdown() for t in tables), *notes, attribution])
     (out / "tables.md").write_text(body + "\n", encoding="utf-8")
     shown: list[Block] = [Prose(note) for note in notes]
@@ -71,6 +73,36 @@ def write_study(
     ]
     page = Page(title, sections, lead, "mmhooks · study", [attribution])
     return [*paths, out / "tables.md", page.save(out / "index.html")]
+
+
+def save_plots(plots: Mapping[str, Plot], out: Path) -> list[Path]:
+    """A PNG each, as they look on a light page."""
+    paths = []
+    for name, plot in plots.items():
+        paths.append(out / f"{name}.png")
+        paths[-1].write_bytes(plot.light.data)
+    return paths
+
+
+def show(
+    results: Mapping[str, Any],
+    tables: Sequence[Table],
+    claims: Sequence[tuple[Verdict, str, str]],
+    paths: Sequence[Path],
+) -> None:
+    """The same on the screen: tables, what holds and what does not, where everything lies."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    for table in tables:
+        console.print(table.markdown(), markup=False, highlight=False)
+        console.print()
+    for verdict, claim, measured in claims:
+        console.print(f"{VERDICTS[verdict]}: {claim}: {measured}", markup=False, highlight=False)
+    env = results["environment"]
+    console.print(
+        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
+    )
 
 
 def _settings(results: Mapping[str, Any]) -> Table:

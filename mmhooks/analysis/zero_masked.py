@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_finite
+from mmhooks.analysis.embed_texts import embed_texts
 from mmhooks.analysis.intervals import Estimate, from_draws
 from mmhooks.analysis.resampling import bootstrap_ratio, resampled_sums
 from mmhooks.analysis.results import Result, Table
@@ -327,6 +328,5 @@ def prompt_labels(
     rows = []
     for own in words:
         prompts = [template.format(word) for template in templates for word in own]
-        with torch.no_grad():
-            rows.append(normalize(model.encode_text(model.tokenizer(prompts)), dim=-1).float().mean(0).cpu())
+        rows.append(embed_texts(model, prompts).mean(0))
     return normalize(torch.stack(rows), dim=-1)
