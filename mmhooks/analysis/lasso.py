@@ -66,10 +66,12 @@ def nonnegative_lasso(
             own, z = rows[part], target[rows[part]]
             atoms, w = _grow(z, dictionary, working[part], start[part], size)
             chosen = dictionary[atoms]
-            w = _descend(
-                chosen @ chosen.transpose(1, 2), torch.einsum("bkd,bd->bk", chosen, z), w, penalty, tolerance
+            gram, alike = chosen @ chosen.transpose(1, 2), torch.einsum("bkd,bd->bk", chosen, z)
+            w = _descend(gram, alike, z.square().sum(1), w, penalty, tolerance / 2)
+            left = z - torch.einsum("bk,bkd->bd", w, chosen)
+            gap = _gap(
+                z.square().sum(1), (z * left).sum(1), left.square().sum(1), left @ dictionary.T, w, penalty
             )
-            gap = _gap(z, z - torch.einsum("bk,bkd->bd", w, chosen), w, dictionary, penalty)
             done = gap <= tolerance
             gaps[own] = gap
             for i in done.nonzero().flatten().tolist():
@@ -108,40 +110,49 @@ def _grow(
 def _descend(
     gram: Float[Tensor, "b k k"],
     alike: Float[Tensor, "b k"],
+    squares: Float[Tensor, " b"],
     w: Float[Tensor, "b k"],
     penalty: float,
     tolerance: float,
 ) -> Float[Tensor, "b k"]:
-    """Cyclic coordinate descent of all rows together, until a sweep moves nothing that would show."""
+    """Cyclic coordinate descent of all rows together, until the gap among these atoms is within ``tolerance``.
+
+    How little a sweep moves is no sign: among atoms that are nearly dependent it moves little while the gap is wide.
+    """
     w = w.clone()
     length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-    slope = alike - penalty - torch.einsum("bij,bj->bi", gram, w)  # minus the derivative
     for _ in range(_SWEEPS):
-        largest = 0.0
-        moved = torch.zeros((), dtype=w.dtype, device=w.device)
+        left = alike - torch.einsum("bij,bj->bi", gram, w)  # atoms times what is left
+        squares_left = squares - (w * (alike + left)).sum(1)
+        gap = _gap(squares, squares - (w * alike).sum(1), squares_left, left, w, penalty)
+        if float(gap.amax()) <= tolerance:
+            break
+        slope = left - penalty  # minus the derivative
         for j in range(w.shape[1]):
             change = (w[:, j] + slope[:, j] / length[:, j]).clamp_min(0) - w[:, j]
             w[:, j] += change
             slope -= change[:, None] * gram[:, j]
-            moved = torch.maximum(moved, change.abs().amax())
-        largest = float(moved)
-        if largest <= tolerance:
-            break
     return w
 
 
 def _gap(
-    z: Float[Tensor, "b d"],
-    left: Float[Tensor, "b d"],
+    squares: Float[Tensor, " b"],
+    along: Float[Tensor, " b"],
+    squares_left: Float[Tensor, " b"],
+    left: Float[Tensor, "b t"],
     w: Float[Tensor, "b k"],
-    dictionary: Float[Tensor, "t d"],
     penalty: float,
 ) -> Float[Tensor, " b"]:
-    """Objective less a bound from below: the dual objective at the residual, scaled until it is feasible."""
-    scale = (penalty / (left @ dictionary.T).amax(1).clamp_min(1e-12)).clamp_max(1)
-    # ½‖r‖² + λΣw - (½‖z‖² - ½‖z - s r‖²)
-    value = 0.5 * left.square().sum(1) + penalty * w.sum(1)
-    bound = 0.5 * (z.square().sum(1) - (z - scale[:, None] * left).square().sum(1))
+    """Objective less a bound from below: the dual objective at the residual ``r``, scaled until it is feasible.
+
+    Args:
+        squares, along, squares_left: ``z·z``, ``z·r`` and ``r·r``.
+        left: atoms times ``r``.
+    """
+    scale = (penalty / left.amax(1).clamp_min(1e-12)).clamp_max(1)
+    # ½ r·r + λΣw - (½ z·z - ½‖z - s r‖²)
+    value = 0.5 * squares_left + penalty * w.sum(1)
+    bound = scale * along - 0.5 * scale.square() * squares_left
     return (value - bound).clamp_min(0)
 
 
