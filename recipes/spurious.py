@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from jaxtyping import Bool, Float, Int
-from spurious_page import accuracy_table, groups_plot, heads_table
+from spurious_page import accuracy_table, counted, groups_plot, heads_table
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -56,7 +56,7 @@ def main(
     ] = 4,
     limit: Annotated[int, typer.Option(min=8, help="Pictures to choose on, and to judge by.")] = 400,
     draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
         "runs/spurious"
@@ -141,7 +141,7 @@ def study(
                 [everything[i] for i in torch.randperm(len(everything), generator=generator)[: len(own)]],
                 found.judge,
             )
-            for _ in track(range(draws), draws, f"random heads ({len(own)})", show=not quiet)
+            for _ in track(range(draws), draws, counted(len(own), "random"), show=not quiet)
         ]
     report = {name: measured(r, groups, found.shares, seed) for name, r in right.items()}
     claims, randoms = [], {}
@@ -150,7 +150,7 @@ def study(
         randoms[name] = spread(worst)
         made = compared(name, own, right, groups, randoms[name], seed)
         if name == "TextSpan":  # where it fails, this is why: the texts do not reach what the head carries
-            why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any head's variance"
+            why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any attention head's variance"
             made = [(v, claim, found_ if v == "same" else found_ + why) for v, claim, found_ in made]
         claims += made
     results = {
@@ -169,17 +169,17 @@ def study(
         Path(out),
         results,
         title="A background taken out of CLIP: attention heads against a spurious cue",
-        lead=f"Land and water animals before land and water, model {model}. Heads of the last {len(looked)} layers are chosen on "
-        f"{len(found.choose.places)} pictures and judged on {len(groups)} others, of other animals where they are drawn. A "
-        "head's output is set, live, to its mean over the former.",
+        lead=f"Land and water animals before land and water, model {model}. Attention heads of the last {len(looked)} "
+        f"layers are chosen on {len(found.choose.places)} pictures and judged on {len(groups)} others, of other animals "
+        "where they are drawn. An attention head's output is set, live, to its mean over the former.",
         claims=claims,
         tables=tables,
         plots={"groups": groups_plot(report, randoms)},
         notes=[
             f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {kinds}. "
-            "Contrast: by how much a head moves "
+            "Contrast: by how much an attention head moves "
             "along the difference of the class texts when the background changes, animals held fixed. How many of each: the "
-            "number with the best worst group where they are chosen. Random: as many heads of the same layers, "
+            "number with the best worst group where they are chosen. Random: as many of the same layers, "
             f"{draws} draws. The average is weighted by the groups' shares where heads are chosen."
         ],
         attribution=found.attribution,
@@ -331,9 +331,15 @@ def compared(
     central 95 % of the draws)."""
     from mmhooks.analysis.intervals import from_draws
 
-    what = f"{len(heads)} heads by {name}"
+    what = f"{counted(len(heads))} by {name}, ablated,"
     if not heads:
-        return [("open", f"{what} raise the worst group", "no head carries the background by this choice")]
+        return [
+            (
+                "open",
+                f"{what} raise the worst group",
+                "no attention head carries the background by this choice",
+            )
+        ]
     drawn, own = group_draws(torch.stack([right["plain"], right[name]]), groups, seed)
     worst, before = drawn.min(2).values, own.min(1).values
     gain = from_draws(float(before[1] - before[0]), worst[1] - worst[0], len(groups))
@@ -349,7 +355,7 @@ def compared(
     claims.append(
         (
             "same" if above else "differs" if below else "open",
-            f"{what} raise it above as many random heads",
+            f"{what} raise it above as many random ones",
             f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}] against {random.value:.3f} "
             f"[{random.low:.3f}, {random.high:.3f}] over {random.n} draws",
         )

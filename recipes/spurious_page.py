@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def counted(n: int, kind: str = "") -> str:
+    """``1 attention head``, ``10 random attention heads``."""
+    return " ".join(
+        part for part in (str(n), kind, "attention head" if n == 1 else "attention heads") if part
+    )
+
+
 def accuracy_table(
     report: dict[str, Any], randoms: dict[str, Any], chosen: dict[str, list[tuple[int, int]]]
 ) -> Any:
@@ -13,13 +20,13 @@ def accuracy_table(
     groups = list(report["plain"]["groups"])
     rows: list[list[Any]] = []
     for name, r in report.items():
-        label = name if name == "plain" else f"{len(chosen[name])} heads by {name}"
+        label = name if name == "plain" else f"{counted(len(chosen[name]))} by {name}"
         cells = [Cell.of(Estimate.of(r[k])) for k in ("average", "worst")]
         rows.append([label, *cells, *(Cell.of(Estimate.of(r["groups"][g])) for g in groups)])
         if name in randoms:
             rows.append(
                 [
-                    f"{len(chosen[name])} random heads",
+                    counted(len(chosen[name]), "random"),
                     "–",
                     Cell.of(Estimate.of(randoms[name])),
                     *("–" for _ in groups),
@@ -34,7 +41,9 @@ def heads_table(chosen: dict[str, list[tuple[int, int]]], named: dict[str, list[
     rows = [
         [name, f"{n}.{h}", "; ".join(named[f"{n}.{h}"][:6])] for name, own in chosen.items() for n, h in own
     ]
-    return Table(["Chosen by", "Head", "First texts"], rows, "Attention heads", text_columns=(0, 1, 2))
+    return Table(
+        ["Chosen by", "Layer.attention head", "First texts"], rows, "Attention heads", text_columns=(0, 1, 2)
+    )
 
 
 def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
@@ -67,5 +76,7 @@ def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
 
     light, dark = draw(make, alt="Accuracy of every group before and after the ablation")
     return Plot(
-        light, dark, "Accuracy of every group with 95 % intervals; broad bands: as many random heads."
+        light,
+        dark,
+        "Accuracy of every group with 95 % intervals; broad bands: as many random attention heads.",
     )
