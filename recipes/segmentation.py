@@ -1,36 +1,23 @@
 """Zero-shot segmentation by the tokens' contributions along a class's text, against four attention baselines.
 
 Section 5 of "Interpreting CLIP's Image Representation via Text-Based Decomposition". By default on drawings whose
-exact masks are known, laid on photograph-like and patterned grounds; or on a folder in the format of ImageNet-Segmentation.
+exact masks are known, laid on photograph-like and patterned grounds; or on ImageNet-Segmentation's own file, or a folder.
 
     python recipes/segmentation.py --out runs/segmentation
-    python recipes/segmentation.py --model ViT-B-16 --pretrained laion2b_s34b_b88k --data imagenet-seg/
+    python recipes/segmentation.py --model ViT-B-16 --pretrained laion2b_s34b_b88k --data gtsegs_ijcv.mat
 """
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
+from segmentation_data import Sample, prepared, samples_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture, where its object is, and the object's name."""
-
-    picture: Image.Image
-    mask: np.ndarray
-    name: str
-    ground: str
 
 
 @app.command()
@@ -39,7 +26,10 @@ def main(
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")] = None,
     data: Annotated[
         str,
-        typer.Option(help="mini, or a folder: images/NAME.jpg, masks/NAME.png, classes.csv (file,class)."),
+        typer.Option(
+            help="mini; ImageNet-Segmentation's file gtsegs_ijcv.mat; or a folder with images/NAME.jpg, "
+            "masks/NAME.png and classes.csv (file,class)."
+        ),
     ] = "mini",
     limit: Annotated[int, typer.Option(min=2, help="At most so many pictures.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the choice, the grounds and the bootstrap.")] = 0,
@@ -83,20 +73,20 @@ def study(
 
     torch.manual_seed(seed)
     hooked = mm.load(model, pretrained=pretrained)
-    samples, attribution = drawings(limit, seed) if data == "mini" else from_folder(data, limit, seed)
+    found, attribution = samples_of(data, limit, seed)
+    samples, pixels, masks = prepared(hooked.preprocess, found)
     names = sorted({s.name for s in samples})
     texts = embed_texts(hooked, names)
     directions = texts - texts.mean(0)
     rows = [names.index(s.name) for s in samples]
-    pixels, masks = prepared(hooked.preprocess, samples)
     maps: dict[str, Any] = {}
     for name, method in METHODS.items():
         parts = range(0, len(samples), batch)
-        found = [
+        own = [
             method(hooked, pixels[i : i + batch], directions[rows[i : i + batch]])
             for i in track(parts, len(parts), name, show=not quiet)
         ]
-        maps[name] = torch.cat(found)
+        maps[name] = torch.cat(own)
     kinds = list(dict.fromkeys(s.ground for s in samples))
     kinds = ["all", *kinds] if len(kinds) > 1 else ["all"]
     scores: dict[str, list[Any]] = {}
@@ -113,6 +103,7 @@ def study(
             "seed": seed,
         },
         "n": len(samples),
+        "left_out": len(found) - len(samples),
         "classes": len(names),
         "scores": {
             kind: {s.name: {"pixel_accuracy": s.pixel_accuracy, "miou": s.miou, "map": s.map} for s in own}
@@ -133,7 +124,8 @@ def study(
         plots={"maps": picture_plot(samples, masks, maps, scores["all"])},
         notes=[
             "A picture's direction is its class's unit text embedding less the mean of all classes'. Raw attention and "
-            "rollout know no text. All methods read the same sites of the same model; none is tuned."
+            "rollout know no text. All methods read the same sites of the same model; none is tuned.",
+            *left_out(len(found) - len(samples)),
         ],
         attribution=attribution,
     )
@@ -142,92 +134,8 @@ def study(
     return results
 
 
-def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
-    """OpenMoji drawings of animals, food, things and plants that fill a tenth to two thirds of the picture, half of
-    them on each kind of ground."""
-    from grounds import ground, put_on
-
-    import mmhooks as mm
-
-    pairs = mm.data.pairs("mini")
-    draw = np.random.default_rng(seed)
-    samples: list[Sample] = []
-    for i in draw.permutation(len(pairs)).tolist():
-        code = str(pairs.meta[i].get("codepoints", ""))
-        if "-" in code or not code.startswith(("1f3", "1f4", "1f5", "1f6", "1f9", "1fa")):
-            continue  # flags, signs, skin tones and joined people
-        kind = ("photo-like", "patterned")[len(samples) % 2]
-        background = ground(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
-        at = (float(draw.random()), float(draw.random()))
-        picture, mask = put_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
-        if 0.05 < mask.mean() < 0.7:
-            samples.append(Sample(picture, mask, pairs.texts[i], kind))
-        if len(samples) == limit:
-            break
-    return samples, f"{pairs.attribution} Licence of the drawings: {pairs.licence}."
-
-
-def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample], str]:
-    """``images/NAME.*``, ``masks/NAME.png`` (object: not 0) and ``classes.csv`` with the columns file and class.
-
-    Raises:
-        DataError: something of these is missing; names the first.
-    """
-    from mmhooks.errors import DataError
-
-    place = Path(folder).expanduser()
-    listing = place / "classes.csv"
-    if not listing.is_file():
-        raise DataError(
-            f"{listing} is missing: a table with the columns file and class, a row a picture in images/"
-        )
-    with listing.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"file", "class"} <= set(rows[0]):
-        raise DataError(f"{listing} needs the columns file and class and at least one row")
-    chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
-    samples = []
-    for row in (rows[i] for i in chosen):
-        picture, mask = place / "images" / row["file"], (place / "masks" / row["file"]).with_suffix(".png")
-        for path in (picture, mask):
-            if not path.is_file():
-                raise DataError(f"{listing} names {row['file']!r}, but {path} is not there")
-        samples.append(
-            Sample(
-                Image.open(picture).convert("RGB"),
-                np.asarray(Image.open(mask).convert("L")) > 0,
-                row["class"],
-                "photographs",
-            )
-        )
-    return samples, f"Pictures: {place.name}."
-
-
-def prepared(preprocess: Any, samples: Sequence[Sample]) -> tuple[Any, Any]:
-    """Pixels, and masks as the model sees them: the mask takes the way of its picture, as black and white.
-
-    Raises:
-        DataError: a mask of which the model's crop leaves nothing, or everything.
-    """
-    import torch
-
-    from mmhooks.errors import DataError
-
-    pixels, masks = [], []
-    for sample in samples:
-        pixels.append(preprocess(sample.picture))
-        white = preprocess(Image.fromarray(np.full((*sample.mask.shape, 3), 255, np.uint8)))
-        black = preprocess(Image.fromarray(np.zeros((*sample.mask.shape, 3), np.uint8)))
-        grey = preprocess(
-            Image.fromarray(np.repeat(255 * sample.mask[..., None].astype(np.uint8), 3, axis=2))
-        )
-        mask = ((grey - black) / (white - black)).mean(0) > 0.5
-        if bool(mask.all()) or not bool(mask.any()):
-            raise DataError(
-                f"the mask of a picture of {sample.name!r} is all object or all ground after preprocessing"
-            )
-        masks.append(mask)
-    return torch.stack(pixels), torch.stack(masks)
+def left_out(n: int) -> list[str]:
+    return [f"{n} pictures are left out: the model's crop shows only object, or only ground."] if n else []
 
 
 def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:

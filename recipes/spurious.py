@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from jaxtyping import Bool, Float, Int
-from spurious_page import accuracy_table, counted, groups_plot, heads_table
+from spurious_page import accuracy_table, counted, groups_plot, heads_table, splits_table
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -54,7 +54,13 @@ def main(
     layers: Annotated[
         int, typer.Option(min=1, help="Attention heads of so many last layers are looked at.")
     ] = 4,
-    limit: Annotated[int, typer.Option(min=8, help="Pictures to choose on, and to judge by.")] = 400,
+    limit: Annotated[
+        int, typer.Option(min=8, help="Pictures to choose on, and to judge by, in every split.")
+    ] = 400,
+    splits: Annotated[
+        int,
+        typer.Option(min=1, help="Splits of the drawn animals into those chosen on and judged by, pooled."),
+    ] = 4,
     draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads.")] = 20,
     seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
@@ -88,6 +94,7 @@ def study(
     scale: float = 0.5,
     layers: int = 4,
     limit: int = 400,
+    splits: int = 4,
     draws: int = 20,
     seed: int = 0,
     batch: int = 64,
@@ -101,24 +108,117 @@ def study(
     from study_page import environment, show, write_study
 
     import mmhooks as mm
-    from mmhooks.analysis.ablate import site_means
-    from mmhooks.analysis.decompose_data import head_outputs
-    from mmhooks.data.progress import track
 
     torch.manual_seed(seed)
     hooked = mm.load(model, pretrained=pretrained)
     if data == "mini":
-        found = drawn(hooked.preprocess, n=limit, correlation=correlation, scale=scale, seed=seed)
-    else:
+        found = [
+            drawn(hooked.preprocess, n=limit, correlation=correlation, scale=scale, seed=seed + i)
+            for i in range(splits)
+        ]
+    else:  # its own split is the only one
         one, other = (text.strip() for text in classes.split(",", 1))
-        found = real(
-            hooked.preprocess, data, label=label, place=place, names=(one, other), limit=limit, seed=seed
+        found = [
+            real(
+                hooked.preprocess, data, label=label, place=place, names=(one, other), limit=limit, seed=seed
+            )
+        ]
+    trials = [
+        trial(
+            hooked, own, pool, kinds.split(","), layers=layers, draws=draws, seed=seed + i, batch=batch,
+            quiet=quiet, title=f"split {i + 1} of {len(found)}",
         )
+        for i, own in enumerate(found)
+    ]  # fmt: skip
+    groups = torch.cat([own.judge.groups for own in found])
+    shares = torch.stack([own.shares for own in found]).mean(0)
+    right = {name: torch.cat([t.right[name] for t in trials]) for name in trials[0].right}
+    report = {name: measured(r, groups, shares, seed) for name, r in right.items()}
+    claims, randoms = [], {}
+    for name in trials[0].chosen:
+        worst = [
+            worst_group(torch.cat(parts), groups)
+            for parts in zip(*(t.random[name] for t in trials), strict=True)
+        ]
+        randoms[name] = spread(torch.tensor(worst))
+        counts = [len(t.chosen[name]) for t in trials]
+        made = compared(name, counts, right, groups, randoms[name], seed)
+        if name == "TextSpan":  # where it fails, this is why: the texts do not reach what the head carries
+            reach = max(t.reach for t in trials)
+            why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any attention head's variance"
+            made = [(v, claim, told if v == "same" else told + why) for v, claim, told in made]
+        claims += made
+    heads = {name: [[f"{n}.{h}" for n, h in t.chosen[name]] for t in trials] for name in trials[0].chosen}
+    results = {
+        "settings": settings,
+        "n": {"choose": sum(len(own.choose.places) for own in found), "judge": len(groups)},
+        "shares_where_chosen": shares,
+        "heads": heads,
+        "texts": [t.texts for t in trials],
+        "accuracy": report,
+        "random": randoms,
+        "worst_by_split": {
+            name: [worst_group(t.right[name], own.judge.groups) for t, own in zip(trials, found, strict=True)]
+            for name in right
+        },
+        "claims": [list(claim) for claim in claims],
+        "environment": environment(start),
+    }
+    tables = [
+        accuracy_table(report, randoms),
+        splits_table(results["worst_by_split"], heads),
+        heads_table(heads, [t.texts for t in trials]),
+    ]
+    paths = write_study(
+        Path(out),
+        results,
+        title="A background taken out of CLIP: attention heads against a spurious cue",
+        lead=f"Land and water animals before land and water, model {model}. Attention heads of the last {layers} "
+        f"layers are chosen on {results['n']['choose']} pictures and judged on {len(groups)} others, of other animals "
+        f"where they are drawn; splits: {len(found)}. An attention head's output is set, live, to its mean over the former.",
+        claims=claims,
+        tables=tables,
+        plots={"groups": groups_plot(report, randoms)},
+        notes=[
+            f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {kinds}. "
+            "Contrast: by how much an attention head moves "
+            "along the difference of the class texts when the background changes, animals held fixed. How many of each: the "
+            "number with the best worst group where they are chosen, in every split anew. Random: as many of the same layers, "
+            f"{draws} draws. The average is weighted by the groups' shares where heads are chosen."
+        ],
+        attribution=found[0].attribution,
+    )
+    if not quiet:
+        show(results, tables, claims, paths)
+    return results
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one split gave: the heads of every way of choosing, who is classified rightly without them, and as much for
+    random ones; every head's texts and the largest share of a head's variance that texts of backgrounds span."""
+
+    chosen: dict[str, list[Head]]
+    right: dict[str, Bool[Tensor, " n"]]
+    random: dict[str, list[Bool[Tensor, " n"]]]
+    texts: dict[str, list[str]]
+    reach: float
+
+
+def trial(
+    hooked: Any, found: Any, pool: str, kinds: Sequence[str], *, layers: int, draws: int, seed: int, batch: int,
+    quiet: bool, title: str,
+) -> Trial:  # fmt: skip
+    """Attention heads chosen on one half of the animals and judged on the other."""
+    from mmhooks.analysis.ablate import site_means
+    from mmhooks.analysis.decompose_data import head_outputs
+    from mmhooks.data.progress import track
+
     texts = class_texts(hooked, found.names)
     outputs = head_outputs(hooked, found.choose.pixels, normalize=True, batch_size=batch, progress=not quiet)
     depth, n_heads = outputs.shape[1:3]
     looked = list(range(max(0, depth - layers), depth))
-    named, ranked, reach = by_text_span(hooked, pool, outputs[:, looked], looked, kinds.split(","))
+    named, ranked, reach = by_text_span(hooked, pool, outputs[:, looked], looked, kinds)
     rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs[:, looked], looked, found.choose, texts)}
     means = site_means(
         hooked, found.choose.pixels, [f"image.blocks.{n}.attn.head_out" for n in looked], batch_size=batch
@@ -130,63 +230,19 @@ def study(
         sizes = [k for k in SIZES if k <= len(order)]
         worst = [worst_group(run(order[:k], found.choose), found.choose.groups) for k in sizes]
         chosen[name] = order[: sizes[worst.index(max(worst))]] if sizes else []
-    groups = found.judge.groups
     right = {"plain": run([], found.judge)} | {name: run(own, found.judge) for name, own in chosen.items()}
     everything = [(n, h) for n in looked for h in range(n_heads)]
-    control: dict[str, list[Tensor]] = {}
+    random: dict[str, list[Tensor]] = {}
     for name, own in chosen.items():
         generator = torch.Generator().manual_seed(seed)
-        control[name] = [
+        random[name] = [
             run(
                 [everything[i] for i in torch.randperm(len(everything), generator=generator)[: len(own)]],
                 found.judge,
             )
-            for _ in track(range(draws), draws, counted(len(own), "random"), show=not quiet)
+            for _ in track(range(draws), draws, f"{title}: {counted([len(own)], 'random')}", show=not quiet)
         ]
-    report = {name: measured(r, groups, found.shares, seed) for name, r in right.items()}
-    claims, randoms = [], {}
-    for name, own in chosen.items():
-        worst = torch.tensor([worst_group(r, groups) for r in control[name]])
-        randoms[name] = spread(worst)
-        made = compared(name, own, right, groups, randoms[name], seed)
-        if name == "TextSpan":  # where it fails, this is why: the texts do not reach what the head carries
-            why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any attention head's variance"
-            made = [(v, claim, found_ if v == "same" else found_ + why) for v, claim, found_ in made]
-        claims += made
-    results = {
-        "settings": settings,
-        "n": {"choose": len(found.choose.places), "judge": len(groups)},
-        "shares_where_chosen": found.shares,
-        "heads": {name: [f"{n}.{h}" for n, h in own] for name, own in chosen.items()},
-        "texts": named,
-        "accuracy": report,
-        "random": randoms,
-        "claims": [list(claim) for claim in claims],
-        "environment": environment(start),
-    }
-    tables = [accuracy_table(report, randoms, chosen), heads_table(chosen, named)]
-    paths = write_study(
-        Path(out),
-        results,
-        title="A background taken out of CLIP: attention heads against a spurious cue",
-        lead=f"Land and water animals before land and water, model {model}. Attention heads of the last {len(looked)} "
-        f"layers are chosen on {len(found.choose.places)} pictures and judged on {len(groups)} others, of other animals "
-        "where they are drawn. An attention head's output is set, live, to its mean over the former.",
-        claims=claims,
-        tables=tables,
-        plots={"groups": groups_plot(report, randoms)},
-        notes=[
-            f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {kinds}. "
-            "Contrast: by how much an attention head moves "
-            "along the difference of the class texts when the background changes, animals held fixed. How many of each: the "
-            "number with the best worst group where they are chosen. Random: as many of the same layers, "
-            f"{draws} draws. The average is weighted by the groups' shares where heads are chosen."
-        ],
-        attribution=found.attribution,
-    )
-    if not quiet:
-        show(results, tables, claims, paths)
-    return results
+    return Trial(chosen, right, random, named, reach)
 
 
 # -- choosing ------------------------------------------------------------------------------------------------
@@ -321,7 +377,7 @@ def spread(values: Float[Tensor, " draws"]) -> Any:
 
 def compared(
     name: str,
-    heads: Sequence[Head],
+    counts: Sequence[int],
     right: dict[str, Tensor],
     groups: Int[Tensor, " n"],
     random: Any,
@@ -331,8 +387,8 @@ def compared(
     central 95 % of the draws)."""
     from mmhooks.analysis.intervals import from_draws
 
-    what = f"{counted(len(heads))} by {name}, ablated,"
-    if not heads:
+    what = f"{counted(counts)} by {name}, ablated,"
+    if not any(counts):
         return [
             (
                 "open",

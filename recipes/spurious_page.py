@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def counted(n: int, kind: str = "") -> str:
-    """``1 attention head``, ``10 random attention heads``."""
+def counted(counts: Sequence[int], kind: str = "") -> str:
+    """``1 attention head``, ``4 to 10 random attention heads``: so many in every split."""
+    low, high = min(counts), max(counts)
+    number = str(low) if low == high else f"{low} to {high}"
     return " ".join(
-        part for part in (str(n), kind, "attention head" if n == 1 else "attention heads") if part
+        part for part in (number, kind, "attention head" if high == 1 else "attention heads") if part
     )
 
 
-def accuracy_table(
-    report: dict[str, Any], randoms: dict[str, Any], chosen: dict[str, list[tuple[int, int]]]
-) -> Any:
+def accuracy_table(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
     from mmhooks.report import Cell, Estimate, Table
 
     groups = list(report["plain"]["groups"])
     rows: list[list[Any]] = []
     for name, r in report.items():
-        label = name if name == "plain" else f"{counted(len(chosen[name]))} by {name}"
         cells = [Cell.of(Estimate.of(r[k])) for k in ("average", "worst")]
+        label = name if name == "plain" else f"attention heads by {name}"
         rows.append([label, *cells, *(Cell.of(Estimate.of(r["groups"][g])) for g in groups)])
         if name in randoms:
-            rows.append(
-                [
-                    counted(len(chosen[name]), "random"),
-                    "–",
-                    Cell.of(Estimate.of(randoms[name])),
-                    *("–" for _ in groups),
-                ]
-            )
+            worst = Cell.of(Estimate.of(randoms[name]))
+            rows.append(["as many random ones", "–", worst, *("–" for _ in groups)])
     return Table(["Ablated", "Average", "Worst group", *groups], rows, "Accuracy")
 
 
-def heads_table(chosen: dict[str, list[tuple[int, int]]], named: dict[str, list[str]]) -> Any:
+def splits_table(worst: dict[str, list[float]], heads: dict[str, list[list[str]]]) -> Any:
+    """The worst group of every split, and how many attention heads were ablated for it."""
+    from mmhooks.report import Table
+
+    rows = []
+    for name, values in worst.items():
+        counts = [len(own) for own in heads[name]] if name in heads else [0] * len(values)
+        rows.append(
+            [name, *(f"{v:.3f}" + (f" ({n})" if n else "") for v, n in zip(values, counts, strict=True))]
+        )
+    columns = [f"Split {i + 1}" for i in range(len(worst["plain"]))]
+    return Table(["Ablated", *columns], rows, "Worst group by split (attention heads ablated)")
+
+
+def heads_table(heads: dict[str, list[list[str]]], texts: Sequence[dict[str, list[str]]]) -> Any:
     from mmhooks.report import Table
 
     rows = [
-        [name, f"{n}.{h}", "; ".join(named[f"{n}.{h}"][:6])] for name, own in chosen.items() for n, h in own
+        [name, str(i + 1), head, "; ".join(named[head][:6])]
+        for name, splits in heads.items()
+        for i, (own, named) in enumerate(zip(splits, texts, strict=True))
+        for head in own
     ]
-    return Table(
-        ["Chosen by", "Layer.attention head", "First texts"], rows, "Attention heads", text_columns=(0, 1, 2)
-    )
+    columns = ["Chosen by", "Split", "Layer.attention head", "First texts"]
+    return Table(columns, rows, "Attention heads", text_columns=(0, 1, 2, 3))
 
 
 def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:

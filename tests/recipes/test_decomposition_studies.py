@@ -15,6 +15,7 @@ from mmhooks.errors import DataError
 
 grounds = pytest.importorskip("grounds")
 import segmentation  # noqa: E402
+import segmentation_data  # noqa: E402
 import spurious  # noqa: E402
 import spurious_data  # noqa: E402
 
@@ -45,12 +46,13 @@ def test_masks_go_the_way_of_their_pictures():
     )
     mask = np.zeros((16, 32), bool)
     mask[:, 16:] = True  # the crop keeps columns 8 to 24
-    sample = segmentation.Sample(Image.new("RGB", (32, 16)), mask, "half", "x")
-    _, masks = segmentation.prepared(steps, [sample])
-    assert masks.shape == (1, 8, 8) and masks[0, :, 4:].all() and not masks[0, :, :4].any()
-    mask[:, 8:] = True
-    with pytest.raises(DataError, match="after preprocessing"):
-        segmentation.prepared(steps, [sample])
+    picture = Image.new("RGB", (32, 16))
+    half, whole = (segmentation_data.Sample(picture, m, "x", "x") for m in (mask, np.ones_like(mask)))
+    kept, pixels, masks = segmentation_data.prepared(steps, [half, whole, half])
+    assert kept == [half, half] and pixels.shape == (2, 3, 8, 8)  # of the whole one, no ground is seen
+    assert masks.shape == (2, 8, 8) and masks[0, :, 4:].all() and not masks[0, :, :4].any()
+    with pytest.raises(DataError, match="1 of 2 pictures show both"):
+        segmentation_data.prepared(steps, [half, whole])
 
 
 def test_a_folder_of_masks(tmp_path):
@@ -58,13 +60,56 @@ def test_a_folder_of_masks(tmp_path):
         (tmp_path / name).mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.jpg")
     with pytest.raises(DataError, match="classes.csv is missing"):
-        segmentation.from_folder(tmp_path, 5, 0)
+        segmentation_data.from_folder(tmp_path, 5, 0)
     (tmp_path / "classes.csv").write_text("file,class\na.jpg,apple\n")
     with pytest.raises(DataError, match=r"a\.png is not there"):
-        segmentation.from_folder(tmp_path, 5, 0)
+        segmentation_data.from_folder(tmp_path, 5, 0)
     Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / "a.png")
-    samples, _ = segmentation.from_folder(tmp_path, 5, 0)
+    samples, _ = segmentation_data.from_folder(tmp_path, 5, 0)
     assert samples[0].name == "apple" and samples[0].mask.sum() == 8
+
+
+def imagenet_segmentation(path, fields=("img", "gt", "target")) -> None:
+    """A file laid out as MATLAB 7.3 lays out gtsegs_ijcv.mat: references to transposed arrays, masks in a cell."""
+    h5py = pytest.importorskip("h5py")
+    rows = {"img": [], "gt": [], "target": []}
+    with h5py.File(path, "w") as file:
+
+        def put(array):
+            found = file.create_dataset(
+                f"#refs#/{len(file['#refs#']) if '#refs#' in file else 0}", data=array
+            )
+            return found.ref
+
+        for i, wordnet in enumerate(("n01440764", "n02084071")):
+            picture = np.zeros((6, 10, 3), np.uint8)  # rows, columns
+            picture[:, :4, 0] = 200 + i
+            rows["img"].append(put(picture.T))
+            mask = put((picture[..., 0] > 0).astype(np.uint8).T)
+            rows["gt"].append(put(np.array([[mask]], h5py.ref_dtype)))
+            rows["target"].append(put(np.array([[ord(c)] for c in wordnet], np.uint16)))
+        for field in fields:
+            file.create_dataset(f"value/{field}", data=np.array(rows[field], h5py.ref_dtype)[:, None])
+
+
+def test_imagenet_segmentation_is_read_from_its_own_file(tmp_path):
+    path = tmp_path / "gtsegs_ijcv.mat"
+    imagenet_segmentation(path)
+    samples, _ = segmentation_data.samples_of(str(path), 5, 0)
+    assert [s.name for s in samples] == ["tench", "dog"]  # ImageNet-1k has the one, 22k the other
+    for i, s in enumerate(samples):
+        assert s.picture.size == (10, 6) and s.picture.getpixel((1, 5)) == (200 + i, 0, 0)
+        assert s.mask.shape == (6, 10) and s.mask[:, :4].all() and not s.mask[:, 4:].any()
+    imagenet_segmentation(path, fields=("img", "gt"))
+    with pytest.raises(DataError, match="lacks value/target"):
+        segmentation_data.from_mat(path, 5, 0)
+    path.write_text("MATLAB 5.0 MAT-file")
+    with pytest.raises(DataError, match="no HDF5 file"):
+        segmentation_data.from_mat(path, 5, 0)
+    with pytest.raises(DataError, match="is not there"):
+        segmentation_data.from_mat(tmp_path / "x.mat", 5, 0)
+    with pytest.raises(DataError, match="'n0' is no WordNet id"):
+        segmentation_data.synset_name("n0")
 
 
 def test_heads_are_chosen_and_judged_on_other_animals():
@@ -123,9 +168,9 @@ def test_a_claim_that_does_not_hold_says_so():
     plain, worse = torch.ones(200).bool(), torch.arange(200) % 3 > 0
     right = {"plain": plain, "TextSpan": worse}
     random = spurious.spread(torch.full((10,), 0.9))
-    claims = spurious.compared("TextSpan", [(5, 0)], right, groups, random, 0)
+    claims = spurious.compared("TextSpan", [1], right, groups, random, 0)
     assert [verdict for verdict, _, _ in claims] == ["differs", "differs"]
-    assert spurious.compared("TextSpan", [], right, groups, random, 0)[0][0] == "open"
+    assert spurious.compared("TextSpan", [0], right, groups, random, 0)[0][0] == "open"
 
 
 def written(out) -> dict:
@@ -150,9 +195,9 @@ def test_whole_studies_on_another_model(tmp_path):
     assert written(tmp_path / "s")["n"] == 8
     pool = tmp_path / "pool.txt"
     pool.write_text("# place\na beach\na forest\nthe sea\n# colour\nred things\nblue things\n")
-    options = {"limit": 8, "draws": 2, "layers": 1, "batch": 8, "pool": str(pool), "quiet": True}
+    options = {"limit": 8, "draws": 2, "layers": 1, "batch": 8, "splits": 2, "pool": str(pool), "quiet": True}
     spurious.study("ViT-B-32", **options, out=tmp_path / "p")  # type: ignore[arg-type]
-    assert written(tmp_path / "p")["n"] == {"choose": 8, "judge": 8}
+    assert written(tmp_path / "p")["n"] == {"choose": 16, "judge": 16}
 
 
 @pytest.mark.slow
