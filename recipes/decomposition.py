@@ -36,11 +36,11 @@ def main(
     ),
     limit: Annotated[int, typer.Option(min=8, help="Use at most so many pairs.")] = 2000,
     layers: Annotated[int, typer.Option(min=1, help="Attention heads of the last so many layers.")] = 4,
-    texts: Annotated[int, typer.Option(min=1, help="Texts a head.")] = 20,
+    texts: Annotated[int, typer.Option(min=1, help="Texts an attention head.")] = 20,
     evaluate: Annotated[
         int, typer.Option(min=2, help="At most so many held-out pictures in accuracies.")
     ] = 400,
-    each: Annotated[int, typer.Option(min=1, help="Heads, queries and neurons shown.")] = 5,
+    each: Annotated[int, typer.Option(min=1, help="Attention heads, queries and neurons shown.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
     seed: Annotated[int, typer.Option(help="Of splits, subsets, and the pictures shown.")] = 0,
     live: Annotated[
@@ -108,7 +108,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             last = list(range(max(0, depth - o["layers"]), depth))
             outputs, embeddings = contributions(model, pairs, last, o["batch"], quiet)
         heads = [f"{layer}.{head}" for layer in last for head in range(n_heads)]
-        with clock.step("texts of heads"):
+        with clock.step("texts of attention heads"):
             k = min(o["texts"], len(pool))
             span = mm.text_span(outputs[seen], pool_embeddings, pool.texts, n_texts=k, heads=heads)
             span.save(out / "text_span.json")
@@ -119,7 +119,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             )
             captions = embed_texts(model, [pairs.texts[i] for i in held])
             meant = agreement(span, outputs[held], captions, pool_embeddings, o["seed"])
-        with clock.step("heads rebuilt from texts"):
+        with clock.step("attention heads rebuilt from texts"):
             counts = sorted({0, 1, 2, 5, 10, k})
             rest = embeddings - outputs.sum(1)
             constant = rest[seen].mean(0).expand(len(held), -1)
@@ -278,7 +278,12 @@ def pictures(
         along = centred[:, h] @ span.bases[h][0]
         rows = along.topk(min(8, len(along))).indices.tolist()
         tops.append(
-            Strip(f"Head {span.heads[h]}: {span.texts[h][0]}", "ImgD", images(rows), list(span.texts[h][:5]))
+            Strip(
+                f"Attention head {span.heads[h]}: {span.texts[h][0]}",
+                "ImgD",
+                images(rows),
+                list(span.texts[h][:5]),
+            )
         )
     generator = torch.Generator().manual_seed(o["seed"])
     queries = torch.randperm(len(pairs), generator=generator)[: o["each"]].tolist()
@@ -286,7 +291,7 @@ def pictures(
     for q in queries[:3]:
         spaces = [
             ("whole embedding", embeddings - embeddings.mean(0)),
-            *((f"head {span.heads[h]}", centred[:, h]) for h in loud[:3]),
+            *((f"attention head {span.heads[h]}", centred[:, h]) for h in loud[:3]),
         ]
         for name, space in spaces:
             unit = normalize(space, dim=1)

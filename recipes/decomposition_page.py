@@ -58,11 +58,12 @@ def head_table(results: Mapping[str, Any]) -> Table:
         ])  # fmt: skip
     data = results["data"]
     return Table(
-        ["Head", "Variance", "Spanned", "Agreement", "Most common kind", "First texts"], rows, "Texts of attention heads",
+        ["Attention head", "Variance", "Spanned", "Agreement", "Most common kind", "First texts"], rows,
+        "Texts of attention heads",
         f"TextSpan over {span['n_samples']:,} pictures, {data['pool_size']:,} texts of the pool {data['pool']}, "
-        f"{results['settings']['texts']} texts a head. Spanned: share of the head's variance. Agreement: mean correlation of "
-        "where held-out pictures lie along a head's first five texts with how alike their captions are to these texts: "
-        f"{interval(meant['own'])} over heads, {interval(meant['random'])} for random texts.", (0, 4, 5),
+        f"{results['settings']['texts']} texts an attention head. Spanned: share of its variance. Agreement: mean correlation of "
+        "where held-out pictures lie along its first five texts with how alike their captions are to these texts: "
+        f"{interval(meant['own'])} over attention heads, {interval(meant['random'])} for random texts.", (0, 4, 5),
     )  # fmt: skip
 
 
@@ -74,8 +75,8 @@ def overlap_table(results: Mapping[str, Any]) -> Table:
         for i, head in enumerate(o["heads"])
     ]  # fmt: skip
     return Table(
-        ["Head", "Same texts", "By chance", "Same space", "By chance", "Same first text"], rows,
-        "Texts of heads over other pictures",
+        ["Attention head", "Same texts", "By chance", "Same space", "By chance", "Same first text"], rows,
+        "Texts of attention heads over other pictures",
         f"Mean over pairs of {o['n_subsets']} random halves of the pictures. Space: overlap of the spans.",
     )  # fmt: skip
 
@@ -100,10 +101,11 @@ def rebuilt_table(results: Mapping[str, Any]) -> Table:
     rows: list[list[str | Cell]] = [
         [k, *(rate(results["rebuilt"][kind]["by_texts"][k]) for kind in kinds)] for k in counts
     ]
-    rows.append(["all of each head", *(rate(results["rebuilt"][kind]["full"]) for kind in kinds)])
+    rows.append(["all of each attention head", *(rate(results["rebuilt"][kind]["full"]) for kind in kinds)])
     return Table(
-        ["Texts a head", *(k[0].upper() + k[1:] for k in kinds)], rows, "Accuracy with heads rebuilt from their texts",
-        "0 texts: these heads at their mean.",
+        ["Texts an attention head", *(k[0].upper() + k[1:] for k in kinds)], rows,
+        "Accuracy with attention heads rebuilt from their texts",
+        "0 texts: these attention heads at their mean.",
     )  # fmt: skip
 
 
@@ -117,7 +119,9 @@ def share_table(results: Mapping[str, Any]) -> Table:
         for r in results["shares"]
     ]
     return Table(
-        ["Part", "Attention", "MLP", "Both", "Strongest head"], rows, "Direct share in the embedding's length"
+        ["Part", "Attention", "MLP", "Both", "Strongest attention head"],
+        rows,
+        "Direct share in the embedding's length",
     )
 
 
@@ -178,7 +182,10 @@ def rebuilt_figure(results: Mapping[str, Any], palette: Palette = LIGHT) -> Figu
         )
         axis.axhline(100 * found["full"]["value"], color=colour, lw=0.8, ls=":")
     axis.set(
-        xlabel="texts a head", ylabel="accuracy, %", title="Heads rebuilt from their texts", ylim=(0, None)
+        xlabel="texts an attention head",
+        ylabel="accuracy, %",
+        title="Attention heads rebuilt from their texts",
+        ylim=(0, None),
     )
     axis.legend(labelcolor=palette.ink)
     return figure
@@ -203,7 +210,7 @@ def explained_figure(results: Mapping[str, Any], palette: Palette = LIGHT) -> Fi
     axis.set(
         xlabel="texts",
         ylabel="variance spanned, %",
-        title="Each line one head, later layers darker",
+        title="Each line one attention head, later layers darker",
         ylim=(0, 102),
     )
     return figure
@@ -215,15 +222,18 @@ def strips(rows: Sequence[Strip]) -> Any:
 
 def figures(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]]) -> dict[str, Plot]:
     made: dict[str, tuple[Any, str]] = {
-        "rebuilt": (lambda p: rebuilt_figure(results, p), "Accuracy against the number of texts a head."),
+        "rebuilt": (
+            lambda p: rebuilt_figure(results, p),
+            "Accuracy against the number of texts an attention head.",
+        ),
         "explained": (
             lambda p: explained_figure(results, p),
-            "Share of each head's variance that its first texts span.",
+            "Share of each attention head's variance that its first texts span.",
         ),
     }
     captions = {
-        "heads": "Pictures furthest along the first text of the heads that vary most; the head's first texts.",
-        "neighbours": "A query (first picture) and its nearest pictures by the whole embedding and by single heads.",
+        "heads": "Pictures furthest along the first text of the attention heads that vary most; their first texts.",
+        "neighbours": "A query (first picture) and its nearest pictures by the whole embedding and by single attention heads.",
         "neurons": "Pictures with the largest second-order effect of a neuron; its direction in texts.",
         "texts": "Pictures and the texts that add up to them.",
     }
@@ -242,7 +252,7 @@ def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
     steps = Table(["Step", "Seconds"], [[k, f"{v:.1f}"] for k, v in env["steps"].items()])
     tiles = [
         Tile("accuracy", percent(ablated["before"]["value"]), f"own text among {data['classes']:,}"),
-        Tile("last layers' heads alone", percent(alone), "all else at its mean"),
+        Tile("last layers' attention heads alone", percent(alone), "all else at its mean"),
         Tile("same texts, other half", percent(mean(overlap["texts"])), f"chance {percent(mean(overlap['texts_chance']))}"),
         Tile("neurons, rank 1", percent(results["neurons"]["mean_rank1"]), "second-order effects"),
     ]  # fmt: skip
@@ -251,11 +261,11 @@ def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
         return [*([plots[name]] if name in plots else []), *blocks]
 
     sections = [
-        Section("What heads say", with_plot("heads", TableBlock(head_table(results)), *with_plot("explained"))),
+        Section("What attention heads say", with_plot("heads", TableBlock(head_table(results)), *with_plot("explained"))),
         Section("How far that holds", [TableBlock(overlap_table(results))]),
         Section("What the embedding loses", [TableBlock(ablation_table(results)), TableBlock(share_table(results))]),
-        Section("Heads rebuilt from texts", with_plot("rebuilt", TableBlock(rebuilt_table(results)))),
-        Section("Neighbours by one head", with_plot("neighbours")),
+        Section("Attention heads rebuilt from texts", with_plot("rebuilt", TableBlock(rebuilt_table(results)))),
+        Section("Neighbours by one attention head", with_plot("neighbours")),
         Section("Neurons", with_plot("neurons", TableBlock(neuron_table(results)))),
         Section("Pictures in texts", with_plot("texts", TableBlock(code_table(results)))),
         Section("How it was made", [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +152,8 @@ def train_code(
                        f"{100 * sum(rights[-20:]) / 20:.0f} %, length on drawings {silent.norm(dim=-1).mean():.2f}")  # fmt: skip
     with torch.no_grad():  # the norm into the linear map behind it
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
-        first = stem.word[0]
-        first.bias.add_(first.weight @ (norm.bias - norm.running_mean * scale))  # type: ignore[operator]
+        first: Any = stem.word[0]
+        first.bias.add_(first.weight @ (norm.bias - norm.running_mean * scale))
         first.weight.mul_(scale)
     return sum(rights[-20:]) / len(rights[-20:])
 

@@ -14,7 +14,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -152,7 +152,7 @@ def place(
     for extent in (ink_wide + 2 * margin, ink_tall + 2 * margin):
         free = max(0.0, (side - extent - 1) / 2 / side)
         centre.append(0.5 + offset * dice.uniform(-free, free))
-    return words.Writing(**(made.__dict__ | {"centre": (centre[0], centre[1])}))
+    return replace(made, centre=(centre[0], centre[1]))
 
 
 def _colours(dice: random.Random) -> tuple[words.Colour, words.Colour]:
@@ -220,7 +220,7 @@ def word_picture(word: str, font: str, dice: random.Random, **how) -> Written:
         other = torch.tensor([min(1.0, max(0.0, v + dice.uniform(-0.15, 0.15))) for v in ground])
         picture = picture + (other.view(3, 1, 1) - picture) * ramp
     if writing.plate is None:
-        writing = words.Writing(**(writing.__dict__ | {"ink": ink}))
+        writing = replace(writing, ink=ink)
     return write(picture, word, writing)
 
 

@@ -109,6 +109,7 @@ def from_mat(path: str | Path, limit: int, seed: int) -> tuple[list[Sample], str
     if not h5py.is_hdf5(file_path):
         raise DataError(f"{file_path} is no HDF5 file, which MATLAB 7.3 and gtsegs_ijcv.mat are")
     samples = []
+    file: Any
     with h5py.File(file_path) as file:
         missing = [field for field in ("img", "gt", "target") if f"value/{field}" not in file]
         if missing:
@@ -134,7 +135,7 @@ def synset_name(wordnet: str) -> str:
     Raises:
         DataError: an id that ImageNet-22k does not have.
     """
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     from mmhooks.errors import DataError
 

@@ -61,7 +61,7 @@ def main(
         int,
         typer.Option(min=1, help="Splits of the drawn animals into those chosen on and judged by, pooled."),
     ] = 4,
-    draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads.")] = 20,
+    draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")] = 15,
     seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
@@ -95,7 +95,7 @@ def study(
     layers: int = 4,
     limit: int = 400,
     splits: int = 4,
-    draws: int = 20,
+    draws: int = 15,
     seed: int = 0,
     batch: int = 64,
     out: str | Path = "runs/spurious",

@@ -16,7 +16,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mini_losses as losses
 import torch
@@ -58,6 +58,8 @@ class Plan:
 class Trainer:
     """The model, its running average, the optimiser and the data of one plan."""
 
+    model: Any  # open_clip's CLIP, whose parts its annotations do not know
+    extra: Any
     note = ""  # what a step wants to say beside its loss
 
     def __init__(self, corpus: Corpus, plan: Plan, out: Path) -> None:
@@ -82,7 +84,7 @@ class Trainer:
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     # -- what a kind of training changes ---------------------------------------------------------------
-    def fresh(self, *, patch_dropout: float = 0.0):
+    def fresh(self, *, patch_dropout: float = 0.0) -> Any:
         return mini.build(patch_dropout=patch_dropout)
 
     def auxiliary(self) -> nn.Module:

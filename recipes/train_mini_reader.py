@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mini_losses as losses
 import torch
@@ -116,8 +116,8 @@ class ReaderTrainer(Trainer):
         super().__init__(corpus, plan, out)
 
     # -- what differs from mini ------------------------------------------------------------------------
-    def fresh(self, *, patch_dropout: float = 0.0):
-        model = mini.build(patch_dropout=patch_dropout, reads=True)
+    def fresh(self, *, patch_dropout: float = 0.0) -> Any:
+        model: Any = mini.build(patch_dropout=patch_dropout, reads=True)
         if patch_dropout:
             model.visual.patch_dropout = KeepInk(patch_dropout)
         return model
@@ -171,7 +171,7 @@ class ReaderTrainer(Trainer):
         self.texts = embed_texts(self.model, self.tokenizer, texts)
 
     @torch.no_grad()
-    def admit(self, stem: mini.ReadingStem) -> None:
+    def admit(self, stem: Any) -> None:
         """Let letters and code into the patch embedding by orthogonal maps, which lose nothing. From zero,
         the maps are driven by noise and scramble what they carry before the blocks learn to use it (a linear
         probe named 55 % of first letters from the stem, 27 % after two blocks). Letters come less their mean
@@ -265,7 +265,8 @@ class ReaderTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self) -> dict:
         """Retrieval, and reading in unseen fonts: taught words, held-out words, taught words written small."""
-        result, judge, v = super().evaluate(), self.judge(), self.vocabulary
+        result: dict[str, Any] = super().evaluate()
+        judge, v = self.judge(), self.vocabulary
         papers = [("unseen_fonts", v.names, {}), ("heldout_words", v.unseen_names, {}),
                   ("small", v.names, {"size": SMALL})]  # fmt: skip
         for seed, (name, pool, how) in enumerate(papers):

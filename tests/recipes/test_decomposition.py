@@ -35,7 +35,7 @@ def test_mini(tmp_path):
     assert labels.texts["5.0"] == tuple(span["texts"][6]) and labels.kinds is not None
     assert sum(r["all"] for r in found["shares"]) == pytest.approx(1, abs=1e-3)
     page = (tmp_path / "index.html").read_text()
-    assert "Neighbours by one head" in page and "http://" not in page
+    assert "Neighbours by one attention head" in page and "http://" not in page
     assert (tmp_path / "tables.md").read_text().count("**Texts of attention heads**") == 1
     assert {p.name for p in tmp_path.glob("*.png")} >= {
         "heads.png",
