@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.analysis.align import align, samples_of
+from mmhooks.analysis.groups import groups_of
 from mmhooks.analysis.intervals import bootstrap, wilson
 from mmhooks.analysis.judges import RuleJudge, names
 from mmhooks.analysis.pixels import psnr
@@ -61,24 +62,6 @@ class Defended:
     loss: dict[str, list[float]]
     psnr: dict[str, list[float]]
     linf: dict[str, list[float]]
-
-
-def groups_of(mds: Any) -> tuple[dict[str, Any], str]:
-    """The three groups and the rule that parts them: mu ± sigma, or, where a side has no feature beyond it because
-    scores are skewed, the sixth of the alive features with the highest and with the lowest score."""
-    groups = dict(zip(GROUPS, mds.groups, strict=True))
-    if all(len(f) for f in groups.values()):
-        return groups, "mu ± sigma"
-    order = mds.alive.nonzero().flatten()
-    order = order[mds.R[order].argsort(stable=True)]
-    sixth = len(order) // 6
-    if sixth == 0:
-        raise mm.errors.MMHooksError(
-            f"{len(order)} features are alive: more pairs or another head are needed"
-        )
-    parts = {"ImgD": order[-sixth:], "TextD": order[:sixth], "CrossD": order[sixth:-sixth]}
-    sets = {g: mm.FeatureSet(i, len(mds.alive), name=g, head=mds.head) for g, i in parts.items()}
-    return sets, "highest and lowest sixth (mu ± sigma leaves a group empty)"
 
 
 def masks(mds: Any, n: int, seed: int) -> tuple[int, dict[str, Bool[Tensor, "n f"] | None]]:
