@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -44,3 +47,32 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, 
         state["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(state)
     return step, parts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of several that went on from one another: its plan, the steps it made, the rows of its curve."""
+
+    plan: dict[str, Any]
+    steps: int
+    curve: list[dict[str, Any]]
+
+
+def stages(run: Path) -> list[Stage]:
+    """A run and all before it, the first one first: a plan's ``start`` names the folder beside its own."""
+    plan = json.loads((run / "plan.json").read_text())
+    with safe_open(run / "checkpoint.safetensors", "pt") as file:
+        steps = int(file.metadata()["step"])
+    curve = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    own = Stage(plan, steps, [row for row in curve if row["step"] <= steps])
+    before = run.parent / plan["start"] if plan.get("start", "") not in ("", "mini") else None
+    return [*(stages(before) if before else []), own]
+
+
+def joined_curve(chain: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The curves of stages one after another, their steps counted through."""
+    rows, done = [], 0
+    for stage in chain:
+        rows += [row | {"step": row["step"] + done} for row in stage.curve]
+        done += stage.steps
+    return rows

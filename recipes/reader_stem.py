@@ -153,7 +153,7 @@ def train_code(
     with torch.no_grad():  # the norm into the linear map behind it
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
         first: Any = stem.word[0]
-        first.bias.add_(first.weight @ (norm.bias - norm.running_mean * scale))
+        first.bias.add_(first.weight @ (norm.bias - norm.running_mean * scale))  # type: ignore[operator]
         first.weight.mul_(scale)
     return sum(rights[-20:]) / len(rights[-20:])
 

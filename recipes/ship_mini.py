@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from typing import Annotated
 import matplotlib
 import torch
 import typer
+from checkpoints import Stage, joined_curve, stages
 from mini_corpus import SOURCES, UNSEEN_STYLE, Corpus
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -73,8 +75,16 @@ def model_of(half: dict[str, torch.Tensor], *, reads: bool = False):
     return model
 
 
-def read_curve(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+def pictures_seen(chain: Sequence[Stage]) -> tuple[int, int]:
+    """Drawings and pictures of words that all stages of mini-reader saw."""
+    seen = shown = 0
+    for stage in chain:
+        batch, words = stage.plan["batch"], stage.plan["words"]
+        # reading alone takes a third of the drawings and 4/3 of the words of a joint step
+        alone = min(stage.plan["first"] if words else 0, stage.steps)
+        seen += (stage.steps - alone) * batch + alone * (batch // 3)
+        shown += (stage.steps - alone) * words + alone * (words * 4 // 3)
+    return seen, shown
 
 
 def draw_curve(rows: list[dict], path: Path, title: str, batch: int) -> None:
@@ -113,6 +123,9 @@ def main(
     run: Annotated[Path, typer.Option(help="folder of a finished train_mini.py run")],
     name: Annotated[str, typer.Option(help="mini, mini-declip or mini-reader")] = "mini",
     report: Annotated[Path | None, typer.Option(help="report.json of reader_report.py")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="the run without words that the report tells of")
+    ] = None,
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
@@ -122,12 +135,7 @@ def main(
     step, half = half_weights(run)
     model = model_of(half, reads=reads)
     drawings = Corpus(corpus)
-    curve = read_curve(run)
-    before = None
-    if plan.get("start", "mini") != "mini":  # goes on from another run
-        first = run.parent / plan["start"]
-        before = json.loads((first / "plan.json").read_text())
-        curve = read_curve(first) + [row | {"step": row["step"] + before["steps"]} for row in curve]
+    chain = stages(run)
     counts = Counter(row["style"] for row in drawings.rows)
     trained = Counter(drawings.rows[i]["style"] for i in drawings.where("train"))
     card = {
@@ -148,20 +156,16 @@ def main(
         "retrieval": retrieval(model, drawings),
     }  # fmt: skip
     if reads:
-        # reading alone takes a third of the drawings and 4/3 of the words of a joint step
-        seen, shown = step * plan["batch"], step * plan["words"]
-        if before is not None:
-            alone, joint = before["first"], before["steps"] - before["first"]
-            seen += joint * before["batch"] + alone * (before["batch"] // 3)
-            shown += joint * before["words"] + alone * (before["words"] * 4 // 3)
-        card["recipe"] |= {"starts_from": "mini", "plan_before": before, "pairs_seen": seen,
-                           "word_pictures_seen": shown}  # fmt: skip
+        seen, shown = pictures_seen(chain)
+        card["recipe"] |= {"starts_from": "mini", "plans_before": [stage.plan for stage in chain[:-1]],
+                           "pairs_seen": seen, "word_pictures_seen": shown}  # fmt: skip
     if report is not None:
         measured = json.loads(report.read_text())
         card |= {key: measured[key] for key in ("fonts", "words")}
         for key in ("reading", "attack"):
             card[key] = measured[key][name]
-        card["control"] = {"what": "the same stem and joint plan, 220 steps, without words; not shipped"} | {
+        joint = " + ".join(str(stage.steps) for stage in stages(control)) if control else "?"
+        card["control"] = {"what": f"the same stem and plan, {joint} steps, without words; not shipped"} | {
             key: measured[key].get("control") for key in ("retrieval", "reading", "attack")
         }
     target = zoo.ASSETS / name
@@ -170,7 +174,10 @@ def main(
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     figures.mkdir(parents=True, exist_ok=True)
     draw_curve(
-        curve, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training", plan["batch"]
+        joined_curve(chain),
+        figures / f"{name}-curve.png",
+        f"{name}: held-out retrieval while training",
+        plan["batch"],
     )
     for row in card["retrieval"].values():
         shown = ", ".join(f"{k} {100 * v['value']:.1f}" for k, v in row["image_to_text"].items())

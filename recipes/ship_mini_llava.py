@@ -15,12 +15,12 @@ from typing import Annotated
 import matplotlib
 import torch
 import typer
+from checkpoints import joined_curve, stages
 from llava_exams import exam, right
 from llava_lessons import HELD_OUT, REFUSED
 from mini_corpus import SOURCES, Corpus
-from safetensors import safe_open
 from safetensors.torch import save_file
-from ship_mini import rate, read_curve
+from ship_mini import rate
 from train_mini_llava import BLIND, SEEING, LlavaPlan, LlavaTrainer, Speaker
 
 from mmhooks.models import mini_llava, zoo
@@ -67,15 +67,8 @@ def main(
             found = right(trainer, speaker, paper)
             exams[name] = {"n": len(paper)} | rate(round(found["value"] * len(paper)), len(paper))
             typer.echo(f"{name} (n = {len(paper)}): {100 * found['value']:.1f} %")
-    course, curve, before = trainer.course, read_curve(run), None
-    if plan.start:  # goes on from another run, which may have been stopped early
-        first = run.parent / plan.start
-        with safe_open(first / "checkpoint.safetensors", "pt") as file:
-            done = int(file.metadata()["step"])
-        before = {"plan": json.loads((first / "plan.json").read_text()), "stopped_at": done}
-        curve = [r for r in read_curve(first) if r["step"] <= done] + [
-            r | {"step": r["step"] + done} for r in curve
-        ]
+    course, chain = trainer.course, stages(run)
+    before = [{"plan": stage.plan, "steps_done": stage.steps} for stage in chain[:-1]]
     card = {
         "name": NAME,
         "architecture": "transformers LlavaForConditionalGeneration: mini-reader's image tower (frozen, not shipped again), "
@@ -104,7 +97,7 @@ def main(
     trainer.tokenizer.save_pretrained(target)
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     figures.mkdir(parents=True, exist_ok=True)
-    draw_curve(curve, figures / f"{NAME}-curve.png")
+    draw_curve(joined_curve(chain), figures / f"{NAME}-curve.png")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import mini_losses as losses
 import train_mini
+from checkpoints import joined_curve, stages
 from mini_corpus import Corpus
 
 from mmhooks.models import mini
@@ -106,3 +107,18 @@ def test_plain_pictures_equal_what_preprocess_gives(corpus: Corpus) -> None:
     ours = losses.plain(picture[None])[0]
     theirs = mini.preprocess(Image.fromarray(picture.numpy(), "RGBA"))
     assert (ours - theirs).abs().mean() < 0.02
+
+
+def test_stages_of_a_run_that_went_on_from_others(tmp_path: Path) -> None:
+    for name, start, done in (("a", "mini", 3), ("b", "a", 5)):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "plan.json").write_text(json.dumps({"start": start, "steps": 9}))
+        save_file({"average.x": torch.zeros(1)}, run / "checkpoint.safetensors", {"step": str(done)})
+        rows = [
+            {"step": step, "loss": 0.0} for step in (2, done, 8)
+        ]  # 8: past the checkpoint, not in the weights
+        (run / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chain = stages(tmp_path / "b")
+    assert [(s.plan["start"], s.steps) for s in chain] == [("mini", 3), ("a", 5)]
+    assert [row["step"] for row in joined_curve(chain)] == [2, 3, 5, 8]
