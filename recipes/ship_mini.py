@@ -87,9 +87,10 @@ def pictures_seen(chain: Sequence[Stage]) -> tuple[int, int]:
     return seen, shown
 
 
-def draw_curve(rows: list[dict], path: Path, title: str, batch: int) -> None:
+def draw_curve(chain: Sequence[Stage], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
+    rows, batches = joined_curve(chain), {stage.plan["batch"] for stage in chain}
     reads = "read_unseen_fonts" in rows[-1]
     figure, panels = plt.subplots(
         1, 1 + reads, figsize=(6.4 + 3.2 * reads, 3.6), layout="constrained", squeeze=False
@@ -98,7 +99,12 @@ def draw_curve(rows: list[dict], path: Path, title: str, batch: int) -> None:
     axes = panels[0, 0]
     for name, label in GALLERIES.items():
         axes.plot(steps, [100 * r[name]["R@10"] for r in rows], label=f"{label} (n = {rows[-1][name]['n']})")
-    axes.set(xlabel=f"step of {batch} drawings", ylabel="image→text R@10, %", ylim=(0, 100), title=title)
+    axes.set(
+        xlabel=f"step of {' or '.join(map(str, sorted(batches)))} drawings",
+        ylabel="image→text R@10, %",
+        ylim=(0, 100),
+        title=title,
+    )
     if reads:
         axes = panels[0, 1]
         for key, label in READING.items():
@@ -173,12 +179,7 @@ def main(
     save_file(half, target / "model.safetensors", {"format": "pt", "name": name})
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     figures.mkdir(parents=True, exist_ok=True)
-    draw_curve(
-        joined_curve(chain),
-        figures / f"{name}-curve.png",
-        f"{name}: held-out retrieval while training",
-        plan["batch"],
-    )
+    draw_curve(chain, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training")
     for row in card["retrieval"].values():
         shown = ", ".join(f"{k} {100 * v['value']:.1f}" for k, v in row["image_to_text"].items())
         typer.echo(f"{row['what']} (n = {row['n']}): {shown} %")
