@@ -68,6 +68,24 @@ class Mixer:
     def __len__(self) -> int:
         return sum(map(len, self._rows))
 
+    def hold_back(self, size: int) -> list[Tensor]:
+        """Takes ``size`` random rows of the run added last (and of those before it, where it has fewer) out again.
+
+        Rows of one run, not of all: pieces of many runs would go along from window to window, each a gather of its own.
+        """
+        held: list[Tensor] = []
+        while size:
+            rows = self._rows.pop()
+            kept = max(0, len(rows) - size)
+            held.append(rows[kept:])
+            size -= len(rows) - kept
+            if kept:
+                self._rows.append(rows[:kept])
+        return held
+
+    def put_back(self, held: Sequence[Tensor]) -> None:
+        self._rows.extend(held)
+
     def deal(self, size: int) -> tuple[Int[Tensor, " b"], list[int]]:
         """``size`` of the rows that are left, and how many of them each run gave."""
         left = [len(rows) for rows in self._rows]
@@ -82,9 +100,13 @@ def batches(
 ) -> Iterator[tuple[int, Int[Tensor, " b"], list[int]]]:
     """``(window, rows, rows of each run)`` for every batch; what a window leaves over goes into the next."""
     mixer = Mixer(rng)
+    held: list[Tensor] = []
     for number, runs in enumerate(plan):
+        mixer.put_back(held)
         mixer.add(runs)
+        held = mixer.hold_back(len(mixer) % size)
         for _ in range(len(mixer) // size):
             yield number, *mixer.deal(size)
+    mixer.put_back(held)
     if len(mixer) and not drop_last:
         yield len(plan) - 1, *mixer.deal(len(mixer))
