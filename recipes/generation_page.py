@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generation import GROUPS, MEASURES
+from generation_study import GROUPS, MEASURES
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
 from mmhooks.report.style import Palette, draw
@@ -18,50 +17,100 @@ from mmhooks.report.tables import Cell
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TOLD = {
+    "shift": "away from the prompt's concept, toward the reference's",
+    "gain": "cosine to the reference's concept",
+    "distortion": "1 − SSIM to strength 0",
+    "quality": "cosine to the nearest unedited drawing",
+}
+
 
 def grid(
-    strips: Mapping[str, Tensor], picture: Image, results: Mapping[str, Any], palette: Palette
+    strips: Mapping[str, Tensor],
+    picture: Image,
+    case: Mapping[str, str],
+    strengths: list[float],
+    palette: Palette,
 ) -> Figure:
     """Figure 8: a row a group, a column a strength; the reference at the left."""
     from matplotlib.figure import Figure
 
-    strengths, case = results["strengths"], results["cases"][results["shown"]]
-    figure = Figure(figsize=(1.15 * (len(strengths) + 1), 1.25 * len(strips)), facecolor=palette.ground)
-    axes = figure.subplots(len(strips), len(strengths) + 1, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+    columns, cell, left, top = len(strengths), 1.2, 2.2, 0.62
+    wide, high = left + columns * cell, top + len(strips) * cell
+    figure = Figure(figsize=(wide, high), facecolor=palette.ground)
+
+    def show(one: Any, x: float, y: float, side: float) -> None:
+        axis = figure.add_axes((x / wide, 1 - (y + side) / high, side / wide, side / high))
+        axis.imshow(one)
+        axis.axis("off")
+
+    def say(text: str, x: float, y: float, **options: Any) -> None:
+        options = {"color": palette.ink, "va": "center"} | options
+        figure.text(x / wide, 1 - y / high, text, fontdict=options)
+
+    middle = top + len(strips) * cell / 2
+    say(
+        f"toward\n{_lines(case['reference'])}",
+        0.75,
+        middle - 0.65,
+        ha="center",
+        va="bottom",
+        color=palette.soft,
+    )
+    show(picture.convert("RGB"), 0.15, middle - 0.6, 1.2)
+    say(f"prompt: {_cut(case['prompt'], int(10 * (wide - left)) - 8)}", left + 0.05, 0.18, weight="bold")
+    say("strength", left - 0.1, top - 0.16, ha="right", color=palette.soft)
+    for column, strength in enumerate(strengths):
+        say(f"{strength:g}", left + (column + 0.5) * cell, top - 0.16, ha="center", color=palette.soft)
     for row, (group, pictures) in enumerate(strips.items()):
-        axes[row, 0].set_ylabel(group, color=palette.ink)
-        if row == 0:
-            axes[row, 0].imshow(picture.convert("RGB"))
-            axes[row, 0].set_title(f"toward\n{case['reference']}", fontsize=8, color=palette.ink)
+        colour = palette.ink if group == "CrossD" else palette.group(group)
+        say(group, left - 0.1, top + (row + 0.5) * cell, ha="right", weight="bold", color=colour)
         for column, one in enumerate(pictures):
-            axis = axes[row, column + 1]
-            axis.imshow(to_pil_image(one.clamp(0, 1)))
-            if row == 0:
-                start = f"{case['prompt']}\n" if column == 0 else ""
-                axis.set_title(f"{start}{strengths[column]:g}", fontsize=8, color=palette.ink)
-    figure.subplots_adjust(0.04, 0.01, 0.99, 0.88, 0.04, 0.04)
+            show(
+                one.permute(1, 2, 0).numpy(),
+                left + column * cell + 0.03,
+                top + row * cell + 0.03,
+                cell - 0.06,
+            )
     return figure
 
 
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _lines(text: str) -> str:
+    """At most two lines that fit over the reference."""
+    from textwrap import wrap
+
+    return "\n".join(wrap(text, 18, max_lines=2, placeholder=" …"))
+
+
 def curves(found: Mapping[str, Any], strengths: list[float], palette: Palette) -> Figure:
-    """A panel a measure, a line a group, 95 % intervals over prompts."""
+    """A panel a measure, a line a group, 95 % intervals over prompts, side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained", facecolor=palette.ground)
-    for axis, (measure, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
-        for group in GROUPS:
+    figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=palette.ground)
+    axes = figure.subplots(2, 2).flat
+    gap = 0.012 * max(strengths) / 0.9
+    for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+        for place, group in enumerate(GROUPS):
             rows, colour = found["curves"][group][measure], palette.group(group)
+            values = [r["value"] for r in rows]
+            below = [r["value"] - r["low"] for r in rows]
+            above = [r["high"] - r["value"] for r in rows]
+            x = [s + gap * (place - 1.5) for s in strengths]
             line = "--" if group == "random" else "-"
-            axis.plot(strengths, [r["value"] for r in rows], line, color=colour, label=group)
-            axis.fill_between(
-                strengths, [r["low"] for r in rows], [r["high"] for r in rows], color=colour, alpha=0.15
-            )
-        axis.set(xlabel="strength", title=label)
-    figure.axes[0].legend()
+            axis.errorbar(x, values, [below, above], color=colour, linestyle=line, marker="o", markersize=4,
+                          linewidth=1.8, elinewidth=1.2, label=group)  # fmt: skip
+        axis.set_xlabel("strength")
+        axis.set_xticks(strengths, [f"{s:g}" for s in strengths])
+        axis.grid(axis="y", color=palette.line, linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.set_title(f"{label[0].upper()}{label[1:]}", pad=22)
+        axis.text(0, 1.035, TOLD[measure], transform=axis.transAxes, color=palette.soft, fontsize=9.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(GROUPS))
     return figure
 
 
@@ -74,36 +123,46 @@ def table(found: Mapping[str, Any], title: str, strength: float) -> Table:
          *(cell(found["curves"][group][m][-1]) for m in MEASURES)]
         for group in GROUPS
     ]  # fmt: skip
-    return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title,
-                 note=f"At strength {strength:g}; 95 % bootstrap over prompts.")  # fmt: skip
+    note = f"At strength {strength:g}; 95 % bootstrap over prompts. Groups by {found['rule']}."
+    return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title, note=note)
 
 
-def write(results: Mapping[str, Any], strips: Mapping[str, Any], picture: Image, out: Path) -> None:
-    """``tables.md``, PNG figures and ``index.html``."""
+def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], out: Path) -> None:
+    """``tables.md``, PNG figures and ``index.html``; ``shows``: strips of a mode and their reference."""
     strengths, sections = results["strengths"], []
     markdown = ["# Interpolation by modality", ""]
     for mode, by_space in results["modes"].items():
+        strips, picture = shows[mode]
         for space, found in by_space.items():
             title, name = f"{mode}, {space}", f"{mode}-{space}".lower()
+            case = results["cases"][found["shown"]]
+
+            def pictures(p: Palette, strip=strips[space], picture=picture, case=case) -> Figure:
+                return grid(strip, picture, case, strengths, p)
+
+            def lines(p: Palette, found=found) -> Figure:
+                return curves(found, strengths, p)
+
             plots: list[Block] = []
-            for kind, make, alt in (
+            for kind, make, caption in (
                 (
                     "grid",
-                    lambda p, m=mode, s=space: grid(strips[m][s], picture, results, p),
-                    "pictures by strength",
+                    pictures,
+                    "Pictures by strength, " + ("of the prompt that moved most" if results["chosen"] else "of one prompt"),
                 ),
-                ("curves", lambda p, f=found: curves(f, strengths, p), "measures by strength"),
-            ):
-                light, dark = draw(make, alt=f"{title}: {alt}")
+                ("curves", lines, "Measures by strength, with 95 % intervals over prompts"),
+            ):  # fmt: skip
+                light, dark = draw(make, alt=f"{title}: {caption[0].lower()}{caption[1:]}")
                 (out / f"{kind}-{name}.png").write_bytes(light.data)
-                plots.append(Plot(light, dark, caption=alt.capitalize()))
+                plots.append(Plot(light, dark, caption=caption))
             numbers = table(found, title, strengths[-1])
             said = [v["sentence"] for v in found["verdicts"].values()]
             items: Any = [("same" if v["holds"] else "differs", f"{g} {v['claim']}", v["sentence"])
                           for g, v in found["verdicts"].items()]  # fmt: skip
+            low, high = found["thresholds"]
             control = (
-                f"Scores of shuffled pairs correlate with these by {found['shuffled_r']:.3f}: near 1 they say little "
-                "about the pairing."
+                f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Scores of shuffled pairs "
+                f"correlate with these by {found['shuffled_r']:.3f}: near 1 they say little about the pairing."
             )
             sections.append(
                 Section(title, [*plots, Listing(items), TableBlock(numbers), Prose(control, "note")])

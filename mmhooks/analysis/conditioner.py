@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mmhooks.analysis.mds import MDSResult, mds
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import DataError, MMHooksError
-from mmhooks.models.references import conditioner, reference, text_end, token_norm
+from mmhooks.models.references import Mode, caption_embeds, conditioner, reference, text_end, token_norm
 
 Sides = tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
 
@@ -21,42 +22,57 @@ def conditioner_sides(
     sd: Any,
     pairs: Pairs,
     *,
-    mode: Literal["naive", "projected"] = "projected",
+    mode: Mode = "projected",
     clip: Any = None,
     projection: Any = None,
     tokens: Literal["end", "mean"] = "end",
     batch_size: int = 64,
     progress: bool = True,
 ) -> Sides:
-    """Pictures and captions of pairs in the conditioner's space: ``(references [n d], texts [n d])``.
+    """Pictures and captions of pairs in the space that is edited: ``(references [n d], texts [n d])``.
 
-    The picture side is what an edit would bring in, :func:`~mmhooks.models.references.reference`; the text side is
-    the hidden state at the end of the caption, which CLIP projects, or the mean over its tokens (the first left
-    out). A head is trained on both: ``mm.train_head(mm.TopKSAE(d, 4 * d, 16), *sides)``.
+    The picture side is what an edit would bring in, :func:`~mmhooks.models.references.reference`. The text side is
+
+    - at ``text.cond`` the hidden state at the end of the caption, which CLIP projects, or the mean over its tokens
+      (the first left out);
+    - at ``image.embed`` (``mode="unclip"``) the CLIP text embedding that the prior starts from,
+      :func:`~mmhooks.models.references.caption_embeds`, brought to the median norm of the pictures: CLIP compares
+      directions, and lengths alone would make one side dominate.
+
+    A head is trained on both: ``mm.train_head(mm.TopKSAE(d, 4 * d, 16), *sides)``.
 
     Raises:
         DataError: there are no pairs.
-        MissingWeights, ShapeMismatch, MMHooksError: as ``reference``.
+        MissingWeights, ShapeMismatch, MMHooksError: as ``reference`` and ``caption_embeds``.
     """
     if not len(pairs):
         raise DataError("no pairs to score a conditioner's features on")
-    norm = token_norm(sd)
+    norm = None if mode == "unclip" else token_norm(sd)
     images, texts = [], []
     with rate_bar("conditioner", len(pairs), unit="pairs", show=progress) as advance:
         for begin in range(0, len(pairs), batch_size):
             rows = [pairs[i] for i in range(begin, min(begin + batch_size, len(pairs)))]
             pictures, captions = [row.image for row in rows], [row.text for row in rows]
             found = reference(sd, pictures, mode=mode, clip=clip, projection=projection, norm=norm)
-            images.append(found[:, 0].float().cpu())
-            cond, ends = conditioner(sd, captions).float().cpu(), text_end(sd, captions)
-            if tokens == "end":
-                texts.append(cond[torch.arange(len(cond)), ends])
+            images.append(found.flatten(1).float().cpu())  # one token, or none
+            if mode == "unclip":
+                texts.append(caption_embeds(sd, captions, clip=clip).float().cpu())
             else:
-                inside = torch.arange(cond.shape[1]) <= ends[:, None]
-                inside[:, 0] = False
-                texts.append((cond * inside[..., None]).sum(1) / inside.sum(1, keepdim=True))
+                texts.append(_hidden_states(sd, captions, tokens))
             advance(len(rows))
-    return torch.cat(images), torch.cat(texts)
+    image, text = torch.cat(images), torch.cat(texts)
+    if mode == "unclip":
+        text = normalize(text, dim=1) * image.norm(dim=1).median()
+    return image, text
+
+
+def _hidden_states(sd: Any, captions: list[str], tokens: Literal["end", "mean"]) -> Float[Tensor, "n d"]:
+    cond, ends = conditioner(sd, captions).float().cpu(), text_end(sd, captions)
+    if tokens == "end":
+        return cond[torch.arange(len(cond)), ends]
+    inside = torch.arange(cond.shape[1]) <= ends[:, None]
+    inside[:, 0] = False
+    return (cond * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
 
 
 def conditioner_mds(sides: Sides, *, head: Any = None, data: str = "", min_fires: int = 20) -> MDSResult:
@@ -66,7 +82,7 @@ def conditioner_mds(sides: Sides, *, head: Any = None, data: str = "", min_fires
 
     Args:
         sides: of :func:`conditioner_sides`.
-        head: a head over ``d_cond``; its groups select ``text.cond.<head>.latents``.
+        head: a head over that space; its groups select ``text.cond.<head>.latents``, or ``image.embed.<head>.latents``.
 
     Raises:
         MMHooksError: a head of another width.
@@ -77,4 +93,5 @@ def conditioner_mds(sides: Sides, *, head: Any = None, data: str = "", min_fires
     if head.d_in != images.shape[1]:
         raise MMHooksError(f"the head reads {head.d_in} dimensions, the conditioner has {images.shape[1]}")
     with torch.no_grad():
-        return mds(head.encode(images), head.encode(texts), head=head, data=data, min_fires=min_fires)
+        latents = [head.encode(head.prepare(side)) for side in sides]
+        return mds(*latents, head=head, data=data, min_fires=min_fires)

@@ -203,6 +203,32 @@ def text_end(sd: Any, prompts: Sequence[str]) -> Int[Tensor, " n"]:
     return (ids == tokenizer.eos_token_id).int().argmax(1)
 
 
+def caption_embeds(sd: Any, captions: Sequence[str], *, clip: Any = None) -> Float[Tensor, "n d"]:
+    """Captions in the joint space of a Stable unCLIP pipeline: what its prior makes a picture embedding of.
+
+    The CLIP text embedding, not the prior's output: the prior draws at random, costs dozens of passes a caption, and
+    is trained to land where *pictures* lie, so it would be no other side.
+
+    Args:
+        clip: the model whose picture tower gives the other side; its text tower must be the prior's.
+
+    Raises:
+        MMHooksError: no prior, or ``clip`` has another text tower.
+    """
+    tower = sd.text_towers.get("prior_text")
+    if tower is None:
+        raise MMHooksError(
+            f"{type(sd.pipe).__name__} has no prior with a text encoder: no caption reaches its image embedding"
+        )
+    if clip is not None:
+        _check_tower(getattr(clip, "model", clip), [tower])
+    ids = sd.pipe.prior_tokenizer(
+        list(captions), padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return tower(ids.to(sd.device)).text_embeds
+
+
 def token_norm(sd: Any, prompt: str = "a photo") -> float:
     """The median norm of a conditioner's tokens, the first left out: it is an outlier in every CLIP."""
     return float(conditioner(sd, prompt)[0, 1:].float().norm(dim=-1).median())

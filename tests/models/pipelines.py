@@ -168,3 +168,41 @@ def traces(sd: mm.HookedDiffusion) -> list:
         ]
         seen.append((name, type(module), sorted(vars(module)), hooks, getattr(module, "processor", None)))
     return seen
+
+
+def matching_clip(encoder: Any, folder: Path, *, joint: int = 16) -> str:
+    """An open_clip model that ``encoder`` (a text encoder of :func:`build`) is the text tower of, as a directory.
+
+    Its name for ``mm.load``: ``local-dir:…``. Picture tower and, where the encoder has none, projection are random.
+    """
+    import open_clip
+    from safetensors.torch import save_file
+
+    from mmhooks.models.hf_weights import encoder_layers
+
+    text = encoder.config
+    shape = {
+        "embed_dim": joint, "quick_gelu": True,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8},
+        "text_cfg": {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": text.hidden_size,
+                     "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "mlp_ratio": 2},
+    }  # fmt: skip
+    torch.manual_seed(3)
+    model = open_clip.model.CLIP(**shape)
+    with torch.no_grad():
+        theirs = dict(encoder.named_parameters())
+        for name, ours in encoder_layers(model.transformer.resblocks).items():
+            ours.copy_(next(v for k, v in theirs.items() if k.endswith(name)))
+        for name, ours in {
+            "token_embedding.weight": model.token_embedding.weight, "position_embedding.weight": model.positional_embedding,
+            "final_layer_norm.weight": model.ln_final.weight, "final_layer_norm.bias": model.ln_final.bias,
+        }.items():  # fmt: skip
+            ours.copy_(next(v for k, v in theirs.items() if k.endswith(name)))
+        if "text_projection.weight" in theirs:
+            model.text_projection.copy_(theirs["text_projection.weight"].T)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    return f"local-dir:{folder}"

@@ -10,9 +10,16 @@ from torch.nn import functional as F
 import mmhooks as mm
 from mmhooks.analysis.conditioner import conditioner_mds, conditioner_sides
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-from mmhooks.models.references import conditioner, image_embeds, text_end, text_projection, token_norm
+from mmhooks.models.references import (
+    caption_embeds,
+    conditioner,
+    image_embeds,
+    text_end,
+    text_projection,
+    token_norm,
+)
 
-from .pipelines import build, draw, text_encoder
+from .pipelines import build, draw, matching_clip, text_encoder, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,10 @@ def test_unclip(pipes, pictures):
             sd.caching("image.*") as cache,
         ):
             assert torch.equal(draw(sd.pipe, guidance=guidance), want)
+        with sd.hooks(mm.Interpolate(toward=ref, strength=0.6, at="image.embed", guidance="cond")):
+            assert torch.equal(
+                draw(sd.pipe, guidance=guidance), want
+            )  # the unconditional half is zeros, made later
         assert cache["image.embed"].shape == (1, 16) and cache["image.cond"].shape == (
             3,
             1 + (guidance > 1),
@@ -163,18 +174,82 @@ def test_what_does_not_fit(pipes, pictures):
         mm.reference(sdxl, pictures, mode="naive", clip=mm.load("mini"))
 
 
-@pytest.mark.parametrize("tokens", ["end", "mean"])
-def test_modality_of_the_conditioner(pipes, pictures, tokens, tmp_path):
-    sd = pipes("sd1")
-    captions = ["a red panda", "blue kite", "house"] * 3
-    folder = tmp_path / "pairs"
+def test_modality_of_the_image_embedding(pipes, pictures, tmp_path):
+    """Both sides in the joint space, by hand, and features of a head there."""
+    sd = mm.HookedDiffusion(build("unclip"))
+    pipe = sd.pipe
+    pipe.prior.clip_std.data.fill_(1.0)  # else the prior gives zeros
+    clip = mm.load(matching_clip(pipe.prior_text_encoder, tmp_path / "clip"))
+    pairs = folder_of(tmp_path / "pairs", pictures, ["a red panda", "blue kite", "house"] * 3)
+    images, texts = conditioner_sides(sd, pairs, mode="unclip", clip=clip, batch_size=4, progress=False)
+    pixels = torch.stack([clip.preprocess(pair.image) for pair in pairs])
+    with torch.no_grad():
+        torch.testing.assert_close(images, clip.encode_image(pixels))
+        ids = tokenizer()(pairs.texts, padding="max_length", return_tensors="pt").input_ids
+        said = pipe.prior_text_encoder(ids).text_embeds
+        torch.testing.assert_close(said, clip.model.encode_text(ids))  # one joint space with the pictures
+    lengths = images.norm(dim=1).sort().values
+    torch.testing.assert_close(texts.norm(dim=1), lengths[4].expand(9))
+    torch.testing.assert_close(F.cosine_similarity(texts, said), torch.ones(9))
+    # What the pipeline itself gives its prior for these words.
+    prior = pipe._encode_prior_prompt(list(pairs.texts), "cpu", 1, False)[0]
+    torch.testing.assert_close(caption_embeds(sd, pairs.texts, clip=clip), prior)
+
+    torch.manual_seed(0)
+    sae = mm.TopKSAE(16, 32, 4)
+    scored = conditioner_mds((images, texts), head=sae, min_fires=1)
+    group = max(scored.groups, key=len)
+    toward = sae.encode(unit(images[:1]))
+    original = pipe.noise_image_embeddings
+
+    def by_hand(image_embeds, **options):
+        z, length = sae.encode(unit(image_embeds)), image_embeds.norm(dim=1, keepdim=True)
+        moved = torch.where(group.mask, z + 0.7 * (toward - z), z)
+        return original(image_embeds=image_embeds + length * ((moved - z) @ sae.W_dec), **options)
+
+    pipe.noise_image_embeddings = by_hand
+    try:
+        with torch.no_grad():
+            want = draw(pipe)
+    finally:
+        del pipe.noise_image_embeddings
+    sd.attach(sae, at="image.embed")
+    try:
+        at = "image.embed.sae.latents"
+        with sd.hooks(mm.Interpolate(group, toward=toward, strength=0.7, at=at, guidance="cond")):
+            got = draw(pipe)
+    finally:
+        sd.detach()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert (got - draw(pipe)).abs().max() > 1e-3
+
+    torch.manual_seed(7)
+    other = mm.load(matching_clip(text_encoder(16, projection=16), tmp_path / "other"))
+    with pytest.raises(MMHooksError, match="not the model that the pipeline conditions on"):
+        conditioner_sides(sd, pairs, mode="unclip", clip=other, progress=False)
+    with pytest.raises(MMHooksError, match="no prior with a text encoder"):
+        caption_embeds(pipes("sd1"), ["a red panda"])
+
+
+def unit(rows):
+    return F.normalize(rows, dim=-1)  # as a head reads them
+
+
+def folder_of(folder, pictures, captions):
+    """Pairs of captions and pictures, each picture turned once more when its turn comes again."""
     folder.mkdir()
     rows = ["file_name,text"]
     for n, caption in enumerate(captions):
         pictures[n % 3].rotate(90 * (n // 3)).save(folder / f"{n}.png")
         rows.append(f"{n}.png,{caption}")
     (folder / "metadata.csv").write_text("\n".join(rows))
-    pairs = mm.data.pairs(folder)
+    return mm.data.pairs(folder)
+
+
+@pytest.mark.parametrize("tokens", ["end", "mean"])
+def test_modality_of_the_conditioner(pipes, pictures, tokens, tmp_path):
+    sd = pipes("sd1")
+    pairs = folder_of(tmp_path / "pairs", pictures, ["a red panda", "blue kite", "house"] * 3)
     whole = with_projection(sd, 16)
     sides = conditioner_sides(sd, pairs, projection=whole, tokens=tokens, batch_size=4, progress=False)
     images, texts = sides
@@ -193,11 +268,13 @@ def test_modality_of_the_conditioner(pipes, pictures, tokens, tmp_path):
     torch.manual_seed(0)
     sae = mm.TopKSAE(16, 32, 4)
     scored = conditioner_mds(sides, head=sae, min_fires=1)
-    torch.testing.assert_close(scored.R, mm.mds(sae.encode(images), sae.encode(texts)).R, equal_nan=True)
+    torch.testing.assert_close(
+        scored.R, mm.mds(sae.encode(unit(images)), sae.encode(unit(texts))).R, equal_nan=True
+    )
     sd.attach(sae, at="text.cond")
     try:
         group = next(g for g in scored.groups if len(g))
-        toward = sae.encode(images[:1])[:, None]
+        toward = sae.encode(unit(images[:1]))[:, None]
         with sd.hooks(mm.Interpolate(group, toward=toward, strength=0.5, guidance="cond")):
             draw(sd.pipe)
         with sd.hooks(mask=group):
