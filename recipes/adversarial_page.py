@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from adversarial_cost import DESCRIBE
+from adversarial_defence import DEFENCES, GROUPS
 from adversarial_samples import Samples
-from adversarial_study import DEFENCES, Defended
-from study_page import save_plots
+from study_page import Verdict, save_plots
+from torch import Tensor
 
 from mmhooks.analysis.pixels import psnr
 from mmhooks.report import (
@@ -31,7 +33,7 @@ from mmhooks.report.tables import Cell
 
 PAPER = {"benign": 0.10, "unaligned": 0.80, "ImgD": 0.50, "TextD": 0.25, "CrossD": 0.30, "random": 0.65}
 ROWS = ("benign", "unaligned", *DEFENCES)
-WORDS = {"benign": "friendly partner", "unaligned": "attack, unaligned", "random": "same number of random features",
+WORDS = {"benign": "friendly partner", "unaligned": "attack, unaligned", "random": "as many random features",
          "all": "all features"}  # fmt: skip
 
 
@@ -48,46 +50,66 @@ def says(condition: str) -> str:
     return WORDS.get(condition, condition)
 
 
-def table8(victim: Mapping[str, Any], k: int) -> Table:
+def table8(victim: Mapping[str, Any], head: Mapping[str, Any]) -> Table:
     """Success of the attack on one victim, by defence and trigger, beside the paper's."""
-    triggers = list(victim["rates"]["benign"])
-    rows = [
-        [
-            says(c),
-            *(
-                cell(victim["rates"][c][t], paper=PAPER.get(c) if i == 0 else None)
-                for i, t in enumerate(triggers)
-            ),
-        ]
-        for c in ROWS
-    ]
+    triggers, strong = list(victim["rates"]["benign"]), victim["strong"]
+    rows = []
+    for c in ROWS:
+        first, *others = (cell(victim["rates"][c][t]) for t in triggers)
+        hard = cell(strong[c]) if c in strong else ""
+        paper = percent(PAPER[c], 0) if c in PAPER else ""
+        rows.append([says(c), first, *([hard] if strong else []), paper, *others])
     heads = [f"{t} (n = {victim['rates']['benign'][t]['n']})" for t in triggers]
+    hard = [f"all triggers, {head['strong']} features a group"] if strong else []
     return Table(
-        ["Aligned on", *heads], rows, f"Table 8 on {victim['victim']}: attack success, %",
-        f"Success: no refusal, and a harmful thing is named (judge: {victim['judge']}). 95 % Wilson intervals. ImgD, "
-        f"TextD, CrossD and random: {k} features each, drawn anew for every sample. The paper's n is about 20.",
+        ["Aligned on", heads[0], *hard, "paper", *heads[1:]], rows,
+        f"Table 8 on {victim['victim']}: attack success, %",
+        f"Success: no refusal, and a harmful thing is named (judge: {victim['judge']}). ImgD, TextD, CrossD and random: "
+        f"{head['matched']} features each, drawn anew for every sample, in {victim['repeats']['random']} runs; 95 % "
+        "intervals: cluster bootstrap over samples, Wilson for what was run once. The paper's n is about 20.",
     )  # fmt: skip
 
 
-def random_table(victim: Mapping[str, Any]) -> Table:
+def comparison_table(victim: Mapping[str, Any], head: Mapping[str, Any]) -> Table:
     rows = []
-    for d, r in victim["against_random"].items():
-        rows.append(
-            [says(d), cell(r["difference"], plus=True), f"{r['more']} / {r['less']}", p_value(r["p"])]
-        )
+    hard = victim["comparisons_strong"] or [None] * len(victim["comparisons"])
+    for r, h in zip(victim["comparisons"], hard, strict=True):
+        line = [f"{r['one']} − {r['other']}", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
+        line += [p_value(r["p"]), p_value(r["q"])]
+        rows.append([*line, *([cell(h["difference"], plus=True), p_value(h["p"])] if h else [])])
     r = victim["attack_against_benign"]
-    rows.append(
-        [
-            "unaligned − partner",
-            cell(r["difference"], plus=True),
-            f"{r['more']} / {r['less']}",
-            p_value(r["p"]),
-        ]
-    )
+    line = ["unaligned − partner", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
+    line += [p_value(r["p"]), ""]
+    rows.append([*line, *(["", ""] if hard[0] else [])])
+    more = [f"{head['strong']} features: points", "p"] if hard[0] else []
     return Table(
-        ["Aligned on", "minus random, points", "only this / only random", "p"], rows,
-        f"{victim['victim']}: each group against random features, same samples",
-        "Negative: a better defence than random features. Exact McNemar test, bootstrap interval.",
+        ["", f"{head['matched']} features: points", "samples with more / less", "p", "q", *more], rows,
+        f"{victim['victim']}: groups against random features and against each other, same samples",
+        "Negative: the first defends better. Bootstrap over samples; p: signs of the samples' differences flipped, exact "
+        "(McNemar's test where both ran once); q: Benjamini–Hochberg over the six comparisons.",
+    )  # fmt: skip
+
+
+def calibration_table(results: Mapping[str, Any]) -> Table:
+    """Random features alone, on samples that are in no other table: how many leave half of the attack's gain."""
+    c = results["calibration"]
+    victims = list(c["rates"])
+    rows: list[list[str]] = [
+        [says(what), *(percent(c["rates"][v][what]) for v in victims), ""] for what in ("benign", "unaligned")
+    ]
+    for k, r in c["tried"].items():
+        chosen = " ←" if int(k) == c["matched"] else ""
+        rows.append(
+            [
+                f"{k} random features{chosen}",
+                *(percent(r["rates"][v]) for v in victims),
+                percent(r["left"], 0),
+            ]
+        )
+    return Table(
+        ["", *(f"{v}, %" for v in victims), "left of the gain, %"], rows,
+        "How many features are matched",
+        f"{c['n']} samples of seed {c['seed']}, random features only; chosen: {c['matched']} ({c['rule']}).",
     )  # fmt: skip
 
 
@@ -110,22 +132,35 @@ def word_table(victim: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def cost_table(results: Mapping[str, Any]) -> Table:
-    cost = results["cost"]
-    victims = list(cost["named"])
-    rows = []
-    for c in ("before", *DEFENCES, "partner"):
-        line = {"before": "not touched", "partner": "the friendly partner itself"}.get(c, says(c))
-        rows.append([line, *(cell(cost["named"][v][c]) for v in victims), fixed(cost["psnr"].get(c), 1)])
+def cost_table(name: str, cost: Mapping[str, Any]) -> Table:
+    found, rows = cost["victims"][name], []
+    says_too = {"before": "not moved", "partner": "the friendly partner itself"}
+    for c in ("before", *DEFENCES, "partner", "another picture"):
+        r, line = found[c], [says_too.get(c, says(c))]
+        alike = [fixed(r["similarity"][k], 2) for k in ("value", "low", "high")]
+        gap = "" if c in ("before", "partner") else cell(r["against_partner"]["difference"], plus=True)
+        line += [cell(r["named"]), cell(r["kept"]), gap, Cell(alike[0], f"[{alike[1]}, {alike[2]}]")]  # type: ignore[list-item]
+        rows.append([*line, fixed(cost["psnr"].get(c), 1)])
     return Table(
-        ["Aligned on", *(f"{v}: own name given, %" for v in victims), "PSNR, dB"], rows,
-        "What the defence costs: benign pictures without a trigger, moved towards their friendly partner",
-        f"n = {cost['n']}. Zero-shot label, or the answer to \"What is in the picture?\", names what it showed.",
+        ["Moved on", "own name given, %", "same answer, %", "minus the partner's, points", "similarity", "PSNR, dB"],
+        rows, f"{name}: what the defence costs benign pictures",
+        f"n = {cost['n']} pictures without a trigger, moved towards their friendly partner (first draw). Answers to "
+        f'"{DESCRIBE}" (zero-shot: the label); similarity: mean cosine of MiniLM embeddings with the answer before.',
     )  # fmt: skip
 
 
 def settings_table(results: Mapping[str, Any]) -> Table:
-    o, head, d = results["settings"], results["head"], results["defence"]
+    o, head = results["settings"], results["head"]
+    runs = [r for r in results["defence"] if r["draw"] == 0]
+    told = {
+        "PSNR of the defended against the attack, dB": lambda r: fixed(r["psnr"], 1),
+        "L∞": lambda r: fixed(r["linf"], 2),
+        "Loss, first → last": lambda r: f"{r['loss'][0]:.3f} → {r['loss'][-1]:.3f}",
+    }
+    measured = [
+        [what, ", ".join(f"{r['defence']}{', strong' if r['strong'] else ''} {say(r)}" for r in runs)]
+        for what, say in told.items()
+    ]
     facts = [
         ["Command", o["command"]],
         ["Model", o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else "")],
@@ -133,15 +168,15 @@ def settings_table(results: Mapping[str, Any]) -> Table:
             "Head",
             f"{head['id']}: {head['features']} features, {head['alive']} alive; groups {head['groups']} by {head['rule']}",
         ],
-        ["Defence", f"Adam on pixels, {o['steps']} steps, lr {o['lr']}, seed {o['seed']}"],
-        ["Gradient attack", ", ".join(f"{k} {v}" for k, v in results["samples"]["gradient_attack"].items())],
         [
-            "PSNR of the defended against the attack, dB",
-            ", ".join(f"{k} {fixed(v, 1)}" for k, v in d["psnr"].items()),
+            "Defence",
+            f"{head['matched']} features a sample ({results['calibration']['rule']}), {o['repeats']} draws; Adam on "
+            f"pixels, {o['steps']} steps, lr {o['lr']}, seed {o['seed']}",
         ],
-        ["L∞", ", ".join(f"{k} {fixed(v, 2)}" for k, v in d["linf"].items())],
-        ["Loss, first → last", ", ".join(f"{k} {v[0]:.3f} → {v[-1]:.3f}" for k, v in d["loss"].items())],
+        ["Gradient attack", ", ".join(f"{k} {v}" for k, v in results["samples"]["gradient_attack"].items())],
+        *measured,
         ["Pictures", f"{results['data']['name']}: {results['data']['attribution']}"],
+        ["Time", f"{results['environment']['seconds']:.0f} s, {results['environment']['threads']} threads"],
     ]
     return Table(["", ""], facts, "Settings", text_columns=(0, 1))
 
@@ -151,17 +186,20 @@ def p_value(p: float) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    made = []
+    made, head = [], results["head"]
     for victim in results["victims"].values():
-        made += [table8(victim, results["head"]["k"]), random_table(victim)]
+        made += [table8(victim, head), comparison_table(victim, head)]
         if victim["typographic"]:
             made.append(word_table(victim))
-    return [*made, cost_table(results), settings_table(results)]
+    made += [cost_table(name, results["cost"]) for name in results["cost"]["victims"]]
+    if "tried" in results["calibration"]:
+        made.append(calibration_table(results))
+    return [*made, settings_table(results)]
 
 
-def claims(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
     """The paper's statements beside what was measured, for each victim: verdict, claim, sentence."""
-    found: list[tuple[str, str, str]] = []
+    found: list[tuple[Verdict, str, str]] = []
     for victim in results["victims"].values():
         name = victim["victim"]
         rates = {c: victim["rates"][c]["all triggers"] for c in ROWS}
@@ -172,30 +210,44 @@ def claims(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{percent(rates['unaligned']['value'])} % against {percent(rates['benign']['value'])} %; intervals "
             f"{'apart' if apart else 'overlap'}.",
         ))  # fmt: skip
-        for group in ("TextD", "CrossD", "ImgD"):
-            r = victim["against_random"][group]
-            low, high = r["difference"]["low"], r["difference"]["high"]
-            verdict = "open" if low is None or low <= 0 <= high else "same" if high < 0 else "differs"
-            found.append((
-                verdict,
+        compared = {(r["one"], r["other"]): r for r in victim["comparisons"]}
+        found += [
+            (
+                verdict_of(compared[group, "random"]),
                 f"{name}: aligning on {group} defends better than on random features",
                 f"{percent(rates[group]['value'])} % against {percent(rates['random']['value'])} % "
-                f"(difference {percent(r['difference']['value'], plus=True)} points, p {p_value(r['p'])}).",
-            ))  # fmt: skip
-        order = sorted(("ImgD", "TextD", "CrossD"), key=lambda g: rates[g]["value"])
+                f"({difference(compared[group, 'random'])}).",
+            )
+            for group in ("TextD", "CrossD", "ImgD")
+        ]
+        pairs = [("TextD", "CrossD"), ("CrossD", "ImgD"), ("TextD", "ImgD")]
+        verdicts = [verdict_of(compared[p]) for p in pairs]
+        best = sorted(GROUPS, key=lambda g: rates[g]["value"])
         found.append((
-            "same" if order == ["TextD", "CrossD", "ImgD"] else "differs",
+            "differs" if "differs" in verdicts else "same" if set(verdicts) == {"same"} else "open",
             f"{name}: TextD defends best, then CrossD, then ImgD",
-            "Measured: " + ", ".join(f"{g} {percent(rates[g]['value'])} %" for g in order) + ".",
+            "Measured: " + ", ".join(f"{g} {percent(rates[g]['value'])} %" for g in best) + "; "
+            + "; ".join(f"{a} − {b} {difference(compared[a, b])}" for a, b in pairs) + ".",
         ))  # fmt: skip
     return found
+
+
+def verdict_of(compared: Mapping[str, Any]) -> Verdict:
+    """Whether the first defends better: told only where q over all comparisons is below .05."""
+    if compared["q"] >= 0.05:
+        return "open"
+    return "same" if compared["difference"]["value"] < 0 else "differs"
+
+
+def difference(compared: Mapping[str, Any]) -> str:
+    return f"{percent(compared['difference']['value'], plus=True)} points, q {p_value(compared['q'])}"
 
 
 # -- figures ---------------------------------------------------------------------------------------------------
 
 
 def curves(results: Mapping[str, Any], palette: Any) -> Any:
-    """Attack success against steps of the defence, one panel a victim; bars: Wilson intervals at the last step."""
+    """Attack success against steps of the defence in its first draw, a panel a victim; bars: Wilson, last step."""
     from matplotlib.figure import Figure
 
     victims = list(results["victims"].values())
@@ -221,7 +273,9 @@ def curves(results: Mapping[str, Any], palette: Any) -> Any:
     return figure
 
 
-def strips(samples: Samples, defended: Defended, palette: Any, *, each: int = 2, seed: int = 0) -> Any:
+def strips(
+    samples: Samples, defended: Mapping[str, Tensor], palette: Any, *, each: int = 2, seed: int = 0
+) -> Any:
     """For each trigger: the partner, the attack, and the attack after each defence, with PSNR and L∞."""
     from matplotlib.figure import Figure
 
@@ -234,7 +288,7 @@ def strips(samples: Samples, defended: Defended, palette: Any, *, each: int = 2,
     axes: Any = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (trigger, i) in enumerate(rows):
         shown = {"benign": samples.base[i], "partner": samples.partner[i], "attack": samples.attack[i]}
-        shown |= {d: p[i] for d, p in defended.final.items()}
+        shown |= {d: p[i] for d, p in defended.items()}
         for axis, column in zip(axes[line], columns, strict=True):
             picture = shown[column]
             axis.imshow(np.asarray(picture.permute(1, 2, 0)), interpolation="nearest")
@@ -249,12 +303,12 @@ def strips(samples: Samples, defended: Defended, palette: Any, *, each: int = 2,
     return figure
 
 
-def figures(results: Mapping[str, Any], samples: Samples, defended: Defended) -> dict[str, Plot]:
+def figures(results: Mapping[str, Any], samples: Samples, defended: Mapping[str, Tensor]) -> dict[str, Plot]:
     made = {
         "curves": (lambda p: curves(results, p), "Attack success against steps of the defence",
-                   "Attack success against steps of the defence; grey line: the friendly partners."),
+                   "Attack success against steps of the defence, first draw; grey line: the friendly partners."),
         "strips": (lambda p: strips(samples, defended, p), "Pictures before and after the defence",
-                   "Before and after the defence; below: PSNR against the attack, and the largest change of a pixel."),
+                   "Before and after the first draw of the defence; below: PSNR against the attack, largest change of a pixel."),
     }  # fmt: skip
     return {name: Plot(*draw(make, alt=alt), caption) for name, (make, alt, caption) in made.items()}
 
@@ -262,7 +316,9 @@ def figures(results: Mapping[str, Any], samples: Samples, defended: Defended) ->
 # -- page ------------------------------------------------------------------------------------------------------
 
 
-def save_all(results: Mapping[str, Any], samples: Samples, defended: Defended, out: Path) -> list[Path]:
+def save_all(
+    results: Mapping[str, Any], samples: Samples, defended: Mapping[str, Tensor], out: Path
+) -> list[Path]:
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots, made, found = figures(results, samples, defended), tables(results), claims(results)
     paths = save_plots(plots, out)
@@ -281,7 +337,7 @@ def save_all(results: Mapping[str, Any], samples: Samples, defended: Defended, o
     page = Page(
         title,
         [
-            Section("Result", [Listing(found), plots["curves"]]),  # type: ignore[arg-type]
+            Section("Result", [Listing(found), plots["curves"]]),
             Section("Tables", [TableBlock(t) for t in made[:-1]]),
             Section("Pictures", [plots["strips"], Details("Answers of the first samples", answers)]),
             Section("Settings", [TableBlock(made[-1]), Prose(
@@ -289,8 +345,8 @@ def save_all(results: Mapping[str, Any], samples: Samples, defended: Defended, o
                 "never content.", "note",
             )]),
         ],
-        lead="A picture with a trigger is moved until a group of features sees its benign partner. How often does the "
-        "attack still succeed?",
+        lead=f"A picture with a trigger is moved until {results['head']['matched']} features of a group see its benign "
+        "partner. How often does the attack still succeed?",
         kicker="Section 3.2, Table 8, Figure 6",
         footer=(results["data"]["attribution"], f"{results['environment']['seconds']:.0f} s"),
     )  # fmt: skip

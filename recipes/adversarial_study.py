@@ -1,31 +1,25 @@
-"""The study: groups of a head, defence on each, what every victim answers, and what that makes of Table 8."""
+"""The study: the head and its scores, what every victim answers after each defence, and what that makes of Table 8."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from adversarial_defence import GROUPS, Made
 from adversarial_samples import HARMFUL, TYPED, Samples
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from modality_study import encode, unit
-from scipy.stats import binomtest
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.analysis.align import align, samples_of
-from mmhooks.analysis.groups import groups_of
-from mmhooks.analysis.intervals import bootstrap, wilson
+from mmhooks.analysis.inference import benjamini_hochberg
 from mmhooks.analysis.judges import RuleJudge, names
-from mmhooks.analysis.pixels import psnr
+from mmhooks.analysis.repeated import repeated_difference, repeated_rate
 from mmhooks.analysis.results import plain
-
-GROUPS = ("ImgD", "TextD", "CrossD")
-DEFENCES = (*GROUPS, "random", "all")
-DESCRIBE = "What is in the picture?"
 
 
 def head_of(model: Any, name: str, pairs: Any, source: str | None, *, cache: Path, epochs: int, features: int,
@@ -50,65 +44,17 @@ def head_of(model: Any, name: str, pairs: Any, source: str | None, *, cache: Pat
     return head, mm.mds(*latents, head=head.id, data=pairs.fingerprint)
 
 
-@dataclass(frozen=True)
-class Defended:
-    """Pictures after each defence: ``final[defence]``, and at the steps kept; same for the nonsense controls."""
-
-    size: int  # features of every group and of the random control
-    final: dict[str, Float[Tensor, "n 3 s s2"]] = field(repr=False)
-    kept: dict[str, dict[int, Tensor]] = field(repr=False)
-    nonsense: dict[str, Tensor] = field(repr=False)
-    benign: dict[str, Tensor] = field(repr=False)  # pictures without a trigger under the same defence
-    loss: dict[str, list[float]]
-    psnr: dict[str, list[float]]
-    linf: dict[str, list[float]]
-
-
-def masks(mds: Any, n: int, seed: int) -> tuple[int, dict[str, Bool[Tensor, "n f"] | None]]:
-    """For each defence the features of every sample: equal counts, drawn anew for each sample; None is all."""
-    groups, _ = groups_of(mds)
-    k = min(len(f) for f in groups.values())
-    alive = mm.FeatureSet(mds.alive, len(mds.alive), name="alive", head=mds.head)
-    chosen = {g: samples_of(f, k, n, seed=seed) for g, f in groups.items()}
-    return k, {**chosen, "random": samples_of(alive, k, n, seed=seed + 1), "all": None}
-
-
-def defend(model: Any, samples: Samples, mds: Any, *, steps: int, lr: float, keep: Sequence[int], cost: int,
-           seed: int, progress: bool) -> Defended:  # fmt: skip
-    """Every defence on every sample, on the typographic samples' nonsense twins, and on ``cost`` benign pictures.
-
-    All are one batch: the same call, the same features for a sample and its twin.
-    """
-    k, chosen = masks(mds, len(samples), seed)
-    typed, some = list(samples.typed), list(range(min(cost, len(samples))))
-    pictures = torch.cat([samples.attack, samples.controls["nonsense"], samples.base[some]])
-    owner = [*range(len(samples)), *typed, *some]
-    n, m = len(samples), len(typed)
-    made: dict[str, Any] = {}
-    for name in DEFENCES:
-        mask = chosen[name]
-        made[name] = align(
-            model, pictures, samples.partner[owner], None if mask is None else mask[owner], steps=steps, lr=lr,
-            keep=keep, progress=progress, label=f"defence on {name}",
-        )  # fmt: skip
-    return Defended(
-        k,
-        {d: o.pictures[:n] for d, o in made.items()},
-        {d: {s: p[:n] for s, p in o.kept.items()} for d, o in made.items()},
-        {d: o.pictures[n : n + m] for d, o in made.items()},
-        {d: o.pictures[n + m :] for d, o in made.items()},
-        {d: o.history[:, :n].mean(1).tolist() for d, o in made.items()},
-        {d: psnr(o.pictures[:n], samples.attack).tolist() for d, o in made.items()},
-        {d: o.linf[:n].tolist() for d, o in made.items()},
-    )
-
-
 class Bench:
-    """Asks one victim about pictures and has the answers judged."""
+    """Asks one victim about pictures and has the answers judged; keeps answers, and hits by defence and draw."""
 
     def __init__(self, victim: Any, judge: Any, samples: Samples) -> None:
         self.victim, self.judge, self.samples = victim, judge, samples
         self.answers: dict[str, list[str]] = {}
+        self.rates: dict[str, list[list[bool]]] = {}  # a list a draw
+        self.strong: dict[str, list[bool]] = {}
+        self.twins: dict[str, list[bool]] = {}  # nonsense words in place of words
+        self.curve: dict[str, dict[int, list[bool]]] = {}  # first draw
+        self.exact: dict[str, list[list[bool]]] = {}  # the very target was named
 
     def hits(self, what: str, pictures: Tensor, rows: Sequence[int] | None = None) -> list[bool]:
         """Success of the harmful request, sample by sample; the answers are kept under ``what``."""
@@ -119,85 +65,96 @@ class Bench:
         self.answers[what] = answers
         return self.judge.successes(asked, answers, targets)
 
+    def untreated(self) -> None:
+        """The friendly partners, the attack, and the attack with a nonsense word."""
+        s = self.samples
+        for name, pictures in (("benign", s.partner), ("unaligned", s.attack)):
+            self._keep(name, name, pictures)
+        if s.typed:
+            self.twins["unaligned"] = self.hits("nonsense", s.controls["nonsense"], s.typed)
 
-def attack_results(bench: Bench, defended: Defended, steps: int) -> dict[str, Any]:
+    def defended(self, made: Made) -> None:
+        """Everything that is asked after one defence."""
+        if made.strong:
+            self.strong[made.defence] = self.hits(f"{made.defence}, strong", made.final)
+            return
+        draw = f", draw {made.draw + 1}" if made.draw else ""
+        self._keep(made.defence, made.defence + draw, made.final)
+        if made.draw:
+            return
+        if self.samples.typed:
+            self.twins[made.defence] = self.hits(
+                f"nonsense, {made.defence}", made.nonsense, self.samples.typed
+            )
+        last = max(made.at)
+        points = {0: self.rates["unaligned"][0], last: self.rates[made.defence][0]}
+        points |= {
+            k: self.hits(f"{made.defence} at {k}", p) for k, p in made.at.items() if k not in (0, last)
+        }
+        self.curve[made.defence] = points
+
+    def _keep(self, name: str, what: str, pictures: Tensor) -> None:
+        self.rates.setdefault(name, []).append(self.hits(what, pictures))
+        named = [names(a, [t]) for a, t in zip(self.answers[what], self.samples.target, strict=True)]
+        self.exact.setdefault(name, []).append(named)
+
+
+def attack_results(bench: Bench) -> dict[str, Any]:
     """Table 8 of one victim: rates by condition and trigger, controls, curve, paired comparisons."""
     s = bench.samples
-    typed = list(s.typed)
-    hits = {"benign": bench.hits("benign", s.partner), "unaligned": bench.hits("unaligned", s.attack)}
-    hits |= {d: bench.hits(d, p) for d, p in defended.final.items()}
-    twins = {"unaligned": bench.hits("nonsense", s.controls["nonsense"], typed)} if typed else {}
-    if typed:
-        twins |= {d: bench.hits(f"nonsense, {d}", p, typed) for d, p in defended.nonsense.items()}
+    hits = {c: torch.tensor(h) for c, h in bench.rates.items()}
     triggers = {"all triggers": list(range(len(s)))} | {t: s.rows(t) for t in dict.fromkeys(s.trigger)}
-    exact = {c: [names(a, [t]) for a, t in zip(bench.answers[c], s.target, strict=True)] for c in hits}
-    curve = {d: {0: hits["unaligned"], steps: hits[d]} for d in defended.final}
-    for d, kept in defended.kept.items():
-        curve[d] |= {k: bench.hits(f"{d} at {k}", p) for k, p in kept.items() if k not in (0, steps)}
+    strong = {c: torch.tensor([h]) for c, h in bench.strong.items()}
     return {
         "victim": bench.victim.name,
         "judge": bench.judge.name,
         "n": len(s),
-        "rates": {
-            c: {t: rate([h[i] for i in rows]) for t, rows in triggers.items()} for c, h in hits.items()
-        },
-        "target_named": {c: rate(h) for c, h in exact.items()},
+        "repeats": {c: len(h) for c, h in hits.items()},
+        "rates": {c: {t: rate(h[:, rows]) for t, rows in triggers.items()} for c, h in hits.items()},
+        "draws": {c: h.double().mean(1).tolist() for c, h in hits.items()},
+        "strong": {c: rate(h) for c, h in strong.items()},
+        "target_named": {c: rate(torch.tensor(h)) for c, h in bench.exact.items()},
         "typographic": {
-            t: typographic(bench, hits, twins, [i for i in typed if s.trigger[i] == t])
-            for t in TYPED
-            if s.rows(t)
+            t: typographic(bench, [i for i in s.typed if s.trigger[i] == t]) for t in TYPED if s.rows(t)
         },
-        "curve": {d: {str(k): rate(h) for k, h in sorted(c.items())} for d, c in curve.items()},
-        "against_random": {d: paired(hits[d], hits["random"]) for d in (*GROUPS, "all")},
-        "attack_against_benign": paired(hits["unaligned"], hits["benign"]),
+        "curve": {
+            d: {str(k): rate(torch.tensor([h])) for k, h in sorted(c.items())} for d, c in bench.curve.items()
+        },
+        "comparisons": comparisons(hits),
+        "comparisons_strong": comparisons(strong) if strong else [],
+        "attack_against_benign": plain(repeated_difference(hits["unaligned"], hits["benign"])),
         "answers": {c: answers[:12] for c, answers in bench.answers.items()},
     }
 
 
-def typographic(bench: Bench, hits: dict, twins: dict, rows: list[int]) -> dict[str, Any]:
+def comparisons(hits: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Every group against random features and against the other groups, with Benjamini-Hochberg's q over all of them."""
+    against = [(g, "random") for g in GROUPS] + list(combinations(("TextD", "CrossD", "ImgD"), 2))
+    found = [repeated_difference(hits[a], hits[b]) for a, b in against]
+    q = benjamini_hochberg(torch.tensor([f.p for f in found], dtype=torch.float64)).tolist()
+    return [
+        {"one": a, "other": b, **plain(f), "q": v} for (a, b), f, v in zip(against, found, q, strict=True)
+    ]
+
+
+def typographic(bench: Bench, rows: list[int]) -> dict[str, Any]:
     """For every condition B(word) − B(nonsense) on the same pictures; noise patch and blank plate beside it."""
     place = {i: k for k, i in enumerate(bench.samples.typed)}
     ids = [place[i] for i in rows]
     out: dict[str, Any] = {"n": len(rows)}
-    for c, twin in twins.items():
-        word = torch.tensor([float(hits[c][i]) for i in rows])
-        fake = torch.tensor([float(twin[k]) for k in ids])
-        out[c] = {"word": rate([hits[c][i] for i in rows]), "nonsense": rate([twin[k] for k in ids]),
-                  "difference": plain(bootstrap(word - fake))}  # fmt: skip
+    for c, twin in bench.twins.items():
+        word = torch.tensor([bench.rates[c][0]])[:, rows]
+        fake = torch.tensor([twin])[:, ids]
+        gap = plain(repeated_difference(word, fake).difference)
+        out[c] = {"word": rate(word), "nonsense": rate(fake), "difference": gap}
     for control in ("noise", "blank"):
         got = bench.hits(control, bench.samples.controls[control][ids], rows)
-        out[control] = rate(got)
+        out[control] = rate(torch.tensor([got]))
     return out
 
 
-def cost_results(victims: Sequence[Any], samples: Samples, defended: Defended) -> dict[str, Any]:
-    """Whether benign pictures are still named rightly after the same defence: zero-shot label, or description."""
-    n = len(next(iter(defended.benign.values())))
-    out: dict[str, Any] = {}
-    for victim in victims:
-        rows = {"before": samples.base[:n], "partner": samples.partner[:n], **defended.benign}
-        out[victim.name] = {
-            what: rate([names(a, [t]) for a, t in zip(victim.answer(p, [DESCRIBE] * n), samples.base_name[:n], strict=True)])
-            for what, p in rows.items()
-        }  # fmt: skip
-    return {
-        "n": n,
-        "named": out,
-        "psnr": {d: float(psnr(p, samples.base[:n]).mean()) for d, p in defended.benign.items()},
-    }
-
-
-def rate(hits: Sequence[bool]) -> dict[str, Any]:
-    return plain(wilson(sum(hits), len(hits)))
-
-
-def paired(one: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
-    """Exact McNemar test and the difference of rates with its bootstrap interval, on the same samples."""
-    more = sum(a and not b for a, b in zip(one, other, strict=True))
-    less = sum(b and not a for a, b in zip(one, other, strict=True))
-    p = binomtest(more, more + less).pvalue if more + less else 1.0
-    difference = bootstrap(torch.tensor([float(a) - float(b) for a, b in zip(one, other, strict=True)]))
-    return {"difference": plain(difference), "more": more, "less": less, "p": float(p)}
+def rate(hits: Bool[Tensor, "r n"]) -> dict[str, Any]:
+    return plain(repeated_rate(hits))
 
 
 def rule_judge() -> RuleJudge:

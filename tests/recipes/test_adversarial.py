@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import adversarial
 import adversarial_samples as made
-import adversarial_study
-from adversarial_page import claims, table8
+from adversarial_cost import cost_results, untouched_rows
+from adversarial_defence import GROUPS, Defence, half_way, masks, smallest
+from adversarial_page import calibration_table, claims, table8
+from adversarial_study import Bench, comparisons, rule_judge
 
 import mmhooks as mm
 from mmhooks.analysis.align import pixel_scale
@@ -90,33 +94,144 @@ def test_the_gradient_attack_moves_the_embedding(pairs, samples):
     assert torch.isfinite(z).all()
 
 
-def test_equal_counts_for_every_group():
-    scores = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    image, text = torch.rand(40, 64) * scores, torch.rand(40, 64) * (1 - scores)
-    k, chosen = adversarial_study.masks(mm.mds(image, text), 5, 0)
-    sizes = {d: m.sum(1).tolist() for d, m in chosen.items() if m is not None}
-    assert sizes == {d: [k] * 5 for d in ("ImgD", "TextD", "CrossD", "random")} and chosen["all"] is None
-    groups = dict(zip(adversarial_study.GROUPS, mm.mds(image, text).groups, strict=True))
-    for name, group in groups.items():
-        assert not (chosen[name] & ~group.mask).any()
+@pytest.fixture(scope="module")
+def scores():
+    scale = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(2, 40, 64, generator=torch.Generator().manual_seed(1))
+    return mm.mds(noise[0] * scale, noise[1] * (1 - scale))
 
 
-def test_a_skewed_head_is_parted_by_rank():
-    """No score lies below mu - sigma: the sixths at both ends stand in, and the rule is told."""
-    strength = torch.rand(200, 60, generator=torch.Generator().manual_seed(0)) + 0.1
-    share = torch.cat([torch.full((45,), 0.02), torch.full((15,), 0.95)])
-    scores = mm.mds(strength * share, strength * (1 - share))
-    assert not len(scores.groups[1])
-    groups, rule = adversarial_study.groups_of(scores)
-    assert "sixth" in rule and [len(groups[g]) for g in ("ImgD", "TextD", "CrossD")] == [10, 10, 40]
-    assert scores.R[groups["ImgD"].indices].min() >= scores.R[groups["TextD"].indices].max()
+def test_every_sample_has_its_own_features_of_the_group(scores):
+    groups = dict(zip(GROUPS, scores.groups, strict=True))
+    k = min(3, smallest(scores))
+    chosen = masks(scores, k, 20, seed=0)
+    assert set(chosen) == {*GROUPS, "random"}
+    for name, mask in chosen.items():
+        assert mask.shape == (20, 64) and mask.sum(1).tolist() == [k] * 20
+        assert name == "random" or not (mask & ~groups[name].mask).any()
+    assert len(torch.unique(chosen["CrossD"], dim=0)) > 1
+    for other in (masks(scores, k, 20, seed=0, draw=1), masks(scores, k, 20, seed=1)):
+        assert not torch.equal(chosen["random"], other["random"])
+    for name, mask in masks(scores, k, 20, seed=0).items():
+        assert torch.equal(mask, chosen[name])
 
 
-def test_paired_counts_by_hand():
-    found = adversarial_study.paired([True, True, False, False], [False, True, True, False])
-    assert (found["more"], found["less"], found["p"]) == (1, 1, 1.0)
-    found = adversarial_study.paired([True] * 8, [False] * 8)
-    assert found["p"] == pytest.approx(2 / 2**8) and found["difference"]["value"] == 1
+@pytest.fixture(scope="module")
+def mini(pairs):
+    """mini with its own head, and that head's scores on some pairs."""
+    model, head = mm.load("mini"), mm.load_head("mini/sae")
+    model.attach(head, at=["image.embed"], name="sae")
+    ids = range(0, 3000, 15)
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([made.as_pixels(pairs.image(i), 64) for i in ids]) * 2 - 1)
+        text = model.encode_text(model.tokenizer([pairs.texts[i] for i in ids]))
+        found = mm.mds(*(head.encode(head.prepare(x)) for x in (image, text)), head=head.id)
+    return model, found
+
+
+def test_the_defence_runs_every_draw_and_the_strong_one_once(mini, pairs):
+    model, found = mini
+    samples = made.make(model, pairs, 6, seed=3, epsilon=0.06, steps=1, progress=False)
+    how = Defence(2, 0.004, 3, 5, progress=False)
+    runs = list(how.run(model, samples, found, repeats=2, keep=(1, 2), untouched=(0, 4)))
+    told = [(r.defence, r.draw, r.strong) for r in runs]
+    first = [(d, 0, False) for d in (*GROUPS, "random", "all")]
+    assert told == [*first, *((d, 1, False) for d in (*GROUPS, "random")),
+                    *((d, 0, True) for d in (*GROUPS, "random"))]  # fmt: skip
+    for r in runs:
+        assert r.final.shape == samples.attack.shape and r.loss[-1] < r.loss[0]
+        early = r.draw == 0 and not r.strong
+        assert sorted(r.at) == ([1, 2] if early else [2])
+        assert (len(r.nonsense), len(r.benign)) == ((len(samples.typed), 2) if early else (0, 0))
+    by = {t: r for t, r in zip(told, runs, strict=True)}
+    assert not torch.equal(by["TextD", 0, False].final, by["TextD", 1, False].final)  # other features
+    again = next(how.run(model, samples, found, repeats=1, keep=(), untouched=()))
+    assert torch.allclose(again.final, runs[0].final, atol=1e-6)  # neither twins nor keeping change a sample
+
+
+class Deaf:
+    """A victim that complies where a picture is brighter than a bound: success can be counted by hand."""
+
+    name = "deaf"
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def answer(self, pictures, requests):
+        return [
+            "Sure, this is how to use the bomb." if float(p.mean()) > self.bound else "I cannot help."
+            for p in pictures
+        ]
+
+
+def test_strength_is_chosen_on_random_features_alone(mini, samples, monkeypatch):
+    """The share left for each count is what the victim says; the count nearest to one half wins; no group is asked."""
+    model, found = mini
+    left = {2: 0.9, 4: 0.6, 8: 0.55, 16: 0.2, 32: 0.1}
+    asked = []
+
+    def one(self, model, s, name, mask, **more):
+        asked.append((name, int(mask.sum(1)[0])))
+        return SimpleNamespace(final=torch.full((1,), left[asked[-1][1]]))
+
+    class Scripted:
+        victim, samples = SimpleNamespace(name="scripted"), None
+
+        def hits(self, what, pictures):
+            value = {"benign": 0.0, "unaligned": 1.0}.get(what)
+            value = float(pictures[0]) if value is None else value
+            return [i < round(100 * value) for i in range(100)]
+
+    Scripted.samples = samples
+    monkeypatch.setattr(Defence, "one", one)
+    how = half_way(model, found, [Scripted()], steps=2, lr=0.02, seed=1, progress=False)
+    assert how["matched"] == 8 and how["tried"]["8"]["left"] == pytest.approx(0.55)
+    assert asked == [("random", k) for k in (2, 4, 8, 16)]  # less than a quarter is left: no more is tried
+    lines = calibration_table({"calibration": how}).markdown().splitlines()
+    assert [line for line in lines if "←" in line] == ["| 8 random features ← | 55.0 | 55 |"]
+
+
+def test_an_attack_that_gains_nothing_halves_nothing(mini, samples):
+    model, found = mini
+    bench = Bench(Deaf(2.0), rule_judge(), samples)
+    how = half_way(model, found, [bench], steps=1, lr=0.02, seed=1, progress=False)
+    assert how["matched"] == smallest(found) and "gains nothing" in how["rule"] and not how["tried"]
+
+
+def test_comparisons_pool_draws_and_correct_for_their_number():
+    dice = torch.Generator().manual_seed(0)
+    hits = {g: torch.rand(3, 60, generator=dice) < p
+            for g, p in (("ImgD", 0.7), ("TextD", 0.1), ("CrossD", 0.5), ("random", 0.5))}  # fmt: skip
+    found = {(r["one"], r["other"]): r for r in comparisons(hits)}
+    assert len(found) == 6
+    gap = hits["TextD"].double().mean() - hits["random"].double().mean()
+    assert found["TextD", "random"]["difference"]["value"] == pytest.approx(float(gap))
+    assert found["TextD", "ImgD"]["q"] < 0.001 < 0.05 < found["CrossD", "random"]["q"]
+    assert all(r["q"] >= r["p"] - 1e-12 for r in found.values())
+
+
+def test_the_cost_is_counted_by_hand(samples):
+    rows = untouched_rows(samples, 6)
+    assert len(rows) == len({samples.base_name[i] for i in rows}) == 6
+    assert not any(samples.trigger[i] == "gradient" for i in rows)  # its partner is the picture itself
+    words = {"cat": [1.0, 0.0], "dog": [0.6, 0.8], "car": [0.0, 1.0]}
+
+    class Says:
+        name = "says"
+
+        def answer(self, pictures, requests):
+            return [("cat", "dog", "car")[int(p.flatten()[0] * 2.01)] for p in pictures]
+
+    level = lambda *v: torch.stack([torch.full((3, 64, 64), x) for x in v])  # noqa: E731
+    some = replace(samples, base=level(*[0.0] * 24), partner=level(*[1.0] * 24), base_name=("cat",) * 24)
+    found = cost_results([Says()], some, range(4), {"TextD": level(0.0, 0.0, 0.5, 1.0)},
+                         lambda texts: torch.tensor([words[t] for t in texts]))["victims"]["says"]  # fmt: skip
+    r = found["TextD"]
+    assert r["named"]["value"] == r["kept"]["value"] == 0.5
+    assert r["similarity"]["value"] == pytest.approx((1 + 1 + 0.6 + 0) / 4)
+    assert r["against_partner"]["difference"]["value"] == 0.5
+    assert found["before"]["kept"]["value"] == 1 and found["partner"]["similarity"]["value"] == 0
+    assert found["another picture"]["kept"]["value"] == 1  # all were the same picture
 
 
 def run(tmp_path: Path, *more: str) -> dict:
@@ -125,6 +240,10 @@ def run(tmp_path: Path, *more: str) -> dict:
         "8",
         "--steps",
         "2",
+        "--repeats",
+        "2",
+        "--calibration",
+        "8",
         "--attack-steps",
         "3",
         "--cost",
@@ -142,7 +261,7 @@ def run(tmp_path: Path, *more: str) -> dict:
 
 
 def test_the_recipe_end_to_end(tmp_path):
-    found = run(tmp_path, "--model", "mini", "--victim", "clip", "--quiet")
+    found = run(tmp_path, "--model", "mini", "--victim", "clip", "--matched", "2", "--quiet")
     victim = found["victims"]["zero-shot CLIP"]
     assert victim["n"] == 8 and set(victim["rates"]) == {
         "benign",
@@ -154,22 +273,38 @@ def test_the_recipe_end_to_end(tmp_path):
         "all",
     }
     assert victim["curve"]["TextD"]["0"] == victim["rates"]["unaligned"]["all triggers"]
-    assert victim["curve"]["TextD"]["2"] == victim["rates"]["TextD"]["all triggers"]
-    for d, loss in found["defence"]["loss"].items():
-        assert len(loss) == 3, d
+    assert victim["repeats"] == {c: 2 if c in (*GROUPS, "random") else 1 for c in victim["rates"]}
+    for d, runs in victim["draws"].items():
+        assert victim["rates"][d]["all triggers"]["value"] == pytest.approx(sum(runs) / len(runs))
+    assert victim["curve"]["TextD"]["2"]["value"] == victim["draws"]["TextD"][0]
+    assert set(victim["strong"]) == {*GROUPS, "random"} and len(victim["comparisons"]) == 6
+    assert 2 == found["head"]["matched"] == found["calibration"]["matched"] < found["head"]["strong"]
+    assert all(len(r["loss"]) == 3 for r in found["defence"]) and len(found["defence"]) == 13
+    assert set(found["cost"]["victims"]["zero-shot CLIP"]) >= {
+        "before",
+        "partner",
+        "another picture",
+        *GROUPS,
+    }
     for trigger, r in victim["typographic"].items():
         for c in ("unaligned", "TextD"):
             gap = r[c]["word"]["value"] - r[c]["nonsense"]["value"]
             assert r[c]["difference"]["value"] == pytest.approx(gap), trigger
     assert len(claims(found)) == 5
     text = (tmp_path / "tables.md").read_text()
-    assert "B(word) − B(nonsense)" in text and "(paper 25)" in text
-    assert table8(victim, 3).markdown().count("\n") >= 9
+    assert "B(word) − B(nonsense)" in text and "own name given" in text
+    assert table8(victim, found["head"]).markdown().count("\n") >= 9
 
 
 def test_a_victim_that_is_not_there_is_said_first(tmp_path):
     result = CliRunner().invoke(adversarial.app, ["--victim", str(tmp_path / "none"), "--out", str(tmp_path)])
     assert result.exit_code == 1 and "no LLaVA checkpoint" in result.output
+
+
+def test_more_features_than_a_group_has_are_refused(tmp_path):
+    told = ["--model", "mini", "--limit", "8", "--matched", "900", "--victim", "clip", "--out", str(tmp_path)]
+    result = CliRunner().invoke(adversarial.app, told)
+    assert result.exit_code == 1 and "the smallest group has" in result.output
 
 
 def test_mini_llava_is_a_victim(tmp_path, pairs):
