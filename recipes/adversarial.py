@@ -96,7 +96,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     import torch
     from adversarial_cost import cost_results, untouched_rows
-    from adversarial_defence import Defence, Made, half_way, smallest
+    from adversarial_defence import Defence, Made, finite_mean, half_way, smallest
     from adversarial_page import save_all
     from adversarial_samples import labels, make
     from adversarial_study import Bench, attack_results, head_of
@@ -137,9 +137,8 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     if o["matched"] is None:
         with clock.step("how many features"):
             other = benches(min(o["calibration"], n), seed + 1)[1]
-            free = [
-                b for b in other if not isinstance(b.victim, EndpointVictim)
-            ]  # its answers cost something
+            # An endpoint's answers cost something: it is only asked about the samples that are reported.
+            free = [b for b in other if not isinstance(b.victim, EndpointVictim)]
             calibration = half_way(model, mds, free or other, steps=o["steps"], lr=o["lr"], seed=seed + 1,
                                    progress=show)  # fmt: skip
     with clock.step("samples"):
@@ -156,7 +155,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             for bench in asking:
                 bench.defended(made)
             numbers.append({"defence": made.defence, "draw": made.draw, "strong": made.strong, "loss": made.loss,
-                            "psnr": mean(made.psnr), "linf": mean(made.linf)})  # fmt: skip
+                            "psnr": finite_mean(made.psnr), "linf": finite_mean(made.linf)})  # fmt: skip
             if made.draw == 0 and not made.strong:
                 first[made.defence] = made
     results: dict[str, Any] = {
@@ -223,12 +222,6 @@ def judge_of(o: dict[str, Any], progress: bool) -> Any:
     if o["judge"] == "rules":
         return rule_judge()
     return EndpointJudge(Endpoint(o["judge"], o["judge_url"], o["judge_key"]), progress=progress)
-
-
-def mean(values: list[float]) -> float | None:
-    """Of what is finite: a picture that did not change has no PSNR."""
-    known = [v for v in values if abs(v) != float("inf")]
-    return sum(known) / len(known) if known else None
 
 
 if __name__ == "__main__":

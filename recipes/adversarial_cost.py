@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from adversarial_defence import finite_mean
 from adversarial_samples import Samples
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def cost_results(
     return {
         "n": len(rows),
         "victims": out,
-        "psnr": {c: float(psnr(p, base).mean()) for c, p in shown.items() if c != "before"},
+        "psnr": {c: finite_mean(psnr(p, base).tolist()) for c, p in shown.items() if c != "before"},
     }
 
 

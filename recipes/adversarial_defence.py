@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,3 +150,9 @@ def half_way(
 
 def share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
+
+
+def finite_mean(values: Sequence[float]) -> float | None:
+    """Of what is finite: a picture that did not change has no PSNR."""
+    known = [v for v in values if math.isfinite(v)]
+    return sum(known) / len(known) if known else None

@@ -211,7 +211,7 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
             f"{'apart' if apart else 'overlap'}.",
         ))  # fmt: skip
         compared = {(r["one"], r["other"]): r for r in victim["comparisons"]}
-        found += [
+        found.extend(
             (
                 verdict_of(compared[group, "random"]),
                 f"{name}: aligning on {group} defends better than on random features",
@@ -219,12 +219,15 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
                 f"({difference(compared[group, 'random'])}).",
             )
             for group in ("TextD", "CrossD", "ImgD")
-        ]
+        )
         pairs = [("TextD", "CrossD"), ("CrossD", "ImgD"), ("TextD", "ImgD")]
         verdicts = [verdict_of(compared[p]) for p in pairs]
+        order: Verdict = (
+            "differs" if "differs" in verdicts else "same" if set(verdicts) == {"same"} else "open"
+        )
         best = sorted(GROUPS, key=lambda g: rates[g]["value"])
         found.append((
-            "differs" if "differs" in verdicts else "same" if set(verdicts) == {"same"} else "open",
+            order,
             f"{name}: TextD defends best, then CrossD, then ImgD",
             "Measured: " + ", ".join(f"{g} {percent(rates[g]['value'])} %" for g in best) + "; "
             + "; ".join(f"{a} − {b} {difference(compared[a, b])}" for a, b in pairs) + ".",

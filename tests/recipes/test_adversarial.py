@@ -102,7 +102,7 @@ def scores():
 
 
 def test_every_sample_has_its_own_features_of_the_group(scores):
-    groups = dict(zip(GROUPS, scores.groups, strict=True))
+    groups: dict[str, mm.FeatureSet] = dict(zip(GROUPS, scores.groups, strict=True))
     k = min(3, smallest(scores))
     chosen = masks(scores, k, 20, seed=0)
     assert set(chosen) == {*GROUPS, "random"}
