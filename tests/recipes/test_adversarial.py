@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import adversarial
+import adversarial_docs
 import adversarial_samples as made
 from adversarial_cost import cost_results, untouched_rows
 from adversarial_defence import GROUPS, Defence, half_way, masks, smallest
@@ -23,6 +25,9 @@ from adversarial_study import Bench, comparisons, rule_judge
 import mmhooks as mm
 from mmhooks.analysis.align import pixel_scale
 from mmhooks.analysis.judges import refuses
+
+docs_app = typer.Typer()
+docs_app.command()(adversarial_docs.main)
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +299,25 @@ def test_the_recipe_end_to_end(tmp_path):
     text = (tmp_path / "tables.md").read_text()
     assert "B(word) − B(nonsense)" in text and "own name given" in text
     assert table8(victim, found["head"]).markdown().count("\n") >= 9
+    fills_the_docs(tmp_path, victim)
+
+
+def fills_the_docs(run: Path, victim: dict) -> None:
+    """The docs page gets tables, figures and nothing else; a second time changes nothing."""
+    page = run / "page" / "adversarial.md"
+    (page.parent / "figures").mkdir(parents=True)
+    page.write_text("before\n<!-- results:begin, by hand -->\nstale words\n<!-- results:end -->\nafter\n")
+    call = lambda: CliRunner().invoke(docs_app, [str(run), "--page", str(page)], catch_exceptions=False)  # noqa: E731
+    told, text = call(), page.read_text()
+    assert text.startswith("before\n<!-- results:begin") and text.endswith("<!-- results:end -->\nafter\n")
+    assert "stale" not in text and "| TextD − random |" in text and "another picture" in text
+    value = 100 * victim["rates"]["CrossD"]["all triggers"]["value"]
+    assert f"CrossD {value:.1f} [" in told.output and "| CrossD | " + f"{value:.1f} [" in text
+    call()
+    assert page.read_text() == text
+    assert (page.parent / "figures" / "adversarial-strips.png").stat().st_size > 500
+    page.write_text("no markers")
+    assert call().exit_code == 2
 
 
 def test_a_victim_that_is_not_there_is_said_first(tmp_path):
