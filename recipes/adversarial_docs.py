@@ -32,7 +32,7 @@ def block(results: Mapping[str, Any]) -> str:
     groups = ", ".join(f"{g} {n}" for g, n in head["groups"].items())
     o = results["settings"]
     lines = [
-        f"`{o['command']}`: {results['samples']['n']} samples of seed {o['seed']}, {o['steps']} steps at {o['lr']}, "
+        f"`{command(results)}`: {results['samples']['n']} samples of seed {o['seed']}, {o['steps']} steps at {o['lr']}, "
         f"{head['matched']} features a sample, {o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} "
         f"alive. {env['seconds']:.0f} s with {env['threads']} thread(s)."
     ]
@@ -45,6 +45,11 @@ def block(results: Mapping[str, Any]) -> str:
     lines.append("Against the paper (a verdict needs q < .05):")
     lines.append("\n".join(f"- **{VERDICTS[v]}**: {claim}. {told}" for v, claim, told in claims(results)))
     return "\n\n".join(lines)
+
+
+def command(results: Mapping[str, Any]) -> str:
+    """As it was called, but for the folder."""
+    return re.sub(r" --out[ =]\S+", "", results["settings"]["command"])
 
 
 def success(results: Mapping[str, Any]) -> Table:
@@ -72,10 +77,12 @@ def compared(results: Mapping[str, Any]) -> Table:
         for v in victims:
             r = v["comparisons"][i]
             line += [cell(r["difference"], plus=True), p_value(r["q"])]
-        rows.append(line)
+        rows.append([*line, percent(PAPER[first["one"]] - PAPER[first["other"]], 0, plus=True)])
     columns = [part for v in victims for part in (f"{v['victim']}, points", "q")]
     return Table(
-        ["", *columns], rows, "Groups against random features and against each other, same samples, all draws"
+        ["", *columns, "paper"],
+        rows,
+        "Groups against random features and against each other, same samples, all draws",
     )
 
 
@@ -138,7 +145,7 @@ def sentence(results: Mapping[str, Any]) -> str:
             f"{told(best['difference'], plus=True)} points, q {p_value(best['q'])})"
         )
     return (
-        f"Attacks (`{o['command']}`, n = {results['samples']['n']}, {head['matched']} features a sample, {o['repeats']} "
+        f"Attacks (`{command(results)}`, n = {results['samples']['n']}, {head['matched']} features a sample, {o['repeats']} "
         f"draws; attack success in %, paper: benign 10, unaligned 80, 50 / 25 / 30, random 65). {'; '.join(parts)}."
     )
 

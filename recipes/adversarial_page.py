@@ -75,15 +75,15 @@ def comparison_table(victim: Mapping[str, Any], head: Mapping[str, Any]) -> Tabl
     hard = victim["comparisons_strong"] or [None] * len(victim["comparisons"])
     for r, h in zip(victim["comparisons"], hard, strict=True):
         line = [f"{r['one']} − {r['other']}", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
-        line += [p_value(r["p"]), p_value(r["q"])]
+        line += [p_value(r["p"]), p_value(r["q"]), percent(PAPER[r["one"]] - PAPER[r["other"]], 0, plus=True)]
         rows.append([*line, *([cell(h["difference"], plus=True), p_value(h["p"])] if h else [])])
     r = victim["attack_against_benign"]
     line = ["unaligned − partner", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
-    line += [p_value(r["p"]), ""]
+    line += [p_value(r["p"]), "", percent(PAPER["unaligned"] - PAPER["benign"], 0, plus=True)]
     rows.append([*line, *(["", ""] if hard[0] else [])])
     more = [f"{head['strong']} features: points", "p"] if hard[0] else []
     return Table(
-        ["", f"{head['matched']} features: points", "samples with more / less", "p", "q", *more], rows,
+        ["", f"{head['matched']} features: points", "samples with more / less", "p", "q", "paper", *more], rows,
         f"{victim['victim']}: groups against random features and against each other, same samples",
         "Negative: the first defends better. Bootstrap over samples; p: signs of the samples' differences flipped, exact "
         "(McNemar's test where both ran once); q: Benjamini–Hochberg over the six comparisons.",
