@@ -61,7 +61,7 @@ def main(
         int,
         typer.Option(min=1, help="Splits of the drawn animals into those chosen on and judged by, pooled."),
     ] = 4,
-    draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")] = 15,
+    draws: Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")] = 10,
     seed: Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     out: Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")] = Path(
@@ -95,7 +95,7 @@ def study(
     layers: int = 4,
     limit: int = 400,
     splits: int = 4,
-    draws: int = 15,
+    draws: int = 10,
     seed: int = 0,
     batch: int = 64,
     out: str | Path = "runs/spurious",
@@ -108,6 +108,7 @@ def study(
     from study_page import environment, show, write_study
 
     import mmhooks as mm
+    from mmhooks.analysis.embed_texts import embed_texts
 
     torch.manual_seed(seed)
     hooked = mm.load(model, pretrained=pretrained)
@@ -123,9 +124,11 @@ def study(
                 hooked.preprocess, data, label=label, place=place, names=(one, other), limit=limit, seed=seed
             )
         ]
+    texts = mm.data.text_pool(pool)
+    embedded = embed_texts(hooked, texts.texts)
     trials = [
         trial(
-            hooked, own, pool, kinds.split(","), layers=layers, draws=draws, seed=seed + i, batch=batch,
+            hooked, own, texts, embedded, kinds.split(","), layers=layers, draws=draws, seed=seed + i, batch=batch,
             quiet=quiet, title=f"split {i + 1} of {len(found)}",
         )
         for i, own in enumerate(found)
@@ -206,8 +209,8 @@ class Trial:
 
 
 def trial(
-    hooked: Any, found: Any, pool: str, kinds: Sequence[str], *, layers: int, draws: int, seed: int, batch: int,
-    quiet: bool, title: str,
+    hooked: Any, found: Any, pool: Any, embedded: Float[Tensor, "t e"], kinds: Sequence[str], *, layers: int, draws: int,
+    seed: int, batch: int, quiet: bool, title: str,
 ) -> Trial:  # fmt: skip
     """Attention heads chosen on one half of the animals and judged on the other."""
     from mmhooks.analysis.ablate import site_means
@@ -218,7 +221,7 @@ def trial(
     outputs = head_outputs(hooked, found.choose.pixels, normalize=True, batch_size=batch, progress=not quiet)
     depth, n_heads = outputs.shape[1:3]
     looked = list(range(max(0, depth - layers), depth))
-    named, ranked, reach = by_text_span(hooked, pool, outputs[:, looked], looked, kinds)
+    named, ranked, reach = by_text_span(pool, embedded, outputs[:, looked], looked, kinds)
     rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs[:, looked], looked, found.choose, texts)}
     means = site_means(
         hooked, found.choose.pixels, [f"image.blocks.{n}.attn.head_out" for n in looked], batch_size=batch
@@ -256,7 +259,11 @@ def class_texts(hooked: Any, names: tuple[list[str], list[str]]) -> Float[Tensor
 
 
 def by_text_span(
-    hooked: Any, source: str, outputs: Float[Tensor, "n l h e"], layers: Sequence[int], kinds: Sequence[str]
+    pool: Any,
+    embedded: Float[Tensor, "t e"],
+    outputs: Float[Tensor, "n l h e"],
+    layers: Sequence[int],
+    kinds: Sequence[str],
 ) -> tuple[dict[str, list[str]], list[Head], float]:
     """Texts of every head, and the heads in the order of the variance that they write along those of their texts that
     name a background; heads without any are left out. Last, the largest share of a head's variance that these span.
@@ -264,20 +271,17 @@ def by_text_span(
     Raises:
         DataError: a pool without kinds.
     """
-    import mmhooks as mm
-    from mmhooks.analysis.embed_texts import embed_texts
     from mmhooks.analysis.text_span import text_span
     from mmhooks.errors import DataError
 
-    pool = mm.data.text_pool(source)
     if pool.kinds is None:
-        raise DataError(f"pool {source!r} has no kinds: head each kind's texts with a line '# kind'")
+        raise DataError(f"pool {pool.name!r} has no kinds: head each kind's texts with a line '# kind'")
     n_heads = outputs.shape[2]
     names = [f"{n}.{h}" for n in layers for h in range(n_heads)]
     rank = min(80, outputs.shape[-1], len(outputs) - 1)
     span = text_span(
         outputs.flatten(1, 2),
-        embed_texts(hooked, pool.texts),
+        embedded,
         pool.texts,
         heads=names,
         rank=rank,

@@ -152,15 +152,19 @@ def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
     pool.write_text("# place\na beach\na forest\n# colour\nred\nblue\n")
     from mmhooks.analysis.embed_texts import embed_texts
 
-    beach, red = embed_texts(mini, ["a beach", "red"])
+    texts = mm.data.text_pool(str(pool))
+    embedded = embed_texts(mini, texts.texts)
+    beach, red = embedded[0], embedded[2]
     outputs = 0.01 * torch.randn(40, 1, 2, 256, generator=torch.Generator().manual_seed(0))
     outputs[:, 0, 0] += torch.linspace(-1, 1, 40)[:, None] * red
     outputs[:, 0, 1] += torch.linspace(-1, 1, 40)[:, None] * beach
-    named, order, reach = spurious.by_text_span(mini, str(pool), outputs, [5], ["place"])
+    named, order, reach = spurious.by_text_span(texts, embedded, outputs, [5], ["place"])
     assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and 0.8 < reach <= 1
     (tmp_path / "plain.txt").write_text("a beach\n")
     with pytest.raises(DataError, match="no kinds"):
-        spurious.by_text_span(mini, str(tmp_path / "plain.txt"), outputs, [5], ["place"])
+        spurious.by_text_span(
+            mm.data.text_pool(str(tmp_path / "plain.txt")), embedded[:1], outputs, [5], ["place"]
+        )
 
 
 def test_a_claim_that_does_not_hold_says_so():
