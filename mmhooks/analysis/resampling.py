@@ -134,7 +134,7 @@ def paired_test(
         )
     difference = after.double() - before.double()
     sums = _by_cluster(difference[:, None], clusters)[:, 0].numpy()
-    seen = abs(sums.sum()) * (1 - 1e-9) - 1e-15  # equal but for rounding counts as equal
+    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # equal but for rounding counts as equal
     exact = len(sums) <= EXACT
     if exact:
         signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)

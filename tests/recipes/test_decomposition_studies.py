@@ -18,6 +18,7 @@ import segmentation  # noqa: E402
 import segmentation_data  # noqa: E402
 import spurious  # noqa: E402
 import spurious_data  # noqa: E402
+import spurious_judge  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", grounds.GROUNDS)
@@ -128,11 +129,11 @@ def test_heads_are_chosen_and_judged_on_other_animals():
 def test_worst_group_and_its_bootstrap():
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
     right = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1]).bool()
-    assert spurious.worst_group(right, groups) == 0.5
-    report = spurious.measured(right, groups, torch.tensor([0.5, 0.25, 0.0, 0.25]), seed=0)
+    assert spurious_judge.worst_group(right, groups) == 0.5
+    report = spurious_judge.measured(right, groups, torch.tensor([0.5, 0.25, 0.0, 0.25]), seed=0)
     assert report["worst"].value == 0.5 and report["average"].value == pytest.approx(0.875)
     assert list(report["groups"]) == [spurious_data.GROUPS[g] for g in (0, 1, 3)]
-    drawn, own = spurious.group_draws(torch.stack([right, right]), groups, seed=0)
+    drawn, own = spurious_judge.group_draws(torch.stack([right, right]), groups, seed=0)
     assert torch.equal(drawn[0], drawn[1]) and own[0].tolist() == [1, 0.5, 1]  # the same pictures for both
 
 
@@ -171,10 +172,10 @@ def test_a_claim_that_does_not_hold_says_so():
     groups = torch.arange(200) % 4
     plain, worse = torch.ones(200).bool(), torch.arange(200) % 3 > 0
     right = {"plain": plain, "TextSpan": worse}
-    random = spurious.spread(torch.full((10,), 0.9))
-    claims = spurious.compared("TextSpan", [1], right, groups, random, 0)
+    random = spurious_judge.spread(torch.full((10,), 0.9))
+    claims = spurious_judge.compared("TextSpan", [1], right, groups, random, 0)
     assert [verdict for verdict, _, _ in claims] == ["differs", "differs"]
-    assert spurious.compared("TextSpan", [0], right, groups, random, 0)[0][0] == "open"
+    assert spurious_judge.compared("TextSpan", [0], right, groups, random, 0)[0][0] == "open"
 
 
 def written(out) -> dict:
