@@ -15,9 +15,9 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.align import align, samples_of
 from mmhooks.analysis.groups import groups_of
+from mmhooks.analysis.mds import GROUPS
 from mmhooks.analysis.pixels import psnr
 
-GROUPS = ("ImgD", "TextD", "CrossD")
 DRAWN = (*GROUPS, "random")
 DEFENCES = (*DRAWN, "all")
 

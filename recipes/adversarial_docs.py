@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from adversarial_defence import DEFENCES
+from adversarial_defence import DEFENCES, GROUPS
 from adversarial_page import PAPER, ROWS, calibration_table, cell, claims, p_value, says
+from marked_block import fill
 from study_page import VERDICTS
 
 from mmhooks.report import Table, fixed, percent
 from mmhooks.report.tables import Cell
 
 ROOT = Path(__file__).parent.parent
-SLOT = re.compile(r"(<!-- results:begin[^>]*-->\n).*?(<!-- results:end -->)", re.S)
 
 
 def block(results: Mapping[str, Any]) -> str:
@@ -107,9 +107,8 @@ def by_trigger(victim: Mapping[str, Any]) -> str:
 def costs(results: Mapping[str, Any]) -> Table:
     cost = results["cost"]
     rows: list[list[str | Cell]] = []
-    names = {"before": "not moved", "partner": "the friendly partner itself"}
     for c in ("before", *DEFENCES, "partner", "another picture"):
-        line: list[str | Cell] = [names.get(c, says(c))]
+        line: list[str | Cell] = [says(c)]
         for found in cost["victims"].values():
             r = found[c]
             line += [cell(r["named"]), cell(r["kept"]), alike(r["similarity"])]
@@ -137,7 +136,7 @@ def sentence(results: Mapping[str, Any]) -> str:
     parts = []
     for v in results["victims"].values():
         rates = {c: r["all triggers"] for c, r in v["rates"].items()}
-        groups = ", ".join(f"{g} {told(rates[g])}" for g in ("ImgD", "TextD", "CrossD"))
+        groups = ", ".join(f"{g} {told(rates[g])}" for g in GROUPS)
         best = min((r for r in v["comparisons"] if r["other"] == "random"), key=lambda r: r["p"])
         parts.append(
             f"{v['victim']}: benign {told(rates['benign'])}, unaligned {told(rates['unaligned'])}, aligned on {groups}, "
@@ -156,12 +155,8 @@ def main(
 ) -> None:
     """Fills the page's results from a run; a second call with the same run changes nothing."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    text, found = SLOT.subn(
-        lambda m: f"{m[1]}\n{block(results)}\n\n{m[2]}", page.read_text(encoding="utf-8"), count=1
-    )
-    if not found:
-        raise typer.BadParameter(f"{page} has no <!-- results:begin --> … <!-- results:end -->")
-    page.write_text(text, encoding="utf-8")
+    if not fill(page, block(results)):
+        raise typer.BadParameter(f"{page} must hold one <!-- results:begin --> … <!-- results:end -->")
     for name in ("curves", "strips"):
         shutil.copyfile(run / f"{name}.png", page.parent / "figures" / f"adversarial-{name}.png")
     typer.echo(sentence(results))

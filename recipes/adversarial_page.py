@@ -34,7 +34,7 @@ from mmhooks.report.tables import Cell
 PAPER = {"benign": 0.10, "unaligned": 0.80, "ImgD": 0.50, "TextD": 0.25, "CrossD": 0.30, "random": 0.65}
 ROWS = ("benign", "unaligned", *DEFENCES)
 WORDS = {"benign": "friendly partner", "unaligned": "attack, unaligned", "random": "as many random features",
-         "all": "all features"}  # fmt: skip
+         "all": "all features", "before": "not moved", "partner": "the friendly partner itself"}  # fmt: skip
 
 
 def cell(r: Mapping[str, Any], *, paper: float | None = None, plus: bool = False) -> Cell:
@@ -134,9 +134,8 @@ def word_table(victim: Mapping[str, Any]) -> Table:
 
 def cost_table(name: str, cost: Mapping[str, Any]) -> Table:
     found, rows = cost["victims"][name], []
-    says_too = {"before": "not moved", "partner": "the friendly partner itself"}
     for c in ("before", *DEFENCES, "partner", "another picture"):
-        r, line = found[c], [says_too.get(c, says(c))]
+        r, line = found[c], [says(c)]
         alike = [fixed(r["similarity"][k], 2) for k in ("value", "low", "high")]
         gap = "" if c in ("before", "partner") else cell(r["against_partner"]["difference"], plus=True)
         line += [cell(r["named"]), cell(r["kept"]), gap, Cell(alike[0], f"[{alike[1]}, {alike[2]}]")]  # type: ignore[list-item]

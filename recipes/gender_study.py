@@ -17,6 +17,7 @@ import mmhooks as mm
 from mmhooks.analysis.controls import size_matched
 from mmhooks.analysis.inference import benjamini_hochberg
 from mmhooks.analysis.intervals import Estimate, from_draws
+from mmhooks.analysis.mds import GROUPS
 from mmhooks.analysis.resampling import (
     beyond_random,
     bootstrap_ratio,
@@ -33,7 +34,6 @@ from mmhooks.analysis.zero_masked import (
     fit_probe,
 )
 
-GROUPS = ("ImgD", "TextD", "CrossD")
 SIDES = ("image", "text")
 LABELS = ("prompt", "centroid", "probe")
 MAIN = "SAE, decoded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ from torchvision.transforms.functional import to_tensor
 import mmhooks as mm
 from mmhooks.analysis.embedders import image_embedder
 from mmhooks.analysis.intervals import Estimate, bootstrap
+from mmhooks.analysis.mds import GROUPS as MODALITIES
 from mmhooks.data.progress import rate_bar
 
-GROUPS = ("ImgD", "TextD", "CrossD", "random")
+GROUPS = (*MODALITIES, "random")
 MEASURES = {
     "shift": "semantic shift",
     "gain": "reference gained",
@@ -71,11 +73,8 @@ class Painter:
             rows = slice(begin, begin + self.batch)
             some = prompts[rows]
             noise = [torch.Generator().manual_seed(seed * 1_000_003 + begin + i) for i in range(len(some))]
-            if edit is None:
+            with nullcontext() if edit is None else self.sd.hooks(edit(rows)):
                 pictures = self.sd.pipe(some, generator=noise, **self.options).images
-            else:
-                with self.sd.hooks(edit(rows)):
-                    pictures = self.sd.pipe(some, generator=noise, **self.options).images
             out += [to_tensor(picture) for picture in pictures]
         return torch.stack(out)
 
@@ -176,7 +175,7 @@ def verdicts(curves: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
     """Does the paper's claim hold at the largest strength? Differences to the random group are paired by case."""
     at = {g: {m: values[-1] for m, values in by.items()} for g, by in curves.items()}
     out = {}
-    for group in GROUPS[:3]:
+    for group in MODALITIES:
         shift = bootstrap(at[group]["shift"])
         more_shift = bootstrap(at[group]["shift"] - at["random"]["shift"])
         more = bootstrap(at[group]["distortion"] - at["random"]["distortion"])

@@ -7,9 +7,8 @@ from typing import Any
 
 from modality_paper import MODELS, MONOSEMANTICITY, SIMILARITY, WIN_GAP, WIN_RATE, agreement, table1_differs
 
+from mmhooks.analysis.mds import GROUPS
 from mmhooks.report import Cell, Estimate, Table, fixed, percent
-
-GROUPS = ("ImgD", "TextD", "CrossD")
 
 
 def estimate(results: Mapping[str, Any], model: str, *path: str) -> Estimate:

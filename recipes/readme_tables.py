@@ -6,12 +6,12 @@ python recipes/readme_tables.py runs/modality
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from marked_block import fill
 from modality_page import minutes
 from modality_paper import Claim
 from modality_tables import control_table, mask_table, table1, table2
@@ -19,7 +19,6 @@ from modality_tables import control_table, mask_table, table1, table2
 from mmhooks.report import Cell, Table, percent
 
 ROOT = Path(__file__).parent.parent
-SLOT = re.compile(r"(<!-- results:begin[^>]*-->\n).*?(<!-- results:end -->)", re.S)
 
 
 def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
@@ -80,11 +79,8 @@ def main(
         p.parent.name: json.loads(p.read_text())
         for p in sorted((ROOT / "mmhooks/assets").glob("*/card.json"))
     }
-    text = readme.read_text()
-    filled, count = SLOT.subn(lambda m: f"{m[1]}\n{block(results, cards)}\n\n{m[2]}", text)
-    if count != 1:
-        raise SystemExit(f"{readme} must hold one pair of results markers, found {count}")
-    readme.write_text(filled)
+    if not fill(readme, block(results, cards)):
+        raise SystemExit(f"{readme} must hold one pair of results markers")
     image = readme.parent / "docs" / "img"
     image.mkdir(parents=True, exist_ok=True)
     for name in ("summary", "fig1_mds"):

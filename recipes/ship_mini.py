@@ -136,12 +136,12 @@ def main(
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
     """Ship a run: python recipes/ship_mini.py --corpus runs/corpus --run runs/mini --name mini"""
-    plan = json.loads((run / "plan.json").read_text())
+    chain = stages(run)
+    plan = chain[-1].plan
     reads = "words" in plan
     step, half = half_weights(run)
     model = model_of(half, reads=reads)
     drawings = Corpus(corpus)
-    chain = stages(run)
     counts = Counter(row["style"] for row in drawings.rows)
     trained = Counter(drawings.rows[i]["style"] for i in drawings.where("train"))
     card = {

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mmhooks as mm
 from mmhooks.data.rows import SparseRows
 from mmhooks.data.store.layout import SiteSpec
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.merge import merge
-from mmhooks.data.store.order import Mixer, generator
 from mmhooks.data.store.shard import Shard
 from mmhooks.data.store.writer import ShardWriter, begin, finish
 from mmhooks.errors import DataError, MMHooksError, NotFinite, ShapeMismatch, StoreError, UnknownSite
@@ -204,34 +200,6 @@ def test_a_batch_may_be_kept_and_written_into(made):
         kept.append(batch["image.embed"])
     assert torch.equal(torch.cat(kept), values["image.embed"] + 1)
     assert torch.equal(store["image.embed"].tensor(), values["image.embed"])
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 5))
-@settings(deadline=None)
-def test_the_mixer_deals_every_row_once(lengths, size, seed):
-    mixer, edges = Mixer(generator(seed, 0)), np.cumsum([0, *lengths]).tolist()
-    mixer.add(list(pairwise(edges)))
-    dealt = []
-    while len(mixer):
-        rows, counts = mixer.deal(min(size, len(mixer)))
-        assert sum(counts) == len(rows)
-        for part in rows.split(counts):  # each stretch lies in one run
-            assert len({int(np.searchsorted(edges, r, side="right")) for r in part.tolist()}) == 1
-        dealt += rows.tolist()
-    assert sorted(dealt) == list(range(sum(lengths)))
-
-
-def test_every_split_into_batches_is_equally_likely():
-    """Two runs of two rows, batches of two: each of the six first batches in a sixth of all draws."""
-    counts = {}
-    for seed in range(3000):
-        mixer = Mixer(generator(seed, 0))
-        mixer.add([(0, 2), (2, 4)])
-        first = tuple(sorted(mixer.deal(2)[0].tolist()))
-        counts[first] = counts.get(first, 0) + 1
-    assert len(counts) == 6
-    chi2 = sum((n - 500) ** 2 / 500 for n in counts.values())
-    assert chi2 < 20.5, counts  # 99.9 % quantile at 5 degrees of freedom
 
 
 # -- ids, views ----------------------------------------------------------------------------------------------
