@@ -52,6 +52,14 @@ class MissingWeights(MMHooksError, OSError):
     """Weights, a data set or a model file that is not on this machine and cannot be fetched."""
 
 
+class CannotWrite(MMHooksError, OSError):
+    """A file or folder that cannot be written: a full disk, a read-only folder; names it and says what to do."""
+
+
+class NoDigest(MMHooksError, TypeError):
+    """An object whose content cannot be told from another's, where results would be kept under its name."""
+
+
 class StoreError(MMHooksError, OSError):
     """An activation store that is damaged, unfinished, being written by another, or of other settings."""
 

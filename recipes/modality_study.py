@@ -20,8 +20,8 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.intervals import bootstrap, bootstrap_difference, from_draws
 from mmhooks.analysis.results import correlation
-from mmhooks.data.cache import written_aside
 from mmhooks.report import Estimate
+from mmhooks.utils.files import written_aside
 
 Progress = Callable[[str, int], Callable[[int], None]]
 

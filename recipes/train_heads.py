@@ -23,11 +23,12 @@ from torch import Tensor
 from train_mini import embed
 
 import mmhooks as mm
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.data.splits import split_of
 from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, fidelity
 from mmhooks.heads.sae_objective import SAEObjective
 from mmhooks.models import zoo
+from mmhooks.utils.files import written_aside
 
 KINDS = ("sae", "ncl")
 

@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.utils.files import written_aside
 
 Embed = Callable[[Sequence[Any]], Tensor]
 TEXT_NAMES = ("minilm",)

@@ -12,8 +12,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.errors import MMHooksError
+from mmhooks.utils.files import written_aside
 
 _RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 

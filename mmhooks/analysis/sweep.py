@@ -18,7 +18,6 @@ from torch import Tensor
 from mmhooks.analysis.interpretability import embed_sim
 from mmhooks.analysis.mds_metric import MDS
 from mmhooks.analysis.results import Result, Table, plain
-from mmhooks.data.cache import written_aside
 from mmhooks.data.progress import track
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
@@ -31,6 +30,7 @@ from mmhooks.heads.sae import TopKSAE
 from mmhooks.heads.sae_objective import SAEObjective
 from mmhooks.heads.source import SITES, every_tenth, paired
 from mmhooks.heads.train import train_head
+from mmhooks.utils.files import written_aside
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
 """Kinds that K steers: the first three by construction, JumpReLU by its target L0."""

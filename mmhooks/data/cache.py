@@ -1,11 +1,8 @@
-"""Where derived files are kept, and how they are written: aside, then renamed, never half."""
+"""Where derived files are kept."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mmhooks.errors import DataError
@@ -31,21 +28,3 @@ def cache_dir(*parts: str, base: str | Path | None = None) -> Path:
             f"the cache folder {folder} cannot be made ({fault.strerror}); set MMHOOKS_CACHE to a writable folder"
         ) from fault
     return folder
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write; it takes the name of ``path`` only when the block ends well.
-
-    Two processes that build the same file do not disturb each other: the later rename wins, with equal bytes.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.progress import track
 from mmhooks.data.splits import split_of
 from mmhooks.errors import MissingWeights
+from mmhooks.utils.files import written_aside
 
 STYLE = "openmoji"
 LICENCE = "CC BY-SA 4.0"

@@ -14,10 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.utils.files import written_aside
 
 TEXT_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "answer", "title", "label_text", "prompt")
 ID_COLUMNS = ("id", "image_id", "__key__", "key", "file_name", "filename")

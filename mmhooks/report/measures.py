@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from mmhooks.analysis.results import Table
 from mmhooks.report.figures import GROUPS, Histogram, mds_histograms
 from mmhooks.report.numbers import fixed
 from mmhooks.report.style import LIGHT, Palette, draw
+from mmhooks.utils.files import make_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,15 +26,14 @@ def write_measures(result: Measures, out: str | Path) -> list[Path]:
 
     Each file is written aside and renamed. Returns their paths.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out)
     content = json.dumps({"kind": "Measures", **result.to_json()}, indent=1) + "\n"
-    paths = [_written(folder / "measures.json", content.encode())]
+    paths = [write_text(folder / "measures.json", content)]
     figures = _figures(result)
     for name, (png, _) in figures.items():
-        paths.append(_written(folder / name, png))
+        paths.append(write_bytes(folder / name, png))
     captions = {name: caption for name, (_, caption) in figures.items()}
-    paths.append(_written(folder / "measures.md", markdown(result, captions).encode()))
+    paths.append(write_text(folder / "measures.md", markdown(result, captions)))
     return paths
 
 
@@ -130,10 +129,3 @@ def _figures(result: Measures) -> dict[str, tuple[bytes, str]]:
 def _plain(value: Any) -> str:
     """Text from data on one line of Markdown, without its signs of HTML."""
     return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _written(path: Path, content: bytes) -> Path:
-    aside = path.with_name(path.name + ".part")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.report.blocks import Section
+from mmhooks.utils.files import make_folder, write_text
 
 _CODE = re.compile(r"`([^`]+)`")
 
@@ -31,11 +31,8 @@ class Page:
     def save(self, path: str | Path) -> Path:
         """Written aside and renamed, so that a killed run never leaves half a page."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(path.suffix + ".part")
-        aside.write_text(self.html(), encoding="utf-8")
-        os.replace(aside, path)
-        return path
+        make_folder(path.parent)
+        return write_text(path, self.html())
 
 
 def _slug(text: str) -> str:

@@ -10,9 +10,10 @@ from PIL import Image
 
 import mmhooks as mm
 from mmhooks.data import openmoji as source
-from mmhooks.data.cache import cache_dir, written_aside
+from mmhooks.data.cache import cache_dir
 from mmhooks.data.splits import split_of
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.utils.files import written_aside
 
 
 @pytest.fixture(scope="module")

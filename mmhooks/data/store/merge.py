@@ -13,10 +13,10 @@ from typing import Any
 from mmhooks.data.store.check import verify
 from mmhooks.data.store.layout import MANIFEST, dataset_files, differences, sealed, shard_name
 from mmhooks.data.store.lock import Lock
-from mmhooks.data.store.shard import write_whole
 from mmhooks.data.store.store import Store
 from mmhooks.data.store.writer import guarded
 from mmhooks.errors import StoreError
+from mmhooks.utils.files import write_bytes, write_whole
 
 
 def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
@@ -55,8 +55,8 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
                 shards.append({**entry, "file": name})
         whole = _joined(manifests, shards)
         for name, content in dataset_files(whole).items():
-            write_whole(target / name, lambda file, content=content: file.write(content))
-        write_whole(target / MANIFEST, lambda file: file.write(sealed(whole)))
+            write_bytes(target / name, content)
+        write_bytes(target / MANIFEST, sealed(whole))
     repeated = [fault for fault in verify(target) if fault.kind == "repeated id"]
     if repeated:
         shutil.rmtree(target)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from math import prod
 from pathlib import Path
@@ -19,36 +18,11 @@ from torch import Tensor
 
 from mmhooks.data.store.layout import ARROW, TORCH, Column
 from mmhooks.errors import StoreError
+from mmhooks.utils.files import write_whole
 
 # Linux; elsewhere pages are given back when the kernel needs them.
 _DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
-
-
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Lets ``write`` fill a file aside, syncs it and gives it the name ``path``: never half a file there."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in ``folder`` last, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def checksum(path: Path) -> str:

@@ -31,11 +31,11 @@ from mmhooks.data.store.layout import (
     specs_of,
 )
 from mmhooks.data.store.lock import NAME as LOCK
-from mmhooks.data.store.shard import sync_folder, write_shard, write_whole
+from mmhooks.data.store.shard import write_shard
 from mmhooks.errors import NotFinite, ShapeMismatch, StoreError
+from mmhooks.utils.files import PARTS, sync_folder, write_bytes
 
 JOURNALS = ".journal-*.jsonl"
-PARTS = ".*.part"
 PLAN = ("model", "sites", "data", "settings")
 
 
@@ -55,7 +55,7 @@ def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) ->
             )
         head = {"format": FORMAT, "complete": False, **plan, "versions": dict(versions), "shards": []}
         with guarded(folder, "its manifest"):
-            write_whole(folder / MANIFEST, lambda file: file.write(sealed(head)))
+            write_bytes(folder / MANIFEST, sealed(head))
         return False
     manifest = read_manifest(folder)
     now = json.loads(json.dumps(plan))
@@ -104,8 +104,8 @@ def finish(folder: Path) -> None:
     }
     with guarded(folder, "its manifest"):
         for name, content in dataset_files(whole).items():
-            write_whole(folder / name, lambda file, content=content: file.write(content))
-        write_whole(folder / MANIFEST, lambda file: file.write(sealed(whole)))
+            write_bytes(folder / name, content)
+        write_bytes(folder / MANIFEST, sealed(whole))
     _tidy(folder)
 
 
