@@ -1,31 +1,31 @@
-"""Where activations come from: weights, transforms and versions, in words and hashes that every process agrees on."""
+"""Where activations come from: weights, transforms and versions, in words and digests that every process agrees on."""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
-from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 
-VERSIONS = ("mmhooks", "torch", "open_clip_torch", "pyarrow", "pillow")
+from mmhooks.utils.digest import content_of, digest
+
+VERSIONS = ("mmhooks", "torch", "torchvision", "open_clip_torch", "pyarrow", "pillow")
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Of all parameters and buffers, by name, shape, type and bits."""
-    digest = sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:20]
+    """Of what runs: classes, attributes and hooks of all modules, parameters, buffers and packed weights bit by bit.
+
+    Raises:
+        NoDigest: a part whose content cannot be seen, such as weights that are offloaded elsewhere.
+    """
+    return digest(module, what="model")[:32]
 
 
 def spelled(what: Any) -> str | None:
-    """A transform in words that are the same in every process."""
+    """A transform in words that are the same in every process. Different ones may have the same words."""
     if what is None:
         return None
     name = getattr(what, "__qualname__", None)
@@ -37,3 +37,50 @@ def spelled(what: Any) -> str | None:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
+
+
+# -- what counts of objects that keep caches of what they were asked -----------------------------------------
+
+
+@content_of("open_clip.tokenizer.SimpleTokenizer")
+def _simple_tokenizer(tokenizer: Any) -> Any:
+    own = {k: v for k, v in vars(tokenizer).items() if k not in ("cache", "decoder", "byte_decoder")}
+    # Fifty thousand entries each: as one text they are hashed a hundred times faster.
+    large = {k: repr(own.pop(k)) for k in ("encoder", "bpe_ranks", "byte_encoder") if k in own}
+    return {**large, **own}
+
+
+@content_of("transformers.tokenization_utils_base.PreTrainedTokenizerBase")
+def _transformers_tokenizer(tokenizer: Any) -> Any:
+    """Not: the folder it was loaded from, and the padding that the last call asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    fixed = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    options = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    return (
+        json.dumps(fixed),
+        json.dumps(tokenizer.get_vocab() if backend is None else {}, sort_keys=True),
+        repr(tokenizer.special_tokens_map),
+        [getattr(tokenizer, name, None) for name in options],
+    )
+
+
+@content_of("transformers.configuration_utils.PreTrainedConfig")
+@content_of("transformers.configuration_utils.PretrainedConfig")
+def _transformers_config(config: Any) -> Any:
+    own = config.to_dict()
+    for name in ("_name_or_path", "_commit_hash", "transformers_version"):
+        own.pop(name, None)
+    return json.dumps(own, sort_keys=True, default=str), getattr(config, "_attn_implementation", None)
+
+
+@content_of("mmhooks.hooks.features.FeatureSet")
+def _feature_set(features: Any) -> Any:
+    """Name and provenance change nothing that an edit does."""
+    return list(features), features.n_features, features.head
+
+
+@content_of("mmhooks.models.hooked.HookedModel")
+def _hooked_model(hooked: Any) -> Any:
+    heads = {k: (a.head, a.error_term, a.splice) for k, a in hooked.places.attachments.items()}
+    return hooked.model, getattr(hooked, "preprocess", None), getattr(hooked, "tokenizer", None), heads

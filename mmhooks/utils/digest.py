@@ -1,0 +1,489 @@
+"""One digest of content: equal things have equal digests in every process, different things different ones.
+
+Results that are kept (stores, caches, checkpoints) are found again by what made them, so whatever decides a result
+has to be told apart: two functions of one name, two objects of one class, two tensors of one shape. What cannot be
+told apart (a generator, a file, a lock) raises :class:`~mmhooks.errors.NoDigest` and is named by the caller with
+``key=`` instead.
+
+Every value is hashed as a tag of its type, the length of its content, and the content, so no two values share an
+encoding. The order of dictionaries counts, as code may depend on it; that of sets does not.
+
+Code counts too. A function or class of an installed package stands for itself by its name (versions are kept
+beside results); one of the user's own by its bytecode, defaults, closure, and the globals that it reads. A module
+of the user's own that it reads counts by its source file; what that file imports in its turn does not.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dis
+import enum
+import os
+import site
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from hashlib import file_digest, sha256
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmhooks.errors import NoDigest
+
+Content = Callable[[Any], Any]
+# Content of library classes that change while they are used (caches), by module and name: see `content_of`.
+_CONTENT: dict[str, Content] = {}
+
+
+def digest(*values: Any, what: str = "value", key: str | None = None) -> str:
+    """The SHA-256, in hex, of the content of ``values``.
+
+    Plain values, sequences, mappings, sets, dataclasses, paths (as names), numpy and torch tensors (type, shape and
+    bits, of any device and strides), torch modules (classes, attributes, hooks, parameters, buffers and extra
+    state: everything that runs), functions and classes (code, defaults, closure, the globals they read), and every
+    object whose state Python can copy.
+
+    Args:
+        what: how an error calls the first value.
+        key: stands for each part without content; the caller vouches that it names just one.
+
+    Raises:
+        NoDigest: a part has no content that could be told from another's, and there is no ``key``.
+
+    >>> digest({"size": 224}) == digest({"size": 224}), digest(1) == digest(True), digest([1]) == digest((1,))
+    (True, False, False)
+    """
+    hasher = _Hasher(what, key)
+    for value in values:
+        hasher.add(value)
+    return hasher.sha.hexdigest()
+
+
+def content_of(name: str) -> Callable[[Content], Content]:
+    """Registers what counts of a library's class ``module.Class`` and its subclasses, in place of their state.
+
+    For objects that keep caches: what a call leaves behind in them must not make them another object.
+    """
+
+    def register(content: Content) -> Content:
+        _CONTENT[name] = content
+        return content
+
+    return register
+
+
+class _Hasher:
+    """One SHA-256 that values are written into."""
+
+    def __init__(self, what: str, key: str | None) -> None:
+        self.sha = sha256()
+        self._key = key
+        self._path = [what]
+        self._open: dict[int, int] = {}  # the objects being written, by id: their depth
+        self._ambient = False  # inside globals and attributes, whose opaque objects count by their type
+
+    def add(self, value: Any) -> None:
+        """Writes one value."""
+        kind = type(value)
+        leaf = _LEAVES.get(kind)
+        if leaf is not None:
+            self._tagged(kind.__name__, leaf(value))
+        elif id(value) in self._open:
+            self._tagged("cycle", str(len(self._open) - self._open[id(value)]).encode())
+        else:
+            self._open[id(value)] = len(self._open)
+            try:
+                self._add(value)
+            except RecursionError:
+                raise NoDigest(f"{self._where()} is nested too deeply to have a digest; pass key=") from None
+            finally:
+                del self._open[id(value)]
+
+    def _add(self, value: Any) -> None:
+        kind = type(value)
+        registered = next((_CONTENT[n] for c in kind.__mro__ if (n := _name(c)) in _CONTENT), None)
+        if registered is not None:
+            self._tagged("registered")
+            self._class(kind)
+            self.add(registered(value))
+        elif kind in (list, tuple):
+            self._many(kind.__name__, value)
+        elif kind is dict:
+            self._items("dict", value.items())
+        elif kind in (set, frozenset):
+            self._set(value)
+        elif isinstance(value, Tensor):
+            self._tensor(value)
+        elif isinstance(value, nn.Module):
+            self._module(value)
+        elif isinstance(value, np.generic):
+            self._tagged("scalar")
+            self._array(np.asarray(value))
+        elif kind in (np.ndarray, np.memmap):  # others, masked ones say, are more than their numbers
+            self._array(value)
+        elif isinstance(value, PurePath):
+            self._tagged("path", value.as_posix().encode())
+        elif isinstance(value, enum.Enum):
+            self._tagged("enum", f"{_name(kind)}.{value.name}".encode())
+            with self._at("value"):
+                self.add(value.value)
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, types.ModuleType):
+            self._python_module(value)
+        elif isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.CodeType):
+            self._code(value)
+        elif isinstance(value, types.MethodType):
+            self._tagged("method")
+            self.add(value.__func__)
+            self.add(value.__self__)
+        elif isinstance(value, types.MappingProxyType):
+            self._items("mappingproxy", value.items())
+        elif isinstance(value, torch.Generator):
+            self._tagged("generator", str(value.device.type).encode())
+            self.add(value.get_state())
+        else:
+            self._object(value)
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def _tagged(self, tag: str, content: bytes | memoryview = b"") -> None:
+        self.sha.update(b"%s %d:" % (tag.encode(), len(content)))
+        self.sha.update(content)
+
+    def _many(self, tag: str, values: Any) -> None:
+        self._tagged(tag, str(len(values)).encode())
+        for i, value in enumerate(values):
+            with self._at(f"[{i}]"):
+                self.add(value)
+
+    def _items(self, tag: str, items: Iterable[tuple[Any, Any]]) -> None:
+        pairs = list(items)
+        self._tagged(tag, str(len(pairs)).encode())
+        for key, value in pairs:
+            with self._at(f"[{key!r:.60}]"):
+                self.add(key)
+                self.add(value)
+
+    def _set(self, values: Iterable[Any]) -> None:
+        outer, parts = self.sha, []
+        for value in values:
+            self.sha = sha256()
+            try:
+                self.add(value)
+                parts.append(self.sha.digest())
+            finally:
+                self.sha = outer
+        self._tagged("set", b"".join(sorted(parts)))
+
+    @contextmanager
+    def _at(self, part: str) -> Iterator[None]:
+        self._path.append(part)
+        yield
+        self._path.pop()
+
+    @contextmanager
+    def _inside(self, part: str, *, ambient: bool) -> Iterator[None]:
+        before, self._ambient = self._ambient, ambient
+        with self._at(part):
+            yield
+        self._ambient = before
+
+    def _where(self) -> str:
+        return "".join(
+            part if part[:1] in "[.(" or not i else f".{part}" for i, part in enumerate(self._path)
+        )
+
+    def _opaque(self, value: Any, why: str) -> None:
+        if self._ambient and not callable(value):
+            self._tagged("opaque", _name(type(value)).encode())
+        elif self._key is not None:
+            self._tagged("key", self._key.encode())
+        else:
+            raise NoDigest(
+                f"{self._where()} ({_name(type(value))}) has no content that could be told from another's ({why}), so "
+                'results kept for it might be taken for those of another: pass key="a name for exactly this one"'
+            )
+
+    # -- numbers ---------------------------------------------------------------------------------------
+
+    def _tensor(self, value: Tensor) -> None:
+        value = value.detach()
+        flatten = getattr(value, "__tensor_flatten__", None)
+        if flatten is not None:  # quantised and distributed tensors are made of plain ones
+            names, context = flatten()
+            self._tagged(
+                "tensor of tensors", f"{_name(type(value))} {tuple(value.shape)} {value.dtype}".encode()
+            )
+            self.add(context)
+            for name in names:
+                with self._at(name):
+                    self.add(name)
+                    self.add(getattr(value, name))
+            return
+        if value.is_meta:
+            self._opaque(value, "it is on the meta device: its values are elsewhere")
+            return
+        head = f"{value.dtype} {tuple(value.shape)} {value.layout}".encode()
+        if value.is_quantized:
+            self._tagged("quantised", head)
+            scheme = value.qscheme()
+            per_tensor = scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+            self.add(str(scheme))
+            self.add((value.q_scale(), value.q_zero_point()) if per_tensor else (
+                value.q_per_channel_scales(), value.q_per_channel_zero_points(), value.q_per_channel_axis()
+            ))  # fmt: skip
+            self._tensor(value.int_repr())
+        elif value.layout == torch.strided:
+            self._tagged("tensor", head)
+            flat = value.resolve_conj().resolve_neg().cpu().contiguous().flatten()
+            self._tagged("bits", flat.view(torch.uint8).numpy().data)
+        elif value.layout == torch.sparse_coo:
+            self._tagged("tensor", head)
+            whole = value.coalesce()
+            self._tensor(whole.indices())
+            self._tensor(whole.values())
+        else:
+            self._tagged("tensor", head)
+            self._tensor(value.to_sparse_coo())
+
+    def _array(self, value: np.ndarray) -> None:
+        self._tagged("array", f"{value.dtype.descr} {value.shape}".encode())
+        if value.dtype.hasobject:
+            self._many("objects", value.ravel().tolist())
+        else:
+            self._tagged("bits", value.tobytes())
+
+    # -- torch modules -----------------------------------------------------------------------------------
+
+    def _module(self, root: nn.Module) -> None:
+        """What runs, and on which numbers. Not: devices, training modes, what our own open contexts installed."""
+        self._tagged("module", str(sum(1 for _ in root.named_modules())).encode())
+        state: dict[str, Any] = dict(root.named_buffers())
+        for path, module in root.named_modules():
+            with self._at(path or "root"):
+                self.add(path)
+                kind = type(module).__dict__.get("_mmhooks_base", type(module))
+                self._class(kind)
+                if _name(kind) == "torch._dynamo.eval_frame.OptimizedModule":
+                    continue  # its one child runs
+                with self._inside("", ambient=True):
+                    own = {k: v for k, v in vars(module).items() if k not in _BOOKKEEPING}
+                    self._items("attributes", sorted(own.items()))
+                    hooks = [
+                        hook
+                        for table in ("_forward_pre_hooks", "_forward_hooks")
+                        for hook in getattr(module, table).values()
+                        if not str(getattr(hook, "__module__", "")).startswith(_READERS)
+                    ]
+                    self._many("hooks", hooks)
+                    if isinstance(module, torch.jit.ScriptModule):
+                        self.add(getattr(module, "code", ""))
+        state |= root.state_dict()  # extra state and packed weights too
+        self._items("state", sorted(state.items()))
+
+    # -- code ------------------------------------------------------------------------------------------
+
+    def _class(self, kind: type) -> None:
+        self._tagged("class", _name(kind).encode())
+        if _is_library(kind.__module__):
+            return
+        with self._inside(f"({kind.__qualname__})", ambient=True):
+            self._many("bases", kind.__bases__)
+            own = {k: _plain_part(v) for k, v in vars(kind).items() if k not in _OF_CLASSES}
+            self._items("attributes", sorted(own.items()))
+
+    def _function(self, function: types.FunctionType) -> None:
+        self._tagged("function", _name(function).encode())
+        library = _is_library(function.__module__)
+        if library and _found(function):
+            return
+        with self._inside(f"({function.__qualname__})", ambient=library and self._ambient):
+            self._code(function.__code__)
+            with self._at("defaults"):
+                self.add(function.__defaults__)
+                self.add(function.__kwdefaults__)
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                with self._at(name):
+                    try:
+                        content = cell.cell_contents
+                    except ValueError:
+                        self._tagged("empty cell")
+                    else:
+                        self.add(content)
+        known = {} if library else function.__globals__
+        with self._inside(f"({function.__qualname__})", ambient=True):
+            read = sorted(_globals_read(function.__code__) & known.keys())
+            self._items("globals", [(name, known[name]) for name in read])
+
+    def _code(self, code: types.CodeType) -> None:
+        self._tagged("code", code.co_code)
+        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+        self.add((code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, *names))
+        self.add(code.co_consts)
+
+    def _python_module(self, module: types.ModuleType) -> None:
+        self._tagged("python module", module.__name__.encode())
+        source = getattr(module, "__file__", None)
+        if source is not None and not _is_library(module.__name__):
+            try:
+                with Path(source).open("rb") as file:
+                    self._tagged("source", file_digest(file, "sha256").digest())
+            except OSError as fault:
+                self._opaque(module, str(fault))
+
+    # -- objects ---------------------------------------------------------------------------------------
+
+    def _object(self, value: Any) -> None:
+        """By what Python would copy: class, arguments, attributes, items."""
+        try:
+            listed = copyreg.dispatch_table.get(type(value))  # regular expressions, for one
+            reduced = listed(value) if listed is not None else value.__reduce_ex__(4)
+        except Exception as fault:
+            self._opaque(value, str(fault) or type(fault).__name__)
+            return
+        if isinstance(reduced, str):
+            self._tagged("global", f"{getattr(value, '__module__', '')}.{reduced}".encode())
+            self.add(getattr(value, "__wrapped__", None))  # what functools.cache stands for
+            return
+        make, args, state, items, pairs, *_ = (*reduced, None, None, None)
+        self._tagged("object")
+        kind = type(value).__dict__.get("_mmhooks_base", type(value))
+        self._class(kind)
+        if make not in (copyreg.__newobj__, copyreg.__newobj_ex__, copyreg._reconstructor):  # type: ignore[attr-defined]
+            self.add(make)
+        with self._at("(arguments)"):
+            self.add(tuple(a for a in args if a is not kind and a is not type(value)))
+        slots = None
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            state, slots = state
+        for part in (state, slots):
+            if isinstance(part, dict):
+                own = {
+                    k: v
+                    for k, v in part.items()
+                    if not isinstance(getattr(kind, str(k), None), cached_property)
+                }
+                self._items("attributes", sorted(own.items(), key=lambda item: str(item[0])))
+            else:
+                self.add(part)
+        self._many("items", list(items or ()))
+        self._items("pairs", pairs or ())
+
+
+def _number(value: float | complex) -> bytes:
+    return (
+        value.hex().encode()
+        if isinstance(value, float)
+        else f"{value.real.hex()} {value.imag.hex()}".encode()
+    )
+
+
+_LEAVES: dict[type, Callable[[Any], bytes]] = {
+    type(None): lambda value: b"",
+    type(Ellipsis): lambda value: b"",
+    type(NotImplemented): lambda value: b"",
+    bool: lambda value: b"1" if value else b"0",
+    int: lambda value: f"{value:x}".encode(),
+    float: _number,
+    complex: _number,
+    str: lambda value: value.encode("utf-8", "surrogatepass"),
+    bytes: lambda value: value,
+    bytearray: bytes,
+    range: lambda value: f"{value.start} {value.stop} {value.step}".encode(),
+    torch.dtype: lambda value: str(value).encode(),
+    torch.layout: lambda value: str(value).encode(),
+    torch.memory_format: lambda value: str(value).encode(),
+    torch.device: lambda value: value.type.encode(),  # moved, it is the same
+    torch.Size: lambda value: str(tuple(value)).encode(),
+}
+# Hooks of our open contexts, and those by which transformers records hidden states after the first call that asks.
+_READERS = ("mmhooks.hooks.", "transformers.")
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"call_super_init"} | {
+    "_compiled_call_impl",
+    "_is_hf_initialized",
+}
+# What Python or a decorator puts into a class besides what was written there.
+_OF_CLASSES = frozenset(vars(type("Empty", (), {}))) | {
+    *(
+        "__qualname__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__hash__",
+        "__slots__",
+        "__slotnames__",
+    ),
+    *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__orig_bases__"),
+}
+_WRITTEN_IN_C = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.BuiltinFunctionType,
+)
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in {
+        *(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")),
+        *site.getsitepackages(),
+    }
+)
+_OWN = __name__.partition(".")[0]
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether a module belongs to an installed package, to Python, or to this one."""
+    if not module or module == "__main__":
+        return False
+    package = module.partition(".")[0]
+    if package == _OWN or package in sys.builtin_module_names:
+        return True
+    for name in (module, package):  # parts of C extensions have no file of their own
+        source = getattr(sys.modules.get(name), "__file__", None)
+        if source is not None:
+            return source.startswith(_LIBRARIES)
+    return False
+
+
+def _plain_part(part: Any) -> Any:
+    """What was written for one attribute of a class, without the descriptor around it."""
+    if isinstance(part, (staticmethod, classmethod)):
+        return part.__func__
+    if isinstance(part, property):
+        return (part.fget, part.fset)
+    if isinstance(part, cached_property):
+        return part.func
+    return None if isinstance(part, _WRITTEN_IN_C) else part
+
+
+def _found(function: types.FunctionType) -> bool:
+    """Whether its name leads to it, so that the name is enough."""
+    thing: Any = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
+        thing = getattr(thing, part, None)
+    return thing is function
+
+
+def _globals_read(code: types.CodeType) -> set[str]:
+    """Names of the globals that code reads, in functions inside it too."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            names |= _globals_read(part)
+    return names
