@@ -167,18 +167,18 @@ class HeadStep:
                 f"head {self.attachment.name!r} reads vectors of width {head.d_in}, site {self.site.name!r} "
                 f"carries {spell(x)}; attach it at a site of width {head.d_in}"
             )
-        where = head.W_dec.device if head.has_decoder else x.device
-        if where != x.device:
+        weight = _weight(head)
+        if weight is not None and weight.device != x.device:
             raise ShapeMismatch(
-                f"head {self.attachment.name!r} is on {where}, site {self.site.name!r} carries {spell(x)}; "
+                f"head {self.attachment.name!r} is on {weight.device}, site {self.site.name!r} carries {spell(x)}; "
                 f"move it with head.to({str(x.device)!r})"
             )
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The head's input, scale ``s`` (None: 1) and shift (None: 0), in its dtype unless autocast takes care."""
-        head = self.head
-        if head.has_decoder and x.dtype != head.W_dec.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(head.W_dec.dtype)
+        head, weight = self.head, _weight(self.head)
+        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
         if not head.normalize_input:
             return x, None, None
         if head.normalize_input == "layer_norm":
@@ -291,6 +291,14 @@ class HeadStep:
         for op in reads:
             if op.kind == "capture":
                 op.act(value)
+
+
+def _weight(head: Any) -> Tensor | None:
+    """One of a head's weights, whose type and device its input must have; None: it has none that can be seen."""
+    if head.has_decoder:
+        return head.W_dec
+    parameters = getattr(head, "parameters", None)
+    return None if parameters is None else next(iter(parameters()), None)
 
 
 def check_splice(attachment: Attachment, leaf: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.sites import Pattern
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.openclip_sites import openclip_sites
+from mmhooks.models.placement import input_dtype
 
 
 class CLIPOutput(NamedTuple):
@@ -29,6 +32,8 @@ class HookedCLIP(HookedModel):
         model: ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; stays the untouched object at ``.model``.
         tokenizer, preprocess: kept for the user's convenience.
         name: for messages and manifests.
+        autocast: run ``encode_image`` and ``encode_text`` under ``torch.autocast`` of this type, as open_clip means
+            its precisions ``amp`` and ``amp_bf16``; the weights stay in fp32.
 
     >>> import torch, mmhooks as mm
     >>> from mmhooks.models.mini import build
@@ -45,11 +50,18 @@ class HookedCLIP(HookedModel):
         preprocess: Callable[..., Any] | None = None,
         *,
         name: str = "",
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not hasattr(model, "visual") or not hasattr(model, "encode_image"):
             raise MMHooksError(f"HookedCLIP takes an open_clip model, came {type(model).__name__}")
         super().__init__(model, openclip_sites(model), name=name)
         self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.autocast = autocast
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of pixels: the image tower's, since texts are integers."""
+        return input_dtype(self.model.visual)  # type: ignore[arg-type]
 
     @property
     def logit_scale(self) -> Tensor:
@@ -58,11 +70,18 @@ class HookedCLIP(HookedModel):
 
     def encode_image(self, pixels: Float[Tensor, "b c h w"], normalize: bool = False) -> Float[Tensor, "b d"]:
         """The model's own ``encode_image``; raw embeddings by default."""
-        return self.model.encode_image(pixels, normalize=normalize)  # type: ignore[operator]
+        with self._precision():
+            return self.model.encode_image(pixels, normalize=normalize)  # type: ignore[operator]
 
     def encode_text(self, tokens: Int[Tensor, "b l"], normalize: bool = False) -> Float[Tensor, "b d"]:
         """The model's own ``encode_text``; raw embeddings by default."""
-        return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
+        with self._precision():
+            return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
+
+    def _precision(self) -> AbstractContextManager[None]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
     def forward(self, images: Tensor | None = None, texts: Tensor | None = None) -> CLIPOutput:
         """Both towers, or the one that has an input."""

@@ -199,10 +199,9 @@ class _Reader:
         self, images: Float[Tensor, "b c h w"] | None, texts: Int[Tensor, "b2 l"] | None
     ) -> dict[str, Tensor]:
         """What flows at every site."""
-        device = self.model.device
         self.model.forward(
-            None if images is None else images.to(device, self.model.dtype, non_blocking=True),
-            None if texts is None else texts.to(device, non_blocking=True),
+            None if images is None else self.model.to_input(images),
+            None if texts is None else self.model.to_input(texts),
         )
         return {place.name: self._cache[place.name] for place in self.places}
 

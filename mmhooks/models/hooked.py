@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
@@ -20,6 +21,7 @@ from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, SiteList, SiteMap
 from mmhooks.hooks.taps import Tap
+from mmhooks.models.placement import device_of, input_dtype
 
 Hooks = Iterable[tuple[Pattern, HookFn]]
 
@@ -45,11 +47,29 @@ class HookedModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs go; of an offloaded model, where its weights are run."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The type that floating-point inputs must have, whatever other types the model keeps some weights in."""
+        return input_dtype(self.model)
+
+    def to_input(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """``value`` on the model's device, and in its dtype if it holds floating-point numbers.
+
+        Whatever runs a model over data passes its pixels and tokens through here.
+
+        >>> import torch, mmhooks as mm
+        >>> model = mm.load("mini")
+        >>> model.to_input(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).dtype
+        torch.float32
+        >>> model.to_input(torch.zeros(1, 16, dtype=torch.long)).dtype
+        torch.int64
+        """
+        device, dtype = self.device, self.dtype if value.is_floating_point() else None
+        # To the host a copy that nobody waits for would be read before it is there.
+        return value.to(device, dtype, non_blocking=device.type == "cuda")
 
     def __repr__(self) -> str:
         heads = ", ".join(self.places.attachments) or "none"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("mini", "mini-declip", "mini-reader")
+PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 
 
 def load(
@@ -33,8 +34,10 @@ def load(
             ``open_clip.list_models()``, or ``"hf-hub:…"``.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint. None gives random weights, which open_clip itself warns about.
-        precision: open_clip's (``"fp32"``, ``"bf16"``, …); the embedded models are stored in half
-            precision and computed in fp32.
+        precision: open_clip's: ``"fp32"``; ``"bf16"``, ``"fp16"`` (weights of linear and convolution layers);
+            ``"pure_bf16"``, ``"pure_fp16"`` (all weights); ``"amp"``, ``"amp_bf16"`` (weights in fp32, run under
+            ``torch.autocast``, which is how ``encode_image`` and ``encode_text`` of the hooked model run then).
+            The embedded models are stored in half precision and computed in fp32.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
@@ -47,6 +50,8 @@ def load(
     """
     from mmhooks.models.clip import HookedCLIP
 
+    if precision not in PRECISIONS:  # open_clip would run fp32 without a word
+        raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32":
             raise MMHooksError(
@@ -57,7 +62,9 @@ def load(
     else:
         model, tokenizer, preprocess = _open_clip(name, pretrained, precision, cache_dir)
     model = model.to(device).eval()
-    return HookedCLIP(model, tokenizer=tokenizer, preprocess=preprocess, name=name)
+    return HookedCLIP(
+        model, tokenizer=tokenizer, preprocess=preprocess, name=name, autocast=_autocast(precision)
+    )
 
 
 def load_head(
@@ -127,6 +134,13 @@ def _embedded(name: str) -> tuple[Any, Any, Any]:
     model = mini.build(reads=name == "mini-reader")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     return model, mini.tokenizer(), mini.preprocess
+
+
+def _autocast(precision: str) -> torch.dtype | None:
+    """What open_clip trains and evaluates a precision under; None: nothing."""
+    import torch
+
+    return {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)
 
 
 def _open_clip(
