@@ -116,13 +116,13 @@ def stages() -> dict[str, tuple[float, str]]:
             buffer = BytesIO()
             pairs.image(i).convert("RGB").resize((320, 256)).save(buffer, format="JPEG", quality=90)
             jpegs.append(buffer.getvalue())
-        from PIL import Image
+        from mmhooks.data.images import open_image
 
         timed(
             "decoding, JPEG 320×256 to 224 px",
             64,
             "64 pictures, PIL and the model's preprocessing",
-            lambda: [model.preprocess(Image.open(BytesIO(j)).convert("RGB")) for j in jpegs],
+            lambda: [model.preprocess(open_image(j)) for j in jpegs],
         )
     sae, x = TopKSAE(512, 1024, 32), torch.nn.functional.normalize(torch.randn(4096, 512), dim=1)
     with torch.no_grad():

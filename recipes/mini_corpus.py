@@ -11,7 +11,6 @@ licence. Pictures are rasterised once to RGBA and kept, with their names and key
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -119,9 +118,11 @@ def _rasterise(svg: str) -> np.ndarray | None:
     from PIL import Image
     from resvg_py import svg_to_bytes
 
+    from mmhooks.data.images import open_image
+
     try:
         png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
-        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        image = open_image(bytes(png)).convert("RGBA")
     except Exception:  # resvg's own parse errors; the count of what was kept is printed
         return None
     box = image.getbbox()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +59,8 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
     Raises:
         DataError: something of these is missing; names the first.
     """
+    from mmhooks.data.images import open_image, open_mask, rgb
+    from mmhooks.data.local_files import Home
     from mmhooks.errors import DataError
 
     place = Path(folder).expanduser()
@@ -68,25 +69,37 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
         raise DataError(
             f"{listing} is missing: a table with the columns file and class, a row a picture in images/"
         )
-    with listing.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"file", "class"} <= set(rows[0]):
-        raise DataError(f"{listing} needs the columns file and class and at least one row")
+    rows = _rows(listing)
+    home = Home(place)
     samples = []
-    for row in (rows[i] for i in chosen(len(rows), limit, seed)):
-        picture, mask = place / "images" / row["file"], (place / "masks" / row["file"]).with_suffix(".png")
-        for path in (picture, mask):
+    for entry in (rows[i] for i in chosen(len(rows), limit, seed)):
+        file, name = entry["file"], entry["class"]
+        mask_name = Path("masks", file).with_suffix(".png")
+        for path in (place / "images" / file, place / mask_name):
             if not path.is_file():
-                raise DataError(f"{listing} names {row['file']!r}, but {path} is not there")
-        samples.append(
-            Sample(
-                Image.open(picture).convert("RGB"),
-                np.asarray(Image.open(mask).convert("L")) > 0,
-                row["class"],
-                "photographs",
-            )
-        )
+                raise DataError(f"{listing} names {file!r}, but {path} is not there")
+        try:
+            picture = rgb(open_image(home.read(f"images/{file}")))
+            mask = open_mask(home.read(str(mask_name)))
+        except DataError as fault:
+            raise DataError(f"{listing} names {file!r}: its image or mask cannot be used: {fault}") from fault
+        if mask.shape != (picture.height, picture.width):
+            raise DataError(f"{listing}: the image {file!r} is {picture.size}, its mask {mask.shape[::-1]}")
+        samples.append(Sample(picture, mask, name, "photographs"))
     return samples, f"Pictures: {place.name}."
+
+
+def _rows(listing: Path) -> list[dict[str, str]]:
+    from mmhooks.data.tables import read_table
+    from mmhooks.errors import DataError
+
+    lines = read_table(listing, ("file", "class"))
+    bad = next((line for line in lines if line.fault), None)
+    if bad is not None:
+        raise DataError(f"{listing}, line {bad.number}: {bad.fault}")
+    if not lines:
+        raise DataError(f"{listing} needs the columns file and class and at least one row")
+    return [line.entry for line in lines]
 
 
 def from_mat(path: str | Path, limit: int, seed: int) -> tuple[list[Sample], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmhooks.data.cache import cache_dir
+from mmhooks.data.images import open_image
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.progress import track
 from mmhooks.data.splits import split_of
@@ -104,7 +104,7 @@ def _rasterise(file: Path, size: int) -> np.ndarray:
 
     # No drawing has letters; looking for the system's fonts would only cost time.
     png = svg_to_bytes(svg_path=str(file), width=size, height=size, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+    return np.asarray(open_image(bytes(png)).convert("RGBA"))
 
 
 class _Rasters:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, overload, runtime_checkable
 
 from PIL import Image
 
+from mmhooks.data.images import rgb
 from mmhooks.data.splits import SPLITS, split_of
 from mmhooks.errors import DataError
 
@@ -153,7 +154,7 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
         try:
             image = self._pictures.open(row.picture)
             image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+        except (OSError, ValueError) as fault:  # DataError is one
             raise DataError(
                 f"{self.name}: the picture of pair {row.id!r} ({row.picture}) cannot be read: {fault}; it was "
                 "readable when the pairs were opened: was it changed since?"
@@ -172,14 +173,6 @@ class _Images(Sequence[Image.Image]):
         if isinstance(index, slice):
             return [self._pairs.image(i) for i in range(*index.indices(len(self)))]
         return self._pairs.image(index)
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """In RGB, laid on white where it is transparent."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return image.convert("RGB")
 
 
 def check_rows(rows: Sequence[Row], name: str) -> None:

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from mmhooks.data.pair_set import Pair, rgb
-from mmhooks.data.stream import KNOWN, _columns, _encoded, _first_line, _open, _state_of, _texts
-from mmhooks.errors import DataError, MissingWeights
+from mmhooks.data.captions import captions_in
+from mmhooks.data.images import open_image, rgb
+from mmhooks.data.local_files import Home
+from mmhooks.data.opening import KNOWN, Columns, Opened, columns_of, encoded, id_of, open_rows, read_on
+from mmhooks.data.pair_set import Pair
+from mmhooks.data.stream import first_reason, state_of
+from mmhooks.data.tars import FAULT
+from mmhooks.errors import DataError
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A row as it was read, its picture not yet decoded."""
+    """A row as it was read, its image not yet decoded; ``fault``: why it cannot be used, where that is known."""
 
     id: str
-    text: Any
-    picture: Any
+    captions: tuple[str, ...] = ()
+    image: Any = None
+    home: Home = field(default_factory=Home)
+    fault: str | None = None
 
     def decoded(self) -> Pair | str:
         """The pair, or why it is none."""
-        captions = _texts(self.text)
-        if not captions:
-            return "its text is empty"
-        data, fault = _encoded(self.picture)
-        if fault is not None:
-            return fault
-        return Pair(self.id, rgb(Image.open(io.BytesIO(data))), captions[0], {"captions": captions})
+        if self.fault is not None:
+            return self.fault
+        try:
+            image = rgb(open_image(encoded(self.image, self.home)))
+        except DataError as fault:
+            return str(fault)
+        return Pair(self.id, image, self.captions[0], {"captions": list(self.captions)})
 
 
 class PairStream:
@@ -44,33 +48,49 @@ class PairStream:
         name, licence, attribution: as of :class:`~mmhooks.data.Pairs`.
         fingerprint: of the request, and of names, sizes and times of local files; the rows are not read for it.
         on_error: "raise" or "skip", for rows that cannot be used.
+        skipped: row by row why it was left out, as far as the stream was last read by this object. (Rows that
+            ``mm.extract`` leaves out stand in the store.)
     """
 
     def __init__(
         self,
-        rows: Any,
-        columns: Mapping[str, str | None],
+        opened: Opened,
+        columns: Columns,
         *,
         name: str,
+        limit: int | None = None,
         fingerprint: str,
         licence: str,
         attribution: str,
         on_error: str,
     ) -> None:
-        self._rows, self._columns = rows, columns
+        self._opened, self._columns, self._limit = opened, columns, limit
         self.name, self.fingerprint, self.on_error = name, fingerprint, on_error
         self.licence, self.attribution = licence, attribution
+        self.skipped: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"PairStream({self.name!r}, {self.fingerprint})"
 
     def __iter__(self) -> Iterator[Pair]:
+        """The usable pairs.
+
+        Raises:
+            DataError: a row that cannot be used (``on_error="raise"``), or not a single one that can.
+        """
+        self.skipped = {}
+        read = 0
         for raw in self.raw():
             pair = raw.decoded()
             if isinstance(pair, Pair):
+                read += 1
                 yield pair
             elif self.on_error == "raise":
                 raise DataError(f'{self.name}, {raw.id}: {pair}; on_error="skip" leaves such rows out')
+            else:
+                self.skipped[raw.id] = pair
+        if not read:
+            raise DataError(f"{self.name}: none of its rows can be used{first_reason(self.skipped)}")
 
     def raw(self, *, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[Raw]:
         """The rows of one of ``world`` processes, as they are read; the first ``skip`` of them are passed over.
@@ -78,23 +98,26 @@ class PairStream:
         Whole files go to a process where their number allows, else every ``world``-th row
         (``datasets.distributed.split_dataset_by_node``). A row without an id is called by its number.
         """
-        rows = self._rows
+        rows = self._opened.rows if self._limit is None else self._opened.rows.take(self._limit)
         if world > 1:
             from datasets.distributed import split_dataset_by_node
 
             rows = split_dataset_by_node(rows, rank=rank, world_size=world)
-        key, text, image = self._columns["id"], str(self._columns["text"]), str(self._columns["image"])
         before = f"{rank}of{world}-" if world > 1 else ""
         numbers = count(skip)
-        try:
-            for row in rows.skip(skip) if skip else rows:
-                number = next(numbers)
-                yield Raw(str(row[key]) if key else f"{before}{number:09d}", row[text], row[image])
-        except (OSError, ValueError) as fault:
-            raise MissingWeights(
-                f"{self.name}: fetching broke off ({type(fault).__name__}: {_first_line(fault)}); an extraction that "
-                "is called again goes on with the shard it was at"
-            ) from fault
+        for row in read_on(self._opened, rows.skip(skip) if skip else rows, self.name):
+            key = f"{before}{next(numbers):09d}"
+            try:
+                if self._columns.id is not None:
+                    key = str(row.get(self._columns.id) or key)
+                    id_of(row, self._columns.id)
+                if FAULT in row:
+                    raise DataError(row[FAULT])
+                captions = captions_in(row, self._columns.text)
+            except DataError as fault:
+                yield Raw(key, fault=str(fault))
+            else:
+                yield Raw(key, tuple(captions), row.get(self._columns.image), self._opened.home)
 
 
 def pair_stream(
@@ -105,6 +128,7 @@ def pair_stream(
     on_error: str = "raise",
     image_column: str | None = None,
     text_column: str | None = None,
+    allow_outside: bool = False,
 ) -> PairStream:
     """Pairs of any image-text data set that ``datasets`` streams: nothing is kept on disk, nothing is counted.
 
@@ -112,8 +136,8 @@ def pair_stream(
     picture bytes, any data set of the Hub. ``mm.extract`` reads either.
 
     Args:
-        source, split, image_column, text_column: as of :func:`~mmhooks.data.pairs`; also a glob of local files,
-            ``"laion/*.tar"``.
+        source, split, image_column, text_column, allow_outside: as of :func:`~mmhooks.data.pairs`; also a glob of
+            local files, ``"laion/*.tar"``.
         limit: stop after so many rows.
         on_error: "raise" at the first row that cannot be used, or "skip" and go on.
 
@@ -124,8 +148,6 @@ def pair_stream(
     >>> stream = pair_stream("laion/*.tar", on_error="skip")             # doctest: +SKIP
     >>> store = mm.extract(model, stream, sites=["image.embed"], out="runs/laion")  # doctest: +SKIP
     """
-    import datasets
-
     if on_error not in ("raise", "skip"):
         raise DataError(f'on_error must be "raise" or "skip", came {on_error!r}')
     if limit is not None and limit < 1:
@@ -133,16 +155,22 @@ def pair_stream(
     name = str(source)
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
-    rows = _open(path, wanted, name)
-    columns = _columns(rows, known, image_column, text_column, name)
-    image = str(columns["image"])
-    if isinstance((rows.features or {}).get(image), datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    request = [path, wanted, limit, on_error, columns, _state_of(Path(path).expanduser())]
+    opened = open_rows(path, wanted, name, allow_outside=allow_outside)
+    columns = columns_of(opened, known, image_column, text_column, name)
+    request = [
+        path,
+        wanted,
+        limit,
+        on_error,
+        asdict(columns),
+        allow_outside,
+        state_of(Path(path).expanduser()),
+    ]
     return PairStream(
-        rows if limit is None else rows.take(limit),
+        opened,
         columns,
         name=name,
+        limit=limit,
         fingerprint=blake2b(json.dumps(request).encode(), digest_size=10).hexdigest(),
         licence=known.licence if known else "see the data set's card",
         attribution=known.attribution if known else name,

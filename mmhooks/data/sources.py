@@ -23,6 +23,7 @@ def pairs(
     image_column: str | None = None,
     text_column: str | None = None,
     meta_columns: Sequence[str] = (),
+    allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
     """Picture-text pairs from the embedded corpus, a folder, or any image-text data set of ``datasets``.
@@ -37,9 +38,12 @@ def pairs(
             the first ones, so that nothing is fetched for nothing.
         on_error: "raise" names the first pair that cannot be used; "skip" leaves such pairs out and lists
             them in ``.skipped``.
-        image_column, text_column: of a data set whose columns are not found by type and name.
+        image_column, text_column: of a data set whose columns are not found by type and name; for the texts also a
+            part of one: ``"captions.en"``, ``"conversations.1.value"``, ``"txt.lines"`` (of a tar: a caption a line).
         meta_columns: of a data set, columns to keep in ``meta`` as text (names of classes, not their numbers);
             of a folder all columns are kept anyway.
+        allow_outside: also read files that lie outside of the data set's folder: what a table or a row names by
+            ``../``, an absolute path, a link or an address. Set it only if you trust who wrote them.
 
     Raises:
         DataError: a source that is not there, a file or row that cannot be used; the message names it.
@@ -58,10 +62,18 @@ def pairs(
         from mmhooks.data.openmoji import openmoji
 
         found = openmoji(progress=progress)
-    elif (place / "metadata.csv").is_file():
+    elif (place / "metadata.csv").exists():
         from mmhooks.data.folder import folder
 
-        return folder(place, split=split, limit=limit, on_error=on_error, seed=seed, progress=progress)
+        return folder(
+            place,
+            split=split,
+            limit=limit,
+            on_error=on_error,
+            seed=seed,
+            allow_outside=allow_outside,
+            progress=progress,
+        )
     else:
         from mmhooks.data.stream import stream
 
@@ -73,6 +85,7 @@ def pairs(
             image_column=image_column,
             text_column=text_column,
             meta_columns=meta_columns,
+            allow_outside=allow_outside,
             progress=progress,
         )
     if split is not None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from glob import glob
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,41 +13,31 @@ from typing import Any
 from PIL import Image
 
 from mmhooks.data.cache import cache_dir
+from mmhooks.data.captions import captions_in
+from mmhooks.data.images import open_image
+from mmhooks.data.opening import (
+    KNOWN,
+    Columns,
+    Opened,
+    Source,
+    columns_of,
+    encoded,
+    files_of,
+    first_line,
+    id_of,
+    open_rows,
+    read_on,
+)
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.progress import track
-from mmhooks.errors import DataError, MissingWeights
+from mmhooks.data.tars import FAULT
+from mmhooks.errors import DataError
 from mmhooks.utils.files import written_aside
 
-TEXT_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "answer", "title", "label_text", "prompt")
-ID_COLUMNS = ("id", "image_id", "__key__", "key", "file_name", "filename")
+__all__ = ["KNOWN", "state_of", "stream"]
+
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set of the Hub, and which of its columns are the picture, the texts and the id."""
-
-    path: str
-    split: str
-    image: str
-    text: str
-    id: str
-    licence: str
-    attribution: str
-
-
-KNOWN: dict[str, Source] = {
-    # 5,000 pictures of COCO 2017 validation; file names stand in question_id, the other id columns are constant.
-    "coco": Source(
-        "lmms-lab/COCO-Caption2017", "val", "image", "answer", "question_id",
-        "captions CC BY 4.0; pictures under their Flickr licences", "COCO 2017, cocodataset.org",
-    ),
-    # The validation pictures of Conceptual Captions that were still online: 13,443.
-    "cc3m": Source(
-        "pixparse/cc3m-wds", "validation", "jpg", "txt", "__key__",
-        "Conceptual Captions licence (any use); pictures belong to their owners", "Conceptual Captions, Google",
-    ),
-}  # fmt: skip
+_LAYOUT = 2  # of kept files, and of what their rows mean: those of another number are not read
 
 
 def stream(
@@ -61,134 +49,102 @@ def stream(
     image_column: str | None = None,
     text_column: str | None = None,
     meta_columns: Sequence[str] = (),
+    allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
-    """Pairs of a data set: fetched picture by picture (encoded, not decoded), kept, and read back memory-mapped."""
+    """Pairs of a data set: fetched image by image (encoded, not decoded), kept, and read back memory-mapped."""
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
-    request = [path, wanted, limit, on_error, image_column, text_column, _state_of(Path(path).expanduser())]
-    request += [list(meta_columns)] if meta_columns else []
+    request = [_LAYOUT, path, wanted, limit, on_error, image_column, text_column, allow_outside]
+    request += [state_of(Path(path).expanduser()), list(meta_columns)]
     key = blake2b(json.dumps(request).encode(), digest_size=10).hexdigest()
     stored = cache_dir("pairs") / f"{''.join(c if c.isalnum() else '_' for c in name)[-40:]}-{key}.arrow"
     if not stored.exists():
-        rows = _open(path, wanted, name)
-        columns = _columns(rows, known, image_column, text_column, name)
-        _keep(stored, rows, columns, _describer(rows, meta_columns, name), name, limit, on_error, progress)
+        opened = open_rows(path, wanted, name, allow_outside=allow_outside)
+        columns = columns_of(opened, known, image_column, text_column, name)
+        describe = _describer(opened.columns, meta_columns, name)
+        _keep(stored, _Usable(opened, columns, describe, name, on_error), limit, progress)
     return _read(stored, name, known)
 
 
-def _state_of(place: Path) -> list[Any]:
+def state_of(place: Path) -> list[Any]:
     """Of a local copy: sizes and times of its files, so that a changed one is read again."""
-    files = sorted(p for p in _files(place) if p.is_file())
+    files = sorted(p for p in files_of(place) if p.is_file())
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
-def _files(place: Path) -> Iterable[Path]:
-    if place.is_dir():
-        return place.rglob("*")
-    if place.exists():
-        return [place]
-    return map(Path, glob(str(place))) if "*" in place.name else []
-
-
-def _open(path: str, split: str | None, name: str) -> Any:
-    """The rows of a data set, not yet fetched; its splits are asked for where none is named."""
-    import datasets
-
-    place = Path(path).expanduser()
-    try:
-        if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
-            found = datasets.load_from_disk(str(place))
-            found = (
-                found[_choose([str(s) for s in found], split, name)]
-                if isinstance(found, datasets.DatasetDict)
-                else found
-            )
-            return found.to_iterable_dataset()
-        files = sorted(map(str, _files(place))) if not place.is_dir() else []
-        if files:
-            builder = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(place.suffix)
-            if builder is None:
-                raise DataError(f"{place}: a folder, or a .parquet, .arrow or .tar file was expected")
-            found = datasets.load_dataset(builder, data_files=files, streaming=True)
-        else:
-            found = datasets.load_dataset(str(place) if place.is_dir() else path, streaming=True)
-        return found[_choose([str(s) for s in found], split, name)]
-    except DataError:
-        raise
-    except Exception as fault:  # datasets, huggingface_hub, fsspec and httpx each raise their own
-        if place.exists():
-            raise DataError(f"{place} cannot be read by datasets: {_first_line(fault)}") from fault
-        raise MissingWeights(
-            f"data set {name!r} ({path}) is neither a folder here nor to be fetched from the Hugging Face Hub "
-            f'({type(fault).__name__}: {_first_line(fault)}); without network, pairs("mini") and pairs("folder/") work'
-        ) from fault
-
-
-def _choose(splits: Sequence[str], split: str | None, name: str) -> str:
-    if split is None:
-        return next((s for s in ("validation", "val", "test") if s in splits), splits[0])
-    if split not in splits:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    return split
-
-
-def _columns(
-    rows: Any, known: Source | None, image: str | None, text: str | None, name: str
-) -> dict[str, str | None]:
-    """Which columns hold the picture, the texts and the id: as told, as known, or by type and name."""
-    import datasets
-
-    features = rows.features or rows._resolve_features().features
-    if image is None and known is not None:
-        image = known.image
-    if image is None:
-        image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
-        image = image or next((c for c in ("image", "jpg", "png", "webp") if c in features), None)
-    text = text or (known.text if known else None) or next((c for c in TEXT_COLUMNS if c in features), None)
-    key = known.id if known else next((c for c in ID_COLUMNS if c in features), None)
-    missing = [what for what, c in (("image", image), ("text", text)) if c is None or c not in features]
-    if missing:
-        raise DataError(
-            f"{name} has columns {', '.join(features)}; no {' and no '.join(missing)} column among them: name it "
-            "with image_column= or text_column="
-        )
-    return {"image": image, "text": text, "id": key if key in features else None}
-
-
-def _describer(rows: Any, wanted: Sequence[str], name: str) -> Callable[[Mapping[str, Any]], str]:
+def _describer(
+    columns: Mapping[str, Any], wanted: Sequence[str], name: str
+) -> Callable[[Mapping[str, Any]], str]:
     """A row's wanted columns as one JSON text; classes by their names."""
-    features = (rows.features or rows._resolve_features().features) if wanted else {}
-    missing = [c for c in wanted if c not in features]
+    missing = [c for c in wanted if c not in columns]
     if missing:
-        raise DataError(f"{name} has columns {', '.join(features)}; no column {', '.join(missing)} to keep")
+        raise DataError(f"{name} has columns {', '.join(columns)}; no column {', '.join(missing)} to keep")
 
     def word(column: str, value: Any) -> str:
-        name_of = getattr(features[column], "int2str", None)
+        name_of = getattr(columns[column], "int2str", None)
+        if isinstance(value, bytes):  # a file of a tar
+            return value.decode("utf-8", errors="replace")
         return str(name_of(value)) if name_of and isinstance(value, int) and value >= 0 else str(value)
 
-    return lambda row: json.dumps({c: word(c, row[c]) for c in wanted})
+    return lambda row: json.dumps({c: word(c, row.get(c)) for c in wanted})
 
 
-def _keep(
-    stored: Path,
-    rows: Any,
-    columns: Mapping[str, str | None],
-    describe: Callable[[Mapping[str, Any]], str],
-    name: str,
-    limit: int | None,
-    on_error: str,
-    progress: bool,
-) -> None:
-    """Writes id, texts and encoded pictures of every usable row; only a whole file gets the name."""
-    import datasets
+class _Usable:
+    """The usable rows of a data set, ready to be kept; of the others it notes why they are not.
+
+    Attributes:
+        skipped: row and id of what was left out, and why.
+        digest: of ids and images.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        columns: Columns,
+        describe: Callable[[Mapping[str, Any]], str],
+        name: str,
+        on_error: str,
+    ) -> None:
+        self._opened, self._columns, self._describe = opened, columns, describe
+        self.name, self._on_error = name, on_error
+        self.skipped: dict[str, str] = {}
+        self.digest = blake2b(digest_size=10)
+        self._seen: set[str] = set()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(read_on(self._opened, self._opened.rows, self.name)):
+            key = f"{number:09d}"
+            try:
+                key = str(row.get(self._columns.id, key)) if self._columns.id else key
+                kept = self._kept(key, row)
+            except DataError as fault:
+                if self._on_error != "skip":
+                    raise DataError(
+                        f'{self.name}, row {number} ({key}): {fault}; on_error="skip" leaves such rows out'
+                    ) from fault
+                self.skipped[f"row {number} ({key})"] = str(fault)
+            else:
+                yield kept
+
+    def _kept(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        if FAULT in row:
+            raise DataError(row[FAULT])
+        if self._columns.id:
+            key = id_of(row, self._columns.id)
+        if key in self._seen:
+            raise DataError("its id occurs before")
+        captions = captions_in(row, self._columns.text)
+        data = encoded(row.get(self._columns.image), self._opened.home)
+        self._seen.add(key)
+        self.digest.update(f"\0{key}\0".encode() + data)
+        return {"id": key, "captions": captions, "image": data, "meta": self._describe(row)}
+
+
+def _keep(stored: Path, usable: _Usable, limit: int | None, progress: bool) -> None:
+    """Writes id, texts and encoded images of every usable row; only a whole file gets the name."""
     import pyarrow as pa
 
-    image = str(columns["image"])
-    if isinstance((rows.features or {}).get(image), datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    skipped: dict[str, str] = {}
-    digest, seen = blake2b(digest_size=10), set()
     schema = pa.schema(
         [
             ("id", pa.string()),
@@ -197,109 +153,70 @@ def _keep(
             ("meta", pa.string()),
         ]
     )
-    usable = itertools.islice(
-        _usable(_fetched(rows, name), columns, describe, name, on_error, skipped, seen), limit
-    )
+    kept = 0
+    rows = track(itertools.islice(usable, limit), limit, f"fetching {usable.name} (once)", show=progress)
     with written_aside(stored) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            batch: list[dict[str, Any]] = []
-            for row in track(usable, limit, f"fetching {name} (once)", show=progress):
-                digest.update(f"\0{row['id']}\0".encode() + row["image"])
-                batch.append(row)
-                if len(batch) == BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                    batch = []
-            if batch:
+            for batch in _batches(rows):
+                kept += len(batch)
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-        if not seen:
-            raise DataError(f"{name}: none of its rows can be used ({len(skipped)} skipped)")
-        about = {"content": digest.hexdigest(), "skipped": skipped}
+        if not kept:
+            raise DataError(f"{usable.name}: none of its rows can be used{first_reason(usable.skipped)}")
+        about = {"content": usable.digest.hexdigest(), "rows": kept, "skipped": usable.skipped}
         with written_aside(stored.with_suffix(".json")) as beside:
             beside.write_text(json.dumps(about))
 
 
-def _fetched(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        yield from rows
-    except (OSError, ValueError) as fault:
-        raise MissingWeights(
-            f"{name}: fetching broke off ({type(fault).__name__}: {_first_line(fault)}); nothing was kept, try again"
-        ) from fault
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    left = iter(rows)
+    while batch := list(itertools.islice(left, BATCH)):
+        yield batch
 
 
-def _usable(
-    rows: Iterable[Mapping[str, Any]],
-    columns: Mapping[str, str | None],
-    describe: Callable[[Mapping[str, Any]], str],
-    name: str,
-    on_error: str,
-    skipped: dict[str, str],
-    seen: set[str],
-) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows):
-        key = str(row[columns["id"]]) if columns["id"] else f"{number:09d}"
-        captions = _texts(row[str(columns["text"])])
-        data, fault = _encoded(row[str(columns["image"])])
-        if key in seen:
-            fault = "its id occurs before"
-        elif not captions:
-            fault = "its text is empty"
-        if fault is None:
-            seen.add(key)
-            yield {"id": key, "captions": captions, "image": data, "meta": describe(row)}
-        elif on_error == "skip":
-            skipped[f"row {number} ({key})"] = fault
-        else:
-            raise DataError(f'{name}, row {number} ({key}): {fault}; on_error="skip" leaves such rows out')
-
-
-def _texts(value: Any) -> list[str]:
-    """One caption or several, as strings or as records with a caption in them."""
-    if isinstance(value, Mapping):
-        value = next((value[c] for c in ("raw", "caption", "text") if c in value), "")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    texts = [_texts(v)[0] if isinstance(v, Mapping) and _texts(v) else v for v in values]
-    return [t.strip() for t in texts if isinstance(t, str) and t.strip()]
-
-
-def _encoded(value: Any) -> tuple[bytes, str | None]:
-    """The picture's file bytes, and why it is none."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
-    if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, "PNG")
-        return buffer.getvalue(), None
-    if not isinstance(value, (bytes, bytearray)):
-        return b"", f"no picture in it, came {type(value).__name__}"
-    try:
-        image = Image.open(io.BytesIO(value))
-        image.draft("RGB", (1, 1))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-        return b"", f"its picture cannot be read: {_first_line(fault)}"
-    return bytes(value), None
+def first_reason(skipped: Mapping[str, str]) -> str:
+    """`` (3 skipped, the first is row 0: why)``, or that there was none."""
+    if not skipped:
+        return " (it has none)"
+    key, why = next(iter(skipped.items()))
+    return f" ({len(skipped)} skipped, the first is {key}: {why})"
 
 
 def _read(stored: Path, name: str, known: Source | None) -> Pairs:
-    pictures = _Encoded(stored)
-    about = json.loads(stored.with_suffix(".json").read_text())
-    table = pictures.table.drop_columns(["image"]).to_pydict()
-    kept = table.get("meta") or ["{}"] * len(table["id"])  # files of earlier versions have none
-    # The first caption is the text; the others stay in meta.
-    rows = [
-        Row(key, captions[0], i, meta={**json.loads(meta), "captions": captions})
-        for i, (key, captions, meta) in enumerate(zip(table["id"], table["captions"], kept, strict=True))
-    ]
+    with _undamaged(stored):
+        images = _Encoded(stored)
+        about = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
+        images.table.validate(full=True)  # offsets that point elsewhere would end the process
+        table = images.table.drop_columns(["image"]).to_pydict()
+        if len(table["id"]) != about["rows"]:
+            raise ValueError(f"{len(table['id'])} rows, expected {about['rows']}")
+        # The first caption is the text; the others stay in meta.
+        rows = [
+            Row(key, captions[0], i, meta={**json.loads(meta), "captions": captions})
+            for i, (key, captions, meta) in enumerate(
+                zip(table["id"], table["captions"], table["meta"], strict=True)
+            )
+        ]
+        content, skipped = str(about["content"]), dict(about["skipped"])
     return Pairs(
-        rows, pictures, name=name, content=about["content"], skipped=about["skipped"],
+        rows, images, name=name, content=content, skipped=skipped,
         licence=known.licence if known else "see the data set's card",
         attribution=known.attribution if known else name,
     )  # fmt: skip
 
 
+@contextmanager
+def _undamaged(stored: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:  # of pyarrow and json
+        raise DataError(
+            f"{stored}, the kept copy of a data set, is damaged ({type(fault).__name__}: {first_line(fault)}); "
+            "expected what mmhooks wrote: delete it, and the data set is fetched anew"
+        ) from fault
+
+
 class _Encoded:
-    """Encoded pictures of a memory-mapped Arrow file."""
+    """Encoded images of a memory-mapped Arrow file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -314,11 +231,7 @@ class _Encoded:
         return self._table
 
     def open(self, picture: int | str) -> Image.Image:
-        return Image.open(io.BytesIO(self.table["image"][int(picture)].as_py()))
+        return open_image(self.table["image"][int(picture)].as_py())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path, "_table": None}  # a worker process maps it for itself
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]

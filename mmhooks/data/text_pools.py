@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmhooks.data.local_files import read_regular
 from mmhooks.errors import DataError
 
 POOLS = ("general", "imagenet", "mini")
@@ -65,7 +66,11 @@ def text_pool(source: str | Path = "general", *, template: str | None = None) ->
 
 def _read(path: Path) -> tuple[list[str], list[str] | None]:
     texts, kinds, kind = [], [], ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except (DataError, UnicodeDecodeError) as fault:
+        raise DataError(f"{path} cannot be read as a list of texts in UTF-8: {fault}") from fault
+    for line in text.splitlines():
         line = line.strip()
         if line.startswith("#"):
             kind = line.lstrip("# ")
