@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmhooks.data.loading import Batch, Decoder, loader, works
 from mmhooks.data.pair_set import Pairs
@@ -30,7 +30,10 @@ from mmhooks.hooks.places import Place
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.hooked import HookedModel
-from mmhooks.models.provenance import spelled, versions, weights_hash
+from mmhooks.models.provenance import attachment_digest, edits_of, spelled, versions, weights_hash
+from mmhooks.utils.digest import digest
+from mmhooks.utils.files import make_folder
+from mmhooks.utils.modes import evaluating
 
 SHARD_ROWS, SHARD_BYTES = 8192, 256 * 2**20
 
@@ -46,9 +49,14 @@ def extract(
     workers: int | None = None,
     shard_rows: int | None = None,
     sparse: bool = True,
+    key: str | None = None,
     progress: bool = True,
 ) -> Store:
     """Runs ``model`` over ``pairs`` and writes what flows at ``sites`` into the store ``out``, one row a pair.
+
+    The model and its heads run in evaluation mode; each module has its own mode back afterwards. Everything that
+    decides a row is part of the store's identity, by its content: weights and structure, preprocessing, tokenizer,
+    heads and the edits of open contexts.
 
     Pictures are decoded in worker processes, shards are written by a thread, so the model waits for neither.
     A call that was killed is repeated as it was: it goes on after the last whole shard, and the store has the
@@ -71,9 +79,12 @@ def extract(
             are larger than 256 MiB.
         sparse: keep latents of a head that names its ``k`` active entries as these entries, where ``4 k`` is at
             most the number of features.
+        key: a name for exactly this preprocessing, tokenizer, model and these open edits. Needed where a part of
+            them has no content that could be told from another's; it stands for that part.
 
     Raises:
         UnknownSite: a site that the model does not have.
+        NoDigest: a part of what decides the rows cannot be told from another, and there is no ``key``.
         StoreError: ``out`` is being written by another process, or holds a store of another model, data set or
             setting; the disk is full. Finished shards stay in any case.
         NotFinite: a pair whose activations are NaN or infinite, by its id.
@@ -91,18 +102,24 @@ def extract(
     ranks = Ranks()
     with ExitStack() as held:
         plan = _plan(
-            reader, pairs, dtype=dtype, batch_size=batch_size, shard_rows=shard_rows, world=ranks.world
+            reader,
+            pairs,
+            dtype=dtype,
+            batch_size=batch_size,
+            shard_rows=shard_rows,
+            world=ranks.world,
+            key=key,
         )
 
         def opened() -> bool:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             held.enter_context(Lock(folder))
             return begin(folder, plan, versions())
 
         if not ranks.first(opened):
             _write(reader, pairs, folder, plan, ranks, _workers(workers, pairs, ranks), progress)
             ranks.barrier()
-            ranks.first(lambda: finish(folder))
+            ranks.first(lambda: finish(folder, ranks=ranks.world))
         held.close()
         ranks.barrier()
     return Store(folder)
@@ -131,9 +148,8 @@ def _write(
     decoder = Decoder(pairs, reader.preprocess, reader.tokenizer)
     batches = loader(decoder, work, workers=workers, pin=device.type == "cuda")
     first = next(batches, None)  # workers are forked before there is a thread
-    if first is None:
-        return
     writer = ShardWriter(folder, rank=ranks.rank)
+    whole = {shard for shard in done if shard % ranks.world == ranks.rank}
 
     def keep(item: _Computed) -> None:
         if item.ready is not None:
@@ -141,6 +157,7 @@ def _write(
         writer.add(item.ids, item.columns, item.skipped)
         if item.last is not None:
             writer.close(item.last)
+            whole.add(item.last)
 
     total = None
     if isinstance(pairs, Pairs):
@@ -159,6 +176,7 @@ def _write(
             background.put(reader(batch))
             advance(len(batch.ids) + len(batch.skipped))
             batch = next(batches, None)
+    writer.end(ranks.rank, len(whole))
 
 
 # -- running the model ---------------------------------------------------------------------------------------
@@ -187,6 +205,9 @@ class _Reader:
         self._held = ExitStack()
 
     def __enter__(self) -> _Reader:
+        heads = (a.head for a in self.model.places.attachments.values())
+        modules = [m for m in (self.model.model, *heads) if isinstance(m, nn.Module)]
+        self._held.enter_context(evaluating(*modules))
         self._held.enter_context(torch.no_grad())
         names = [place.name for place in self.places]
         self._cache = self._held.enter_context(self.model.caching(names, strict=False))
@@ -302,6 +323,7 @@ def _plan(
     batch_size: int,
     shard_rows: int | None,
     world: int,
+    key: str | None,
 ) -> dict[str, Any]:
     """What will be written; two extractions of equal plans write equal stores."""
     if dtype not in ("fp32", "fp16", "bf16"):
@@ -314,14 +336,16 @@ def _plan(
     row = sum(column.row_bytes for column in columns_of(specs))
     most = max(1, min(SHARD_ROWS, SHARD_BYTES // row) // batch_size) * batch_size
     stream = isinstance(pairs, PairStream)
-    edits = [binding.label for context in current().contexts for binding in context.bindings]
+    autocast = getattr(model, "autocast", None)
+    edits = edits_of(model.model, current().contexts)
     return {
         "model": {
             "name": model.name or type(model.model).__name__,
             "class": type(model.model).__name__,
-            "weights": weights_hash(model.model),
+            "weights": weights_hash(model.model, key=key),
             "dtype": str(model.dtype).removeprefix("torch."),
-            **({"edits": edits} if edits else {}),
+            **({"autocast": str(autocast).removeprefix("torch.")} if autocast is not None else {}),
+            **({"edits": [edit.label for edit in edits]} if edits else {}),
         },
         "sites": {spec.name: spec.to_json() for spec in specs},
         "data": {
@@ -338,6 +362,17 @@ def _plan(
             "tokenizer": spelled(reader.tokenizer),
             # Rows of a stream lie differently for another number of processes.
             **({"ranks": world} if stream else {}),
+        },
+        # What the names above cannot tell apart, by content.
+        "content": {
+            "preprocess": digest(reader.preprocess, what="preprocess", key=key),
+            "tokenizer": digest(reader.tokenizer, what="tokenizer", key=key),
+            "heads": {
+                place.name: attachment_digest(place.attachment, key=key)
+                for place in reader.places
+                if isinstance(place, HeadSite)
+            },
+            "edits": [edit.digest(key=key) for edit in edits],
         },
     }
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from mmhooks.hooks.program import Op
+from mmhooks.hooks.splice import Attachment, HeadSite
 from mmhooks.utils.digest import content_of, digest
 
 VERSIONS = ("mmhooks", "torch", "torchvision", "open_clip_torch", "pyarrow", "pillow")
 
 
-def weights_hash(module: torch.nn.Module) -> str:
+def weights_hash(module: torch.nn.Module, *, key: str | None = None) -> str:
     """Of what runs: classes, attributes and hooks of all modules, parameters, buffers and packed weights bit by bit.
 
     Raises:
-        NoDigest: a part whose content cannot be seen, such as weights that are offloaded elsewhere.
+        NoDigest: a part whose content cannot be seen, such as weights that are offloaded elsewhere, and no ``key``.
     """
-    return digest(module, what="model")[:32]
+    return digest(module, what="model", key=key)[:32]
 
 
 def spelled(what: Any) -> str | None:
@@ -39,6 +43,38 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
 
 
+# -- heads and edits -----------------------------------------------------------------------------------------
+
+
+def attachment_digest(attachment: Attachment, *, key: str | None = None) -> str:
+    """Of a head as it is attached: its content, site and options."""
+    where = (attachment.site.name, attachment.name, attachment.error_term, attachment.splice)
+    return digest(attachment.head, where, what=f"head {attachment.name}", key=key)
+
+
+@dataclass(frozen=True)
+class OpenEdit:
+    """One edit of an open context at one place: what it does there is decided by this and nothing else."""
+
+    op: Op
+
+    @property
+    def label(self) -> str:
+        return f"{self.op.binding.label} at {self.op.target.name}"
+
+    def digest(self, *, key: str | None = None) -> str:
+        target = self.op.target
+        head = attachment_digest(target.attachment, key=key) if isinstance(target, HeadSite) else None
+        return digest(target.name, head, self.op.act, what=self.label, key=key)
+
+
+def edits_of(model: torch.nn.Module, contexts: Iterable[Any]) -> list[OpenEdit]:
+    """The edits of open contexts that act on ``model``, in the order in which they act, whoever opened them."""
+    inside = set(model.modules())
+    ops = [op for context in contexts for op in context.ops if op.kind == "edit"]
+    return [OpenEdit(op) for op in ops if getattr(op.target.site.tap, "module", None) in {None, *inside}]
+
+
 # -- what counts of objects that keep caches of what they were asked -----------------------------------------
 
 
@@ -48,6 +84,12 @@ def _simple_tokenizer(tokenizer: Any) -> Any:
     # Fifty thousand entries each: as one text they are hashed a hundred times faster.
     large = {k: repr(own.pop(k)) for k in ("encoder", "bpe_ranks", "byte_encoder") if k in own}
     return {**large, **own}
+
+
+@content_of("_regex.Pattern")
+def _regex(pattern: Any) -> Any:
+    """As Python would copy it, it holds the code it was compiled to, which differs from process to process."""
+    return pattern.pattern, pattern.flags, pattern.named_lists
 
 
 @content_of("transformers.tokenization_utils_base.PreTrainedTokenizerBase")
@@ -72,6 +114,19 @@ def _transformers_config(config: Any) -> Any:
     for name in ("_name_or_path", "_commit_hash", "transformers_version"):
         own.pop(name, None)
     return json.dumps(own, sort_keys=True, default=str), getattr(config, "_attn_implementation", None)
+
+
+@content_of("mmhooks.hooks.edits.Edit")
+def _edit(edit: Any) -> Any:
+    """Where it acts is said by its places; features count by number, not by how they were chosen."""
+    options = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name not in ("features", "at")}
+    return edit.index, options
+
+
+@content_of("mmhooks.heads.base.Head")
+def _head(head: Any) -> Any:
+    """Not: its name, its notes, and the id that it remembers."""
+    return head.kind, head.config(), dict(sorted(head.state_dict().items()))
 
 
 @content_of("mmhooks.hooks.features.FeatureSet")

@@ -8,20 +8,14 @@ told apart (a generator, a file, a lock) raises :class:`~mmhooks.errors.NoDigest
 Every value is hashed as a tag of its type, the length of its content, and the content, so no two values share an
 encoding. The order of dictionaries counts, as code may depend on it; that of sets does not.
 
-Code counts too. A function or class of an installed package stands for itself by its name (versions are kept
-beside results); one of the user's own by its bytecode, defaults, closure, and the globals that it reads. A module
-of the user's own that it reads counts by its source file; what that file imports in its turn does not.
+Code counts too: functions and classes of installed packages by name (versions are kept beside results), the user's
+own by bytecode, defaults, closure, and the globals they read; a module of the user's that they read by its source.
 """
 
 from __future__ import annotations
 
 import copyreg
-import dis
 import enum
-import os
-import site
-import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mmhooks.errors import NoDigest
+from mmhooks.utils.code import full_name, globals_read, is_found, is_library, written_in
 
 Content = Callable[[Any], Any]
 # Content of library classes that change while they are used (caches), by module and name: see `content_of`.
@@ -56,12 +51,15 @@ def digest(*values: Any, what: str = "value", key: str | None = None) -> str:
     Raises:
         NoDigest: a part has no content that could be told from another's, and there is no ``key``.
 
-    >>> digest({"size": 224}) == digest({"size": 224}), digest(1) == digest(True), digest([1]) == digest((1,))
-    (True, False, False)
+    >>> digest({"size": 224}) == digest({"size": 224}), digest(1) == digest(True)
+    (True, False)
     """
     hasher = _Hasher(what, key)
-    for value in values:
-        hasher.add(value)
+    try:
+        for value in values:
+            hasher.add(value)
+    except RecursionError:
+        raise NoDigest(f"{what} is nested too deeply to have a digest; pass something flatter") from None
     return hasher.sha.hexdigest()
 
 
@@ -86,7 +84,7 @@ class _Hasher:
         self._key = key
         self._path = [what]
         self._open: dict[int, int] = {}  # the objects being written, by id: their depth
-        self._ambient = False  # inside globals and attributes, whose opaque objects count by their type
+        self._ambient = False  # in globals and attributes, where opaque objects count by their type
 
     def add(self, value: Any) -> None:
         """Writes one value."""
@@ -98,24 +96,20 @@ class _Hasher:
             self._tagged("cycle", str(len(self._open) - self._open[id(value)]).encode())
         else:
             self._open[id(value)] = len(self._open)
-            try:
-                self._add(value)
-            except RecursionError:
-                raise NoDigest(f"{self._where()} is nested too deeply to have a digest; pass key=") from None
-            finally:
-                del self._open[id(value)]
+            self._add(value)
+            del self._open[id(value)]
 
     def _add(self, value: Any) -> None:
         kind = type(value)
-        registered = next((_CONTENT[n] for c in kind.__mro__ if (n := _name(c)) in _CONTENT), None)
+        registered = next((_CONTENT[n] for c in kind.__mro__ if (n := full_name(c)) in _CONTENT), None)
         if registered is not None:
             self._tagged("registered")
             self._class(kind)
             self.add(registered(value))
         elif kind in (list, tuple):
             self._many(kind.__name__, value)
-        elif kind is dict:
-            self._items("dict", value.items())
+        elif kind in (dict, types.MappingProxyType):
+            self._items(kind.__name__, value.items())
         elif kind in (set, frozenset):
             self._set(value)
         elif isinstance(value, Tensor):
@@ -130,7 +124,7 @@ class _Hasher:
         elif isinstance(value, PurePath):
             self._tagged("path", value.as_posix().encode())
         elif isinstance(value, enum.Enum):
-            self._tagged("enum", f"{_name(kind)}.{value.name}".encode())
+            self._tagged("enum", f"{full_name(kind)}.{value.name}".encode())
             with self._at("value"):
                 self.add(value.value)
         elif isinstance(value, type):
@@ -145,8 +139,6 @@ class _Hasher:
             self._tagged("method")
             self.add(value.__func__)
             self.add(value.__self__)
-        elif isinstance(value, types.MappingProxyType):
-            self._items("mappingproxy", value.items())
         elif isinstance(value, torch.Generator):
             self._tagged("generator", str(value.device.type).encode())
             self.add(value.get_state())
@@ -177,11 +169,9 @@ class _Hasher:
         outer, parts = self.sha, []
         for value in values:
             self.sha = sha256()
-            try:
-                self.add(value)
-                parts.append(self.sha.digest())
-            finally:
-                self.sha = outer
+            self.add(value)
+            parts.append(self.sha.digest())
+        self.sha = outer
         self._tagged("set", b"".join(sorted(parts)))
 
     @contextmanager
@@ -204,12 +194,12 @@ class _Hasher:
 
     def _opaque(self, value: Any, why: str) -> None:
         if self._ambient and not callable(value):
-            self._tagged("opaque", _name(type(value)).encode())
+            self._tagged("opaque", full_name(type(value)).encode())
         elif self._key is not None:
             self._tagged("key", self._key.encode())
         else:
             raise NoDigest(
-                f"{self._where()} ({_name(type(value))}) has no content that could be told from another's ({why}), so "
+                f"{self._where()} ({full_name(type(value))}) has no content that could be told from another's ({why}), so "
                 'results kept for it might be taken for those of another: pass key="a name for exactly this one"'
             )
 
@@ -221,7 +211,7 @@ class _Hasher:
         if flatten is not None:  # quantised and distributed tensors are made of plain ones
             names, context = flatten()
             self._tagged(
-                "tensor of tensors", f"{_name(type(value))} {tuple(value.shape)} {value.dtype}".encode()
+                "tensor of tensors", f"{full_name(type(value))} {tuple(value.shape)} {value.dtype}".encode()
             )
             self.add(context)
             for name in names:
@@ -273,7 +263,7 @@ class _Hasher:
                 self.add(path)
                 kind = type(module).__dict__.get("_mmhooks_base", type(module))
                 self._class(kind)
-                if _name(kind) == "torch._dynamo.eval_frame.OptimizedModule":
+                if full_name(kind) == "torch._dynamo.eval_frame.OptimizedModule":
                     continue  # its one child runs
                 with self._inside("", ambient=True):
                     own = {k: v for k, v in vars(module).items() if k not in _BOOKKEEPING}
@@ -293,18 +283,17 @@ class _Hasher:
     # -- code ------------------------------------------------------------------------------------------
 
     def _class(self, kind: type) -> None:
-        self._tagged("class", _name(kind).encode())
-        if _is_library(kind.__module__):
+        self._tagged("class", full_name(kind).encode())
+        if is_library(kind.__module__):
             return
         with self._inside(f"({kind.__qualname__})", ambient=True):
             self._many("bases", kind.__bases__)
-            own = {k: _plain_part(v) for k, v in vars(kind).items() if k not in _OF_CLASSES}
-            self._items("attributes", sorted(own.items()))
+            self._items("attributes", written_in(kind).items())
 
     def _function(self, function: types.FunctionType) -> None:
-        self._tagged("function", _name(function).encode())
-        library = _is_library(function.__module__)
-        if library and _found(function):
+        self._tagged("function", full_name(function).encode())
+        library = is_library(function.__module__)
+        if library and is_found(function):
             return
         with self._inside(f"({function.__qualname__})", ambient=library and self._ambient):
             self._code(function.__code__)
@@ -321,7 +310,7 @@ class _Hasher:
                         self.add(content)
         known = {} if library else function.__globals__
         with self._inside(f"({function.__qualname__})", ambient=True):
-            read = sorted(_globals_read(function.__code__) & known.keys())
+            read = sorted(globals_read(function.__code__) & known.keys())
             self._items("globals", [(name, known[name]) for name in read])
 
     def _code(self, code: types.CodeType) -> None:
@@ -333,7 +322,7 @@ class _Hasher:
     def _python_module(self, module: types.ModuleType) -> None:
         self._tagged("python module", module.__name__.encode())
         source = getattr(module, "__file__", None)
-        if source is not None and not _is_library(module.__name__):
+        if source is not None and not is_library(module.__name__):
             try:
                 with Path(source).open("rb") as file:
                     self._tagged("source", file_digest(file, "sha256").digest())
@@ -393,8 +382,8 @@ _LEAVES: dict[type, Callable[[Any], bytes]] = {
     type(NotImplemented): lambda value: b"",
     bool: lambda value: b"1" if value else b"0",
     int: lambda value: f"{value:x}".encode(),
-    float: _number,
-    complex: _number,
+    float: lambda value: value.hex().encode(),
+    complex: lambda value: f"{value.real.hex()} {value.imag.hex()}".encode(),
     str: lambda value: value.encode("utf-8", "surrogatepass"),
     bytes: lambda value: value,
     bytearray: bytes,
@@ -407,83 +396,4 @@ _LEAVES: dict[type, Callable[[Any], bytes]] = {
 }
 # Hooks of our open contexts, and those by which transformers records hidden states after the first call that asks.
 _READERS = ("mmhooks.hooks.", "transformers.")
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"call_super_init"} | {
-    "_compiled_call_impl",
-    "_is_hf_initialized",
-}
-# What Python or a decorator puts into a class besides what was written there.
-_OF_CLASSES = frozenset(vars(type("Empty", (), {}))) | {
-    *(
-        "__qualname__",
-        "__annotations__",
-        "__annotate__",
-        "__annotate_func__",
-        "__hash__",
-        "__slots__",
-        "__slotnames__",
-    ),
-    *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__"),
-    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__orig_bases__"),
-}
-_WRITTEN_IN_C = (
-    types.MemberDescriptorType,
-    types.GetSetDescriptorType,
-    types.MethodDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.BuiltinFunctionType,
-)
-_LIBRARIES = tuple(
-    f"{folder}{os.sep}"
-    for folder in {
-        *(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")),
-        *site.getsitepackages(),
-    }
-)
-_OWN = __name__.partition(".")[0]
-
-
-def _name(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
-
-
-def _is_library(module: str | None) -> bool:
-    """Whether a module belongs to an installed package, to Python, or to this one."""
-    if not module or module == "__main__":
-        return False
-    package = module.partition(".")[0]
-    if package == _OWN or package in sys.builtin_module_names:
-        return True
-    for name in (module, package):  # parts of C extensions have no file of their own
-        source = getattr(sys.modules.get(name), "__file__", None)
-        if source is not None:
-            return source.startswith(_LIBRARIES)
-    return False
-
-
-def _plain_part(part: Any) -> Any:
-    """What was written for one attribute of a class, without the descriptor around it."""
-    if isinstance(part, (staticmethod, classmethod)):
-        return part.__func__
-    if isinstance(part, property):
-        return (part.fget, part.fset)
-    if isinstance(part, cached_property):
-        return part.func
-    return None if isinstance(part, _WRITTEN_IN_C) else part
-
-
-def _found(function: types.FunctionType) -> bool:
-    """Whether its name leads to it, so that the name is enough."""
-    thing: Any = sys.modules.get(function.__module__)
-    for part in function.__qualname__.split("."):
-        thing = getattr(thing, part, None)
-    return thing is function
-
-
-def _globals_read(code: types.CodeType) -> set[str]:
-    """Names of the globals that code reads, in functions inside it too."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            names |= _globals_read(part)
-    return names
+_BOOKKEEPING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_hf_initialized"}

@@ -43,7 +43,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     aside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
     try:
-        with _wrapped(path):
+        with wrapped(path):
             # mkstemp would make it readable for its owner alone, whatever the umask of a shared cache says.
             handle = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             mode = os.fstat(handle).st_mode
@@ -54,7 +54,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             if not isinstance(fault, MMHooksError) and _number(fault) in _OF_WRITING:
                 _complain(path, fault)
             raise
-        with _wrapped(path):
+        with wrapped(path):
             aside.chmod(mode)  # safetensors puts a private file of its own in the place
             sync_file(aside)
             aside.replace(path)
@@ -92,7 +92,7 @@ def make_folder(folder: str | Path) -> Path:
     Raises:
         CannotWrite: it cannot be made, or a file has its name.
     """
-    with _wrapped(Path(folder)):
+    with wrapped(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
@@ -114,9 +114,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _wrapped(path: Path) -> Iterator[None]:
+def wrapped(path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is written becomes :class:`~mmhooks.errors.CannotWrite`."""
     try:
         yield
+    except MMHooksError:
+        raise
     except OSError as fault:
         _complain(path, fault)
 

@@ -458,7 +458,7 @@ def test_a_later_format(tmp_path):
     store, _ = write(tmp_path / "acts", 5)
     path = store.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
-    with pytest.raises(StoreError, match="format 9, this mmhooks reads up to 1"):
+    with pytest.raises(StoreError, match="format 9, this mmhooks reads up to 2"):
         mm.Store(store.folder)
 
 

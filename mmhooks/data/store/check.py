@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ class Fault:
     """What is wrong with one file of a store, or with its ids."""
 
     file: str
-    kind: Literal["missing", "truncated", "altered", "surplus", "unfinished", "repeated id"]
+    kind: Literal["missing", "truncated", "altered", "unreadable", "surplus", "unfinished", "repeated id"]
     detail: str
 
     def __str__(self) -> str:
@@ -45,10 +45,15 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
     whole = []
     for entry in track(entries, len(entries), f"verifying {place.name}", show=progress):
         fault = _shard_fault(place, entry)
-        if fault is None:
-            whole.append(Shard(place / entry["file"], entry, columns))
-        else:
+        if fault is not None:
             faults.append(fault)
+            continue
+        try:
+            shard = Shard(place / entry["file"], entry, columns)
+            _ = shard.ids, [shard.tensor(column.name) for column in columns]
+            whole.append(shard)
+        except StoreError as broken:  # as it was written, so the manifest is at fault
+            faults.append(Fault(entry["file"], "altered", str(broken)))
     known = {MANIFEST, *(entry["file"] for entry in entries)}
     if manifest["complete"]:
         derived = dataset_files(manifest)
@@ -70,32 +75,38 @@ def _shard_fault(place: Path, entry: Mapping[str, Any]) -> Fault | None:
     rows = f"its {entry['rows']} rows"
     if not path.is_file():
         return Fault(path.name, "missing", f"{rows} are lost")
-    size = path.stat().st_size
+    try:
+        size, found = path.stat().st_size, checksum(path)
+    except OSError as fault:
+        return Fault(path.name, "unreadable", f"{fault.strerror}; {rows} cannot be checked")
     if size != entry["bytes"]:
         kind = "truncated" if size < entry["bytes"] else "altered"
         return Fault(path.name, kind, f"{size} bytes, the manifest says {entry['bytes']}")
-    found = checksum(path)
     if found != entry["sha256"]:
         return Fault(path.name, "altered", f"sha256 {found[:16]}…, the manifest says {entry['sha256'][:16]}…")
     return None
 
 
 def _repeated(shards: list[Shard]) -> Iterator[Fault]:
+    said = repeated_id(shard.ids for shard in shards)
+    if said is not None:
+        yield Fault(MANIFEST, "repeated id", said)
+
+
+def repeated_id(chunks: Iterable[Any]) -> str | None:
+    """How many ids of these Arrow arrays occur more than once, and the first of them; None where there is none."""
     import pyarrow as pa
     import pyarrow.compute
 
     pc: Any = pyarrow.compute  # its functions are made at run time
-
-    if not shards:
-        return
-    counts = pc.value_counts(pa.chunked_array([shard.ids for shard in shards]).cast(pa.large_string()))
+    counts = pc.value_counts(pa.chunked_array(list(chunks), pa.string()).cast(pa.large_string()))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        first = twice[0].as_py()
-        yield Fault(
-            MANIFEST, "repeated id", f"{len(twice)} ids occur more than once, the first is {first['values']!r} "
-            f"({first['counts']} times)",
-        )  # fmt: skip
+    if not len(twice):
+        return None
+    first = twice[0].as_py()
+    return (
+        f"{len(twice)} ids occur more than once, the first is {first['values']!r} ({first['counts']} times)"
+    )
 
 
 def _in_order(place: Path) -> list[dict[str, Any]]:

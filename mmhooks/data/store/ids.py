@@ -81,6 +81,9 @@ class StoredIds(Ids):
         self._shards = shards
         self._whole: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_whole": None}  # it looks at mapped pages of this process
+
     def __len__(self) -> int:
         return self._shards.starts[-1]
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
+from mmhooks.data.store.schema import check_format, check_manifest
 from mmhooks.errors import ShapeMismatch, StoreError
 
-FORMAT = 1
 MANIFEST, INFO, STATE = "manifest.json", "dataset_info.json", "state.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -39,11 +39,13 @@ ARROW = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "int16": "int16
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the shards: its name, element type (a key of ``TORCH``) and the shape of a row."""
+    """One column of the shards: its name, element type (a key of ``TORCH``), the shape of a row, and the number that
+    its entries lie below, where they are indices."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    below: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -73,7 +75,7 @@ class SiteSpec:
         small = "int16" if self.shape[0] <= 2**15 else "int32"
         return [
             Column(f"{self.name}.values", self.dtype, (self.sparse,)),
-            Column(f"{self.name}.indices", small, (self.sparse,)),
+            Column(f"{self.name}.indices", small, (self.sparse,), self.shape[0]),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -130,28 +132,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store, finished or not.
 
     Raises:
-        StoreError: no store there, an altered manifest, or one of a later format.
+        StoreError: no store there, an altered manifest, one that cannot be read, or one of a later format.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         kept = manifest.pop("checksum")
+        whole = kept == _checksum(manifest)
     except FileNotFoundError:
         raise StoreError(
             f"no activation store in {folder}: {MANIFEST} is missing; mm.extract(..., out=...) writes one"
         ) from None
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+    except OSError as fault:
+        raise StoreError(
+            f"{path} cannot be read: {fault.strerror}; look at its permissions and disk"
+        ) from fault
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise StoreError(
             f"{path} is damaged ({type(fault).__name__}: {fault}); take it from a copy"
         ) from fault
-    if manifest.get("format", 0) > FORMAT:
-        raise StoreError(
-            f"{path} has format {manifest['format']}, this mmhooks reads up to {FORMAT}; upgrade it"
-        )
-    if kept != _checksum(manifest):
+    check_format(manifest, path)
+    if not whole:
         raise StoreError(
             f"{path} was altered: its content does not fit its own checksum; take it from a copy"
         )
+    check_manifest(manifest, path)
     return manifest
 
 

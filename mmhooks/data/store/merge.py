@@ -5,85 +5,134 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mmhooks.data.store.check import verify
-from mmhooks.data.store.layout import MANIFEST, dataset_files, differences, sealed, shard_name
+from mmhooks.data.store.check import repeated_id, verify
+from mmhooks.data.store.layout import INFO, MANIFEST, STATE, dataset_files, differences, sealed, shard_name
+from mmhooks.data.store.lock import NAME as LOCK
 from mmhooks.data.store.lock import Lock
+from mmhooks.data.store.schema import FORMAT, SHARD_NAME
 from mmhooks.data.store.store import Store
-from mmhooks.data.store.writer import guarded
 from mmhooks.errors import StoreError
-from mmhooks.utils.files import write_bytes, write_whole
+from mmhooks.utils.files import PARTS, make_folder, sync_folder, wrapped, write_bytes, write_whole
+
+_ALIKE = ("model", "sites", "content")  # of stores that can be one
+# Where a merge is built; what a broken-off one leaves in it is removed by the next.
+_ASIDE = ".merging"
 
 
 def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
     """The pairs of several stores of the same sites and model as one, in the order given.
 
-    Shards are hard links where the file system has them and copies elsewhere; the manifest comes last, so that
-    a merge that was broken off leaves no store, and can be repeated.
+    Everything is checked before anything is written. Shards are hard links where the file system has them and copies
+    elsewhere. The store is built in a folder inside ``out`` and moved up with the manifest last, so that a merge that
+    was broken off leaves no store, and can be repeated.
 
     Raises:
         StoreError: no store, an unfinished or faulty one, different sites, models or precision, a pair that two
             of them hold, or an ``out`` that is not empty.
+        CannotWrite: the disk is full, or ``out`` cannot be written.
 
     >>> merge(["runs/part-0", "runs/part-1"], "runs/acts")            # doctest: +SKIP
     """
-    places, target = [Path(s).expanduser() for s in stores], Path(out).expanduser()
+    places = [Path(s).expanduser().resolve() for s in stores]
+    target = Path(out).expanduser().resolve()  # a link to a folder is that folder
     if not places:
         raise StoreError("nothing to merge: name at least one store")
-    manifests = [Store(place).manifest for place in places]
+    manifests = _checked(places)
+    whole = _joined(manifests)
+    files = dataset_files(whole) | {MANIFEST: sealed(whole)}
+    make_folder(target)
+    with Lock(target), wrapped(target):
+        if not _is_done(target, files):
+            _clear(target)
+            aside = make_folder(target / _ASIDE)
+            sources = (
+                p / entry["file"] for p, m in zip(places, manifests, strict=True) for entry in m["shards"]
+            )
+            for source, entry in zip(sources, whole["shards"], strict=True):
+                _link(source, aside / entry["file"])
+            sync_folder(aside)
+            for entry in whole["shards"]:
+                (aside / entry["file"]).replace(target / entry["file"])
+            for name, content in files.items():  # the manifest is the last
+                write_bytes(target / name, content)
+        shutil.rmtree(target / _ASIDE, ignore_errors=True)
+    return Store(target)
+
+
+def _checked(places: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """The manifests of stores that go together, are whole, and share no pair."""
+    opened = [Store(place) for place in places]
+    manifests = [store.manifest for store in opened]
     for place, manifest in zip(places[1:], manifests[1:], strict=True):
-        faults = [d for key in ("model", "sites") for d in differences(manifest[key], manifests[0][key], key)]
+        faults = [d for key in _ALIKE for d in differences(manifest.get(key), manifests[0].get(key), key)]
         if faults:
             raise StoreError(f"{place} does not go with {places[0]}: {'; '.join(faults[:4])}")
-    if target.exists() and any(target.iterdir()):
-        raise StoreError(f"{target} is not empty; merge into a new folder")
     for place in places:
         faults = verify(place)
         if faults:
             raise StoreError(f"{place} has {len(faults)} faults, the first: {faults[0]}; merge sound stores")
-    target.mkdir(parents=True, exist_ok=True)
-    with Lock(target), guarded(target, "the merged store"):
-        shards: list[dict[str, Any]] = []
-        for place, manifest in zip(places, manifests, strict=True):
-            for entry in manifest["shards"]:
-                name = shard_name(len(shards))
-                _link(place / entry["file"], target / name)
-                shards.append({**entry, "file": name})
-        whole = _joined(manifests, shards)
-        for name, content in dataset_files(whole).items():
-            write_bytes(target / name, content)
-        write_bytes(target / MANIFEST, sealed(whole))
-    repeated = [fault for fault in verify(target) if fault.kind == "repeated id"]
-    if repeated:
-        shutil.rmtree(target)
-        raise StoreError(f"the stores share pairs: {repeated[0].detail}; every pair needs its own id")
-    return Store(target)
+    shared = repeated_id(chain.from_iterable(store.ids.arrow().chunks for store in opened))
+    if shared is not None:
+        raise StoreError(f"the stores share pairs: {shared}; every pair needs its own id")
+    return manifests
+
+
+def _is_done(target: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether an earlier call of the same merge came to its end, but for tidying up."""
+    if not (target / MANIFEST).is_file() or (target / MANIFEST).read_bytes() != files[MANIFEST]:
+        return False
+    return not [fault for fault in verify(target) if fault.file not in (_ASIDE, LOCK)]
+
+
+def _clear(target: Path) -> None:
+    """Removes what a broken-off merge left; raises where ``target`` holds anything else."""
+    left = [p for p in target.iterdir() if p.name != LOCK]
+    broken_off = (target / _ASIDE).is_dir() and not (target / MANIFEST).exists()
+    ours = [
+        p for p in left if SHARD_NAME.fullmatch(p.name) or p.name in (INFO, STATE, _ASIDE) or p.match(PARTS)
+    ]
+    if left and not (broken_off and len(ours) == len(left)):
+        raise StoreError(f"{target} is not empty; merge into a new folder")
+    for path in left:
+        if path.name == _ASIDE:
+            continue
+        path.unlink()
+    shutil.rmtree(target / _ASIDE, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:
+    source = source.resolve()  # a link to a relative link would lead nowhere
     try:
         os.link(source, target)
     except OSError:
-        write_whole(target, lambda file: shutil.copyfileobj(source.open("rb"), file))
+        with source.open("rb") as file:
+            write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
-def _joined(manifests: Sequence[Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     data = [manifest["data"] for manifest in manifests]
     marks = json.dumps([d["fingerprint"] for d in data])
+    entries = [entry for manifest in manifests for entry in manifest["shards"]]
+    shards = [{**entry, "file": shard_name(number)} for number, entry in enumerate(entries)]
+    rows = sum(entry["rows"] for entry in shards)
+    skipped = {key: why for manifest in manifests for key, why in manifest["skipped"].items()}
     return {
         **manifests[0],
+        "format": FORMAT,
         "data": {
             **data[0],
             "name": " + ".join(dict.fromkeys(d["name"] for d in data)),
             "fingerprint": sha256(marks.encode()).hexdigest()[:20],
-            "pairs": sum(entry["rows"] for entry in shards),
+            "pairs": rows + len(skipped),
         },
-        "pairs": sum(entry["rows"] for entry in shards),
-        "skipped": {key: why for manifest in manifests for key, why in manifest["skipped"].items()},
+        "pairs": rows,
+        "skipped": skipped,
         "shards": shards,
         "merged": data,
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from hashlib import file_digest
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import file_digest, sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mmhooks.data.store.layout import ARROW, TORCH, Column
 from mmhooks.errors import StoreError
 from mmhooks.utils.files import write_whole
 
+MARK = "mmhooks.content"
 # Linux; elsewhere pages are given back when the kernel needs them.
 _DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
@@ -48,14 +50,53 @@ def write_shard(
         for length in reversed(column.shape):
             array = pa.FixedSizeListArray.from_arrays(array, length)
         arrays.append(array)
-    batch = pa.RecordBatch.from_arrays(arrays, names=["id", *(c.name for c in columns)])
+    schema = pa.schema(
+        [
+            pa.field(name, array.type)
+            for name, array in zip(["id", *(c.name for c in columns)], arrays, strict=True)
+        ],
+        metadata={MARK: _content(ids, columns, values)},
+    )
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def write(file: Any) -> None:
         with pa.ipc.new_stream(file, batch.schema) as stream:
             stream.write_batch(batch)
 
     write_whole(path, write)
-    return {"file": path.name, "rows": len(ids), "bytes": path.stat().st_size, "sha256": checksum(path)}
+    return {
+        "file": path.name,
+        "rows": len(ids),
+        "bytes": path.stat().st_size,
+        "sha256": checksum(path),
+        "head": _head(path),
+    }
+
+
+def _content(ids: Sequence[str], columns: Sequence[Column], values: Mapping[str, Tensor]) -> str:
+    """A digest of all that is in a shard, kept in its head: two shards of one head are one and the same."""
+    digest = sha256(json.dumps(list(ids)).encode())
+    for column in columns:
+        digest.update(_as_numpy(values[column.name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """Length and digest of what comes before the first number: schema, mark and where each column lies."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        whole = file.read_buffer()
+        batch = pa.ipc.open_stream(whole).read_next_batch()
+        length = min(_addresses(batch)) - whole.address
+        return {"bytes": length, "sha256": sha256(memoryview(whole)[:length]).hexdigest()}
+
+
+def _addresses(batch: Any) -> Iterator[int]:
+    for array in batch.columns:
+        while array is not None:
+            yield from (buffer.address for buffer in array.buffers() if buffer is not None and buffer.size)
+            array = getattr(array, "values", None)
 
 
 def _as_numpy(value: Tensor) -> np.ndarray:
@@ -77,29 +118,67 @@ class Shard:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
                     raise StoreError(
-                        f"{path} has {size} bytes, the manifest says {entry['bytes']}: {_ADVICE}"
+                        f"{path} has {size} bytes, the manifest says {entry['bytes']} (if the store was replaced since it was "
+                        f"opened, open it again): {_ADVICE}"
                     )
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise StoreError(f"{path} is missing: {_ADVICE}") from None
+        except OSError as fault:
+            if isinstance(fault, StoreError):
+                raise
+            raise StoreError(
+                f"{path} cannot be read ({fault.strerror}); look at its permissions and disk"
+            ) from fault
+        head = entry.get("head")
+        if head is not None and sha256(memoryview(self._map)[: head["bytes"]]).hexdigest() != head["sha256"]:
+            raise StoreError(f"{path} {_other_head(self._map)}: {_ADVICE}")
         whole = pa.py_buffer(self._map)
         try:
             batch = pa.ipc.open_stream(whole).read_next_batch()
+            batch.validate()
             expected = {"id": pa.string()} | {c.name: _arrow_type(c) for c in columns}
             there = dict(zip(batch.schema.names, batch.schema.types, strict=True))
-            if there != expected or batch.num_rows != entry["rows"]:
+            if list(there.items()) != list(expected.items()) or batch.num_rows != entry["rows"]:
                 raise StoreError(
                     f"{path} holds {batch.num_rows} rows of {_spell(there)}; the manifest says {entry['rows']} rows "
                     f"of {_spell(expected)}: {_ADVICE}"
                 )
-        except (pa.ArrowInvalid, OSError, StopIteration) as fault:
+            self._columns = {c.name: (c, self._offset(batch.column(c.name), c, whole)) for c in columns}
+        except _broken() as fault:
             if isinstance(fault, StoreError):
                 raise
             raise StoreError(f"{path} is no Arrow stream any more ({fault}): {_ADVICE}") from fault
-        self.rows: int = batch.num_rows
-        self.ids: Any = batch.column("id")
+        self.path, self.rows = path, int(batch.num_rows)
+        self._ids: Any = batch.column("id")
+        self._ids_checked = False
         self._tensors: dict[str, Tensor] = {}
-        self._columns = {c.name: (c, _address(batch.column(c.name)) - whole.address) for c in columns}
+
+    def _offset(self, array: Any, column: Column, whole: Any) -> int:
+        """Where a column's numbers begin in the file; all of them lie in it."""
+        begin, size = _address(array) - whole.address, len(array) * column.row_bytes
+        if begin < 0 or begin % TORCH[column.dtype].itemsize or begin + size > whole.size:
+            raise ValueError(f"column {column.name!r} lies at {begin} of {whole.size} bytes")
+        return begin
+
+    @property
+    def ids(self) -> Any:
+        """An Arrow array; its offsets and UTF-8 are checked when they are first asked for, so that none leads astray.
+
+        Raises:
+            StoreError: ids that cannot be.
+        """
+        import pyarrow as pa
+
+        if not self._ids_checked:
+            try:
+                self._ids.validate(full=True)
+                if self._ids.null_count:
+                    raise ValueError(f"{self._ids.null_count} ids are missing")
+            except (pa.ArrowException, ValueError) as fault:
+                raise StoreError(f"the ids of {self.path} are damaged ({fault}): {_ADVICE}") from fault
+            self._ids_checked = True
+        return self._ids
 
     def tensor(self, column: str) -> Shaped[Tensor, "rows ..."]:
         """All rows of a column, in the mapped pages."""
@@ -108,8 +187,19 @@ class Shard:
             about, offset = self._columns[column]
             shape = (self.rows, *about.shape)
             flat = torch.frombuffer(self._map, dtype=TORCH[about.dtype], count=prod(shape), offset=offset)
+            if about.below is not None:
+                self._check_indices(flat, about)
             found = self._tensors[column] = flat.view(shape)
         return found
+
+    def _check_indices(self, flat: Tensor, about: Column) -> None:
+        """An index beyond the features would read or write memory of others, wherever a row is made dense."""
+        low, high = (int(x) for x in flat.aminmax())
+        if low < 0 or high >= int(about.below or 0):
+            raise StoreError(
+                f"{self.path}: {about.name} holds indices from {low} to {high}, expected 0 to {int(about.below or 0) - 1}: "
+                f"it is damaged; {_ADVICE}"
+            )
 
     def want(self, column: str, begin: int, end: int) -> None:
         """Asks the system to read these rows ahead."""
@@ -122,6 +212,23 @@ class Shard:
         """Gives the pages back; a tensor that still looks at them reads them from the file again."""
         if _DONTNEED is not None:
             self._map.madvise(_DONTNEED)
+
+
+# What Arrow raises on bytes that are not what it wrote. Offsets and lengths it believes can be of any size.
+def _broken() -> tuple[type[BaseException], ...]:
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, StopIteration, ValueError, MemoryError, OverflowError, AttributeError)
+
+
+def _other_head(content: mmap.mmap) -> str:
+    length = int.from_bytes(content[4:8], "little")
+    if content[:4] != b"\xff\xff\xff\xff" or not 0 < length < len(content):
+        return "is no Arrow stream any more"
+    return (
+        "is not the shard that the manifest means (the store was replaced since it was opened: open it again; or the "
+        "file was altered)"
+    )
 
 
 _ADVICE = "`mmhooks store verify` lists every fault; copy the file again or extract anew"
@@ -157,10 +264,19 @@ class Shards:
         *,
         keep: int = 512,
     ) -> None:
-        self.folder, self.entries, self.columns, self._keep = folder, list(entries), list(columns), keep
+        self.folder, self.entries, self.columns, self._keep = (
+            folder.absolute(),
+            list(entries),
+            list(columns),
+            keep,
+        )
         # starts[i] is the first row of shard i; the last entry is the number of rows.
         self.starts: list[int] = [0, *np.cumsum([e["rows"] for e in self.entries], dtype=np.int64).tolist()]
         self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in a worker of another process too, opens shards of its own."""
+        return {**vars(self), "_open": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -28,7 +28,12 @@ class Store:
     """Activations of ``n`` pairs at named sites, memory-mapped from the folder that ``mm.extract`` wrote.
 
     A row is a pair: rows ``i`` of all sites belong together. Opening reads the manifest alone; a shard is
-    mapped when its rows are asked for.
+    mapped when its rows are asked for. Then its size, head, ids and sparse indices are checked, not its values:
+    ``verify=True`` reads and checks every byte first.
+
+    Args:
+        folder: as ``mm.extract`` wrote it.
+        verify: raise unless every byte of every file is the one that was written.
 
     Attributes:
         sites: names, in the order in which they were asked for.
@@ -36,8 +41,8 @@ class Store:
         manifest: model, weights, heads, data, settings, versions and shards, as written.
 
     Raises:
-        StoreError: no store there, an unfinished one, or a manifest that was altered. A missing, truncated
-            or unreadable shard raises when it is opened.
+        StoreError: no store there, an unfinished one, one that lacks rows, or a manifest that was altered. A missing,
+            truncated, unreadable or replaced shard raises when it is opened. With ``verify``, any fault at all.
 
     >>> store = Store("runs/acts")                                   # doctest: +SKIP
     >>> store["image.embed"][:2].shape                               # doctest: +SKIP
@@ -50,7 +55,7 @@ class Store:
     ids: Ids
     manifest: Mapping[str, Any]
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         place = Path(folder).expanduser()
         manifest = read_manifest(place)
         if not manifest["complete"]:
@@ -58,6 +63,8 @@ class Store:
                 f"{place} is unfinished: its extraction is still running or was broken off. The same mm.extract "
                 "call (or `mmhooks extract` command) goes on where it stopped; `mmhooks store info` says how far it is"
             )
+        if verify:
+            _check_all(place)
         specs = specs_of(manifest)
         shards = Shards(place, manifest["shards"], columns_of(specs.values()))
         if not len(shards):
@@ -250,3 +257,14 @@ class Store:
         if self.folder is None:
             raise MMHooksError("a view of stores has no files of its own: ask the stores it was made of")
         return summary(self.folder)
+
+
+def _check_all(place: Path) -> None:
+    from mmhooks.data.store.check import verify
+
+    faults = verify(place)
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise StoreError(
+            f"{place} is damaged: {faults[0]}{more}; copy the named files again, or extract anew into another folder"
+        )

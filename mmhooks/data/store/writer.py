@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from mmhooks.data.store.layout import (
-    FORMAT,
     MANIFEST,
     TORCH,
     columns_of,
@@ -31,12 +32,13 @@ from mmhooks.data.store.layout import (
     specs_of,
 )
 from mmhooks.data.store.lock import NAME as LOCK
+from mmhooks.data.store.schema import FORMAT, check_count, is_entry
 from mmhooks.data.store.shard import write_shard
 from mmhooks.errors import NotFinite, ShapeMismatch, StoreError
-from mmhooks.utils.files import PARTS, sync_folder, write_bytes
+from mmhooks.utils.files import PARTS, sync_folder, wrapped, write_bytes
 
 JOURNALS = ".journal-*.jsonl"
-PLAN = ("model", "sites", "data", "settings")
+PLAN = ("model", "sites", "data", "settings", "content")
 
 
 def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) -> bool:
@@ -45,7 +47,8 @@ def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) ->
     Called by one process, which holds the :class:`~mmhooks.data.store.lock.Lock`, before any other writes.
 
     Raises:
-        StoreError: the folder holds a store of another plan, or other files.
+        StoreError: the folder holds a store of another plan, one of an older format, or other files; or it was begun
+            with other versions and is not finished.
     """
     if not (folder / MANIFEST).exists():
         others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.match(PARTS)]
@@ -58,8 +61,13 @@ def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) ->
             write_bytes(folder / MANIFEST, sealed(head))
         return False
     manifest = read_manifest(folder)
+    if manifest["format"] < FORMAT:
+        raise StoreError(
+            f"{folder} holds a store of format {manifest['format']}, which does not say enough to know whether its rows "
+            f"are those of this call{'; mm.Store still opens it' if manifest['complete'] else ''}: choose another folder"
+        )
     now = json.loads(json.dumps(plan))
-    faults = differences(now, {k: manifest[k] for k in PLAN})
+    faults = differences({k: now.get(k) for k in PLAN}, {k: manifest.get(k) for k in PLAN})
     if faults:
         raise StoreError(
             f"{folder} was begun with other settings: {'; '.join(faults[:4])}{'; …' if len(faults) > 4 else ''}. "
@@ -67,32 +75,58 @@ def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) ->
         )
     if manifest["complete"]:
         _tidy(folder)
-    else:
-        for part in folder.glob(PARTS):
-            part.unlink()
-    return manifest["complete"]
+        return True
+    faults = differences(json.loads(json.dumps(versions)), manifest["versions"])
+    if faults:
+        raise StoreError(
+            f"{folder} was begun with other versions ({'; '.join(faults)}) and is not finished: its rows would be a "
+            "mixture. Go on with the same versions, or choose another folder"
+        )
+    for part in folder.glob(PARTS):
+        part.unlink(missing_ok=True)
+    return False
 
 
 def finished(folder: Path) -> dict[int, dict[str, Any]]:
     """The shards that the journals note and that are there in their full size: number -> entry."""
     found: dict[int, dict[str, Any]] = {}
-    for journal in sorted(folder.glob(JOURNALS)):
-        for line in journal.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off
-            entry = json.loads(line)
+    for entry in _notes(folder):
+        if is_entry(entry):
             path = folder / entry["file"]
             if entry["rows"] == 0 or (path.is_file() and path.stat().st_size == entry["bytes"]):
                 found[entry["shard"]] = entry
     return found
 
 
-def finish(folder: Path) -> None:
+def _notes(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the journals note. Lines that were cut off or damaged count as never written: their shards come again."""
+    for journal in sorted(folder.glob(JOURNALS)):
+        for line in journal.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off
+            with suppress(ValueError, RecursionError):
+                note = json.loads(line)
+                if isinstance(note, dict) and note.pop("check", None) == _check_of(note):
+                    yield note
+
+
+def _check_of(note: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(note).encode()).hexdigest()[:16]
+
+
+def finish(folder: Path, *, ranks: int | None = None) -> None:
     """Makes the store whole: the files for ``datasets``, then the manifest. Safe to repeat after a kill.
 
     Called by one process, when all ranks have written their shards.
+
+    Args:
+        ranks: how many processes read a stream, each of which has noted its end.
+
+    Raises:
+        StoreError: rows are missing that the source has; nothing is marked as complete then.
     """
-    manifest = read_manifest(folder)
-    entries = [entry for _, entry in sorted(finished(folder).items())]
-    keys = ("file", "rows", "bytes", "sha256")
+    manifest, found = read_manifest(folder), finished(folder)
+    _check_whole(folder, manifest, found, ranks)
+    entries = [entry for _, entry in sorted(found.items())]
+    keys = ("file", "rows", "bytes", "sha256", "head")
     shards = [{k: entry[k] for k in keys} for entry in entries if entry["rows"]]
     skipped = {key: why for entry in entries for key, why in entry["skipped"].items()}
     whole = {
@@ -102,6 +136,7 @@ def finish(folder: Path) -> None:
         "skipped": skipped,
         "shards": shards,
     }
+    check_count(whole, folder / MANIFEST)
     with guarded(folder, "its manifest"):
         for name, content in dataset_files(whole).items():
             write_bytes(folder / name, content)
@@ -109,10 +144,48 @@ def finish(folder: Path) -> None:
     _tidy(folder)
 
 
+def _check_whole(
+    folder: Path, manifest: Mapping[str, Any], found: Mapping[int, Mapping[str, Any]], ranks: int | None
+) -> None:
+    """Raises StoreError where shards are missing or hold fewer rows than the source has for them."""
+    total, size = manifest["data"].get("pairs"), manifest["settings"]["shard_rows"]
+    if total is not None:
+        expected = {n: min(size, total - n * size) for n in range(-(-total // size))}
+        short = [n for n, rows in expected.items() if n in found and _counted(found[n]) != rows]
+        missing = [n for n in expected if n not in found]
+    else:
+        ends = {note["rank"]: note["shards"] for note in _notes(folder) if "rank" in note}
+        silent = [rank for rank in range(ranks or 0) if rank not in ends]
+        if silent:
+            raise StoreError(
+                f"{folder} is not complete: rank {silent[0]} of {ranks} has not noted that it came to the end of its "
+                "stream; the same call goes on from the shards that are there"
+            )
+        numbers = (
+            [rank + i * ranks for rank in range(ranks) for i in range(ends[rank])]
+            if ranks
+            else range(max(found, default=-1) + 1)
+        )
+        short, missing = [], [n for n in numbers if n not in found]
+    if missing or short:
+        names = ", ".join(shard_name(n) for n in (*missing, *short)[:4])
+        remedy = f"delete {names} and repeat" if short else "repeat"
+        raise StoreError(
+            f"{folder} is not complete: {len(missing)} shards are missing and {len(short)} short ({names}), though all "
+            "were written: a journal or a shard was changed or removed meanwhile. What is there stays; "
+            f"{remedy} the same call, it writes the rest again"
+        )
+
+
+def _counted(entry: Mapping[str, Any]) -> int:
+    return entry["rows"] + len(entry["skipped"])
+
+
 def _tidy(folder: Path) -> None:
     for pattern in (JOURNALS, PARTS):
         for path in folder.glob(pattern):
-            path.unlink()
+            with suppress(OSError):  # a finished store may lie in a folder that is read-only by now
+                path.unlink(missing_ok=True)
     sync_folder(folder)
 
 
@@ -134,7 +207,7 @@ class ShardWriter:
         self._capacity = int(manifest["settings"]["shard_rows"])
         self._journal = folder / f".journal-{rank:05d}.jsonl"
         if self._journal.exists():
-            with self._journal.open("rb+") as file:
+            with wrapped(self._journal), self._journal.open("rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)  # drops a line that a kill cut off
         self._ids: list[str] = []
         self._skipped: dict[str, str] = {}
@@ -171,13 +244,18 @@ class ShardWriter:
     def close(self, number: int) -> None:
         """Writes the open shard as ``number`` and notes it in the journal."""
         name = shard_name(number)
-        entry: dict[str, Any] = {"file": name, "rows": 0, "bytes": 0, "sha256": ""}
+        entry: dict[str, Any] = {"file": name, "rows": 0, "bytes": 0, "sha256": "", "head": None}
         with guarded(self._folder, name):
             if self._ids:
                 values = {column: rows[: self._filled] for column, rows in self._rows.items()}
                 entry = write_shard(self._folder / name, self._ids, self._columns, values)
             self._note({"shard": number, **entry, "skipped": self._skipped})
         self._ids, self._skipped, self._filled = [], {}, 0
+
+    def end(self, rank: int, shards: int) -> None:
+        """Notes that this rank came to the end of its stream, after so many shards in all."""
+        with guarded(self._folder, self._journal.name):
+            self._note({"rank": rank, "shards": shards})
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
         if name not in self._rows:
@@ -186,7 +264,7 @@ class ShardWriter:
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         with self._journal.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(json.dumps({**entry, "check": _check_of(entry)}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -220,8 +298,9 @@ class guarded:
         done = finished(self._folder)
         rows = sum(entry["rows"] for entry in done.values())
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else fault.__cause__ or fault
         raise StoreError(
-            f"{self._folder}: {self._what} could not be written, {'the disk is full' if full else fault} "
+            f"{self._folder}: {self._what} could not be written, {why} "
             f"(errno {fault.errno}). {len(done)} shards with {rows} pairs are whole and stay; make room and run the "
             "same call again, it goes on from there"
         ) from fault
