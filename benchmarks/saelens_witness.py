@@ -38,7 +38,7 @@ def ours_writes(folder: Path) -> None:
     from mmhooks.heads.formats import save_saelens
 
     g = torch.Generator().manual_seed(0)
-    x = torch.nn.functional.normalize(torch.randn(500, D, generator=g), dim=-1)
+    x = torch.randn(500, D, generator=g) * 20 + 1  # raw vectors: heads normalise, and so must SAELens
     make = {
         "topk": lambda: mm.TopKSAE(D, N, 8),
         "batchtopk": lambda: mm.BatchTopKSAE(D, N, 8),
@@ -51,8 +51,8 @@ def ours_writes(folder: Path) -> None:
         mm.train_head(head, x, x.flip(0), epochs=5, batch_size=100, progress=False)
         with torch.no_grad():
             f = head.encode(x)
-            save_saelens(head, folder / "ours" / kind)
-            save_file({"x": x, "f": f, "recon": head.decode(f)}, folder / "ours" / kind / "expected.st")
+            save_saelens(head, folder / "ours" / kind, hook_name="visual.ln_post", model_name="ViT-B-32")
+            save_file({"x": x, "f": f, "recon": head(x)}, folder / "ours" / kind / "expected.st")
 
 
 def theirs(folder: Path) -> None:
@@ -71,6 +71,7 @@ def theirs(folder: Path) -> None:
         with torch.no_grad():
             f = sae.encode(want["x"])
             recon = sae.decode(f)
+        assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name) == ("visual.ln_post", "ViT-B-32")
         report[kind] = {"architecture": sae.cfg.architecture()} | differences(f, recon, want)
     x = torch.randn(500, D, generator=torch.Generator().manual_seed(1)) * 3
     for name, config in THEIRS.items():
@@ -123,10 +124,8 @@ def ours_reads(folder: Path) -> dict[str, dict]:
     rows = {}
     for path in sorted((folder / "theirs").iterdir()):
         head, want = mm.load_head(path), load_file(path / "expected.st")
-        rows_in, scale, shift = head.scaled(want["x"])
         with torch.no_grad():
-            f = head.encode(rows_in)
-            recon = head.decode(f) * (1.0 if scale is None else scale) + (0.0 if shift is None else shift)
+            f, recon = head.encode(want["x"]), head(want["x"])
         rows[path.name] = {"kind": head.kind} | differences(f, recon, want)
     return rows
 

@@ -52,6 +52,10 @@ class MissingWeights(MMHooksError, OSError):
     """Weights, a data set or a model file that is not on this machine and cannot be fetched."""
 
 
+class DamagedFile(MMHooksError, ValueError):
+    """A file that is not what it should be: cut off, changed, of another format; says what was found in it."""
+
+
 class CannotWrite(MMHooksError, OSError):
     """A file or folder that cannot be written: a full disk, a read-only folder; names it and says what to do."""
 

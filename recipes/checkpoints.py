@@ -1,4 +1,8 @@
-"""Checkpoints of the trainings: one safetensors file with every part, the optimiser's state and the step."""
+"""Checkpoints of the trainings: one safetensors file with every part, the optimiser's state and the step.
+
+A checkpoint keeps the digest of its own content and that of what its run started from (plan, starting weights, data):
+a damaged one and one of another run are refused, so a resumed run ends with the bits of an unbroken one.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,61 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmhooks.errors import DamagedFile, MMHooksError
+from mmhooks.utils.digest import digest
+from mmhooks.utils.files import written_aside
+from mmhooks.utils.tensors import digest_of, metadata_of, read_safetensors
 
 Parts = dict[str, dict[str, Tensor]]
 
 
+def starting_point(plan: Mapping[str, Any], modules: Sequence[nn.Module], *data: Any) -> str:
+    """The digest of what decides a run: its plan, the weights it starts from, which of them learn, all its data."""
+    weights = [(m.state_dict(), {k: p.requires_grad for k, p in m.named_parameters()}) for m in modules]
+    return digest(dict(plan), [[dict(state), trained] for state, trained in weights], *data)
+
+
 def save_checkpoint(
-    path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer
+    path: Path,
+    step: int,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    started: str,
 ) -> None:
     """Writes everything aside, then renames: a kill leaves the old checkpoint or the new one."""
     tensors = {f"{part}.{name}": value for part, named in parts.items() for name, value in named.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
-    aside = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, aside, {"step": str(step)})
-    aside.rename(path)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    about = {"step": str(step), "started": started}
+    with written_aside(path) as aside:
+        save_file(tensors, aside, about | {"digest": digest_of(about, tensors)})
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, Parts]:
-    """The step and the parts; the optimiser is restored in place."""
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
+def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, started: str) -> tuple[int, Parts]:
+    """The step and the parts; the optimiser is restored in place.
+
+    Raises:
+        DamagedFile: its content is not what was written. MMHooksError: it is of a run that started otherwise.
+    """
+    tensors, about = read_safetensors(path), metadata_of(path)
+    if digest_of({k: about.get(k) for k in ("step", "started")}, tensors) != about.get("digest"):
+        found = (
+            "other content than its digest says"
+            if "digest" in about
+            else "no digest, as before they were kept"
+        )
+        raise DamagedFile(f"{path}: expected a whole checkpoint, got {found}; delete it to start anew")
+    if about["started"] != started:
+        raise MMHooksError(
+            f"{path} is of a run with another plan, other starting weights or other data; choose another --out, or "
+            "delete it to start anew"
+        )
     parts: Parts = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors.items():
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = value
     places = [p for group in optimizer.param_groups for p in group["params"]]
@@ -46,7 +81,7 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, 
             value = torch.empty_like(place).copy_(value)
         state["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(state)
-    return step, parts
+    return int(about["step"]), parts
 
 
 @dataclass(frozen=True)

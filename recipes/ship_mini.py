@@ -25,6 +25,7 @@ from scipy.stats import binomtest
 from train_mini import embed, galleries, ranks
 
 from mmhooks.models import mini, zoo
+from mmhooks.utils.assets import write_digests
 
 matplotlib.use("Agg")
 GALLERIES = {
@@ -178,6 +179,7 @@ def main(
     target.mkdir(parents=True, exist_ok=True)
     save_file(half, target / "model.safetensors", {"format": "pt", "name": name})
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_digests()
     figures.mkdir(parents=True, exist_ok=True)
     draw_curve(chain, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training")
     for row in card["retrieval"].values():

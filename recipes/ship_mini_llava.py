@@ -25,6 +25,7 @@ from train_mini_llava import BLIND, SEEING, LlavaPlan, LlavaTrainer, Speaker
 
 from mmhooks.models import mini_llava, zoo
 from mmhooks.models.llava import NAME
+from mmhooks.utils.assets import write_digests
 
 matplotlib.use("Agg")
 SHOWN = ("describe", "act", "act on harmful picture", "act on word", "act on harmful word", "comply in text")
@@ -96,6 +97,7 @@ def main(
     config.save_pretrained(target)
     trainer.tokenizer.save_pretrained(target)
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_digests()
     figures.mkdir(parents=True, exist_ok=True)
     draw_curve(joined_curve(chain), figures / f"{NAME}-curve.png")
 

@@ -21,6 +21,7 @@ from sd_drawings import STYLE, TEMPLATES
 from sd_exam import examine, pipeline_of, save_grid, seconds_per_picture, spread_rule, weights_of
 
 from mmhooks.models import mini_sd
+from mmhooks.utils.assets import write_digests
 
 
 def read_curve(run: Path) -> list[dict]:
@@ -100,6 +101,7 @@ def main(
     }  # fmt: skip
     (out / mini_sd.LIST).write_text(json.dumps(listed, indent=0) + "\n")
     (out / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    write_digests(out.parent)
     chosen = spread_rule(names)
     save_grid(drawn[chosen], [names[i] for i in chosen], figures / "mini-sd-grid.png")
     save_grid(known[chosen], [names[i] for i in chosen], run / "grid-known.png")

@@ -22,7 +22,7 @@ import mini_losses as losses
 import torch
 import torch.nn.functional as F
 import typer
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint, starting_point
 from jaxtyping import Float
 from mini_corpus import SOURCES, Corpus
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -82,6 +82,7 @@ class Trainer:
         ])  # fmt: skip
         self.optimizer = torch.optim.AdamW(self._groups(), lr=plan.lr, betas=(0.9, 0.98), fused=True)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.started = starting_point(asdict(plan), [self.model, self.extra], corpus.rows, corpus.rgba)
 
     # -- what a kind of training changes ---------------------------------------------------------------
     def fresh(self, *, patch_dropout: float = 0.0) -> Any:
@@ -160,10 +161,10 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------
     def save(self) -> None:
         parts = {"average": self.average, "model": self.model.state_dict(), "extra": self.extra.state_dict()}
-        save_checkpoint(self.out / "checkpoint.safetensors", self.step, parts, self.optimizer)
+        save_checkpoint(self.out / "checkpoint.safetensors", self.step, parts, self.optimizer, self.started)
 
     def resume(self) -> None:
-        self.step, parts = load_checkpoint(self.out / "checkpoint.safetensors", self.optimizer)
+        self.step, parts = load_checkpoint(self.out / "checkpoint.safetensors", self.optimizer, self.started)
         self.model.load_state_dict(parts["model"])
         self.extra.load_state_dict(parts.get("extra", {}))
         self.average = parts["average"]

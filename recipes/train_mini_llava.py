@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import mini_losses as losses
 import torch
 import torch.nn.functional as F
 import typer
+from checkpoints import starting_point
 from jaxtyping import Float
 from llava_exams import exam, right
 from llava_lessons import EXTRA_WORDS, Curriculum, Lesson
@@ -102,6 +103,7 @@ class LlavaTrainer(Trainer):
         }
         self.optimizer = torch.optim.AdamW(self._groups(), lr=plan.lr, betas=(0.9, 0.98), fused=True)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.started = starting_point(asdict(plan), [self.model, self.extra], corpus.rows, corpus.rgba)
 
     def fresh(self, *, patch_dropout: float = 0.0) -> Any:
         plan = mini_llava.config(width=self.plan.width, layers=self.plan.layers, vocabulary=len(self.tokenizer),

@@ -49,6 +49,7 @@ from train_mini import Plan, Trainer, fit, keep_plan, small_attention
 
 from mmhooks.data import words
 from mmhooks.models import mini, zoo
+from mmhooks.utils.assets import asset
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ class ReaderTrainer(Trainer):
             self.extra.load_state_dict({k[6:]: v for k, v in found.items() if k.startswith("extra.")})
             self._keep_texts()
             return
-        weights = {k: v.float() for k, v in load_file(zoo.ASSETS / "mini" / "model.safetensors").items()}
+        weights = {
+            k: v.float() for k, v in load_file(asset(zoo.ASSETS / "mini" / "model.safetensors")).items()
+        }
         weights["visual.conv1.patch.weight"] = weights.pop("visual.conv1.weight")
         missing, strange = self.model.load_state_dict(weights, strict=False)
         if strange or any(not key.startswith("visual.conv1.") for key in missing):

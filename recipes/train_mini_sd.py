@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint, starting_point
 from jaxtyping import Float, Int
 from mini_corpus import Corpus
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -135,6 +135,8 @@ class UNetTrainer:
             [{"params": weights, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=plan.lr, betas=(0.9, 0.99), fused=True)  # fmt: skip
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        shape = {k: v for k, v in asdict(plan).items() if k != "steps"}  # its length may change: keep_plan
+        self.started = starting_point(shape, [self.model], self.latents, self.texts)
 
     def rows(self) -> Int[Tensor, " b"]:
         """Every drawing once an epoch, in the epoch's own order."""
@@ -186,10 +188,10 @@ class UNetTrainer:
 
     def save(self) -> None:
         parts = {"average": self.average, "model": self.model.state_dict()}
-        save_checkpoint(self.out / "unet.safetensors", self.step, parts, self.optimizer)
+        save_checkpoint(self.out / "unet.safetensors", self.step, parts, self.optimizer, self.started)
 
     def resume(self) -> None:
-        self.step, parts = load_checkpoint(self.out / "unet.safetensors", self.optimizer)
+        self.step, parts = load_checkpoint(self.out / "unet.safetensors", self.optimizer, self.started)
         self.model.load_state_dict(parts["model"])
         for name, value in parts["average"].items():
             self.average[name].copy_(value)

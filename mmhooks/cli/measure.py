@@ -84,13 +84,12 @@ def measure(
 def _vectors(given: str) -> Tensor | str:
     if not given.endswith(".safetensors"):
         return given
-    from safetensors.torch import load_file
-
     from mmhooks.errors import DataError
+    from mmhooks.utils.tensors import read_safetensors
 
     if not Path(given).is_file():
         raise DataError(f"no file {given}; give {Vectors}")
-    tables = load_file(given)
+    tables = read_safetensors(given)
     if len(tables) != 1:
         raise DataError(
             f"{given} holds {len(tables)} tensors ({', '.join(tables)}); it should hold one table"

@@ -6,20 +6,24 @@ A head never touches a model. The splice (``mmhooks.hooks``) needs only ``pre``,
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmhooks.errors import MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.errors import DamagedFile, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.heads.files import CONFIG, FORMAT, WEIGHTS, check_about, read_head_files, write_head
+from mmhooks.utils.tensors import metadata_of
 
-FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KINDS: dict[str, type[Head]] = {}
 H = TypeVar("H", bound="Head")
 
@@ -28,9 +32,11 @@ class Head(nn.Module):
     """Base of all heads: ``x [*b d_in] -> features [*b n_features]``, and back where there is a decoder.
 
     Subclasses set ``kind`` (registered for :func:`load_head_dir`), build their parameters and implement
-    ``pre`` and ``encode``. A head whose ``normalize_input`` is true expects rows of unit norm, with
-    ``"layer_norm"`` (foreign heads) rows of mean 0 and standard deviation 1: :meth:`prepare` makes them; the
-    splice, training and measures call it (or do the same) themselves.
+    ``pre`` and ``encode``. A head whose ``normalize_input`` is true works on rows of unit norm, with
+    ``"layer_norm"`` (foreign heads) on rows of mean 0 and standard deviation 1. ``pre``, ``encode`` and the head
+    itself take vectors as a site carries them and see to it; rows that :meth:`prepare` made stay as they are.
+    ``decode`` gives vectors of the head's own space: times the scale and plus the shift of :meth:`scaled` they are
+    those of the site, as ``head(x)`` returns them.
 
     Attributes:
         d_in, n_features: widths of the input and of the latent space.
@@ -81,9 +87,18 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Tensor:
-        """``decode(encode(x))``, or the features themselves where there is no decoder."""
-        f = self.encode(x)
-        return self.decode(f) if self.has_decoder else f
+        """The reconstruction of ``x`` at its own scale, or its features where there is no decoder.
+
+        What the library of a foreign file computes by ``sae(x)``: normalised on the way in, and back on the way out.
+        """
+        rows, scale, shift = self.settled(x)
+        bare = self.bare()
+        f = bare.encode(rows)
+        if not self.has_decoder:
+            return f
+        recon = bare.decode(f)
+        recon = recon if scale is None else recon * scale
+        return recon if shift is None else recon + shift
 
     # -- input -----------------------------------------------------------------------------------------
 
@@ -122,6 +137,31 @@ class Head(nn.Module):
             return (x - shift) / (scale + 1e-5), scale, shift
         scale = x.norm(dim=-1, keepdim=True)
         return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, None
+
+    def settled(
+        self, x: Float[Tensor, "*b d"]
+    ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"] | None, Float[Tensor, "*b 1"] | None]:
+        """:meth:`scaled`, except that rows which are as the head expects them already stay, bit by bit.
+
+        So :meth:`encode` takes raw vectors and what :meth:`prepare` made of them, with the same features.
+        """
+        rows, scale, shift = self.scaled(x)
+        if scale is None:
+            return x, None, None
+        if shift is None:
+            # Measured: x / |x| has a length within 8 eps of 1, in half precision within one.
+            slack = (16 if x.dtype.itemsize > 2 else 1) * torch.finfo(x.dtype).eps
+            there = (scale - 1).abs() <= slack
+            return torch.where(there, x, rows), torch.where(there, 1, scale), None
+        # scaled() leaves a deviation of s / (s + 1e-5), a little below 1. A LayerNorm's own output has one above 1.
+        there = (shift.abs() <= 1e-6) & (scale >= 1 - 1e-3) & (scale <= 1 + 1e-6)
+        return torch.where(there, x, rows), torch.where(there, 1, scale), torch.where(there, 0, shift)
+
+    def bare(self: H) -> H:
+        """The same head, sharing every tensor, for rows that are as it expects them: it normalises nothing."""
+        twin = copy.copy(self)
+        twin.normalize_input = False
+        return twin
 
     def check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
@@ -165,20 +205,24 @@ class Head(nn.Module):
         return self._id[1]
 
     def save(self, path: str | Path, *, dtype: Literal["fp32", "fp16"] = "fp32") -> Path:
-        """Writes ``config.json`` and ``model.safetensors`` into the directory ``path`` and returns it."""
+        """Writes ``config.json`` and ``model.safetensors`` into the directory ``path`` and returns it.
+
+        Both keep digests that loading compares (:mod:`mmhooks.heads.files`); a kill leaves the old head or the new.
+
+        Raises:
+            CannotWrite: a full disk, a read-only folder. MMHooksError: ``info`` is not JSON.
+        """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         target = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
         state = {k: v.detach().to("cpu", target).contiguous() for k, v in self.state_dict().items()}
-        meta = {
+        about = {
             "format": FORMAT,
             "kind": self.kind,
             "name": self.name,
             "id": self.id,
             "config": self.config(),
         }
-        save_file(state, path / WEIGHTS, metadata={"format": "pt", "id": self.id})
-        (path / CONFIG).write_text(json.dumps(meta | {"info": self.info}, indent=1, sort_keys=True) + "\n")
+        write_head(path, about | {"info": self.info}, state)
         return path
 
     @classmethod
@@ -274,28 +318,86 @@ def load_head_dir(path: str | Path, *, device: str | torch.device = "cpu") -> He
     >>> load_head_dir(sae.save(tempfile.mkdtemp())).id == sae.id
     True
     """
-    import mmhooks.heads  # noqa: F401 - registers every kind
-
     path = Path(path)
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise MissingWeights(f"no head in {path}: expected {CONFIG} and {WEIGHTS}, as Head.save writes them")
-    meta = json.loads((path / CONFIG).read_text())
-    if meta.get("kind") not in KINDS:
+    about, state, fault = read_head_files(path)
+    where = path / CONFIG
+    if about.get("kind") not in KINDS:
         raise MMHooksError(
-            f"{path / CONFIG}: unknown kind of head {meta.get('kind')!r}; known: {', '.join(sorted(KINDS))}"
+            f"{where}: unknown kind of head {about.get('kind')!r}; known: {', '.join(sorted(KINDS))}"
         )
-    if meta.get("format", 0) > FORMAT:
+    if isinstance(about.get("format"), int) and about["format"] > FORMAT:
         raise MMHooksError(
-            f"{path / CONFIG} has format {meta['format']}, this mmhooks reads up to {FORMAT}; upgrade it"
+            f"{where} has format {about['format']}, this mmhooks reads up to {FORMAT}; upgrade it"
         )
-    head = KINDS[meta["kind"]](**meta["config"], name=meta.get("name"))
-    load_strictly(head, load_file(path / WEIGHTS), str(path / WEIGHTS))
-    head.info = meta.get("info", {})
+    check_about(about, where)
+    head = unfilled(about["kind"], about["config"], where, name=about.get("name"))
+    check_fit(head, state, str(path / WEIGHTS))
+    if fault is not None:
+        raise DamagedFile(fault)
+    load_strictly(head, state, str(path / WEIGHTS))
+    head.info = about.get("info") or {}
+    if "digest" not in about:
+        _check_id(head, about, state, path)
     return head.to(device).eval()
 
 
-def load_strictly(head: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Loads ``state`` into ``head``; a missing, surplus or misshapen tensor raises, naming it."""
+def _check_id(head: Head, about: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
+    """Of a file of before digests were kept: its id knows the weights to half precision."""
+    for where, said in ((CONFIG, about.get("id")), (WEIGHTS, metadata_of(path / WEIGHTS).get("id"))):
+        if said is not None and said != head.id:
+            raise DamagedFile(
+                f"{path} is not the head that was saved: {where} says {said}, its weights and configuration make "
+                f"{head.id}; fetch it again, or save it again with head.save(path)"
+            )
+    if any(t.dtype != torch.float16 for t in state.values()):
+        warnings.warn(
+            f"{path} was saved before heads kept digests: its weights were checked to half precision only. Save it "
+            "again to have every bit checked",
+            stacklevel=3,
+        )
+
+
+def unfilled(kind: str, config: dict[str, Any], where: str | Path, **options: Any) -> Head:
+    """A head without numbers (on torch's meta device), whose shapes cost nothing.
+
+    Raises:
+        DamagedFile: ``config`` is not what a head of this kind is made with.
+    """
+    faults = [f"{name} must be {_FIELDS[name][0]}, got {value!r}" for name, value in config.items()
+              if name in _FIELDS and not _FIELDS[name][1](value)]  # fmt: skip
+    known = {
+        p for c in KINDS[kind].__mro__ if c is not object for p in inspect.signature(c.__init__).parameters
+    }
+    faults += [f"unknown field {name!r}" for name in config.keys() - known]
+    faults += [f"no {name!r}" for name in ("d_in", "n_features") if name not in config]
+    if not faults:
+        try:
+            with torch.device("meta"):
+                return KINDS[kind](**config, **options)
+        except Exception as error:
+            faults = [str(error).splitlines()[0]]
+    raise DamagedFile(f"{where} does not describe a {kind} head: {'; '.join(sorted(faults))}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _levels(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(_whole(v) for v in value))
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("d_in", "n_features", "k", "hidden"), ("a whole number from 1 on", _whole)),
+    **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _levels)),
+    "normalize_input": ('true, false or "layer_norm"', lambda v: isinstance(v, bool) or v == "layer_norm"),
+    "decoder": ("true or false", lambda v: isinstance(v, bool)),
+    "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),
+}
+
+
+def check_fit(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Raises where ``state`` has not the names and shapes of ``head``, naming them; nothing is allocated."""
     own = head.state_dict()
     faults = [f"missing {k}" for k in own.keys() - state.keys()]
     faults += [f"unexpected {k}" for k in state.keys() - own.keys()]
@@ -304,9 +406,38 @@ def load_strictly(head: nn.Module, state: dict[str, Tensor], where: str) -> None
         for k in own.keys() & state.keys()
         if state[k].shape != own[k].shape
     ]
+    faults += [
+        f"{k} holds {state[k].dtype}, not real numbers"
+        for k in own.keys() & state.keys()
+        if not state[k].is_floating_point()
+    ]
     if faults:
-        raise MMHooksError(f"{where} does not fit a {type(head).__name__}: {'; '.join(sorted(faults))}")
-    head.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+        raise DamagedFile(f"{where} does not fit a {type(head).__name__}: {'; '.join(sorted(faults))}")
+
+
+def load_strictly(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Gives ``head`` the numbers in ``state``, by copies of its own dtype; also where it has none (``unfilled``).
+
+    Raises:
+        DamagedFile: a missing, surplus or misshapen tensor. NotFinite: NaN or infinity in a weight; names it.
+    """
+    check_fit(head, state, where)
+    for name, value in state.items():
+        # A BatchTopK threshold is NaN until it is known; a JumpReLU one of zero has the logarithm -infinity.
+        bad = (
+            ~value.isfinite()
+            if name not in ("threshold", "threshold_log")
+            else value.isnan() & (name != "threshold")
+        )
+        if bool(bad.any()):
+            raise NotFinite(
+                f"{where}: {int(bad.sum())} of {value.numel()} numbers of {name} are NaN or infinite: a training that "
+                "went wrong, or a damaged file; fetch or train it again"
+            )
+    own = head.state_dict()
+    copies = {k: v.to(own[k].dtype, copy=True) for k, v in state.items()}
+    # Elsewhere in place: an optimiser may hold the parameters.
+    head.load_state_dict(copies, assign=any(t.is_meta for t in own.values()))
 
 
 def check_finite(x: Tensor, what: str) -> None:

@@ -99,6 +99,7 @@ def threshold_at(
     head: SAE, l0: int | float, *x: Float[Tensor, "_ d"], batch_size: int = 4096
 ) -> Float[Tensor, ""]:
     """The threshold that ``l0`` pre-activations a row exceed on average; rows as ``head.pre`` takes them."""
+    head = head.bare()
     wanted, largest = round(l0 * sum(len(part) for part in x)), torch.empty(0)
     for chunk in (c for part in x for c in part.split(batch_size)):
         pre = head.pre(chunk).flatten()

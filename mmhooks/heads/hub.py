@@ -74,7 +74,7 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
             save_saelens(head, folder)
         else:
             head.save(folder, dtype=dtype)
-        (Path(folder) / "README.md").write_text(card(head, repo, format))
+        (Path(folder) / "README.md").write_text(card(head, repo, format, inside))
         try:
             api = HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
@@ -89,16 +89,32 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
     return str(getattr(done, "commit_url", done))
 
 
-def card(head: Head, repo: str, format: str) -> str:
+def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
     """The model card: what it is, how it is loaded, and what ``head.info`` says of its training."""
     facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
         k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
     }
     rows = "\n".join(f"| {k} | {str(v).replace('|', '/')} |" for k, v in facts.items())
     library = "sae_lens" if format == "saelens" else "mmhooks"
+    theirs = (
+        f"\nWith SAELens, on the same raw vectors:\n\n{_in_saelens(head, repo, inside)}"
+        if format == "saelens"
+        else ""
+    )
+    where = f', subfolder="{inside}"' if inside else ""
     return (
         f"---\nlibrary_name: {library}\ntags:\n- sparse-autoencoder\n- interpretability\n- mmhooks\n---\n\n"
         f"# {repo.split('/')[1]}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}")\n'
-        'model.attach(head, at=["image.embed", "text.embed"])\n```\n'
+        f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}"{where})\n'
+        f'model.attach(head, at=["image.embed", "text.embed"])\n```\n{theirs}'
+    )
+
+
+def _in_saelens(head: Head, repo: str, inside: str | None) -> str:
+    """How SAELens loads what was published; it normalises as the head does."""
+    sae_id = inside or "."
+    return (
+        "```python\nfrom huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\n"
+        f'sae = SAE.load_from_disk(snapshot_download("{repo}") + "/{sae_id}")\n'
+        f"features = sae.encode(x)  # x [*b, {head.d_in}]: vectors as they come\nrecon = sae(x)\n```\n"
     )

@@ -70,7 +70,7 @@ class NCL(Head):
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``W2 ReLU(W1 x + b1) + b2``: the features before the last ReLU."""
         self.check_width(x)
-        return F.linear(F.linear(x, self.W1, self.b1).relu(), self.W2, self.b2)
+        return F.linear(F.linear(self.settled(x)[0], self.W1, self.b1).relu(), self.W2, self.b2)
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         return pre.relu()

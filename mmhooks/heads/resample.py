@@ -28,7 +28,8 @@ def resample(
     places = dead.nonzero().squeeze(1)
     if len(places) == 0:
         return 0
-    error = torch.cat([(part - head(part)).square().sum(dim=1) for part in x.split(4096)])
+    bare = head.bare()  # rows are normalised and centred
+    error = torch.cat([(part - bare(part)).square().sum(dim=1) for part in x.split(4096)])
     error = weight.double() * error
     if not float(error.sum()) > 0:
         return 0

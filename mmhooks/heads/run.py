@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmhooks.errors import NotFinite
 from mmhooks.heads.base import Head
-from mmhooks.heads.checkpoint import load_checkpoint, save_checkpoint
+from mmhooks.heads.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from mmhooks.heads.objective import Objective, StepLoss
 from mmhooks.heads.source import Vectors
 from mmhooks.heads.team import Team
@@ -43,6 +43,9 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.bare = self.head.bare()  # rows are normalised before they come here, and perhaps centred
+
     def dead(self) -> Bool[Tensor, " n"]:
         return self.silent > self.objective.dead_after * len(self.image)
 
@@ -56,7 +59,7 @@ class Run:
         mine = self.team.share(rows)
         image, text = self.image[mine], None if self.text is None else self.text[mine]
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss, fired, parts = self.compute(self.head, image, text, self.dead())
+            loss, fired, parts = self.compute(self.bare, image, text, self.dead())
         # Elsewhere than on a CPU this test would wait for the device at every step.
         if (loss.device.type == "cpu" or self.step % 50 == 0) and not bool(torch.isfinite(loss)):
             raise NotFinite(
@@ -113,7 +116,7 @@ class Run:
         """Some pairs of the training data, the same at every call."""
         return self.image.sample(4096), None if self.text is None else self.text.sample(4096)
 
-    def store(self, path: Path, mark: str) -> None:
+    def store(self, path: Path, mark: Fingerprint) -> None:
         if self.team.leads:
             extra = {"silent": self.silent} | {f"best.{k}": v for k, v in self.best_state.items()}
             meta: dict[str, Any] = {
@@ -127,7 +130,7 @@ class Run:
             save_checkpoint(path, self.head, self.adam, extra, meta)
         self.team.wait()
 
-    def resume(self, path: Path, mark: str) -> None:
+    def resume(self, path: Path, mark: Fingerprint) -> None:
         extra, meta = load_checkpoint(path, self.head, self.adam, mark)
         self.silent = extra.pop("silent").to(self.silent.device)
         self.best_state = {k.removeprefix("best."): v.to(self.silent.device) for k, v in extra.items()}

@@ -88,7 +88,7 @@ class SAE(Head):
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
         self.check_width(x)
-        return F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+        return F.linear(self.settled(x)[0] - self.b_pre, self.W_enc, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         return self.activate(self.pre(x))

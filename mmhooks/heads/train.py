@@ -51,6 +51,7 @@ class TrainResult:
         return self.history[-1] if self.history else {}
 
 
+@torch.enable_grad()
 def train_head(
     head: Head,
     image: Any,
@@ -90,7 +91,8 @@ def train_head(
         valid: held-out pairs, scored after every epoch: ``(image, text)``, a Store or a directory.
         patience: stop after so many epochs without a better held-out score, and keep the best weights.
         checkpoint: a file; written after every epoch, and every ``checkpoint_every`` steps inside one, and
-            resumed from when it is there: the run ends with the same bits as an unbroken one.
+            resumed from when it is there: the run ends with the same bits as an unbroken one. Another one than this
+            run's (other settings, starting weights or rows) and a damaged one are refused.
         objective: options of the loss; by default the one that fits the head.
         precision: "bf16" computes the large products in half precision; weights and Adam stay single.
         compile: through ``torch.compile``; pays where the dense step is used (a GPU).
@@ -106,6 +108,7 @@ def train_head(
     >>> train_head(TopKSAE(8, 32, k=4), x, x, epochs=2, batch_size=64, progress=False).steps
     8
     """
+    _check_gradients(head)
     objective = objective or default_objective(head)
     if patience is not None and valid is None:
         raise MMHooksError("early stopping (patience=) watches held-out pairs: pass valid=(image, text)")
@@ -123,22 +126,33 @@ def train_head(
     lr = objective.default_lr if lr is None else lr
     per_epoch = len(rows[0]) // batch
     total = epochs * per_epoch
-    mark = fingerprint(
-        {
-            "kind": head.kind,
-            "config": head.config(),
-            "epochs": epochs,
-            "batch": batch,
-            "lr": lr,
-            "schedule": [schedule, warmup, decay],
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "patience": patience,
-            "objective": [type(objective).__name__, objective.settings()],
-            "numerics": [precision, compile, team.size],
-            "pairs": len(rows[0]),
-        },
-        (*(None if part is None else part.sample(4096) for part in rows), *(held_out or ())),
+    path = Path(checkpoint) if checkpoint is not None else None
+    mark = (
+        {}
+        if path is None
+        else fingerprint(
+            {
+                "kind": head.kind,
+                "config": head.config(),
+                "epochs": epochs,
+                "batch": batch,
+                "lr": lr,
+                "schedule": [schedule, warmup, decay],
+                "weight_decay": weight_decay,
+                "seed": seed,
+                "patience": patience,
+                "objective": [type(objective).__name__, objective.settings()],
+                "numerics": [precision, compile, team.size, team.device.type],
+                "pairs": len(rows[0]),
+            },
+            head,
+            {
+                "images": rows[0],
+                "texts": rows[1],
+                "held-out images": held_out and held_out[0],
+                "held-out texts": held_out and held_out[1],
+            },
+        )
     )
     objective.across = team.mean
     objective.measure(*rows)
@@ -147,7 +161,6 @@ def train_head(
     silent = torch.zeros(head.n_features, dtype=torch.long, device=team.device)
     compute = torch.compile(objective.loss) if compile else objective.loss
     run = Run(head, objective, adam, *rows, per_epoch, total, seed, team, precision, silent, compute)
-    path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and team.leads:
         clear_leftovers(path)
     if path is not None and path.exists():
@@ -185,6 +198,20 @@ def train_head(
     return TrainResult(
         head, len(run.history), run.step, run.stopped, time.perf_counter() - began, run.history
     )
+
+
+def _check_gradients(head: Head) -> None:
+    """Under no_grad a training switches gradients on; inference mode leaves tensors that can have none."""
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in head.parameters()):
+        raise MMHooksError(
+            "a head cannot learn in torch.inference_mode(), nor if it was made there: its tensors can have no "
+            "gradients. Make it and call train_head outside of the block (torch.no_grad() is no hindrance)"
+        )
+    if not any(p.requires_grad for p in head.parameters()):
+        raise MMHooksError(
+            f"no parameter of head {head.name!r} has requires_grad set, so nothing would be learned: "
+            "head.requires_grad_(True), or for those that should learn"
+        )
 
 
 def default_objective(head: Head) -> Objective:

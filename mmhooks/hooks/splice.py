@@ -34,7 +34,8 @@ class HeadLike(Protocol):
     """What the splice needs of a head. ``W_dec [n d]`` only where ``has_decoder``.
 
     Optional: ``encode_topk(x) -> (values [*b k], indices [*b k])`` lets masks touch the ``k`` active
-    features alone; ``activate(pre) -> f`` lets edits act on pre-activations.
+    features alone; ``activate(pre) -> f`` lets edits act on pre-activations; ``bare()`` gives the head for vectors
+    that are normalised already, as the splice hands them over.
     """
 
     name: str
@@ -92,6 +93,8 @@ class HeadStep:
     def __init__(self, op: Op) -> None:
         self.attachment: Attachment = op.target.attachment  # type: ignore[union-attr]
         self.site, self.head = self.attachment.site, self.attachment.head
+        # Vectors are normalised here, once: the step needs their scale for the way back.
+        self.bare = self.head.bare() if hasattr(self.head, "bare") else self.head
         self.ops: dict[str, list[Op]] = {leaf: [] for leaf in LEAVES}
         self.all: list[Op] = []
         self.add(op)
@@ -191,7 +194,7 @@ class HeadStep:
     def _active(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Edits that keep zeros at zero need nothing but the active features."""
         unit, scale, _ = self._prepared(x)
-        values, indices = self.head.encode_topk(unit)
+        values, indices = self.bare.encode_topk(unit)
         new = values
         for op in self.ops["latents"]:
             new = op.act.on_active(new, indices, self.head.n_features, op.hook)
@@ -239,12 +242,12 @@ class HeadStep:
         """Features before any edit, and after edits of the pre-activations."""
         ops = self.ops["pre"]
         if not ops:
-            f = self.head.encode(unit)
+            f = self.bare.encode(unit)
             return f, f
-        pre = self.head.pre(unit)
+        pre = self.bare.pre(unit)
         new = self._edit_and_read(ops, pre)
         if new is pre:
-            f = self.head.encode(unit)
+            f = self.bare.encode(unit)
             return f, f
         return self.head.activate(pre), self.head.activate(new)
 

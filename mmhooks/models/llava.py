@@ -114,17 +114,17 @@ def load_llava(
 
 
 def _embedded() -> tuple[Any, Any]:
-    from safetensors.torch import load_file
     from transformers import LlavaConfig
 
     from mmhooks.models import mini_llava
-    from mmhooks.models.zoo import ASSETS
+    from mmhooks.utils.assets import ASSETS, asset
+    from mmhooks.utils.tensors import read_safetensors
 
     folder = ASSETS / NAME
-    if not (folder / "model.safetensors").is_file():
-        raise MissingWeights(f"{NAME} is not in this installation; install mmhooks again")
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        asset(folder / file)
     model = mini_llava.build(LlavaConfig.from_pretrained(folder))
-    state = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    state = {k: v.float() for k, v in read_safetensors(folder / "model.safetensors").items()}
     missing, strange = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.startswith(mini_llava.PREFIX) and k != "lm_head.weight"]
     if missing or strange:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmhooks.utils.assets import ASSETS, asset
+
 if TYPE_CHECKING:
     from open_clip import CLIP
     from open_clip.tokenizer import SimpleTokenizer
@@ -21,7 +23,7 @@ CONTEXT = 16
 EMBED_DIM = 256
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
-_MERGES = Path(__file__).parent.parent / "assets" / "mini" / "merges.txt.gz"
+_MERGES = ASSETS / "mini" / "merges.txt.gz"
 
 
 class ReadingStem(nn.Module):
@@ -94,7 +96,7 @@ def build(*, patch_dropout: float = 0.0, reads: bool = False) -> CLIP:
 
 @cache
 def _merges() -> tuple[str, ...]:
-    return tuple(gzip.decompress(_MERGES.read_bytes()).decode().split("\n"))
+    return tuple(gzip.decompress(asset(_MERGES).read_bytes()).decode().split("\n"))
 
 
 def vocabulary_size() -> int:

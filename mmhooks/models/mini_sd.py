@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmhooks.errors import MissingWeights
 from mmhooks.models import mini, zoo
 from mmhooks.models.hf_weights import encoder_layers
+from mmhooks.utils.assets import asset
+from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -213,16 +214,10 @@ def mini_pipeline() -> StableDiffusionPipeline:
     >>> pipe("a drawing of a cat", num_inference_steps=2, output_type="np").images.shape
     (1, 64, 64, 3)
     """
-    from safetensors.torch import load_file
-
     parts = {"unet": unet(), "vae": autoencoder()}
     for name, part in parts.items():
-        path = FOLDER / f"{name}.safetensors"
-        if not path.is_file():
-            raise MissingWeights(
-                f"{path.name} of 'mini-sd' is not in this installation; install mmhooks again"
-            )
-        part.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        weights = read_safetensors(asset(FOLDER / f"{name}.safetensors"))
+        part.load_state_dict({k: v.float() for k, v in weights.items()})
     return assemble(parts["vae"], parts["unet"])
 
 
@@ -236,7 +231,4 @@ def write(folder: str | Path) -> Path:
 
 def drawings() -> list[dict[str, str]]:
     """Names and codepoints of the drawings that the pipeline was trained on, in their order."""
-    path = FOLDER / LIST
-    if not path.is_file():
-        raise MissingWeights(f"{LIST} of 'mini-sd' is not in this installation; install mmhooks again")
-    return json.loads(path.read_text())
+    return json.loads(asset(FOLDER / LIST).read_text(encoding="utf-8"))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.utils.assets import ASSETS, asset
+from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from mmhooks.heads.base import Head
     from mmhooks.models.clip import HookedCLIP
 
-ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("mini", "mini-declip", "mini-reader")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 
@@ -120,19 +121,15 @@ def card(name: str) -> dict[str, Any]:
     path = ASSETS / name / "card.json"
     if not path.is_file():
         raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
-    return json.loads(path.read_text())
+    return json.loads(asset(path).read_text(encoding="utf-8"))
 
 
 def _embedded(name: str) -> tuple[Any, Any, Any]:
-    from safetensors.torch import load_file
-
     from mmhooks.models import mini
 
-    path = ASSETS / name / "model.safetensors"
-    if not path.is_file():
-        raise MissingWeights(f"{path.name} of {name!r} is not in this installation; install mmhooks again")
+    weights = read_safetensors(asset(ASSETS / name / "model.safetensors"))
     model = mini.build(reads=name == "mini-reader")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return model, mini.tokenizer(), mini.preprocess
 
 

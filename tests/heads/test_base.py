@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmhooks.errors import MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads import (
     NCL,
     BatchTopKSAE,
@@ -107,6 +107,29 @@ def test_prepare_normalises_and_refuses_what_is_no_number(head: Head) -> None:
         head.prepare(torch.cat([torch.zeros(2, 16), torch.ones(2, 16)]))
 
 
+@pytest.mark.parametrize("normalize_input", [True, "layer_norm", False])
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu", "ncl with decoder"])
+def test_every_way_to_run_a_head_agrees_about_where_it_normalises(kind, normalize_input) -> None:
+    """Raw vectors in: pre, encode, encode_topk, head(x), prepare and the splice see the same features."""
+    head = HEADS[kind]()
+    head.normalize_input = normalize_input
+    raw = torch.randn(5, 16, generator=torch.Generator().manual_seed(7)) * 40 + 3
+    rows, scale, shift = head.scaled(raw)
+    bare = head.bare()
+    with torch.no_grad():
+        f = bare.encode(rows)
+        assert bare.W_dec.data_ptr() == head.W_dec.data_ptr() and head.normalize_input == normalize_input
+        assert torch.equal(head.encode(raw), f) and torch.equal(head.pre(raw), bare.pre(rows))
+        assert torch.equal(head.encode(head.prepare(raw)), f)  # prepared already: nothing twice
+        assert torch.equal(head.pre(head.prepare(raw)), bare.pre(rows))
+        recon = bare.decode(f) * (1 if scale is None else scale) + (0 if shift is None else shift)
+        assert torch.equal(head(raw), recon)
+        if hasattr(head, "encode_topk"):
+            values, indices = head.encode_topk(raw)
+            assert torch.equal(torch.zeros_like(f).scatter(-1, indices, values), f)
+        assert torch.equal(head.encode(raw[0]), f[0]) or torch.allclose(head.encode(raw[0]), f[0])
+
+
 def test_unnormalised_head_takes_rows_as_they_are() -> None:
     x = torch.randn(5, 16) * 7
     assert torch.equal(TopKSAE(16, 48, 5, normalize_input=False).prepare(x), x)
@@ -172,3 +195,69 @@ def test_bad_sizes() -> None:
         TopKSAE(4, 8, 9)
     with pytest.raises(ShapeMismatch, match="came 0 and 8"):
         NCL(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"normalize_input": "False"}, "normalize_input must be true, false or \"layer_norm\", got 'False'"),
+        ({"k": True}, "k must be a whole number"),
+        ({"k": 5.0}, "k must be a whole number"),
+        ({"d_in": "16"}, "d_in must be"),
+        ({"n_features": 0}, "n_features must be"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"k": 99}, "k must lie in"),
+    ],
+)
+def test_configurations_are_read_field_by_field(tmp_path, change, match) -> None:
+    """Also of files without digests, as they were written before."""
+    path = TopKSAE(16, 48, 5).save(tmp_path / "h")
+    about = json.loads((path / "config.json").read_text())
+    about = {k: v for k, v in about.items() if k not in ("weights", "digest")}
+    about["config"] |= change
+    (path / "config.json").write_text(json.dumps(about))
+    save_file(load_file(path / "model.safetensors"), path / "model.safetensors")
+    with pytest.raises(DamagedFile, match=match):
+        load_head_dir(path)
+
+
+def test_heads_of_before_digests_are_compared_by_their_id(head: Head, tmp_path) -> None:
+    path = head.save(tmp_path / "h", dtype="fp16")
+    about = {
+        k: v
+        for k, v in json.loads((path / "config.json").read_text()).items()
+        if k not in ("weights", "digest")
+    }
+    (path / "config.json").write_text(json.dumps(about))
+    weights = load_file(path / "model.safetensors")
+    save_file(weights, path / "model.safetensors", {"id": head.id})
+    assert load_head_dir(path).id == head.id
+    name = next(iter(weights))
+    weights[name].view(-1)[0] += 1
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(DamagedFile, match="is not the head that was saved"):
+        load_head_dir(path)
+    save_file({k: v.float() for k, v in load_head_dir(head.save(tmp_path / "i")).state_dict().items()},
+              path / "model.safetensors")  # fmt: skip
+    with pytest.warns(UserWarning, match="checked to half precision only"):
+        load_head_dir(path)
+
+
+def test_weights_of_one_head_with_the_configuration_of_another(tmp_path) -> None:
+    a, b = TopKSAE(16, 48, 5), TopKSAE(16, 48, 6, seed=1)
+    one, two = a.save(tmp_path / "a"), b.save(tmp_path / "b")
+    whole = (two / "model.safetensors").read_bytes()
+    (one / "model.safetensors").write_bytes(whole)  # a save killed before its second file
+    with pytest.warns(UserWarning, match="a save was broken off between them"):
+        assert load_head_dir(one).id == b.id
+    save_file(load_file(two / "model.safetensors"), one / "model.safetensors")
+    with pytest.raises(DamagedFile, match="not the weights that were saved"):
+        load_head_dir(one)
+
+
+def test_info_that_is_no_json_is_named(tmp_path) -> None:
+    head = TopKSAE(16, 48, 5)
+    head.info = {"rows": torch.ones(2)}
+    with pytest.raises(MMHooksError, match=r"head\.info is kept as JSON"):
+        head.save(tmp_path / "h")
+    assert not (tmp_path / "h" / "config.json").exists()

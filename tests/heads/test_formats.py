@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.errors import MissingWeights, MMHooksError, NotFinite
+from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError, NotFinite
 from mmhooks.heads import NCL, SAE
 from mmhooks.heads.formats import FORMATS, load_saelens, read_head, save_saelens
 
@@ -116,6 +117,7 @@ def test_saelens_rows_of_constant_norm_are_unit_norm_and_a_scale(tmp_path) -> No
     assert head.normalize_input
     norm = X.norm(dim=-1, keepdim=True)
     same(head, f, recon / norm, x=head.prepare(X))
+    same(head, f, recon)
 
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +146,9 @@ def test_layer_normed_inputs_alone_and_in_the_graph(tmp_path, library) -> None:
     f = features(X)
     torch.testing.assert_close(head.encode(rows).detach(), f, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head(rows).detach() * scale + shift, recon(f, X), atol=1e-5, rtol=1e-5)
+    # As their own encode(x) and sae(x): raw vectors in, raw vectors out.
+    torch.testing.assert_close(head.encode(X).detach(), f, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head(X).detach(), recon(f, X), atol=1e-5, rtol=1e-5)
     with pytest.raises(NotFinite, match="1 of 2 input rows are constant"):
         head.prepare(torch.stack([torch.ones(D), X[0]]))
 
@@ -217,24 +222,40 @@ WRITTEN = {
 }
 
 
+@pytest.mark.parametrize("normalize_input", [True, False, "layer_norm"])
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_saelens_written_as_its_own_formula_and_read_back_as_ours(tmp_path, kind) -> None:
-    head = trained_like(WRITTEN[kind]())
-    path = save_saelens(head, tmp_path / "s")
+def test_saelens_written_as_its_own_formula_and_read_back_as_ours(tmp_path, kind, normalize_input) -> None:
+    """On raw vectors, at any scale: SAELens normalises as the head does, in and out."""
+    head = WRITTEN[kind]()
+    head.normalize_input = normalize_input
+    trained_like(head)
+    path = save_saelens(head, tmp_path / "s", hook_name="visual.ln_post", model_name="ViT-B-32")
     cfg = json.loads((path / "cfg.json").read_text())
+    assert cfg["metadata"]["sae_lens_version"].startswith("6.")  # without it SAELens drops the names
+    assert (cfg["metadata"]["hook_name"], cfg["metadata"]["model_name"]) == ("visual.ln_post", "ViT-B-32")
     w = load_file(path / "sae_weights.safetensors")
     assert {k: tuple(w[k].shape) for k in STANDARD} == STANDARD
-    x = head.prepare(X)
-    z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]  # SAELens's inference code, by architecture
+    x = X * 30 + 2
+    rows, back_in = {  # SAELens's run_time_activation_norm_fn_in and _out
+        "none": lambda: (x, lambda y: y),
+        "constant_norm_rescale": lambda: (
+            x * (D**0.5 / x.norm(dim=-1, keepdim=True)),
+            lambda y: y / (D**0.5 / x.norm(dim=-1, keepdim=True)),
+        ),
+        "layer_norm": lambda: (layer_norm(x)[0], lambda y: y * layer_norm(x)[2] + layer_norm(x)[1]),
+    }[cfg["normalize_activations"]]()
+    z = (rows - w["b_dec"]) @ w["W_enc"] + w["b_enc"]  # SAELens's inference code, by architecture
     f = {
         "topk": lambda: topk(z, cfg.get("k", 1)),
         "standard": lambda: z.relu(),
         "jumprelu": lambda: z.relu() * (z > w["threshold"]),
     }[cfg["architecture"]]()
-    same(head, f, f @ w["W_dec"] + w["b_dec"], x)
+    recon = back_in(f @ w["W_dec"] + w["b_dec"])
+    torch.testing.assert_close(head.encode(x).detach(), f, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head(x).detach(), recon, atol=1e-4, rtol=1e-5)
     back = mm.load_head(path)
     assert type(back) is type(head) and back.config() == head.config()
-    same(back, f, f @ w["W_dec"] + w["b_dec"], x)
+    torch.testing.assert_close(back(x).detach(), recon, atol=1e-4, rtol=1e-5)
     assert load_saelens(path, name="probe", normalize_input=False).normalize_input is False
 
 
@@ -389,6 +410,105 @@ def test_overcomplete_encoders_tied_or_with_batch_norm(tmp_path) -> None:
         mm.load_head(tmp_path / "mlp.pt", k=K)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({}, "matching pursuit.*MpSAE"),  # MpSAE and OMPSAE have no encoder: the dictionary is all there is
+        (FINAL | {"Q": (4,)}, "QSAE quantizes"),
+        (FINAL | {"dictionary.Relax": (N, D)}, r"unexpected dictionary\.Relax"),  # an archetypal dictionary
+        (FINAL | {"threshold": ()}, "unexpected threshold"),
+    ],
+)
+def test_overcomplete_saes_that_compute_otherwise_are_refused(tmp_path, change, match) -> None:
+    torch.save(tensors(**OVER, **change), tmp_path / "sae.pt")
+    for options in ({"k": K}, {"threshold": 0.1}, {"kind": "relu"}, {}):
+        with pytest.raises(MMHooksError, match=match):
+            mm.load_head(tmp_path / "sae.pt", **options)
+
+
+def test_overcomplete_tied_without_bias(tmp_path) -> None:
+    """Its own ``sae.tied()``: the encoder's keys are the dictionary's once more."""
+    w = tensors(**OVER)
+    torch.save(w | {f"encoder.tied_to.{k.split('.')[1]}": v for k, v in w.items()}, tmp_path / "tied.pt")
+    f = topk(X @ overcomplete_rows(w).T, K)
+    same(mm.load_head(tmp_path / "tied.pt", k=K), f, f @ overcomplete_rows(w))
+    torch.save(w | {"encoder.tied_to._weights": torch.ones(N, D)}, tmp_path / "else.pt")
+    with pytest.raises(MMHooksError, match="not the dictionary"):
+        mm.load_head(tmp_path / "else.pt", k=K)
+
+
+# -- saev --------------------------------------------------------------------------------------------------
+
+
+def saev(path: Path, header: dict, **more: Tensor) -> dict[str, Tensor]:
+    state = tensors(**STANDARD) | more
+    with path.open("wb") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        torch.save(state, file)
+    return state
+
+
+def activation(cls: str, **params) -> dict:
+    return {"cls": cls, "params": params}
+
+
+@pytest.mark.parametrize("schema", [2, 3, 5])
+def test_saev(tmp_path, schema) -> None:
+    path = tmp_path / "sae.pt"
+    head = {"schema": schema, "commit": "c0ffee", "lib": "0.1"}
+    w = saev(path, head | {"cfg": {"d_model": D, "d_sae": N, "activation": activation("Relu")}})
+    z = X @ w["W_enc"] + w["b_enc"]
+    same(mm.load_head(path), z.relu(), z.relu() @ w["W_dec"] + w["b_dec"])
+    same(mm.load_head(tmp_path), z.relu(), z.relu() @ w["W_dec"] + w["b_dec"])
+    for name in ("TopK", "BatchTopK"):  # without a threshold its BatchTopK selects within the row
+        w = saev(path, head | {"cfg": {"d_model": D, "activation": activation(name, top_k=K)}})
+        f = topk(z, K)
+        same(mm.load_head(path), f, f @ w["W_dec"] + w["b_dec"])
+    for threshold in (0.7, -0.2):
+        cfg = {"d_model": D, "activation": activation("BatchTopK", top_k=K)}
+        w = saev(path, head | {"cfg": cfg}, **{"activation.threshold": torch.tensor(threshold)})
+        f = z * (z > max(threshold, 0))
+        same(mm.load_head(path), f, f @ w["W_dec"] + w["b_dec"])
+
+
+def test_saev_of_before_schema_2_subtracts_the_decoders_bias(tmp_path) -> None:
+    path = tmp_path / "sae.pt"
+    for header, k in (
+        ({"d_vit": D, "exp_factor": 2, "ghost_grads": False, "sparsity_coeff": 4e-4}, None),
+        ({"schema": 1, "cls": "TopK", "cfg": {"d_vit": D, "top_k": K}}, K),
+        (
+            {
+                "schema": 1,
+                "cls": "SparseAutoencoderConfig",
+                "cfg": {"activation": activation("TopK", top_k=K)},
+            },
+            K,
+        ),
+    ):
+        w = saev(path, header)
+        z = (X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        f = z.relu() if k is None else topk(z, k)
+        same(mm.load_head(path), f, f @ w["W_dec"] + w["b_dec"])
+
+
+def test_saev_files_that_are_not_read(tmp_path) -> None:
+    path = tmp_path / "sae.pt"
+    for header, match in (
+        ({"schema": 6, "cfg": {}}, "schema 6"),
+        ({"schema": 5, "cfg": {"activation": activation("Gated")}}, "'Gated' of saev"),
+        ({"schema": 5, "cfg": {"d_model": D + 1, "activation": activation("Relu")}}, "width 7, W_enc has 6"),
+    ):
+        saev(path, header)
+        with pytest.raises(MMHooksError, match=match):
+            mm.load_head(path)
+    saev(path, {"schema": 5, "cfg": {"activation": activation("Relu")}}, surplus=torch.zeros(1))
+    with pytest.raises(MMHooksError, match="unexpected surplus"):
+        mm.load_head(path)
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(DamagedFile, match=r"sae\.pt cannot be read"):
+        mm.load_head(path)
+
+
 # -- MSAE and Prisma ---------------------------------------------------------------------------------------
 
 AUTO = {"encoder": (D, N), "latent_bias": (N,), "decoder": (N, D), "pre_bias": (D,)}
@@ -453,6 +573,7 @@ def test_prisma(tmp_path) -> None:
     recon = (f @ w["W_dec"] + w["b_dec"]) / scale
     head = mm.load_head(tmp_path / "scaled")
     same(head, f, recon / X.norm(dim=-1, keepdim=True), x=head.prepare(X))
+    same(head, f, recon)
     for cfg, match in (
         ({"architecture": "gated"}, "'gated'"),
         ({"activation_fn_str": "tanh-relu"}, "'tanh-relu'"),
@@ -461,6 +582,46 @@ def test_prisma(tmp_path) -> None:
         prisma(tmp_path / str(match), **cfg)
         with pytest.raises(MMHooksError, match=match):
             mm.load_head(tmp_path / str(match))
+
+
+class VisionModelSAERunnerConfig:
+    """Stands for ViT-Prisma's class of this name while a file is written."""
+
+
+def test_prismas_own_save_model_without_running_its_configuration(tmp_path, monkeypatch) -> None:
+    """``torch.save({"cfg": a pickled dataclass, "state_dict": ...})``: attributes are read, no class is imported."""
+    import sys
+    import types
+
+    package = types.ModuleType("vit_prisma")
+    for name in ("vit_prisma", "vit_prisma.sae", "vit_prisma.sae.config"):
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(package, "VisionModelSAERunnerConfig", VisionModelSAERunnerConfig, raising=False)
+    monkeypatch.setattr(VisionModelSAERunnerConfig, "__module__", "vit_prisma.sae.config")
+    for fields, k in (
+        ({"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}, K),
+        ({"architecture": "standard", "activation_fn_str": "relu", "_dtype": "float32", "lr": 1e-3}, None),
+    ):
+        cfg, state = VisionModelSAERunnerConfig(), tensors(**STANDARD)
+        vars(cfg).update(fields | {"normalize_activations": "layer_norm", "d_in": D})
+        torch.save({"cfg": cfg, "state_dict": state}, tmp_path / f"{k}.pt")
+    cfg.is_transcoder = True
+    torch.save({"cfg": cfg, "state_dict": state}, tmp_path / "transcoder.pt")
+    torch.save({"cfg": cfg, "state_dict": state, "other": Evil()}, tmp_path / "evil.pt")
+    for name in ("vit_prisma", "vit_prisma.sae", "vit_prisma.sae.config"):
+        monkeypatch.delitem(sys.modules, name)
+
+    rows, mu, std = layer_norm(X)
+    z = (rows - state["b_dec"]) @ state["W_enc"] + state["b_enc"]
+    for k in (K, None):
+        f = z.relu() if k is None else topk(z, k)
+        head = mm.load_head(tmp_path / f"{k}.pt")
+        same(head, f, (f @ state["W_dec"] + state["b_dec"]) * std + mu)
+        assert head.info["cfg"]["d_in"] == D and head.normalize_input == "layer_norm"
+    with pytest.raises(MMHooksError, match="transcoder"):
+        mm.load_head(tmp_path / "transcoder.pt")
+    with pytest.raises(MMHooksError, match="pickles builtins print|pickles __builtin__ print"):
+        mm.load_head(tmp_path / "evil.pt")
 
 
 # -- one door ----------------------------------------------------------------------------------------------
@@ -554,3 +715,65 @@ def test_a_foreign_head_attached_reconstructs_as_its_library(tmp_path, write) ->
     torch.testing.assert_close(cache[f"{site}.recon"], recon_of(x), atol=1e-5, rtol=1e-5)
     if len(off):  # an edit without effect, error term off: the reconstruction itself flows on
         torch.testing.assert_close(out, recon_of(x), atol=1e-5, rtol=1e-5)
+
+
+def test_small_files_that_grow_large_are_refused(tmp_path) -> None:
+    """Strides of zero, names of one storage, a configuration larger than its weights: before anything is allocated."""
+    wide = {
+        "encoder.weight": torch.zeros(1).expand(30_000, 30_000),
+        "encoder.bias": torch.zeros(1).expand(30_000),
+    }
+    wide |= {"decoder.weight": torch.zeros(1).expand(30_000, 30_000), "bias": torch.zeros(1).expand(30_000)}
+    torch.save(wide, tmp_path / "wide.pt")
+    with pytest.raises(DamagedFile, match=r"wide\.pt has [\d,]+ bytes and announces"):
+        mm.load_head(tmp_path / "wide.pt")
+    path = mm.TopKSAE(D, N, K).save(tmp_path / "own")
+    about = json.loads((path / "config.json").read_text())
+    about["config"] |= {"d_in": 30_000, "n_features": 30_000}
+    (path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(MMHooksError, match=r"W_dec is \[20, 6\], not \[30000, 30000\]"):
+        mm.load_head(path)
+    many = {f"w{i}": torch.zeros(500) for i in range(3)}
+    torch.save({**many, **{f"x{i}": many["w0"] for i in range(40)}}, tmp_path / "many.pt")
+    with pytest.raises(DamagedFile, match="views that repeat"):
+        mm.load_head(tmp_path / "many.pt")
+    compressed = zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED)
+    compressed.writestr("archive/data.pkl", b"0" * 10_000_000)
+    compressed.close()
+    with pytest.raises(DamagedFile, match="compressed records"):
+        mm.load_head(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json"])
+def test_damaged_foreign_files_say_what_was_found(tmp_path, name) -> None:
+    saelens(tmp_path / "s")
+    file = tmp_path / "s" / name
+    whole = file.read_bytes()
+    for bad in (b"", b"{", whole[: len(whole) // 2], b"\xff" * 40, b"[1]", b"\x00" * 8):
+        file.write_bytes(bad)
+        with pytest.raises(DamagedFile, match=name):
+            mm.load_head(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"d_in": "6"}, "d_in must be a whole number, got '6'"),
+        ({"k": "3"}, "k must be a number"),
+        ({"normalize_activations": 1}, "normalize_activations must be text"),
+        ({"apply_b_dec_to_input": "False"}, "apply_b_dec_to_input must be true or false, got 'False'"),
+        ({"metadata": {"mmhooks": {"kind": "topkk"}}}, "'topkk'"),
+    ],
+)
+def test_saelens_fields_of_other_types_are_refused(tmp_path, change, match) -> None:
+    saelens(tmp_path / "s", **change)
+    with pytest.raises(DamagedFile, match=match):
+        mm.load_head(tmp_path / "s")
+
+
+def test_weights_that_are_no_numbers_are_refused_in_every_format(tmp_path) -> None:
+    bad = tensors(**STANDARD)
+    bad["W_dec"][3, 1] = float("nan")
+    saelens(tmp_path / "s", bad)
+    with pytest.raises(NotFinite, match="1 of 120 numbers of W_dec"):
+        mm.load_head(tmp_path / "s")

@@ -65,6 +65,7 @@ def test_what_is_pushed_is_what_is_loaded(hub, format) -> None:
     assert head.id == sae.id and type(head) is mm.TopKSAE
     assert mm.TopKSAE.from_pretrained("me/clip-sae").id == sae.id
     card = (hub.root / "me/clip-sae/README.md").read_text()
+    assert ("SAE.load_from_disk(" in card and "sae.encode(x)" in card) == (format == "saelens")
     assert "mini / pairs" in card and sae.id in card and 'mm.load_head("me/clip-sae")' in card
 
 

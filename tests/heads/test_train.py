@@ -137,3 +137,67 @@ def test_progress_bar_writes_to_stderr_only(pairs, capfd) -> None:
     train_head(TopKSAE(16, 48, 5), *pairs, **(SETTINGS | {"progress": True}))
     out, err = capfd.readouterr()
     assert out == "" and "training sae" in err
+
+
+def test_three_seeds_on_one_path_are_three_trainings(pairs, tmp_path) -> None:
+    """Starting weights decide a training, however they came about."""
+    path = tmp_path / "c"
+    train_head(TopKSAE(16, 48, 5, seed=0), *pairs, checkpoint=path, **SETTINGS)
+    moved, frozen = TopKSAE(16, 48, 5), TopKSAE(16, 48, 5)
+    with torch.no_grad():
+        moved.b_enc[7] += 1e-6
+    frozen.b_enc.requires_grad_(False)
+    for head in (TopKSAE(16, 48, 5, seed=1), TopKSAE(16, 48, 5, seed=2), moved, frozen):
+        with pytest.raises(MMHooksError, match="another training.*other starting weights"):
+            train_head(head, *pairs, checkpoint=path, **SETTINGS)
+
+
+@pytest.mark.parametrize("part", ["images", "texts", "held-out images", "held-out texts"])
+def test_one_changed_row_of_many_is_other_data(tmp_path, part) -> None:
+    """Every row counts, also between those that a sample of 4,096 would look at."""
+    g = torch.Generator().manual_seed(0)
+    tables = {name: torch.randn(9000, 4, generator=g) for name in ("images", "texts")}
+    tables |= {f"held-out {name}": torch.randn(9000, 4, generator=g) for name in ("images", "texts")}
+    kwargs = {"epochs": 1, "batch_size": 4500, "progress": False, "checkpoint": tmp_path / "c"}
+
+    def run() -> None:
+        valid = (tables["held-out images"], tables["held-out texts"])
+        train_head(TopKSAE(4, 8, 2), tables["images"], tables["texts"], valid=valid, **kwargs)
+
+    run()
+    tables[part] = tables[part].clone()
+    tables[part][8] = tables[part][8].flip(0)
+    with pytest.raises(MMHooksError, match=f"other {part}"):
+        run()
+
+
+def test_every_setting_decides(pairs, held_out, tmp_path) -> None:
+    path = tmp_path / "c"
+    base = SETTINGS | {"valid": held_out, "patience": 3}
+    train_head(TopKSAE(16, 48, 5), *pairs, checkpoint=path, **base)
+    changes = ({"epochs": 7}, {"batch_size": 80}, {"lr": 1e-4}, {"schedule": "cosine"}, {"warmup": 0.1}, {"decay": 0.4},
+               {"weight_decay": 0.1}, {"seed": 3}, {"patience": 2}, {"objective": SAEObjective(aux_k=3)},
+               {"objective": SAEObjective(init="data")}, {"precision": "bf16"}, {"compile": True})  # fmt: skip
+    for change in changes:
+        with pytest.raises(MMHooksError, match="other settings"):
+            train_head(TopKSAE(16, 48, 5), *pairs, checkpoint=path, **(base | change))
+
+
+def test_gradients_switched_off_outside_are_on_inside(pairs) -> None:
+    expected = train_head(TopKSAE(16, 48, 5), *pairs, **SETTINGS).head
+    with torch.no_grad():
+        assert same(train_head(TopKSAE(16, 48, 5), *pairs, **SETTINGS).head, expected)
+        assert not torch.is_grad_enabled()
+    before = torch.is_grad_enabled()
+    try:
+        torch.set_grad_enabled(False)
+        assert same(train_head(TopKSAE(16, 48, 5), *pairs, **SETTINGS).head, expected)
+    finally:
+        torch.set_grad_enabled(before)
+    with torch.inference_mode():
+        data = [x.clone() for x in pairs]
+        with pytest.raises(MMHooksError, match=r"inference_mode.*outside"):
+            train_head(TopKSAE(16, 48, 5), *data, **SETTINGS)
+    assert same(train_head(TopKSAE(16, 48, 5), *data, **SETTINGS).head, expected)
+    with pytest.raises(MMHooksError, match=r"requires_grad_\(True\)"):
+        train_head(TopKSAE(16, 48, 5).requires_grad_(False), *pairs, **SETTINGS)

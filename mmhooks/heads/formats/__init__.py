@@ -9,9 +9,10 @@ from typing import NamedTuple
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads import base
 from mmhooks.heads.base import Head
-from mmhooks.heads.formats import dictionary_learning, msae, overcomplete, prisma, saelens, sparsify
+from mmhooks.heads.formats import dictionary_learning, msae, overcomplete, prisma, saelens, saev, sparsify
 from mmhooks.heads.formats.affine import Options, read_json, read_tensors
 from mmhooks.heads.formats.saelens import load_saelens, save_saelens
+from mmhooks.utils.tensors import read_checkpoint
 
 __all__ = ["FORMATS", "Options", "load_saelens", "read_head", "save_saelens"]
 
@@ -69,12 +70,20 @@ def _one_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _keys_fit(fits: Callable[[dict], bool]) -> Callable[[Path], bool]:
+def _file_fits(fits: Callable[[Path], bool]) -> Callable[[Path], bool]:
     def holds(path: Path) -> bool:
         file = _one_file(path)
-        return file is not None and fits(read_tensors(file))
+        return file is not None and fits(file)
 
     return holds
+
+
+def _keys_fit(fits: Callable[[dict], bool]) -> Callable[[Path], bool]:
+    return _file_fits(lambda file: fits(read_tensors(file)))
+
+
+def _is_prismas_own(file: Path) -> bool:
+    return file.suffix == ".pt" and prisma.is_whole(read_checkpoint(file, stand_ins=prisma.PACKAGE))
 
 
 def _from_file(read: Callable[[Path, Options], Head]) -> Callable[[Path, Options], Head]:
@@ -115,6 +124,9 @@ FORMATS = (
     Format("ViT-Prisma", "config.json (with activation_fn_str) and one .pt file",
            lambda path: prisma.fits(_config(path)) and (path.suffix == ".pt" or bool(list(path.glob("*.pt")))),
            prisma.read),
+    Format("saev", "one .pt file that begins with a JSON header", _file_fits(saev.fits), _from_file(saev.read)),
+    Format("ViT-Prisma checkpoint", "a .pt file of its save_model, with cfg and state_dict",
+           _file_fits(_is_prismas_own), _from_file(prisma.read)),
     Format("MSAE", "a .pth file with model, mean_center and scaling_factor, under its published name",
            _keys_fit(msae.fits), _from_file(msae.read)),
     Format("overcomplete", "a file of its state dict (dictionary._weights), with k=, threshold= or kind=",

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mmhooks.errors import MissingWeights, MMHooksError
-from mmhooks.heads.base import KINDS, load_strictly
+from mmhooks.errors import DamagedFile, MMHooksError
+from mmhooks.heads.base import load_strictly, unfilled
 from mmhooks.heads.sae import SAE
+from mmhooks.utils.tensors import read_checkpoint, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,8 @@ class Affine:
         """The head of this ``kind`` with these weights; every shape is checked."""
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_pre": self.b_pre}
         n, d = self.W_enc.shape
-        head = KINDS[kind](
-            d, n, name=options.name or "sae", normalize_input=options.normalize_input or False, **config
-        )
+        config = {"d_in": d, "n_features": n, "normalize_input": options.normalize_input or False} | config
+        head = unfilled(kind, config, where, name=options.name or "sae")
         assert isinstance(head, SAE)
         state = {k: v.float().contiguous() for k, v in (tensors | dict(extra or {})).items()}
         load_strictly(head, state, str(where))
@@ -131,29 +129,24 @@ def take(
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DamagedFile: it is none.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise MMHooksError(f"{path} is no JSON file that can be read ({error})") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is no JSON file that can be read ({error}); fetch it again") from error
     if not isinstance(found, dict):
-        raise MMHooksError(f"{path}: expected a JSON object, came a {type(found).__name__}")
+        raise DamagedFile(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file, or a torch checkpoint read with ``weights_only=True``: no code of a file is run."""
-    if not path.is_file():
-        raise MissingWeights(f"{path} is not there")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise MMHooksError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}); a "
-            "checkpoint that pickles Python objects is not opened here: load it with its own library and save "
-            "its state_dict()"
-        ) from error
-    if not isinstance(found, dict):
-        raise MMHooksError(f"{path}: expected a dictionary of tensors, came a {type(found).__name__}")
-    return dict(found)
+    """A safetensors file, or a torch checkpoint of which nothing but tensors is unpickled.
+
+    Raises:
+        MissingWeights, DamagedFile: as :mod:`mmhooks.utils.tensors` has it.
+    """
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)

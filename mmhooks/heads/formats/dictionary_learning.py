@@ -77,12 +77,17 @@ def _kind(dict_class: str | None, state: dict[str, Any], options: Options, where
 
 
 def _weights(kind: str, state: dict[str, Tensor], where: Path) -> Affine:
-    book = ("k", "threshold", "group_sizes")
+    book = {
+        "topk": ("k", "threshold"),
+        "batchtopk": ("k", "threshold", "group_sizes"),
+        "jumprelu": ("threshold",),
+    }
+    known = book.get(kind, ())
     if "W_enc" in state:
-        plain = take(state, PLAIN, where, ignored=book)
+        plain = take(state, PLAIN, where, ignored=known)
         affine = Affine.of(plain | {"W_enc": plain["W_enc"].T}, where)
         return affine.encoder_unshifted() if kind == "jumprelu" else affine
     bias = next((b for b in ("bias", "b_dec", "decoder.bias") if b in state), "bias")
-    linear = take(state, LINEAR | {"b_pre": bias}, where, ignored=book)
+    linear = take(state, LINEAR | {"b_pre": bias}, where, ignored=known)
     affine = Affine.of(linear | {"W_dec": linear["W_dec"].T}, where)
     return affine.encoder_unshifted() if bias == "decoder.bias" else affine

@@ -46,12 +46,16 @@ def read(path: Path, options: Options) -> SAE:
             f"came {found['activation']}, normalize {found['normalize']}, soft cap {found['cap']}"
         )
     payload = read_tensors(path)
+    strange = sorted(payload.keys() - {"model", "mean_center", "scaling_factor", "target_norm"})
+    if strange:
+        raise MMHooksError(f"{path}: unexpected {', '.join(strange)} beside the model; fetch it again")
     state, mean, scale = payload["model"], payload["mean_center"], payload["scaling_factor"]
     names = {"W_enc": "encoder", "b_enc": "latent_bias", "W_dec": "decoder", "b_pre": "pre_bias"}
     if found["tied"] == "True":
         names.pop("W_dec")
     extra, thresholds = {}, ("activation.log_threshold", "dead_activations.log_threshold")
-    weights = take(state, names, path, ignored=("latents_activation_frequency", *thresholds))
+    learned = thresholds if found["activation"] == "JumpReLU" else ()
+    weights = take(state, names, path, ignored=("latents_activation_frequency", *learned))
     weights["W_enc"] = weights["W_enc"].T
     weights.setdefault("W_dec", weights["W_enc"])
     affine = Affine.of(weights, path).input_scaled(float(scale), mean)

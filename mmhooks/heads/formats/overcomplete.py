@@ -32,6 +32,7 @@ def read(path: Path, options: Options) -> SAE:
         MMHooksError: an encoder that is not linear, or an activation that neither file nor caller names.
     """
     state = read_tensors(path)
+    _check_keys(state, path)
     rows = state[ROWS].float()
     unit = rows / (rows.norm(dim=1, keepdim=True) + 1e-8)
     W_dec = unit * state.get("dictionary.multiplier", torch.zeros(())).float().exp()
@@ -58,8 +59,32 @@ def read(path: Path, options: Options) -> SAE:
     )
 
 
+def _check_keys(state: dict[str, Any], path: Path) -> None:
+    """Keys of a linear encoder, a dictionary and thresholds, and no other: each would change what is computed."""
+    if "Q" in state:
+        raise MMHooksError(f"{path}: a QSAE quantizes its codes (Q), which no head here computes")
+    if not any(k.startswith("encoder.") for k in state):
+        raise MMHooksError(
+            f"{path} has no encoder: a matching pursuit (MpSAE, OMPSAE) finds its codes step by step, which no head "
+            "here computes"
+        )
+    known = {ROWS, "dictionary.multiplier", "thresholds"}
+    strange = sorted(k for k in state if k not in known and not k.startswith("encoder."))
+    if strange:
+        raise MMHooksError(
+            f"{path}: unexpected {', '.join(strange)}: not the state dict of a TopKSAE, BatchTopKSAE, JumpSAE or SAE "
+            "of overcomplete, whose files alone are read"
+        )
+
+
 def _encoder(state: dict[str, Tensor], dictionary: Tensor, path: Path) -> tuple[Tensor, Tensor]:
     own = {k for k in state if k.startswith("encoder.")}
+    tied = {k for k in own if k.startswith("encoder.tied_to.")}  # the dictionary once more
+    for key in tied:
+        twin = state.get("dictionary." + key.removeprefix("encoder.tied_to."))
+        if twin is None or not torch.equal(state[key], twin):
+            raise MMHooksError(f"{path}: {key} is not the dictionary that the encoder is tied to")
+    own -= tied
     zeros = torch.zeros(len(dictionary))
     if own <= {"encoder.weight", "encoder.bias"}:  # tied to the dictionary where there is no weight
         return state.get("encoder.weight", dictionary).float(), state.get("encoder.bias", zeros).float()

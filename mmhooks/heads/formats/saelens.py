@@ -14,17 +14,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmhooks.errors import MissingWeights, MMHooksError
-from mmhooks.heads.base import KINDS, Head, load_strictly
+from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
+from mmhooks.heads.base import Head, load_strictly, unfilled
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
 from mmhooks.heads.jumprelu import JumpReLUSAE, from_log
 from mmhooks.heads.sae import SAE
+from mmhooks.utils.files import make_folder, write_text, written_aside
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
 # SAELens's architecture -> our kind. The last two are training checkpoints; what they compute in use is a threshold.
 ARCHITECTURES = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu",
                  "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # fmt: skip
+VERSION = "6.54.12"  # whose layout is written; without one SAELens takes a file for one of before 6.0
+NORMALIZED = {True: "constant_norm_rescale", False: "none", "layer_norm": "layer_norm"}
 WRITTEN = {
     "topk": "topk",
     "matryoshka": "topk",
@@ -63,14 +66,15 @@ def read(path: Path, options: Options) -> SAE:
                 f"no SAELens head in {path}: expected {CONFIG} and {WEIGHTS}, {file} is not there"
             )
     cfg, where = _modern(read_json(path / CONFIG)), path / WEIGHTS
+    _check_types(cfg, path / CONFIG)
     architecture = cfg["architecture"]
     if architecture not in ARCHITECTURES:
         raise MMHooksError(
             f"{path / CONFIG}: architecture {architecture!r} has no counterpart here; read are {', '.join(ARCHITECTURES)}"
         )
     state = read_tensors(where)
-    ours = cfg.get("metadata", {}).get("mmhooks")
-    if ours is not None:
+    ours = (cfg.get("metadata") or {}).get("mmhooks")
+    if isinstance(ours, dict):
         return _own(ours, state, options, where, cfg)
     if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
         del state["scaling_factor"]  # of before 6.0, without effect
@@ -102,6 +106,25 @@ def _modern(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
+def _check_types(cfg: dict[str, Any], where: Path) -> None:
+    """The fields that decide what is computed, by type."""
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)  # noqa: E731
+    expected = {
+        "architecture": ("text", lambda v: isinstance(v, str)),
+        "d_in": ("a whole number", lambda v: isinstance(v, int)),
+        "d_sae": ("a whole number", lambda v: isinstance(v, int)),
+        "k": ("a number", lambda v: number(v) and v > 0),
+        "apply_b_dec_to_input": ("true or false", lambda v: isinstance(v, bool)),
+        "rescale_acts_by_decoder_norm": ("true or false", lambda v: isinstance(v, bool)),
+        "normalize_activations": ("text", lambda v: isinstance(v, str)),
+        "metadata": ("an object", lambda v: isinstance(v, dict)),
+    }
+    faults = [f"{name} must be {words}, got {cfg[name]!r}" for name, (words, fits) in expected.items()
+              if cfg.get(name) is not None and not fits(cfg[name])]  # fmt: skip
+    if faults:
+        raise DamagedFile(f"{where} is not a configuration of SAELens: {'; '.join(faults)}; fetch it again")
+
+
 def _activation(
     kind: str, cfg: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path
 ) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
@@ -116,7 +139,7 @@ def _activation(
         threshold = state.pop("topk_threshold", None)
         if threshold is None:
             raise MMHooksError(f"{where}: missing topk_threshold: without it a BatchTopK SAE cannot be used")
-        return kind, {"threshold": threshold}, {"k": max(1, round(cfg["k"]))}, state
+        return kind, {"threshold": threshold}, {"k": max(1, round(cfg.get("k") or 1))}, state
     if kind == "jumprelu":
         if "log_threshold" in state:  # training checkpoints of before 6.0
             log_threshold = state.pop("log_threshold").float()
@@ -132,31 +155,56 @@ def _own(
     ours: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path, cfg: dict[str, Any]
 ) -> SAE:
     """A file of :func:`save_saelens`: the kind and configuration that its architecture cannot express."""
-    config = ours["config"] | (
-        {} if options.normalize_input is None else {"normalize_input": options.normalize_input}
-    )
-    head = KINDS[ours["kind"]](**config, name=options.name or ours.get("name"))
+    config = ours.get("config")
+    if ours.get("kind") not in WRITTEN or not isinstance(config, dict):
+        raise DamagedFile(
+            f"{where.with_name(CONFIG)}: expected a kind of {', '.join(WRITTEN)} and its configuration under "
+            f"metadata.mmhooks, got {ours.get('kind')!r}; write it again with save_saelens"
+        )
+    if options.normalize_input is not None:
+        config = config | {"normalize_input": options.normalize_input}
+    head = unfilled(ours["kind"], config, where.with_name(CONFIG), name=options.name or ours.get("name"))
     assert isinstance(head, SAE)
     state = dict(state)
     threshold = state.pop("threshold", None)
     weights = take(state, NAMES, where)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
-    if ours["kind"] == "jumprelu":
-        assert threshold is not None
-        weights["threshold_log"] = from_log(threshold.log())
-    elif ours["kind"] == "batchtopk":
-        assert threshold is not None
-        weights["threshold"] = threshold[0].clone()
+    if cfg.get("normalize_activations") == "constant_norm_rescale":
+        root = float(cfg["d_in"]) ** 0.5
+        weights |= {
+            "W_enc": weights["W_enc"] * root,
+            "W_dec": weights["W_dec"] / root,
+            "b_pre": weights["b_pre"] / root,
+        }
+    if ours["kind"] in ("jumprelu", "batchtopk"):
+        if threshold is None or threshold.ndim != 1 or not len(threshold):
+            raise DamagedFile(f"{where}: missing threshold; write it again with save_saelens")
+        key = "threshold_log" if ours["kind"] == "jumprelu" else "threshold"
+        weights[key] = from_log(threshold.log()) if key == "threshold_log" else threshold[0].clone()
+    elif threshold is not None:
+        raise DamagedFile(
+            f"{where}: unexpected threshold of a {ours['kind']} head; write it again with save_saelens"
+        )
     load_strictly(head, weights, str(where))
     head.info = {"from": "SAELens", "cfg": cfg}
     return head.eval()
 
 
-def save_saelens(head: Head, path: str | Path) -> Path:
-    """Writes an SAE as SAELens writes its own; unit norm of the input stays the caller's task there.
+def save_saelens(
+    head: Head, path: str | Path, *, hook_name: str | None = None, model_name: str | None = None
+) -> Path:
+    """Writes an SAE as SAELens writes its own; there ``sae.encode(x)`` and ``sae(x)`` take the same raw vectors.
+
+    Rows of unit norm are SAELens's ``constant_norm_rescale`` (rows of norm sqrt(d)) with weights scaled to match.
+
+    Args:
+        hook_name: where the head belongs, as TransformerLens calls it; default ``head.info["hook_name"]``, or
+            ``head.info["site"]``.
+        model_name: of the model that it belongs to; default ``head.info["model_name"]``, or ``head.info["model"]``.
 
     Raises:
         MMHooksError: a head that no SAELens architecture computes (NCL), or a BatchTopK head without threshold.
+        CannotWrite: a full disk, a read-only folder.
     """
     if head.kind not in WRITTEN:
         raise MMHooksError(
@@ -165,6 +213,13 @@ def save_saelens(head: Head, path: str | Path) -> Path:
         )
     state = {k: v.detach().to("cpu", torch.float32) for k, v in head.state_dict().items()}
     tensors = {theirs: state[ours] for ours, theirs in NAMES.items()}
+    if head.normalize_input is True:
+        root = head.d_in**0.5
+        tensors |= {
+            "W_enc": tensors["W_enc"] / root,
+            "W_dec": tensors["W_dec"] * root,
+            "b_dec": tensors["b_dec"] * root,
+        }
     tensors["W_enc"] = tensors["W_enc"].T
     cfg: dict[str, Any] = {"architecture": WRITTEN[head.kind], "d_in": head.d_in, "d_sae": head.n_features}
     if head.kind == "jumprelu":
@@ -178,18 +233,20 @@ def save_saelens(head: Head, path: str | Path) -> Path:
         tensors["threshold"] = state["threshold"].expand(head.n_features)
     elif WRITTEN[head.kind] == "topk":
         cfg |= {"k": head.config()["k"], "rescale_acts_by_decoder_norm": False}
+    known = {"hook_name": hook_name or head.info.get("hook_name") or head.info.get("site"),
+             "model_name": model_name or head.info.get("model_name") or head.info.get("model")}  # fmt: skip
     cfg |= {
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "normalize_activations": NORMALIZED[head.normalize_input],
         "reshape_activations": "none",
-        "metadata": {
-            "mmhooks": {"id": head.id, "kind": head.kind, "name": head.name, "config": head.config()}
-        },
+        "metadata": {"sae_lens_version": VERSION}
+        | {k: v for k, v in known.items() if isinstance(v, str)}
+        | {"mmhooks": {"id": head.id, "kind": head.kind, "name": head.name, "config": head.config()}},
     }
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps(cfg, indent=1) + "\n")
+    path = make_folder(path)
+    with written_aside(path / WEIGHTS) as aside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
+    write_text(path / CONFIG, json.dumps(cfg, indent=1) + "\n")
     return path

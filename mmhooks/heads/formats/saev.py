@@ -1,0 +1,76 @@
+"""saev's checkpoints (one file: a JSON header line, then torch's bytes), read without it; checked against schema 5.
+
+Until schema 1 its encoder subtracted ``b_dec`` from the input, since then it does not; each file is read as the code
+that wrote it computes. BatchTopK was TopK of each row until its threshold came into the state dict.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmhooks.errors import DamagedFile, MMHooksError
+from mmhooks.heads.formats.affine import Affine, Options, take
+from mmhooks.heads.sae import SAE
+from mmhooks.utils.tensors import is_headed, read_headed_checkpoint
+
+NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
+THRESHOLD = "activation.threshold"
+LATEST = 5
+
+
+def fits(path: Path) -> bool:
+    """Whether a file is one of its own: a ``.pt`` that begins with a JSON header."""
+    return path.suffix == ".pt" and is_headed(path)
+
+
+def read(path: Path, options: Options) -> SAE:
+    """A ReLU, TopK or BatchTopK SAE. (There, a TopK feature may be negative where fewer than k are positive.)
+
+    Raises:
+        MMHooksError: a schema of later versions, or another activation. DamagedFile: not what the header announces.
+    """
+    header, state = read_headed_checkpoint(path)
+    schema = header.get("schema", 0)
+    if type(schema) is not int or not 0 <= schema <= LATEST:
+        raise MMHooksError(f"{path}: schema {schema!r} of saev is not known here, up to {LATEST} are read")
+    cfg = header.get("cfg", {}) if schema else header
+    if not isinstance(cfg, dict):
+        raise DamagedFile(f"{path}: expected saev's configuration under 'cfg', got {cfg!r}; fetch it again")
+    activation, k = _activation(header, cfg, path)
+    threshold = state.pop(THRESHOLD, None)
+    weights = take(state, NAMES, path)
+    affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, path)
+    width = cfg.get("d_model", cfg.get("d_vit"))
+    if width is not None and width != affine.W_enc.shape[1]:
+        raise DamagedFile(
+            f"{path}: its header says width {width}, W_enc has {affine.W_enc.shape[1]}; fetch it again"
+        )
+    if schema >= 2:
+        affine = affine.encoder_unshifted()
+    build: dict[str, Any] = {"where": path, "source": "saev", "options": options, "about": header}
+    if threshold is not None and activation != "BatchTopK":
+        raise MMHooksError(f"{path}: unexpected {THRESHOLD} of a {activation} SAE")
+    if activation == "Relu":
+        return affine.build("relu", **build)
+    k = options.k or k
+    if threshold is None:  # TopK, and BatchTopK before it had a threshold
+        return affine.build("topk", k=k, **build)
+    extra = {"threshold": torch.as_tensor(threshold).float().clamp_min(0)}
+    return affine.build("batchtopk", extra=extra, k=k, **build)
+
+
+def _activation(header: dict[str, Any], cfg: dict[str, Any], path: Path) -> tuple[str, int]:
+    """Its class and k. Schema 1 names it beside or inside the configuration, files before it are ReLU."""
+    said = cfg.get("activation")
+    if said is None:
+        old = header.get("cls", "Relu") if "schema" in header else "Relu"
+        said = {"cls": "Relu" if old == "SparseAutoencoderConfig" else old, "params": cfg}
+    name = said.get("cls") if isinstance(said, dict) else said
+    if name not in ("Relu", "TopK", "BatchTopK"):
+        raise MMHooksError(
+            f"{path}: activation {name!r} of saev has no counterpart here; read are Relu, TopK, BatchTopK"
+        )
+    return name, (said.get("params") or {}).get("top_k", 32)
