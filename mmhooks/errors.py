@@ -10,6 +10,10 @@ class MMHooksError(Exception):
     """Base of every error raised by mmhooks: what was expected, what came, what to do."""
 
 
+class MMHooksWarning(UserWarning):
+    """Something that is allowed and yet not what it may seem: a cache that kept the last of several values, ..."""
+
+
 class UnknownSite(MMHooksError, KeyError):
     """A site name or pattern that selects nothing; the message lists near matches."""
 

@@ -40,6 +40,7 @@ class ActivationCache(Mapping[str, Tensor]):
     ) -> None:
         self._values: dict[str, Tensor] = {}
         self._whole: dict[str, tuple[int, ...]] = {}  # shapes before tokens= cut them
+        self.repeated: dict[str, None] = {}  # sites that ran again: the cache holds their last value
         self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
         self._tokens = tokens
 
@@ -72,12 +73,20 @@ class ActivationCache(Mapping[str, Tensor]):
 
         def keep(value: Tensor) -> Tensor:
             binding.fired = True
+            if name in values:
+                self._again(name)
             values[name] = value.detach()
             return value
 
         return keep
 
+    def _again(self, name: str) -> None:
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes what is kept already
+            self.repeated[name] = None
+
     def _put(self, name: str, value: Tensor) -> None:
+        if name in self._values:
+            self._again(name)
         if self._detach:
             value = value.detach()
         elif value.requires_grad:

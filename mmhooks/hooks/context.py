@@ -2,70 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import nullcontext
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from mmhooks.errors import HookDidNotFire, MMHooksError
+import torch
+
+from mmhooks.errors import HookDidNotFire, MMHooksError, MMHooksWarning
 from mmhooks.hooks import dispatch
 from mmhooks.hooks.program import Binding, Op
 from mmhooks.hooks.taps import Tap
 
+_AS_IT_IS = nullcontext()
+
 
 class HookContext:
-    """``with model.hooks(...)``. Resolves its sites on entry, then installs the taps it needs.
+    """``with model.hooks(...)``. Resolves its sites on entry, then installs the taps it needs: all of them or none.
 
     Closing removes exactly these, in whatever order contexts close, and also after an exception. It raises
     :class:`~mmhooks.errors.HookDidNotFire` for edits and hooks that ran nowhere, unless an exception is on its
     way or ``strict`` is false.
+
+    An interrupt may come at any point. Closing first ends what the context does and then removes what it installed;
+    each part is done again where it was interrupted, and what is left even so is removed when the next context
+    opens. A context that is dropped without being closed closes then, like a file.
     """
+
+    _opened: dispatch.Opened | None = None
+    _is_clean = False
 
     def __init__(
         self,
-        board: dispatch.Board,
         plan: Callable[[], tuple[list[Op], list[Binding]]],
         *,
         strict: bool,
         around: Callable[[], Iterable[Tap]] = tuple,
     ) -> None:
-        self._board, self._plan, self._strict, self._around = board, plan, strict, around
-        self.ops: list[Op] = []
-        self.bindings: list[Binding] = []
-        self.is_open = False
-        self._taps: list[Tap] = []
+        self._plan, self._strict, self._around = plan, strict, around
 
-    def __enter__(self) -> HookContext:
-        if self.is_open or self.ops:
+    @property
+    def is_open(self) -> bool:
+        return self._opened is not None and self._opened.is_open
+
+    def __enter__(self) -> Any:
+        if self._opened is not None:
             raise MMHooksError("this context was entered before; call model.hooks(...) again for another one")
-        self.ops, self.bindings = self._plan()
         try:
-            for tap in dict.fromkeys((*self._around(), *(op.target.site.tap for op in self.ops))):
-                self._board.acquire(tap)
-                self._taps.append(tap)
-            self.is_open = True
-            dispatch.push(self)
+            around = self._around()
+            # Tensors that a plan makes may be needed in grad mode, wherever the context was opened.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+                ops, bindings = self._plan()
+            taps = (*around, *(op.target.site.tap for op in ops))
+            self._opened = dispatch.Opened(ops, bindings, taps)
+            dispatch.registry.install(self._opened)
+            dispatch.push(self._opened)
+            return self._gives()
         except BaseException:
             self.close()
             raise
+
+    def _gives(self) -> Any:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if error is None and self._strict:
-            silent = [b for b in self.bindings if not b.fired]
+        try:
+            self.close()
+        finally:
+            if not self._is_clean:  # an interrupt broke it off
+                self.close()
+        if error is None:
+            self._closed()
+
+    def _closed(self) -> None:
+        """Without an exception on its way: what there is to say."""
+        if self._strict and self._opened is not None:
+            silent = [b for b in self._opened.bindings if not b.fired]
             if silent:
                 raise HookDidNotFire("; ".join(_complaint(b) for b in silent))
 
     def close(self) -> None:
-        """Removes what this context installed; a second call does nothing."""
+        """Ends the context and removes what it installed; may be called again."""
+        opened = self._opened
+        if opened is None:
+            return
+        try:
+            dispatch.shut(opened)
+        finally:
+            dispatch.registry.release(opened)
+        self._is_clean = True
+
+    def __del__(self) -> None:
         if self.is_open:
-            self.is_open = False
-            dispatch.pop(self)
-        for binding in self.bindings:
-            binding.live = False
-        while self._taps:
-            self._board.release(self._taps.pop())
+            self.close()
+            warnings.warn(
+                "a context of mmhooks was dropped while it was open, and is closed now; keep it in a variable, or use "
+                "it in a with statement",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+Cache = TypeVar("Cache")
+
+
+class CacheContext(HookContext, Generic[Cache]):
+    """A context that gives the cache it fills; the shapes of its sites go to ``shapes``."""
+
+    if TYPE_CHECKING:
+
+        def __enter__(self) -> Cache: ...
+
+    def __init__(
+        self, cache: Cache, shapes: MutableMapping[str, tuple[int, ...]], *args: Any, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._cache: Any = cache
+        self._shapes = shapes
+
+    def _gives(self) -> Any:
+        return self._cache
+
+    def _closed(self) -> None:
+        super()._closed()
+        self._shapes.update(self._cache.shapes)
+        repeated = self._cache.repeated
+        if self._strict and repeated:
+            names = ", ".join([*repeated][:4]) + (
+                f" and {len(repeated) - 4} more" if len(repeated) > 4 else ""
+            )
+            warnings.warn(
+                f"{names} ran more than once inside this cache, which holds the last value of each (of generate(): its "
+                "last step). Open one cache for each run, or collect the values with fwd_hooks=; strict=False is silent",
+                MMHooksWarning,
+                stacklevel=3,
+            )
 
 
 def _complaint(binding: Binding) -> str:

@@ -6,32 +6,55 @@ A handle on a module fires for every thread. Its body asks :func:`programs_at`, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from contextvars import ContextVar
+from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
-from mmhooks.hooks.program import compile_programs
+import torch
+
+from mmhooks.hooks.program import Binding, Op, compile_programs
 
 if TYPE_CHECKING:
-    from mmhooks.hooks.context import HookContext
-    from mmhooks.hooks.shadow import Remove
     from mmhooks.hooks.taps import Tap
+
+
+class Opened:
+    """What an open context does and needs. The stack holds this, never the user's context: one that is dropped
+    without being closed can tell."""
+
+    __slots__ = ("bindings", "is_open", "ops", "taps")
+
+    def __init__(self, ops: list[Op], bindings: list[Binding], taps: Iterable[Tap]) -> None:
+        self.ops, self.bindings, self.taps = ops, bindings, dict.fromkeys(taps)
+        self.is_open = True
+
+
+_AS_IT_IS = nullcontext()
 
 
 class Stack:
     """Open contexts, outermost first, and the merged program of every tap that they use."""
 
-    __slots__ = ("contexts", "epoch", "table")
+    __slots__ = ("contexts", "epoch", "outer", "table")
 
-    def __init__(self, contexts: tuple[HookContext, ...], epoch: int) -> None:
-        self.contexts, self.epoch = contexts, epoch
-        self.table: dict[Any, Any] = compile_programs([op for c in contexts for op in c.ops])
+    def __init__(self, contexts: tuple[Opened, ...], epoch: int, outer: Stack | None = None) -> None:
+        self.contexts, self.epoch, self.outer = contexts, epoch, outer
+        # Not in inference mode: what is made for a program here may be needed by a forward in grad mode.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+            self.table: dict[Any, Any] = compile_programs([op for c in contexts for op in c.ops])
 
 
 class epoch:
-    """Counts the contexts closed so far; a stack that is older checks whether one of its own was."""
+    """Changes whenever a context closes; a stack of another epoch checks whether one of its own was closed."""
 
     now = 0
+
+
+_numbers = count(1)  # never the same twice, whichever thread draws them
 
 
 _NOTHING = Stack((), 0)
@@ -50,25 +73,36 @@ def refreshed(stack: Stack) -> Stack:
     # A context may be closed by another thread, or be inherited by a task that outlives it.
     still_open = tuple(c for c in stack.contexts if c.is_open)
     if len(still_open) != len(stack.contexts):
-        stack = Stack(still_open, epoch.now)
+        stack = Stack(still_open, epoch.now) if still_open else _NOTHING
         active.set(stack)
     elif stack is not _NOTHING:
         stack.epoch = epoch.now
     return stack
 
 
-def push(context: HookContext) -> None:
+def push(context: Opened) -> None:
     stack = refreshed(active.get())
-    active.set(Stack((*stack.contexts, context), epoch.now))
+    active.set(Stack((*stack.contexts, context), epoch.now, stack))
 
 
-def pop(context: HookContext) -> None:
-    """Takes a closed context out of the calling thread's stack, wherever in the stack it is."""
-    epoch.now += 1
+def shut(context: Opened) -> None:
+    """Ends what a context does, in every thread and task, and takes it out of the calling thread's stack.
+
+    Interrupts may come at any point: whatever was done stays done, and it may be called again.
+    """
+    try:
+        context.is_open = False
+    finally:
+        epoch.now = next(_numbers)
+    for binding in context.bindings:
+        binding.live = False
     stack = active.get()
     if context in stack.contexts:
-        rest = tuple(c for c in stack.contexts if c is not context and c.is_open)
-        active.set(Stack(rest, epoch.now) if rest else _NOTHING)
+        outer = stack.outer
+        if outer is not None and outer.contexts == stack.contexts[:-1] and stack.contexts[-1] is context:
+            active.set(refreshed(outer))  # as it was compiled then
+        else:
+            refreshed(stack)
 
 
 def current() -> Stack:
@@ -89,28 +123,51 @@ class bound:
         active.reset(self.token)
 
 
-class Board:
-    """The taps installed on one model, each with the number of open contexts that need it."""
+class TapRegistry:
+    """The taps of this process: one for each place of a module, whoever wraps the module, so that what is done
+    there is one program, in the order of the contexts. Installs the taps that open contexts need.
+
+    What is installed follows from which contexts are open, and every step may be repeated. So an interrupt anywhere
+    leaves nothing that the next opening or closing does not put right, nor does a finaliser that closes a context
+    in the middle of another one's opening.
+    """
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self._installed: dict[Tap, tuple[int, Remove]] = {}
+        self._known: WeakValueDictionary[Any, Tap] = WeakValueDictionary()
+        self._contexts: dict[Opened, None] = {}  # open, or not yet cleaned up
+        self._installed: dict[Tap, None] = {}
 
-    def acquire(self, tap: Tap) -> None:
+    def shared(self, tap: Tap) -> Any:
+        """The tap to use: the one that is known for this place, else this one."""
         with self._lock:
-            count, remove = self._installed.get(tap) or (0, None)
-            self._installed[tap] = (count + 1, remove or tap.install())
+            return self._known.setdefault(tap.key, tap)
 
-    def release(self, tap: Tap) -> None:
+    def install(self, context: Opened) -> None:
         with self._lock:
-            count, remove = self._installed.pop(tap)
-            if count > 1:
-                self._installed[tap] = (count - 1, remove)
-            else:
-                remove()
+            for other in [*self._contexts]:
+                if not other.is_open:
+                    self.release(other)
+            self._contexts[context] = None
+            for tap in context.taps:
+                if tap not in self._installed:
+                    tap.install()
+                    self._installed[tap] = None
+
+    def release(self, context: Opened) -> None:
+        """Removes the taps that no other open context needs."""
+        with self._lock:
+            if context not in self._contexts:
+                return
+            others = [c for c in self._contexts if c.is_open and c is not context]
+            for tap in context.taps:
+                if not any(tap in other.taps for other in others):
+                    self._installed.pop(tap, None)
+                    tap.remove()
+            self._contexts.pop(context, None)
 
     def __len__(self) -> int:
         return len(self._installed)
 
-    def __deepcopy__(self, memo: Any) -> Board:
-        return Board()  # a copy of a model has no open contexts
+
+registry = TapRegistry()

@@ -56,7 +56,9 @@ class Edit:
 
     @cached_property
     def index(self) -> Int[Tensor, " m"] | None:
-        return feature_index(self.features)
+        with torch.inference_mode(False):  # an edit made there may be used in grad mode
+            index = feature_index(self.features)
+            return index.clone() if index is not None and index.is_inference() else index
 
     @cached_property
     def last(self) -> int:
@@ -72,6 +74,13 @@ class Edit:
         """New values of the selected features (last dimension, numbered by ``index``)."""
         raise NotImplementedError
 
+    never_writes = True  # for those that run it: a call leaves its input as it is
+
+    def _changed(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
+        """:meth:`change`, on a copy where it may write into its input: ours do not, a user's subclass may."""
+        ours = type(self).change.__module__ == __name__
+        return self.change(value if ours else value.clone(), index, hook)
+
     def __call__(self, value: Float[Tensor, "..."], *, hook: Hook = _BY_HAND) -> Float[Tensor, "..."]:
         """The edited tensor; also by hand: ``Zero(imgd)(head.encode(x))``."""
         return self._by_half(value, hook, lambda part, rows: self._everywhere(part, hook))
@@ -81,11 +90,11 @@ class Edit:
         moved = value if axis == -1 else value.movedim(axis, -1)
         index = self.index
         if index is None:
-            new = self.change(moved, None, hook)
+            new = self._changed(moved, None, hook)
         else:
             self._check_width(moved.shape[-1], value, hook)
             index = index.to(value.device)
-            part = self.change(moved.index_select(-1, index), index, hook)
+            part = self._changed(moved.index_select(-1, index), index, hook)
             new = moved.index_copy(-1, index, part.to(moved.dtype))
         new = new if axis == -1 else new.movedim(-1, axis)
         return self._at_tokens(new, value, hook)
@@ -100,10 +109,10 @@ class Edit:
         assert self.index is not None
         index = self.index.to(value.device)
         if len(index) == len(columns):
-            new = self.change(value, index, hook)
+            new = self._changed(value, index, hook)
         else:
             here = torch.searchsorted(columns, index)
-            part = self.change(value.index_select(-1, here), index, hook)
+            part = self._changed(value.index_select(-1, here), index, hook)
             new = value.index_copy(-1, here, part.to(value.dtype))
         return self._at_tokens(new, value, hook)
 
@@ -116,7 +125,7 @@ class Edit:
         member[self.index.to(value.device)] = True
 
         def act(part: Tensor, rows: slice) -> Tensor:
-            new = torch.where(member[indices[rows]], self.change(part, None, hook), part)
+            new = torch.where(member[indices[rows]], self._changed(part, None, hook), part)
             return self._at_tokens(new, part, hook)
 
         return self._by_half(value, hook, act)
@@ -176,6 +185,8 @@ class Edit:
                 )
             at_step = getattr(given, "now", None)  # a cache of a diffusion run
             given = given[hook.name] if at_step is None else at_step(hook.name)
+        if isinstance(given, Tensor) and given.is_inference() and not torch.is_inference_mode_enabled():
+            given = given.clone()  # autograd saves no inference tensor
         half = now().half
         whole = isinstance(given, Tensor) and given.dim() == value.dim() and len(given) == 2 * len(value)
         if whole and half in HALVES:  # the batch of a guided run

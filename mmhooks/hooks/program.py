@@ -73,6 +73,7 @@ class Op:
     detached: bool = True
     hook: Hook = field(init=False)
     limited: bool = field(init=False)
+    compares: bool = field(init=False)
 
     def __post_init__(self) -> None:
         site = self.target.site
@@ -80,6 +81,8 @@ class Op:
         hook = Hook(self.target.name, -1 if on_head else site.axis, site.tokens)
         object.__setattr__(self, "hook", hook)
         object.__setattr__(self, "limited", self.kind == "edit" and getattr(self.act, "limited", False))
+        # Inside explicit forwards, heads and views, the value itself given back means that nothing was changed.
+        object.__setattr__(self, "compares", bool(self.target.leaf) or site.view is not None)
 
     def asleep(self) -> bool:
         """Whether this is an edit that does nothing now: it names other steps of a diffusion run, or the other half."""
@@ -152,12 +155,43 @@ class Program:
 
 
 def apply(op: Op, value: Tensor) -> Tensor:
-    """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is."""
+    """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is.
+
+    Edits never write into their input. A function may: it gets a copy of its own, which flows on, so a write in
+    place is what returning the written tensor is, and reaches nothing else that holds the same memory (a cache, a
+    residual stream behind an Identity, the conditioning that a pipeline passes at every step).
+    """
     if op.limited and op.asleep():
         return value
     op.binding.fired = True
-    new = op.act(value, hook=op.hook)
-    return value if new is None or new is value else checked(op, value, new)
+    if getattr(op.act, "never_writes", False):
+        new = op.act(value, hook=op.hook)
+        return value if new is None or new is value else checked(op, value, new)
+    given = own_copy(value)
+    new = op.act(given, hook=op.hook)
+    new = checked(op, value, given if new is None else new)
+    # With gradients a copy that was only read flows on too: what the function kept of it is part of the graph.
+    return value if op.compares and new is given and not new.requires_grad and same(given, value) else new
+
+
+def own_copy(value: Tensor) -> Tensor:
+    """A copy with the strides of ``value``, so that whatever runs on it runs as it would have."""
+    copy = value.clone()
+    if copy.stride() == value.stride() or 0 in value.stride():  # an expanded tensor cannot be written into
+        return copy
+    return value.new_empty_strided(value.shape, value.stride()).copy_(value)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits. Versions would not do: inference tensors have none, and
+    ``.data`` and numpy write past them. Code that is being compiled cannot ask, and takes them as different."""
+    if torch.compiler.is_compiling() or a.is_meta:
+        return False
+    kind = _INTEGERS[a.element_size()]
+    return torch.equal(a.detach().view(kind), b.detach().view(kind))
 
 
 def checked(op: Op, value: Tensor, new: Any) -> Tensor:
@@ -187,8 +221,9 @@ def watch(value: Tensor, ops: list[Op]) -> None:
             if not op.binding.live:
                 return None
             op.binding.fired = True
-            new = op.act(grad, hook=op.hook)
-            return None if new is None else checked(op, grad, new)
+            given = own_copy(grad)  # autograd may hand the same tensor to other branches
+            new = op.act(given, hook=op.hook)
+            return checked(op, grad, given if new is None else new)
 
         value.register_hook(backward)
 

@@ -15,20 +15,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks import dispatch
-from mmhooks.hooks.shadow import Remove, Shadow
-from mmhooks.hooks.taps import Tap
+from mmhooks.hooks.shadow import Shadow
+from mmhooks.hooks.taps import ShadowTap
 
 
-class Recomputed(Tap):
+class Recomputed(ShadowTap):
     """Wraps the call of one checkpointed block while a context is open. Emits nothing itself."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
+        super().__init__(block, Shadow("_call_impl", self._wrapped))
         self._stacks: Any = WeakIdKeyDictionary()
-        self._shadow = Shadow("_call_impl", self._wrapped)
-
-    def install(self) -> Remove:
-        return self._shadow.cast(self.block)
 
     def _wrapped(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -3,20 +3,29 @@
 The module (or other object) gets a class of its own, a subclass of its class whose descriptors answer for the
 shadowed names.
 ``__dict__``, parameters, submodules and ``state_dict`` stay as they are. A copy made meanwhile (``deepcopy``,
-pickle) is of the original class; a replica (``DataParallel``) is passed to the shadow as itself, never as the
-module that it was copied from. Shadows of one name stack, and are taken off in any order.
+pickle, a ``__deepcopy__`` of the class's own) is of the original class and takes none of our hooks along; a replica
+(``DataParallel``) is passed to the shadow as itself, never as the module that it was copied from. Shadows of one
+name stack, and are taken off in any order, also from under a class that another library put on top meanwhile
+(``parametrize``, ``fully_shard``).
+
+Casting and lifting may be repeated: whatever an interrupt broke off, doing it again completes.
 """
 
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import wraps
 from threading import RLock
 from typing import Any
 
-Remove = Callable[[], None]
 _LOCK = RLock()
+MARK = "mmhooks_tap"  # an attribute of the hooks that taps register: copies leave these out
+_HOOKS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
 
 
 class Shadow:
@@ -29,30 +38,56 @@ class Shadow:
     def __deepcopy__(self, memo: dict[int, Any]) -> Shadow:
         return Shadow(self.name, deepcopy(self.get, memo))  # the classes answer for the original's ``get``
 
-    def cast(self, module: Any) -> Remove:
-        """Shadows ``module.<name>``; returns the function that takes exactly this shadow off."""
+    @property
+    def used(self) -> bool:
+        """Whether it was ever cast."""
+        return bool(self._classes)
+
+    def cast(self, module: Any) -> None:
+        """Shadows ``module.<name>``; does nothing where this shadow lies on it already."""
         with _LOCK:
-            _put(module, (*_shadows(module), self))
+            kind = type(module)
+            if hasattr(kind, "_mmhooks_shadows") and any(self in shadows for _, shadows in _cast_on(kind)):
+                return
+            base, below = _base(kind), vars(kind).get("_mmhooks_shadows", ())
+            object.__setattr__(module, "__class__", _shadowed(base, (*below, self)))
 
-        def remove() -> None:
-            with _LOCK:
-                rest = list(_shadows(module))
-                rest.remove(self)  # one of them, where the module is under this shadow several times
-                _put(module, tuple(rest))
-
-        return remove
-
-
-def _shadows(module: Any) -> tuple[Shadow, ...]:
-    return type(module).__dict__.get("_mmhooks_shadows", ())
+    def lift(self, module: Any) -> None:
+        """Takes exactly this shadow off, if it is there."""
+        with _LOCK:
+            for kind, shadows in [*_cast_on(type(module))]:
+                if self in shadows:
+                    rest = tuple(s for s in shadows if s is not self)
+                    _replace(module, kind, _shadowed(_base(kind), rest))
 
 
-def _put(module: Any, shadows: tuple[Shadow, ...]) -> None:
-    base = type(module).__dict__.get("_mmhooks_base", type(module))
-    if shadows:
-        made, key = shadows[-1]._classes, (base, shadows)
-        base = made[key] if key in made else made.setdefault(key, _subclass(base, shadows))
-    object.__setattr__(module, "__class__", base)
+def _base(kind: type) -> type:
+    """The class without shadows."""
+    return vars(kind).get("_mmhooks_base", kind)
+
+
+def _cast_on(kind: Any) -> Iterator[tuple[type, tuple[Shadow, ...]]]:
+    """The classes with shadows, from the top; below the first one only where another library's class lies between."""
+    while hasattr(kind, "_mmhooks_shadows"):
+        kind = next(k for k in kind.__mro__ if "_mmhooks_shadows" in k.__dict__)
+        yield kind, kind._mmhooks_shadows
+        kind = kind._mmhooks_base
+
+
+def _replace(module: Any, old: type, new: type) -> None:
+    if type(module) is old:
+        object.__setattr__(module, "__class__", new)
+        return
+    for kind in type(module).__mro__:  # another library's class for this one module lies on top
+        if old in kind.__bases__:
+            kind.__bases__ = tuple(new if base is old else base for base in kind.__bases__)
+
+
+def _shadowed(base: type, shadows: tuple[Shadow, ...]) -> type:
+    if not shadows:
+        return base
+    made, key = shadows[-1]._classes, (base, shadows)
+    return made[key] if key in made else made.setdefault(key, _subclass(base, shadows))
 
 
 def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:
@@ -60,29 +95,67 @@ def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:
     ours = {name: _Descriptor(name, base, tuple(s.get for s in shadows if s.name == name)) for name in names}
     same = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     marks = {"_mmhooks_base": base, "_mmhooks_shadows": shadows}
-    made = type(base)(base.__name__, (base,), {**same, **marks, **ours, "__reduce_ex__": _reduce})
+    made = type(base)(base.__name__, (base,), {**same, **marks, **_makers(base), **ours})
     # The base's __init_subclass__ may have put things in: transformers' layers wrap forward for checkpointing.
     if "forward" in vars(made) and "forward" not in ours:
         del made.forward
     for name, descriptor in ours.items():
-        descriptor.owner = made
         setattr(made, name, descriptor)
     return made
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    """Copies and pickles are of the class that the module has without shadows."""
-    own, base = type(self), type(self)._mmhooks_base
-    make, args, *rest = super(own, self).__reduce_ex__(protocol)
-    if make is copyreg.__newobj__:  # type: ignore[attr-defined] - pickle compares its class with the object's
-        return (copyreg._reconstructor, (base, object, None), *rest)  # type: ignore[attr-defined]
-    return (make, tuple(base if a is own else a for a in args), *rest)
+def _makers(base: Any) -> dict[str, Any]:
+    """Every way to make another object from a shadowed one: it is of the class without shadows."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = base.__reduce_ex__(self, protocol)
+        if isinstance(made, str):
+            return made
+        make, args, *rest = made
+        if rest and isinstance(rest[0], dict):
+            rest[0] = _without_our_hooks(rest[0])
+        args = tuple(_base(a) if isinstance(a, type) else a for a in args)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined] - pickle compares its class with the object's
+            return (copyreg._reconstructor, (args[0], object, None), *rest)  # type: ignore[attr-defined]
+        return (make, args, *rest)
+
+    @wraps(base.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:  # ``type(module)(...)``
+        object.__setattr__(self, "__class__", base)
+        base.__init__(self, *args, **kwargs)
+
+    makers: dict[str, Any] = {"__reduce_ex__": reduce, "__init__": init}
+    for name in ("__deepcopy__", "__copy__"):
+        if hasattr(base, name):
+            makers[name] = _bare(getattr(base, name))
+    return makers
+
+
+def _bare(copy: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(copy)
+    def bare(self: Any, *memo: Any) -> Any:
+        new = copy(self, *memo)
+        if new is not self and type(new) is not _base(type(new)):
+            object.__setattr__(new, "__class__", _base(type(new)))
+        if new is not self and isinstance(getattr(new, "__dict__", None), dict):
+            new.__dict__.update(_without_our_hooks(vars(new)))
+        return new
+
+    return bare
+
+
+def _without_our_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    state = dict(state)
+    for name, companions in _HOOKS.items():
+        ours = [number for number, hook in state.get(name, {}).items() if hasattr(hook, MARK)]
+        for table in (name, *companions) if ours else ():
+            if table in state:
+                state[table] = type(state[table])((k, v) for k, v in state[table].items() if k not in ours)
+    return state
 
 
 class _Descriptor:
     """A data descriptor, so that it answers even where the instance has the attribute itself."""
-
-    owner: type
 
     def __init__(self, name: str, base: type, gets: tuple[Callable[..., Any], ...]) -> None:
         self.name, self.base, self.gets = name, base, gets
@@ -90,15 +163,21 @@ class _Descriptor:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return getattr(self.base, self.name)
-        if self.name in module.__dict__:
-            value = module.__dict__[self.name]
-        elif hasattr(self.base, self.name):
-            value = getattr(super(self.owner, module), self.name)
-        else:
-            value = module.__getattr__(self.name)  # where nn.Module keeps parameters and buffers
+        value = self._below(module)
         for get in self.gets:
             value = get(module, value)
         return value
+
+    def _below(self, module: Any) -> Any:
+        if self.name in module.__dict__:
+            return module.__dict__[self.name]
+        # Not super(): another thread may give the module another class in between.
+        for kind in self.base.__mro__:
+            if self.name in vars(kind):
+                found = vars(kind)[self.name]
+                bind = getattr(type(found), "__get__", None)
+                return found if bind is None else bind(found, module, self.base)
+        return module.__getattr__(self.name)  # where nn.Module keeps parameters and buffers
 
     def __set__(self, module: Any, value: Any) -> None:
         module.__dict__[self.name] = value

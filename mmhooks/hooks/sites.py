@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from mmhooks.errors import UnknownSite
+from mmhooks.hooks.dispatch import registry
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
 
 _WILD = frozenset("*?[")
@@ -69,21 +70,23 @@ class SiteMap:
 
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
-    _taps: dict[tuple[str, nn.Module, str], Tap] = field(default_factory=dict)
     _native: dict[str, Site] | None = None
 
     # -- building --------------------------------------------------------------------------------------
 
     def output(self, module: nn.Module, *, first: bool = False) -> Tap:
         """The one tap of a module's output, shared by all sites that look at it."""
-        return self._taps.setdefault(("output", module, ""), ModuleOutput(module, first))
+        tap = registry.shared(ModuleOutput(module, first))
+        tap.first, tap.named = tap.first or first, True
+        return tap
 
     def input(self, module: nn.Module, keyword: str = "") -> Tap:
         """The one tap of a module's first input."""
-        return self._taps.setdefault(("input", module, keyword), ModuleInput(module, keyword))
+        return registry.shared(ModuleInput(module, keyword))
 
     def add(self, site: Site) -> None:
-        self.canonical[site.name] = site
+        """Adds a canonical site. Its tap becomes the one that this process has for the place."""
+        self.canonical[site.name] = replace(site, tap=registry.shared(site.tap))
 
     # -- finding ---------------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class SiteMap:
                 f"{path}." for path, m in self.root.named_modules() if isinstance(m, nn.MultiheadAttention)
             )
             self._native = {
-                path: Site(path, self.output(module))
+                path: Site(path, registry.shared(ModuleOutput(module, named=False)))
                 for path, module in self.root.named_modules()
                 if path and not (silent and path.startswith(silent)) and not isinstance(module, nn.ModuleList)
             }

@@ -125,6 +125,11 @@ class StepCache(Mapping[str, Tensor]):
         return f"StepCache({len(self)} sites, {len(self.steps)} steps, {size / 2**20:.1f} MiB: {', '.join(self)})"
 
     @property
+    def repeated(self) -> dict[str, None]:
+        """Sites that ran more than once in a step: the cache holds the last value."""
+        return {name: None for part in self._parts.values() for name in part.repeated}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes at the sites, of one step."""
         return {name: shape for part in self._parts.values() for name, shape in part.shapes.items()}

@@ -8,30 +8,61 @@ active contexts of the calling thread have for the tap; a thread without one pas
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
-from mmhooks.errors import MMHooksError
-from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed
-from mmhooks.hooks.shadow import Remove, Shadow
+from mmhooks.errors import MMHooksError, MMHooksWarning
+from mmhooks.hooks.dispatch import active, epoch, programs_at, refreshed, registry
+from mmhooks.hooks.shadow import MARK, Shadow
 
 Emit = Callable[[str, Tensor], Tensor]
 
 
 class Tap:
-    """Base of the taps. ``leaves`` is ``()`` for a tap with a single place."""
+    """Base of the taps. ``leaves`` is ``()`` for a tap with a single place; ``owner`` is the live object it is on."""
 
     leaves: tuple[str, ...] = ()
+    owner: Any
 
-    def install(self) -> Remove:
-        """Hooks or swaps; returns the function that undoes exactly this."""
+    @property
+    def key(self) -> Hashable:
+        """What it reaches: taps of one key on one module are one tap, whoever made them."""
+        return (type(self), id(self.owner), self.leaves)
+
+    def install(self) -> None:
+        """Puts the hook or shadow in. It may be called again, also after an interrupt half-way."""
         raise NotImplementedError
+
+    def remove(self) -> None:
+        """Takes out all that :meth:`install` put in, or the part that it came to; it may be called again."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        vars(new).update((name, deepcopy(value, memo)) for name, value in vars(self).items())
+        return registry.shared(new)
+
+
+class ShadowTap(Tap):
+    """A tap that shadows attributes of its owner."""
+
+    def __init__(self, owner: Any, *shadows: Shadow) -> None:
+        self.owner, self._shadows = owner, shadows
+
+    def install(self) -> None:
+        for shadow in self._shadows:
+            shadow.cast(self.owner)
+
+    def remove(self) -> None:
+        for shadow in self._shadows:
+            shadow.lift(self.owner)
 
 
 class HookTap(Tap):
@@ -43,24 +74,52 @@ class HookTap(Tap):
     Python its type caches (0.5 µs a hook at 48), so until something is compiled all hooked modules share one.
     """
 
+    owner: nn.Module
+
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.owner = module
         self._own = Shadow("_mmhooks_hooked", _true)
 
-    def install(self) -> Remove:
+    def install(self) -> None:
+        if isinstance(self.owner, torch.jit.ScriptModule):
+            raise MMHooksError(
+                f"expected a module that runs in Python, got {type(self.owner).__name__}: what torch.jit compiled "
+                "cannot be hooked; load the model without jit (open_clip: jit=False), hook it, and script it afterwards"
+            )
         shared = not _compiles()
-        uncast = (_SHARED if shared else self._own).cast(self.module)
-        handle = self._register(_refuse if shared else None)
+        (_SHARED if shared else self._own).cast(self.owner)
+        body = self._body(_refuse if shared else None)
+        setattr(body, MARK, self)
+        self._register(body)
 
-        def remove() -> None:
-            handle.remove()
-            uncast()
+    def remove(self) -> None:
+        # By looking, not by a handle: torch may have been interrupted before it gave one.
+        ours = 0
+        for hooks, companion in _tables(self.owner):
+            for number, hook in [*hooks.items()]:
+                mark = getattr(hook, MARK, None)
+                ours += mark is not None and mark is not self
+                if mark is self:
+                    hooks.pop(number, None)
+                    companion.pop(number, None)
+        if self._own.used:
+            self._own.lift(self.owner)
+        if not ours:
+            _SHARED.lift(self.owner)
 
-        return remove
-
-    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
-        """Registers the hook; its body calls ``refuse`` where it is being compiled."""
+    def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
+        """The hook; it calls ``refuse`` where it is being compiled."""
         raise NotImplementedError
+
+    def _register(self, body: Callable[..., Any]) -> None:
+        self.owner.register_forward_pre_hook(body, with_kwargs=True)
+
+
+def _tables(module: nn.Module) -> tuple[tuple[dict[int, Any], dict[int, Any]], ...]:
+    return (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    )
 
 
 def _true(module: nn.Module, below: Any) -> bool:
@@ -88,14 +147,19 @@ class ModuleOutput(HookTap):
 
     ``first``: before the hooks that the module has already. transformers' record hidden states with hooks of
     their own, which stay after the first call that asks for them, and would show the value from before an edit.
+    ``named``: the site has a name of ours, which says which tensor it is; at a module's path alone, more tensors
+    than the first are told of when the module runs.
     """
 
-    def __init__(self, module: nn.Module, first: bool = False) -> None:
+    def __init__(self, module: nn.Module, first: bool = False, named: bool = True) -> None:
         super().__init__(module)
-        self.first = first
+        self.first, self.named = first, named
 
-    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
-        own = self.module
+    def _register(self, body: Callable[..., Any]) -> None:
+        self.owner.register_forward_hook(body, prepend=self.first)
+
+    def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
+        own = self.owner
 
         def body(module: nn.Module, args: Any, output: Any) -> Any:
             if refuse is not None and is_compiling():
@@ -106,11 +170,13 @@ class ModuleOutput(HookTap):
                 return None
             if isinstance(output, Tensor):
                 return program(output)
-            old = _first(output)
+            old = _first(output, own)
+            if not self.named:
+                _tell_of_others(output, own)
             new = program(old)
             return None if new is old else _with_first(output, new)
 
-        return own.register_forward_hook(body, prepend=self.first)
+        return body
 
 
 class ModuleInput(HookTap):
@@ -120,14 +186,18 @@ class ModuleInput(HookTap):
         super().__init__(module)
         self.keyword = keyword
 
-    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
+    @property
+    def key(self) -> Hashable:
+        return (type(self), id(self.owner), self.keyword)
+
+    def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
         # kwargs has a default: while another thread is between torch's two registrations of a hook with
         # kwargs, torch may call the body without them (that thread has no program here anyway).
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if refuse is not None and is_compiling():
                 refuse()
             program = programs_at(self)
-            if program is None or kwargs is None or module is not self.module:
+            if program is None or kwargs is None or module is not self.owner:
                 return None
             if args:
                 new = program(args[0])
@@ -136,7 +206,7 @@ class ModuleInput(HookTap):
             new = program(kwargs[key])
             return None if new is kwargs[key] else (args, {**kwargs, key: new})
 
-        return self.module.register_forward_pre_hook(body, with_kwargs=True)
+        return body
 
 
 class ModuleArgument(HookTap):
@@ -147,54 +217,89 @@ class ModuleArgument(HookTap):
 
     def __init__(self, module: nn.Module, argument: str, key: str = "") -> None:
         super().__init__(module)
-        self.argument, self.key = argument, key
+        self.argument, self.key_in_dict = argument, key
         self._position = list(signature(module.forward).parameters).index(argument)
 
-    def _register(self, refuse: Callable[[], None] | None) -> RemovableHandle:
+    @property
+    def key(self) -> Hashable:
+        return (type(self), id(self.owner), self.argument, self.key_in_dict)
+
+    def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if refuse is not None and is_compiling():
                 refuse()
             program = programs_at(self)
-            if program is None or kwargs is None or module is not self.module:
+            if program is None or kwargs is None or module is not self.owner:
                 return None
             positional = self._position < len(args)
             given = args[self._position] if positional else kwargs.get(self.argument)
             if given is None:
                 return None
-            old = given.get(self.key) if self.key else given
+            old = given.get(self.key_in_dict) if self.key_in_dict else given
             new = old if old is None else program(old)
             if new is old:
                 return None
-            new = {**given, self.key: new} if self.key else new
+            new = {**given, self.key_in_dict: new} if self.key_in_dict else new
             if positional:
                 return (*args[: self._position], new, *args[self._position + 1 :]), kwargs
             return args, {**kwargs, self.argument: new}
 
-        return self.module.register_forward_pre_hook(body, with_kwargs=True)
+        return body
 
 
-class ParameterProduct(Tap):
+class ParameterProduct(ShadowTap):
     """``x @ parameter`` where no module owns the product: leaf ``in`` is ``x``, leaf ``out`` the product.
 
-    While installed, reading the parameter gives an object that multiplies like it; ``state_dict`` and
-    ``parameters()`` do not change, and the module's own code runs as it is.
+    While installed, the module's own methods read an object that multiplies like the parameter. Everyone else reads
+    the parameter itself: a product of the user's is not the tower's. ``state_dict`` and ``parameters()`` do not
+    change, and the module's own code runs as it is.
     """
 
     leaves = ("in", "out")
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
-        self._shadow = Shadow(name, self._stand)
+        self.name = name
+        super().__init__(module, Shadow(name, self._read))
 
-    def install(self) -> Remove:
-        return self._shadow.cast(self.module)
+    @property
+    def key(self) -> Hashable:
+        return (type(self), id(self.owner), self.name)
 
-    def _stand(self, module: nn.Module, parameter: Any) -> Any:
-        return _Stand(self, parameter)
+    def _read(self, module: nn.Module, parameter: Any) -> Any:
+        if module is not self.owner or programs_at(self) is None:
+            return parameter
+        # Compiled code has no frames to look at; there, products of hooks inside the tower count as the tower's.
+        own = is_compiling() or _read_by_itself(module)
+        return _Factor(self, parameter) if own else parameter
 
 
-class _Stand:
-    """Stands for the parameter of a :class:`ParameterProduct`."""
+def _read_by_itself(module: nn.Module) -> bool:
+    """Whether the attribute being read is read by one of the module's own methods, for itself."""
+    frame = sys._getframe(1)
+    while frame is not None and _between(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or not frame.f_code.co_argcount:
+        return False
+    code = frame.f_code
+    if frame.f_locals.get(code.co_varnames[0]) is not module:
+        return False
+    names = code.co_qualname.rpartition(".")
+    if any(kind.__qualname__ == names[0] for kind in type(module).__mro__):
+        return True
+    put_on = vars(module).get(code.co_name)  # a method of this instance alone
+    return getattr(getattr(put_on, "__func__", put_on), "__code__", None) is code
+
+
+_OURS = (__file__, sys.modules[Shadow.__module__].__file__ or "")
+
+
+def _between(file: str) -> bool:
+    """Frames between the reader and us: ours, and those of run-time type checks."""
+    return file in _OURS or "jaxtyping" in file or file.startswith("<@beartype")
+
+
+class _Factor:
+    """Stands for the parameter of a :class:`ParameterProduct` in the code of its module."""
 
     def __init__(self, tap: ParameterProduct, parameter: Any) -> None:
         self._tap, self._parameter = tap, parameter
@@ -206,19 +311,48 @@ class _Stand:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul) and isinstance(args[1], cls):
-            x, stand = args[0], args[1]
-            programs = programs_at(stand._tap)
+            x, factor = args[0], args[1]
+            programs = programs_at(factor._tap)
             if programs is None:
-                return x @ stand._parameter
+                return x @ factor._parameter
             if "in" in programs:
                 x = programs["in"](x)
-            product = x @ stand._parameter
+            product = x @ factor._parameter
             return programs["out"](product) if "out" in programs else product
         plain = [a._parameter if isinstance(a, cls) else a for a in args]
         return func(*plain, **{k: v._parameter if isinstance(v, cls) else v for k, v in kwargs.items()})
 
 
-class ExplicitForward(Tap):
+def _delegated(name: str) -> Callable[..., Any]:
+    def operator(self: _Factor, *args: Any) -> Any:
+        return getattr(self._parameter, name)(*args)
+
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        if hasattr(Tensor, _operator):
+            setattr(_Factor, _operator, _delegated(_operator))
+for _name in (
+    "neg",
+    "abs",
+    "invert",
+    "getitem",
+    "len",
+    "iter",
+    "bool",
+    "float",
+    "int",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
+    setattr(_Factor, f"__{_name}__", _delegated(f"__{_name}__"))
+
+
+class ExplicitForward(ShadowTap):
     """A module's ``forward`` shadowed by one that shows its insides; only threads with a program take it.
 
     Args:
@@ -238,17 +372,14 @@ class ExplicitForward(Tap):
         *,
         inexact: Sequence[str] = (),
     ) -> None:
-        self.module, self.leaves = module, tuple(leaves)
+        super().__init__(module, Shadow("forward", self._forward))
+        self.leaves = tuple(leaves)
         self._explicit, self._inexact = forward, frozenset(inexact)
-        self._shadow = Shadow("forward", self._forward)
-
-    def install(self) -> Remove:
-        return self._shadow.cast(self.module)
 
     def _forward(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             programs = programs_at(self)
-            if programs is None:
+            if programs is None or module is not self.owner:
                 return original(*args, **kwargs)
             return self._run(module, programs, original, args, kwargs)
 
@@ -303,14 +434,37 @@ def _dice(module: nn.Module) -> Callable[[], None]:
     return back
 
 
-def _first(output: Any) -> Tensor:
-    if isinstance(output, (tuple, list)):
-        return output[0]
-    if isinstance(output, dict):
-        return next(iter(output.values()))
-    raise TypeError(
-        f"a site needs a tensor, or a tuple that starts with one; the module returned {type(output).__name__}"
-    )
+def _first(output: Any, module: nn.Module) -> Tensor:
+    values = tuple(output.values()) if isinstance(output, dict) else output
+    if not isinstance(values, (tuple, list)) or not values or not isinstance(values[0], Tensor):
+        shown = type(output).__name__
+        if isinstance(values, (tuple, list)):
+            shown += f" of {', '.join(type(v).__name__ for v in values) or 'nothing'}"
+        raise MMHooksError(
+            f"expected {type(module).__name__} to return a tensor, or a tuple, list or dict that starts with one, got "
+            f"{shown}; hook a module inside it that returns a tensor"
+        )
+    return values[0]
+
+
+def _tell_of_others(output: Any, module: nn.Module) -> None:
+    values = output.values() if isinstance(output, dict) else output
+    others = sum(1 for _ in _tensors(values)) - 1
+    if others > 0:
+        warnings.warn(
+            f"{type(module).__name__} returns {others + 1} tensors; a hook, edit or cache at its path gets the first "
+            "alone, and the others flow on as they are. Hook the modules inside it that make the others",
+            MMHooksWarning,
+            stacklevel=2,
+        )
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 def _with_first(output: Any, new: Tensor) -> Any:

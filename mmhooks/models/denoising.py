@@ -16,9 +16,9 @@ from torch import nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks import dispatch
-from mmhooks.hooks.shadow import Remove, Shadow
+from mmhooks.hooks.shadow import Shadow
 from mmhooks.hooks.steps import Guidance, moment
-from mmhooks.hooks.taps import Tap
+from mmhooks.hooks.taps import ShadowTap
 
 
 class _Run:
@@ -46,23 +46,14 @@ _TEXTS: ContextVar[tuple[tuple[Guidance, ...], dict[int, int]] | None] = Context
 )
 
 
-class PipelineCalls(Tap):
+class PipelineCalls(ShadowTap):
     """Knows when the pipeline runs, and what ``encode_prompt`` asks its text encoders for. Emits nothing."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self._shadows = [Shadow("__call__", self._counted)]
+        shadows = [Shadow("__call__", self._counted)]
         if hasattr(pipe, "encode_prompt"):
-            self._shadows.append(Shadow("encode_prompt", self._told_apart))
-
-    def install(self) -> Remove:
-        removes = [shadow.cast(self.pipe) for shadow in self._shadows]
-
-        def remove() -> None:
-            for one in removes:
-                one()
-
-        return remove
+            shadows.append(Shadow("encode_prompt", self._told_apart))
+        super().__init__(pipe, *shadows)
 
     def _counted(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -97,15 +88,12 @@ class PipelineCalls(Tap):
         return wrapped
 
 
-class ModuleCalls(Tap):
+class ModuleCalls(ShadowTap):
     """The calls of a U-Net (``denoises``) or text encoder, each marked with its step and half. Emits nothing."""
 
     def __init__(self, module: nn.Module, *, denoises: bool) -> None:
-        self.module, self._denoises = module, denoises
-        self._shadow = Shadow("_call_impl", self._marked)
-
-    def install(self) -> Remove:
-        return self._shadow.cast(self.module)
+        super().__init__(module, Shadow("_call_impl", self._marked))
+        self._denoises = denoises
 
     def _marked(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -117,15 +105,11 @@ class ModuleCalls(Tap):
         return wrapped
 
 
-class ImageEmbeds(Tap):
+class ImageEmbeds(ShadowTap):
     """The image embedding of a Stable unCLIP pipeline, before noise is added to it: of the conditional rows alone."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self._shadow = Shadow("noise_image_embeddings", self._seen)
-
-    def install(self) -> Remove:
-        return self._shadow.cast(self.pipe)
+        super().__init__(pipe, Shadow("noise_image_embeddings", self._seen))
 
     def _seen(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:

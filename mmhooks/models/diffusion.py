@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mmhooks.errors import MissingWeights, MMHooksError
-from mmhooks.hooks.context import HookContext
+from mmhooks.hooks.context import CacheContext
+from mmhooks.hooks.dispatch import registry
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
@@ -92,8 +93,9 @@ class HookedDiffusion(HookedModel):
         self.cross_blocks = add_cross_attention(sites, "unet", unet)
         super().__init__(parts, sites, name=name)
         self.pipe = pipe
-        self._calls: list[Tap] = [PipelineCalls(pipe), ModuleCalls(unet, denoises=True)]
-        self._calls += [ModuleCalls(encoder, denoises=False) for encoder in self.text_towers.values()]
+        calls: list[Tap] = [PipelineCalls(pipe), ModuleCalls(unet, denoises=True)]
+        calls += [ModuleCalls(encoder, denoises=False) for encoder in self.text_towers.values()]
+        self._calls = [registry.shared(tap) for tap in calls]
 
     def __repr__(self) -> str:
         heads = ", ".join(self.places.attachments) or "none"
@@ -116,7 +118,6 @@ class HookedDiffusion(HookedModel):
         with moment(step, "both" if guided else "cond"):
             yield
 
-    @contextmanager
     def caching(
         self,
         sites: Pattern | Sequence[Pattern],
@@ -128,7 +129,7 @@ class HookedDiffusion(HookedModel):
         detach: bool = True,
         tokens: Tokens = None,
         strict: bool = True,
-    ) -> Iterator[StepCache]:
+    ) -> CacheContext[StepCache]:
         """A context that fills the :class:`~mmhooks.hooks.step_cache.StepCache` it gives.
 
         Args:
@@ -149,9 +150,7 @@ class HookedDiffusion(HookedModel):
         def plan() -> Any:
             return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
-        with HookContext(self._board, plan, strict=strict, around=self._around):
-            yield cache
-        self.shapes.update(cache.shapes)
+        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
 
     def run_with_cache(
         self,

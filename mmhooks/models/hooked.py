@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
-from mmhooks.hooks.context import HookContext
-from mmhooks.hooks.dispatch import Board
+from mmhooks.hooks.context import CacheContext, HookContext
+from mmhooks.hooks.dispatch import TapRegistry, registry
 from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.places import HookFn, Places, Planned
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
@@ -37,13 +36,17 @@ class HookedModel:
         self.model, self.name = model, name
         self.places = Places(sites)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._board = Board()
         self._can_checkpoint = can_checkpoint(model)
         self._recomputed: dict[nn.Module, Tap] = {}
         # In-place activations would overwrite what a cache keeps (ResNets; transformers have none).
         self._writes_inplace = any(getattr(m, "inplace", False) for m in model.modules())
 
     # -- the model -------------------------------------------------------------------------------------
+
+    @property
+    def _board(self) -> TapRegistry:
+        """What is installed now, on this model and any other."""
+        return registry
 
     @property
     def device(self) -> torch.device:
@@ -180,9 +183,8 @@ class HookedModel:
             parts += [self.places.plan_hook(pattern, fn, "grad") for pattern, fn in backward]
             return _joined(parts)
 
-        return HookContext(self._board, plan, strict=strict, around=self._around)
+        return HookContext(plan, strict=strict, around=self._around)
 
-    @contextmanager
     def caching(
         self,
         sites: Pattern | Sequence[Pattern],
@@ -192,10 +194,11 @@ class HookedModel:
         detach: bool = True,
         tokens: Tokens = None,
         strict: bool = True,
-    ) -> Iterator[ActivationCache]:
+    ) -> CacheContext[ActivationCache]:
         """A context that fills the :class:`~mmhooks.hooks.cache.ActivationCache` it gives.
 
-        Values are those that flow on, after the edits of all open contexts, whichever is the outer one.
+        Values are those that flow on, after the edits of all open contexts, whichever is the outer one. A site that
+        runs several times keeps its last value; closing warns of that, with ``strict``.
         """
         patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         cache = ActivationCache(
@@ -205,9 +208,7 @@ class HookedModel:
         def plan() -> Planned:
             return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
-        with HookContext(self._board, plan, strict=strict, around=self._around):
-            yield cache
-        self.shapes.update(cache.shapes)
+        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
         """``forward`` under hooks, as TransformerLens spells it."""
@@ -254,7 +255,10 @@ class HookedModel:
         """Taps that every context installs besides its own: blocks that a backward pass would recompute."""
         if not torch.is_grad_enabled():
             return []
-        return [self._recomputed.setdefault(b, Recomputed(b)) for b in checkpointed(self._can_checkpoint)]
+        return [
+            self._recomputed.setdefault(b, registry.shared(Recomputed(b)))
+            for b in checkpointed(self._can_checkpoint)
+        ]
 
     def _cached(
         self, run: Callable[[], Any], sites: Any, options: dict[str, Any]

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.intercept import Call, Intercepted
-from mmhooks.hooks.shadow import Remove
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.hooks.taps import Emit
 
@@ -56,9 +55,9 @@ class CrossAttention(Intercepted):
         super().__init__(module, LEAVES, _watch)
         self.name = name
 
-    def install(self) -> Remove:
+    def install(self) -> None:
         self._check()
-        return super().install()
+        super().install()
 
     def _call(
         self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
@@ -67,7 +66,7 @@ class CrossAttention(Intercepted):
         return super()._call(module, emit, want, original, args, kwargs)
 
     def _check(self) -> None:
-        processor = type(getattr(self.module, "processor", None)).__name__
+        processor = type(getattr(self.owner, "processor", None)).__name__
         if processor not in PROCESSORS:
             raise MMHooksError(
                 f"{self.name}.* is there under {', '.join(PROCESSORS)}, this block runs {processor}; "
