@@ -169,15 +169,18 @@ def apply(op: Op, value: Tensor) -> Tensor:
         return value if new is None or new is value else checked(op, value, new)
     given = own_copy(value)
     new = op.act(given, hook=op.hook)
-    new = checked(op, value, given if new is None else new)
+    if new is not None and new is not given:
+        return checked(op, value, new)
     # With gradients a copy that was only read flows on too: what the function kept of it is part of the graph.
-    return value if op.compares and new is given and not new.requires_grad and same(given, value) else new
+    return value if op.compares and not given.requires_grad and same(given, value) else given
 
 
 def own_copy(value: Tensor) -> Tensor:
     """A copy with the strides of ``value``, so that whatever runs on it runs as it would have."""
     copy = value.clone()
-    if copy.stride() == value.stride() or 0 in value.stride():  # an expanded tensor cannot be written into
+    if (
+        value.is_contiguous() or copy.stride() == value.stride() or 0 in value.stride()
+    ):  # expanded: not to be written into
         return copy
     return value.new_empty_strided(value.shape, value.stride()).copy_(value)
 

@@ -358,15 +358,13 @@ def algorithms() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         rollout,
         token_contributions,
     )
+    from mmhooks.analysis.second_order import second_order
 
-    def directions(n: int, width: int = 12) -> torch.Tensor:
-        return torch.ones(n, width)
+    def directions(n: int) -> torch.Tensor:
+        return torch.ones(n, 12)
 
     def maps(method: Any) -> tuple[Any, Any]:
-        return (
-            lambda m, x: method(m, x, directions(len(x))),
-            lambda m, x: method(m, x, directions(len(x), 7)),
-        )
+        return (lambda m, x: method(m, x, directions(2)), lambda m, x: method(m, x, directions(3)))
 
     nothing = ["nowhere"]
     return {
@@ -382,13 +380,13 @@ def algorithms() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         "nnsight": (lambda m, x: m.as_nnsight("image.embed")(x), lambda m, x: m.as_nnsight(nothing)),
         "decompose": (lambda m, x: mm.decompose(m, x), lambda m, x: mm.decompose(m, x, against=torch.ones(1, 7))),
         "head_outputs": (lambda m, x: head_outputs(m, x, layers=[0]), lambda m, x: head_outputs(m, x, layers=[9])),
-        "second_order": (lambda m, x: mm.second_order(m, x, layer=0), lambda m, x: mm.second_order(m, x, layer=9)),
+        "second_order": (lambda m, x: second_order(m, x, layer=0), lambda m, x: second_order(m, x, layer=9)),
         "site_means": (
             lambda m, x: site_means(m, x, ["image.blocks.0.attn.z"]),
             lambda m, x: site_means(m, x, nothing),
         ),
-        "raw_attention": (lambda m, x: raw_attention(m, x), lambda m, x: raw_attention(m, x[0])),
-        "rollout": (lambda m, x: rollout(m, x), lambda m, x: rollout(m, x[0])),
+        "raw_attention": maps(raw_attention),
+        "rollout": maps(rollout),
         "token_contributions": maps(token_contributions),
         "gradient_attention": maps(gradient_attention),
         "legrad": maps(legrad),

@@ -45,9 +45,10 @@ WRITERS = [written, written_silently, written_past_autograd, written_by_numpy]
 
 
 def run(model: mm.HookedCLIP, site: str, fn: Hook, inputs: Any, *, grad: bool) -> list[torch.Tensor]:
-    """Output, every activation of the tower in the same context, and the gradient of the input."""
+    """Output, the site and the stream as a cache in the same context shows them, and the gradient of the input."""
     image = site.startswith("image")
-    with model.caching("image.*" if image else "text.*") as cache, model.hooks(fwd_hooks=[(site, fn)]):
+    stream = "image.blocks.*.resid_post" if image else "text.blocks.*.resid_post"
+    with model.caching([site, stream]) as cache, model.hooks(fwd_hooks=[(site, fn)]):
         given = inputs[0].clone().requires_grad_(grad and image)
         out = model.encode_image(given) if image else model.encode_text(inputs[1])
         pulled = []
