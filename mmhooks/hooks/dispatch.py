@@ -145,9 +145,8 @@ class TapRegistry:
 
     def install(self, context: Opened) -> None:
         with self._lock:
-            for other in [*self._contexts]:
-                if not other.is_open:
-                    self.release(other)
+            for other in [c for c in self._contexts if not c.is_open]:
+                self.release(other)
             self._contexts[context] = None
             for tap in context.taps:
                 if tap not in self._installed:
@@ -161,7 +160,7 @@ class TapRegistry:
                 return
             others = [c for c in self._contexts if c.is_open and c is not context]
             for tap in context.taps:
-                if not any(tap in other.taps for other in others):
+                if not others or not any(tap in other.taps for other in others):
                     self._installed.pop(tap, None)
                     tap.remove()
             self._contexts.pop(context, None)

@@ -124,11 +124,7 @@ class Places:
         """The places of an edit: ``at=`` in any of its forms, or the heads that its features fit."""
         if at is None:
             return self.latents(edit, self.attachments.values(), "to the model")
-        if (
-            isinstance(at, str)
-            and at in {s.tower for s in self.sites.canonical.values()}
-            and at not in self.sites.canonical
-        ):
+        if isinstance(at, str) and at in self.sites.towers and at not in self.sites.canonical:
             return self.latents(
                 edit, [a for a in self.attachments.values() if a.site.tower == at], f"in tower {at!r}"
             )

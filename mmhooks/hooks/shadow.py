@@ -46,15 +46,19 @@ class Shadow:
     def cast(self, module: Any) -> None:
         """Shadows ``module.<name>``; does nothing where this shadow lies on it already."""
         with _LOCK:
-            kind = type(module)
-            if hasattr(kind, "_mmhooks_shadows") and any(self in shadows for _, shadows in _cast_on(kind)):
-                return
-            base, below = _base(kind), vars(kind).get("_mmhooks_shadows", ())
+            base, below = type(module), ()
+            if hasattr(base, "_mmhooks_shadows"):
+                if any(self in shadows for _, shadows in _cast_on(base)):
+                    return
+                base, below = _base(base), vars(base).get("_mmhooks_shadows", ())
             object.__setattr__(module, "__class__", _shadowed(base, (*below, self)))
 
     def lift(self, module: Any) -> None:
         """Takes exactly this shadow off, if it is there."""
         with _LOCK:
+            if type(module).__dict__.get("_mmhooks_shadows") == (self,):  # nearly always
+                object.__setattr__(module, "__class__", type(module)._mmhooks_base)
+                return
             for kind, shadows in [*_cast_on(type(module))]:
                 if self in shadows:
                     rest = tuple(s for s in shadows if s is not self)
@@ -87,7 +91,7 @@ def _shadowed(base: type, shadows: tuple[Shadow, ...]) -> type:
     if not shadows:
         return base
     made, key = shadows[-1]._classes, (base, shadows)
-    return made[key] if key in made else made.setdefault(key, _subclass(base, shadows))
+    return made.get(key) or made.setdefault(key, _subclass(base, shadows))
 
 
 def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:

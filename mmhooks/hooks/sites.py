@@ -70,6 +70,7 @@ class SiteMap:
 
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
+    towers: set[str] = field(default_factory=set)
     _native: dict[str, Site] | None = None
 
     # -- building --------------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ class SiteMap:
 
     def add(self, site: Site) -> None:
         """Adds a canonical site. Its tap becomes the one that this process has for the place."""
+        self.towers.add(site.tower)
         self.canonical[site.name] = replace(site, tap=registry.shared(site.tap))
 
     # -- finding ---------------------------------------------------------------------------------------

@@ -94,18 +94,19 @@ class HookTap(Tap):
 
     def remove(self) -> None:
         # By looking, not by a handle: torch may have been interrupted before it gave one.
-        ours = 0
-        for hooks, companion in _tables(self.owner):
-            for number, hook in [*hooks.items()]:
+        module, others = self.owner, False
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number, hook in [*hooks.items()] if hooks else ():
                 mark = getattr(hook, MARK, None)
-                ours += mark is not None and mark is not self
                 if mark is self:
                     hooks.pop(number, None)
-                    companion.pop(number, None)
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+                elif mark is not None:
+                    others = True
         if self._own.used:
-            self._own.lift(self.owner)
-        if not ours:
-            _SHARED.lift(self.owner)
+            self._own.lift(module)
+        if not others:
+            _SHARED.lift(module)
 
     def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
         """The hook; it calls ``refuse`` where it is being compiled."""
@@ -113,13 +114,6 @@ class HookTap(Tap):
 
     def _register(self, body: Callable[..., Any]) -> None:
         self.owner.register_forward_pre_hook(body, with_kwargs=True)
-
-
-def _tables(module: nn.Module) -> tuple[tuple[dict[int, Any], dict[int, Any]], ...]:
-    return (
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-    )
 
 
 def _true(module: nn.Module, below: Any) -> bool:
