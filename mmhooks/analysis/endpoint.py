@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,26 +12,28 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from mmhooks.analysis.bounded_post import EndpointError, PostFailed, check_address, post
 from mmhooks.data.cache import cache_dir
-from mmhooks.errors import MMHooksError
-from mmhooks.utils.files import written_aside
+from mmhooks.utils.files import make_folder, write_text
+from mmhooks.utils.json_files import read_json
+from mmhooks.utils.secrets import Secret
 
 _RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-
-
-class EndpointError(MMHooksError):
-    """An endpoint that refused, or that gave no usable answer after all tries."""
 
 
 @dataclass
 class Endpoint:
     """One model behind ``POST {base_url}/chat/completions``.
 
+    The key is sent to the host of ``base_url`` alone: redirects are not followed. It stands in no file, message,
+    ``repr`` or log; where the server's words repeat it, it is replaced.
+
     Args:
-        model, base_url: DeepSeek's chat model by default.
+        model, base_url: DeepSeek's chat model by default; https, or http to this machine or a private address.
         key_variable: environment variable that holds the key; never written anywhere.
         tries: per question; timeouts, broken connections, 408, 409, 425, 429, 5xx and answers that are not what they
             should be are tried again, after 1, 2, 4, ... seconds or what ``Retry-After`` says.
+        timeout: seconds for one whole try, from the connection to the reply's last byte.
         per_minute: at most so many requests a minute.
         cache: folder of answers, one file a question (a hash of model, address, options and messages); default: in
             the user's cache.
@@ -39,7 +41,8 @@ class Endpoint:
         sleep, clock: replaced in tests.
 
     Raises:
-        EndpointError: (on asking) no key, a status that does not pass by itself, or no answer after all tries.
+        EndpointError: an address, a variable's name or a key that cannot be used; on asking, no key, a status that does
+            not pass by itself, no answer after all tries, or a damaged file among the answers kept.
     """
 
     model: str = "deepseek-chat"
@@ -55,6 +58,17 @@ class Endpoint:
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     _next: float = field(default=0.0, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        check_address(self.base_url)
+        Secret.from_environment(
+            self.key_variable, EndpointError
+        )  # a key that cannot be sent is told before any work
+        if self.tries < 1 or not (self.timeout > 0 and self.per_minute > 0):
+            raise EndpointError(
+                "expected tries of at least 1, and timeout and per_minute above 0, got "
+                f"{self.tries}, {self.timeout} and {self.per_minute}"
+            )
+
     def ask(self, messages: Sequence[dict[str, Any]], check: Callable[[str], Any] | None = None) -> str:
         """The answer's text, from the cache where this was asked before.
 
@@ -63,7 +77,7 @@ class Endpoint:
         """
         path = self._path(messages)
         if self.keep and path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["answer"]
+            return _kept(path)
         fault = ""
         for attempt in range(self.tries):
             wait = 2.0**attempt * random.uniform(0.75, 1.25)
@@ -77,9 +91,8 @@ class Endpoint:
                 fault = f"nonsense: {nonsense}"
             else:
                 if self.keep:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with written_aside(path) as aside:
-                        Path(aside).write_text(json.dumps({"model": self.model, "answer": answer}))
+                    make_folder(path.parent)
+                    write_text(path, json.dumps({"model": self.model, "answer": answer}))
                 return answer
             if attempt + 1 < self.tries:
                 self.sleep(wait)
@@ -88,10 +101,9 @@ class Endpoint:
         )
 
     def _post(self, messages: Sequence[dict[str, Any]]) -> str:
-        import httpx
-
-        key = os.environ.get(self.key_variable)
-        if not key:
+        check_address(self.base_url)  # both may have been set anew
+        key = Secret.from_environment(self.key_variable, EndpointError)
+        if key is None:
             raise EndpointError(
                 f"no key for {self.base_url}: set the environment variable {self.key_variable}"
             )
@@ -99,22 +111,25 @@ class Endpoint:
         body = {"model": self.model, "messages": list(messages), **self.options}
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         try:
-            reply = httpx.post(
-                url, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=self.timeout
+            reply = post(url, body, key, seconds=self.timeout)
+        except PostFailed as failed:
+            raise _Passing(str(failed)) from None
+        if reply.status in _RETRY:
+            raise _Passing(f"status {reply.status}", _seconds(reply.retry_after))
+        if reply.status != 200:
+            raise EndpointError(
+                f"{url} answered {reply.status}: {_said(reply.body, key)}{_redirected(reply.status)}"
             )
-        except httpx.TransportError as error:
-            raise _Passing(f"{type(error).__name__}: {error}") from error
-        if reply.status_code in _RETRY:
-            raise _Passing(f"status {reply.status_code}", _seconds(reply.headers.get("retry-after")))
-        if reply.status_code != 200:
-            raise EndpointError(f"{url} answered {reply.status_code}: {reply.text[:300]}")
         try:
-            answer = reply.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise _Passing(f"a reply that is no chat completion: {reply.text[:100]!r}") from error
+            answer = json.loads(reply.body)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            answer = None
         if not isinstance(answer, str):
-            raise _Passing(f"an answer that is no text: {answer!r}")
-        return answer
+            raise _Passing(
+                f"expected a chat completion whose content is a text, got {_said(reply.body, key)}"
+            )
+        # Half of a surrogate pair is no text: it could be neither printed nor written to a UTF-8 file.
+        return key.redact(re.sub("[\ud800-\udfff]", "\ufffd", answer))
 
     def _wait_for_turn(self) -> None:
         now = self.clock()
@@ -134,6 +149,24 @@ class _Passing(Exception):
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
         self.wait = wait
+
+
+def _kept(path: Path) -> str:
+    content = read_json(path, "an answer of an endpoint", {"answer": str}, error=EndpointError,
+                        remedy="delete the file and the question is asked again")  # fmt: skip
+    return content["answer"]
+
+
+def _said(body: bytes, key: Secret) -> str:
+    """The beginning of what a server said, without the key and without signs that act on a terminal."""
+    text = body[:4000].decode(errors="replace")
+    return repr(key.redact(text)[:300])
+
+
+def _redirected(status: int) -> str:
+    if not 300 <= status < 400:
+        return ""
+    return "; redirects are not followed, as the key is for this host alone: give base_url= the final address"
 
 
 def _seconds(header: str | None) -> float | None:

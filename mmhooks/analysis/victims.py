@@ -42,7 +42,7 @@ class ZeroShotVictim:
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < 2:
-            raise DataError(f"zero-shot needs at least two different labels, came {self.labels}")
+            raise DataError(f"zero-shot needs at least two different labels, got {self.labels}")
 
     @cached_property
     def texts(self) -> Float[Tensor, "k d"]:
