@@ -24,6 +24,9 @@ from typing import Annotated, Any
 import typer
 from modality import Clock, environment
 
+from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.utils.escape import rich_text
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -80,15 +83,10 @@ def main(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")] = False,
 ) -> None:
     """Section 3.2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end."""
-    from mmhooks.errors import MMHooksError
-
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "MMHooksError"}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     settings["command"] = shlex.join(["python", "recipes/adversarial.py", *sys.argv[1:]])
-    try:
+    with clear_errors("adversarial"):
         study(settings, quiet=quiet)
-    except MMHooksError as error:
-        typer.echo(f"adversarial: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
@@ -180,9 +178,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     results["environment"] = environment(clock, start)
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
     if not quiet:
-        clock.console.print((out / "tables.md").read_text(), markup=False, highlight=False)
+        clock.console.print(rich_text((out / "tables.md").read_text(), lines=True))
         for path in [out / "results.json", *paths]:
-            clock.console.print(f"  {path}", markup=False, highlight=False)
+            clock.console.print(rich_text(f"  {path}"))
     return results
 
 

@@ -30,6 +30,9 @@ from mmhooks.report import (
 )
 from mmhooks.report.style import draw
 from mmhooks.report.tables import Cell
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import one_line
+from mmhooks.utils.files import write_text
 
 PAPER = {"benign": 0.10, "unaligned": 0.80, "ImgD": 0.50, "TextD": 0.25, "CrossD": 0.30, "random": 0.65}
 ROWS = ("benign", "unaligned", *DEFENCES)
@@ -269,7 +272,7 @@ def curves(results: Mapping[str, Any], palette: Any) -> Any:
         axis.axhline(
             100 * victim["rates"]["benign"]["all triggers"]["value"], color=palette.line, linewidth=1
         )
-        axis.set(title=victim["victim"], xlabel="steps of the defence", ylim=(0, 100))
+        axis.set(title=one_line(victim["victim"]), xlabel="steps of the defence", ylim=(0, 100))
     axes[0].set_ylabel("attack success, %")
     axes[-1].legend(fontsize=8.5)
     return figure
@@ -301,7 +304,7 @@ def strips(
                 db = float(psnr(picture[None], samples.attack[i][None]))
                 far = float((picture - samples.attack[i]).abs().max())
                 axis.set_xlabel(f"{db:.1f} dB, {far:.2f}", fontsize=7.5)
-        axes[line][0].set_ylabel(f"{trigger}\n{samples.target[i]}", fontsize=8.5)
+        axes[line][0].set_ylabel(f"{one_line(trigger)}\n{one_line(samples.target[i])}", fontsize=8.5)
     return figure
 
 
@@ -324,12 +327,13 @@ def save_all(
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots, made, found = figures(results, samples, defended), tables(results), claims(results)
     paths = save_plots(plots, out)
-    lines = "\n".join(f"- [{verdict}] {claim}: {sentence}" for verdict, claim, sentence in found)
+    lines = "\n".join(
+        f"- [{verdict}] {escaped(claim, code=True)}: {escaped(sentence, code=True)}"
+        for verdict, claim, sentence in found
+    )
     title = f"Alignment against cross-modal attacks, {results['settings']['model']}"
     body = "\n\n".join(t.markdown() for t in made)
-    (out / "tables.md").write_text(
-        f"# {title}\n\n{body}\n\n## Against the paper\n\n{lines}\n", encoding="utf-8"
-    )
+    write_text(out / "tables.md", f"# {escaped(title)}\n\n{body}\n\n## Against the paper\n\n{lines}\n")
     answers: list[Block] = []
     for victim in results["victims"].values():
         rows = [[c, " · ".join(dict.fromkeys(a))[:400]] for c, a in victim["answers"].items()]

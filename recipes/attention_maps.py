@@ -27,10 +27,13 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.attention_maps import PointingGame, pointing_game
 from mmhooks.analysis.results import Table, plain
+from mmhooks.cli.say import say, say_error, say_lines
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import MMHooksError
 from mmhooks.models.mini_sd import drawings
 from mmhooks.report.heat import heat_grid, overlay
+from mmhooks.utils.escape import markdown
+from mmhooks.utils.files import write_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TEMPLATE = "a drawing of a {}"
@@ -155,7 +158,7 @@ def main(
             words = [[name, *fixed] for name in names]
         drawn = draw(sd, prompts, words, steps=steps, guidance=guidance, seed=seed, batch=batch)
     except MMHooksError as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error, "error")
         raise typer.Exit(1) from None
     out.mkdir(parents=True, exist_ok=True)
     heat_grid([(d.prompt, d.picture, d.heats) for d in drawn[:8]]).savefig(out / "heat.png", dpi=130)
@@ -171,17 +174,17 @@ def main(
     lines = [
         "# Attention maps",
         "",
-        f"{len(drawn)} pictures of `{pipeline}`, {steps} steps, guidance {guidance}.",
+        f"{len(drawn)} pictures of {markdown(pipeline)}, {steps} steps, guidance {guidance}.",
     ]
     if not prompt:
         games = play(drawn)
         table = Table([{"heat of": name, **game.table()[0]} for name, game in games.items()])
         result |= {"games": plain(games), "verdict": verdict(games)}
         lines += ["", verdict(games), "", table.markdown()]
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "results.md").write_text("\n".join([*lines, "", "![heat](heat.png)", ""]))
-    typer.echo("\n".join(lines[2:]))
-    typer.echo(f"{out / 'results.md'}, {result['seconds']:.0f} s")
+    write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / "results.md", "\n".join([*lines, "", "![heat](heat.png)", ""]))
+    say_lines("\n".join(lines[2:]))
+    say(f"{out / 'results.md'}, {result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

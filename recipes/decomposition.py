@@ -18,6 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.utils.escape import rich_text
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -52,19 +55,10 @@ def main(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")] = False,
 ) -> None:
     """ "Interpreting CLIP's Image Representation via Text-Based Decomposition", on your model and pictures."""
-    from mmhooks.errors import MMHooksError
-
-    settings = {
-        k: (str(v) if isinstance(v, Path) else v)
-        for k, v in locals().items()
-        if k not in ("MMHooksError", "quiet")
-    }
+    settings = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k != "quiet"}
     settings["command"] = shlex.join(["python", "recipes/decomposition.py", *sys.argv[1:]])
-    try:
+    with clear_errors("decomposition"):
         study(settings, quiet=quiet)
-    except MMHooksError as error:
-        typer.echo(f"decomposition: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
@@ -200,11 +194,11 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     (out / "results.json").write_text(text, encoding="utf-8")
     if not quiet:
         for table in tables(results):
-            clock.console.print(table.markdown(), markup=False, highlight=False)
+            clock.console.print(rich_text(table.markdown(), lines=True))
             clock.console.print()
-        clock.console.print(f"{results['environment']['seconds']:.0f} s", markup=False)
+        clock.console.print(rich_text(f"{results['environment']['seconds']:.0f} s"))
         for path in [out / "results.json", *paths]:
-            clock.console.print(f"  {path}", markup=False, highlight=False)
+            clock.console.print(rich_text(f"  {path}"))
     return results
 
 

@@ -26,6 +26,8 @@ from mmhooks.report import (
 )
 from mmhooks.report.figures import Strip, picture_strips
 from mmhooks.report.style import LIGHT, Palette, draw
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -292,9 +294,7 @@ def save_all(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]], o
     plots = figures(results, shown)
     paths = save_plots(plots, out)
     data = results["data"]
-    source = f"{data['n']:,} pairs of {data['name']}, licence: {data['licence']}."
-    head = f"# What attention heads of {data['model']} say\n\n{source}\n\n"
-    (out / "tables.md").write_text(
-        head + "\n\n".join(t.markdown() for t in tables(results)) + "\n", encoding="utf-8"
-    )
+    source = f"{data['n']:,} pairs of {escaped(data['name'])}, licence: {escaped(data['licence'])}."
+    head = f"# What attention heads of {escaped(data['model'])} say\n\n{source}\n\n"
+    write_text(out / "tables.md", head + "\n\n".join(t.markdown() for t in tables(results)) + "\n")
     return [*paths, out / "tables.md", page(results, plots).save(out / "index.html")]

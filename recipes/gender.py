@@ -23,6 +23,8 @@ from typing import Annotated, Any
 import typer
 from gender_samples import CLASSES, CLASSIFIER, PROMPTS, Sample
 
+from mmhooks.cli.clear_errors import clear_errors
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -78,15 +80,10 @@ def main(
 
     Example: python recipes/gender.py --out runs/gender
     """
-    from mmhooks.errors import MMHooksError
-
-    o = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k != "MMHooksError"}
+    o = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items()}
     o["command"] = shlex.join(["python", "recipes/gender.py", *sys.argv[1:]])
-    try:
+    with clear_errors("gender"):
         study(o, quiet=quiet)
-    except MMHooksError as error:
-        typer.echo(f"gender: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:

@@ -45,6 +45,9 @@ from mmhooks.report import (
 )
 from mmhooks.report.figures import Effect, mask_effects, picture_strips
 from mmhooks.report.style import LIGHT, Palette, draw
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import rich_text
+from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -267,11 +270,12 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     made = [table6, table7, effect_table, feature_table, audit_table]
     made += [tone_table] if results["tones"] else []
     body = "\n\n".join(make(results).markdown() for make in (*made, readings_table))
-    lines = "\n".join(f"- {c.sentence()}" for c in found)
-    against = "\n".join(f"- {line}" for line in results["conflict"])
+    lines = "\n".join(f"- {escaped(c.sentence(), code=True)}" for c in found)
+    against = "\n".join(f"- {escaped(line, code=True)}" for line in results["conflict"])
     return (
-        f"# Gender study of {data['model']}\n\n{CAREFUL}\n\n{data['judged']['women']:,} women and {data['judged']['men']:,} men "
-        f"judged, of {data['name']}, licence: {data['licence']}. {minutes(env['seconds'])}.\n\n{body}\n\n"
+        f"# Gender study of {escaped(data['model'])}\n\n{CAREFUL}\n\n"
+        f"{data['judged']['women']:,} women and {data['judged']['men']:,} men "
+        f"judged, of {escaped(data['name'])}, licence: {escaped(data['licence'])}. {minutes(env['seconds'])}.\n\n{body}\n\n"
         f"## Against the paper\n\n{lines}\n\n## The paper's two tables\n\n{against}\n"
     )
 
@@ -288,20 +292,21 @@ def save_all(
     shown = show(results, pairs, setting, encoded)
     plots = figures(results, pairs, shown)
     paths = save_plots(plots, out)
-    (out / "tables.md").write_text(markdown(results, found), encoding="utf-8")
+    write_text(out / "tables.md", markdown(results, found))
     return [*paths, out / "tables.md", page(results, found, plots, shown).save(out / "index.html")]
 
 
 def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], paths: Sequence[Path]) -> None:
     """The main tables and statements on the screen, then where everything lies."""
     for made in (table6, table7, effect_table):
-        console.print(made(results).markdown(), markup=False, highlight=False, soft_wrap=True)
+        console.print(rich_text(made(results).markdown(), lines=True), soft_wrap=True)
         console.print()
     for claim in found:
-        console.print(claim.sentence(), markup=False, highlight=False)
+        console.print(rich_text(claim.sentence()))
     for line in results["conflict"]:
-        console.print(line, markup=False, highlight=False)
+        console.print(rich_text(line))
     env = results["environment"]
-    console.print(f"\n{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most", markup=False)
+    console.print()
+    console.print(rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most"))
     for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False)
+        console.print(rich_text(f"  {path}"))

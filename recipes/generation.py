@@ -30,6 +30,7 @@ from mmhooks.analysis.controls import size_matched
 from mmhooks.analysis.groups import groups_of
 from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.results import plain
+from mmhooks.cli.say import say, say_error
 from mmhooks.errors import MMHooksError
 from mmhooks.models.references import Mode
 
@@ -180,7 +181,7 @@ def main(
         if not modes:
             raise MMHooksError(f"no mode is possible: {impossible}")
     except MMHooksError as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error, "error")
         raise typer.Exit(1) from None
     results: dict[str, Any] = {
         "pipeline": pipeline, "model": model, "pretrained": pretrained, "data": corpus.name, "data_pairs": len(corpus),
@@ -207,12 +208,12 @@ def main(
     write(results, shows, out)
     for m, by in results["modes"].items():
         for space, found in by.items():
-            typer.echo(f"{m}, {space}: groups by {found['rule']}")
+            say(f"{m}, {space}: groups by {found['rule']}")
             for verdict in found["verdicts"].values():
-                typer.echo(f"{m}, {space}: {verdict['sentence']}")
+                say(f"{m}, {space}: {verdict['sentence']}")
     for m, why in impossible.items():
-        typer.echo(f"{m}: not possible here: {why}")
-    typer.echo(f"{out / 'index.html'}, {results['seconds']:.0f} s")
+        say(f"{m}: not possible here: {why}")
+    say(f"{out / 'index.html'}, {results['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

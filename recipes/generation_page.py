@@ -13,6 +13,9 @@ from torch import Tensor
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
 from mmhooks.report.style import Palette, draw
 from mmhooks.report.tables import Cell
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import terminal
+from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +49,7 @@ def grid(
 
     def say(text: str, x: float, y: float, **options: Any) -> None:
         options = {"color": palette.ink, "va": "center"} | options
-        figure.text(x / wide, 1 - y / high, text, fontdict=options)
+        figure.text(x / wide, 1 - y / high, terminal(text, lines=True), parse_math=False, fontdict=options)
 
     middle = top + len(strips) * cell / 2
     say(
@@ -167,12 +170,20 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
             sections.append(
                 Section(title, [*plots, Listing(items), TableBlock(numbers), Prose(control, "note")])
             )
-            markdown += [numbers.markdown(), "", *(f"- {s}" for s in said), f"- {control}", "",
-                         f"![grid](grid-{name}.png)", f"![curves](curves-{name}.png)", ""]  # fmt: skip
+            said = [f"- {escaped(line, code=True)}" for line in (*said, control)]
+            markdown += [
+                numbers.markdown(),
+                "",
+                *said,
+                "",
+                f"![grid](grid-{name}.png)",
+                f"![curves](curves-{name}.png)",
+                "",
+            ]
     for mode, why in results["impossible"].items():
-        markdown += [f"Mode {mode} is not possible here: {why}", ""]
+        markdown += [f"Mode {mode} is not possible here: {escaped(why)}", ""]
         sections.append(Section(f"{mode}: not possible here", [Prose(why, "warn")]))
-    (out / "tables.md").write_text("\n".join(markdown))
+    write_text(out / "tables.md", "\n".join(markdown))
     lead = (
         f"{len(results['cases'])} prompts of {results['pipeline']}, {results['seeds']} drawings each: features of the "
         f"conditioner move toward a reference picture. Features are scored on {results['data_pairs']:,} pairs."

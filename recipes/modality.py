@@ -21,6 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.utils.escape import one_line, rich_text
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Heldout = ("heldout_pictures", "heldout_concepts")
@@ -37,23 +40,23 @@ class Clock:
         self.console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 150)
         self.seconds: dict[str, float] = {}
         self.bars = Progress(
-            TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description:<34}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             console=self.console, disable=quiet,
         )  # fmt: skip
 
     def bar(self, label: str, total: int) -> Callable[[int], None]:
-        task = self.bars.add_task(label, total=total)
+        task = self.bars.add_task(one_line(label), total=total)
         return lambda done: self.bars.update(task, advance=done)
 
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
         start = time.perf_counter()
-        task = self.bars.add_task(label, total=1)
+        task = self.bars.add_task(one_line(label), total=1)
         yield
         self.bars.update(task, advance=1)
         self.seconds[label] = time.perf_counter() - start
         if not self.console.is_terminal:  # a log file shows no bars
-            self.console.print(f"{label}: {self.seconds[label]:.1f} s", markup=False, highlight=False)
+            self.console.print(rich_text(f"{label}: {self.seconds[label]:.1f} s"))
 
 
 @app.command()
@@ -96,20 +99,11 @@ def main(
     """Section 2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end."""
     import torch
 
-    from mmhooks.errors import MMHooksError
-
     torch.manual_seed(seed)
-    settings = {
-        k: (str(v) if isinstance(v, Path) else v)
-        for k, v in locals().items()
-        if k not in ("torch", "MMHooksError")
-    }
+    settings = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k != "torch"}
     settings["command"] = shlex.join(["python", "recipes/modality.py", *sys.argv[1:]])
-    try:
+    with clear_errors("modality"):
         study(settings, quiet=quiet)
-    except MMHooksError as error:
-        typer.echo(f"modality: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
@@ -279,26 +273,32 @@ def report(console: Any, results: dict[str, Any], found: Sequence[Any], paths: S
 
     for made in (control_table, table1, table2, mask_table):
         table = made(results)
-        grid = Grid(title=table.caption, title_justify="left", caption=table.note, caption_justify="left")
+        grid = Grid(
+            title=rich_text(table.caption),
+            title_justify="left",
+            caption=rich_text(table.note),
+            caption_justify="left",
+        )
         for i, column in enumerate(table.columns):
-            grid.add_column(column, justify="left" if i in table.text_columns else "right")
+            grid.add_column(rich_text(column), justify="left" if i in table.text_columns else "right")
         for row in table.cells():
             lines = (
                 "\n".join(p for p in (c.text, c.interval, f"paper {c.paper}" if c.paper else "") if p)
                 for c in row
             )
-            grid.add_row(*(f"{line} ≠" if c.differs else line for line, c in zip(lines, row, strict=True)))
-        console.print(grid, markup=False)
+            shown = (f"{line} ≠" if c.differs else line for line, c in zip(lines, row, strict=True))
+            grid.add_row(*(rich_text(line, lines=True) for line in shown))
+        console.print(grid)
         console.print()
     for claim in found:
-        console.print(claim.sentence(), markup=False, highlight=False)
+        console.print(rich_text(claim.sentence()))
     env = results["environment"]
+    console.print()
     console.print(
-        f"\n{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most, {env['threads']} threads",
-        markup=False,
+        rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most, {env['threads']} threads")
     )
     for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False)
+        console.print(rich_text(f"  {path}"))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ from mmhooks.report.figures import (
     summary,
 )
 from mmhooks.report.style import draw
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -258,12 +260,13 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     """``tables.md``: all tables and every statement, in Markdown."""
     data, env = results["data"], results["environment"]
     head = (
-        f"# Modality study of {data['model']}\n\n{data['n']:,} pairs of {data['name']} ({data['heldout']:,} held out), "
-        f"licence: {data['licence']}. {minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
+        f"# Modality study of {escaped(data['model'])}\n\n"
+        f"{data['n']:,} pairs of {escaped(data['name'])} ({data['heldout']:,} held out), "
+        f"licence: {escaped(data['licence'])}. {minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
     made = [table1, table2, group_table, forms_table, control_table, mask_table]
     body = "\n\n".join(make(results).markdown() for make in made)
-    lines = "\n".join(f"- {c.sentence()}" for c in found)
+    lines = "\n".join(f"- {escaped(c.sentence(), code=True)}" for c in found)
     return f"{head}\n{body}\n\n## Against the paper\n\n{lines}\n"
 
 
@@ -273,5 +276,5 @@ def save_all(
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots = figures(results, shown, hero)
     paths = save_plots(plots, out)
-    (out / "tables.md").write_text(markdown(results, found), encoding="utf-8")
+    write_text(out / "tables.md", markdown(results, found))
     return [*paths, out / "tables.md", page(results, found, shown, plots, hero).save(out / "index.html")]

@@ -17,6 +17,9 @@ from typing import Annotated, Any
 import typer
 from segmentation_data import Sample, prepared, samples_of
 
+from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.utils.escape import one_line
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -40,13 +43,8 @@ def main(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")] = False,
 ) -> None:
     """Zero-shot segmentation: token contributions against raw attention, rollout, gradient attention and LeGrad."""
-    from mmhooks.errors import MMHooksError
-
-    try:
+    with clear_errors("segmentation"):
         study(model, pretrained, data, limit=limit, seed=seed, batch=batch, out=out, quiet=quiet)
-    except MMHooksError as error:
-        typer.echo(f"segmentation: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(
@@ -182,7 +180,7 @@ def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], sc
         axes = figure.subplots(len(shown), len(maps) + 2, squeeze=False)
         for number, (row, i) in enumerate(zip(axes, shown, strict=True)):
             row[0].imshow(samples[i].picture)
-            row[0].set_ylabel(samples[i].name[:18], fontsize=8)
+            row[0].set_ylabel(one_line(samples[i].name[:18]), fontsize=8)
             row[1].imshow(masks[i], cmap="gray")
             for axis, (name, found) in zip(row[2:], maps.items(), strict=True):
                 axis.imshow(found[i], cmap="magma", interpolation="bilinear")

@@ -24,6 +24,8 @@ from spurious_page import accuracy_table, counted, groups_plot, heads_table, spl
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmhooks.cli.clear_errors import clear_errors
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 SIZES = (1, 2, 3, 4, 6, 8, 10)
@@ -70,14 +72,9 @@ def main(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")] = False,
 ) -> None:
     """Worst-group accuracy before and after attention heads that carry the background are mean-ablated."""
-    from mmhooks.errors import MMHooksError
-
-    options = {k: v for k, v in locals().items() if k != "MMHooksError"}
-    try:
+    options = {k: v for k, v in locals().items()}
+    with clear_errors("spurious"):
         study(**options)
-    except MMHooksError as error:
-        typer.echo(f"spurious: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def study(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
+from mmhooks.utils.escape import markdown, rich_text
+from mmhooks.utils.files import write_text
 
 Verdict = Literal["same", "differs", "open"]
 
@@ -61,10 +63,24 @@ def write_study(
     )
     paths = [out / "results.json", *save_plots(plots, out)]
     lines = "\n".join(
-        f"- **{VERDICTS[verdict]}**: {claim}; {measured}" for verdict, claim, measured in claims
+        f"- **{VERDICTS[verdict]}**: {markdown(claim, code=True)}; {markdown(measured, code=True)}"
+        for verdict, claim, measured in claims
     )
-    body = "\n\n".join([f"# {title}", lead, lines, *(t.markdown() for t in tables), *notes, attribution])
-    (out / "tables.md").write_text(body + "\n", encoding="utf-8")
+
+    def said(text: str) -> str:
+        return markdown(text, code=True)
+
+    body = "\n\n".join(
+        [
+            f"# {markdown(title)}",
+            said(lead),
+            lines,
+            *(t.markdown() for t in tables),
+            *map(said, notes),
+            said(attribution),
+        ]
+    )
+    write_text(out / "tables.md", body + "\n")
     shown: list[Block] = [Prose(note) for note in notes]
     sections = [
         Section("What was found", [Listing(list(claims)), *plots.values()]),
@@ -95,13 +111,13 @@ def show(
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     for table in tables:
-        console.print(table.markdown(), markup=False, highlight=False)
+        console.print(rich_text(table.markdown(), lines=True))
         console.print()
     for verdict, claim, measured in claims:
-        console.print(f"{VERDICTS[verdict]}: {claim}: {measured}", markup=False, highlight=False)
+        console.print(rich_text(f"{VERDICTS[verdict]}: {claim}: {measured}"))
     env = results["environment"]
     console.print(
-        f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}", markup=False
+        rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}")
     )
 
 

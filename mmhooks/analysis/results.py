@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmhooks.analysis.intervals import Estimate
 from mmhooks.hooks.features import FeatureSet
+from mmhooks.utils.escape import markdown
 
 
 class Table(list[dict[str, Any]]):
@@ -33,7 +34,7 @@ class Table(list[dict[str, Any]]):
 
     @staticmethod
     def _line(cells: Any) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(markdown(c) for c in cells) + " |"
 
     __str__ = markdown
 

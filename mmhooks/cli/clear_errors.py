@@ -1,15 +1,22 @@
-"""A toolkit error as one sentence instead of a traceback."""
+"""A toolkit error as one line instead of a traceback."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-import typer
+from mmhooks.cli.say import say_error
 
 
 class clear_errors:
-    """A toolkit error becomes one sentence on stderr and exit code 1; anything else keeps its traceback."""
+    """A toolkit error becomes one line on stderr and exit code 1; anything else keeps its traceback.
+
+    Args:
+        name: of the command, before the sentence.
+    """
+
+    def __init__(self, name: str = "mmhooks") -> None:
+        self.name = name
 
     def __enter__(self) -> None: ...
 
@@ -17,5 +24,5 @@ class clear_errors:
         from mmhooks.errors import MMHooksError
 
         if isinstance(error, MMHooksError):
-            typer.echo(f"mmhooks: {error}", err=True)
+            say_error(error, self.name)
             sys.exit(1)

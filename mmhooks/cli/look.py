@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.cli.say import say
 
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, e.g. openai.")]
 
@@ -23,18 +24,20 @@ def models() -> None:
 
     from mmhooks.models import zoo
 
-    typer.echo("embedded (no network):")
-    for name in zoo.EMBEDDED:
-        typer.echo(f"  {name:<18} {NOTES[name]}")
-    for name in zoo.embedded_heads():
-        head = zoo.load_head(name)
-        typer.echo(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
-    typer.echo("\nopen_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")
-    tags: dict[str, list[str]] = {}
-    for name, tag in open_clip.list_pretrained():
-        tags.setdefault(name, []).append(tag)
-    for name, known in tags.items():
-        typer.echo(f"  {name:<38} {', '.join(known)}")
+    with clear_errors():
+        say("embedded (no network):")
+        for name in zoo.EMBEDDED:
+            say(f"  {name:<18} {NOTES[name]}")
+        for name in zoo.embedded_heads():
+            head = zoo.load_head(name)
+            say(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
+        typer.echo()
+        say("open_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")
+        tags: dict[str, list[str]] = {}
+        for name, tag in open_clip.list_pretrained():
+            tags.setdefault(name, []).append(tag)
+        for name, known in tags.items():
+            say(f"  {name:<38} {', '.join(known)}")
 
 
 def sites(
@@ -49,7 +52,7 @@ def sites(
 
     with clear_errors():
         for name in mm.load(model, pretrained=pretrained).sites(glob):
-            typer.echo(name)
+            say(name)
 
 
 def pairs(
@@ -62,6 +65,6 @@ def pairs(
 
     with clear_errors():
         found = mm.data.pairs(source, split=split)
-        typer.echo(f"{len(found)} pairs · licence: {found.licence} · fingerprint {found.fingerprint}")
+        say(f"{len(found)} pairs · licence: {found.licence} · fingerprint {found.fingerprint}")
         for text in list(found.texts)[:limit]:
-            typer.echo(f"  {text}")
+            say(f"  {text}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.cli.say import say, say_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,10 +76,11 @@ def measure(
             return
         target = out or store.with_name(store.name + "-measures")
         paths = write_measures(result, target)
-        typer.echo(result.table().markdown())
+        say_lines(result.table().markdown())
         for name, why in result.skipped.items():
-            typer.echo(f"skipped {name}: {why}", err=True)
-        typer.echo(f"\n{len(paths)} files in {target}")
+            say(f"skipped {name}: {why}", err=True)
+        typer.echo()
+        say(f"{len(paths)} files in {target}")
 
 
 def _vectors(given: str) -> Tensor | str:

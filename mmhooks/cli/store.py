@@ -10,6 +10,7 @@ import typer
 
 from mmhooks.cli.clear_errors import clear_errors
 from mmhooks.cli.look import Pretrained
+from mmhooks.cli.say import say
 
 Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -89,7 +90,7 @@ def extract(
         done = mm.extract(
             hooked, found, sites, out, dtype=dtype, batch_size=batch_size, workers=workers, shard_rows=shard_rows
         )  # fmt: skip
-        typer.echo(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
+        say(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
 
 
 @store.command()
@@ -100,21 +101,19 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
     with clear_errors():
         found = summary(folder)
         if as_json:
-            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            typer.echo(json.dumps(found, indent=1))  # ASCII: what a terminal could obey is spelled out
             return
         of = f" of {found['of']}" if found["of"] else ""
         state = "finished" if found["complete"] else "unfinished: the same extract command goes on"
-        typer.echo(
-            f"{found['pairs']}{of} pairs in {found['shards']} shards, {_size(found['bytes'])}, {state}"
-        )
+        say(f"{found['pairs']}{of} pairs in {found['shards']} shards, {_size(found['bytes'])}, {state}")
         if found["skipped"]:
-            typer.echo(f"{found['skipped']} pairs were skipped; manifest.json says which and why")
+            say(f"{found['skipped']} pairs were skipped; manifest.json says which and why")
         model, data = found["model"], found["data"]
-        typer.echo(f"model  {model['name']} ({model.get('class', '')}, weights {model['weights']})")
-        typer.echo(f"data   {data['name']} (fingerprint {data['fingerprint']}) · {data.get('licence', '')}")
+        say(f"model  {model['name']} ({model.get('class', '')}, weights {model['weights']})")
+        say(f"data   {data['name']} (fingerprint {data['fingerprint']}) · {data.get('licence', '')}")
         for name, site in found["sites"].items():
             head = f", head {site['head']}" if "head" in site else ""
-            typer.echo(
+            say(
                 f"site   {name}: {site['row']}, {site['dtype']}, {site['kept as']}, {site['bytes a row']} bytes a row{head}"
             )
 
@@ -132,8 +131,8 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
             typer.echo(json.dumps([asdict(fault) for fault in faults], indent=1))
         else:
             for fault in faults:
-                typer.echo(str(fault))
-            typer.echo(f"{folder}: {f'{len(faults)} faults' if faults else 'no fault'}")
+                say(str(fault))
+            say(f"{folder}: {f'{len(faults)} faults' if faults else 'no fault'}")
         raise typer.Exit(1 if faults else 0)
 
 
@@ -146,7 +145,7 @@ def merge(
     from mmhooks.data.store.merge import merge
 
     with clear_errors():
-        typer.echo(f"{out}: {len(merge(stores, out))} pairs")
+        say(f"{out}: {len(merge(stores, out))} pairs")
 
 
 def _device(asked: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.cli.say import say, say_lines
 
 
 def sweep(
@@ -37,6 +38,7 @@ def sweep(
     from mmhooks.heads.source import paired
     from mmhooks.report.style import draw
     from mmhooks.report.training import sweep_figure
+    from mmhooks.utils.files import write_bytes
 
     with clear_errors():
         names = sites.split(",")
@@ -48,13 +50,14 @@ def sweep(
             valid=held_out, sites=names, epochs=epochs, batch_size=batch_size, lr=lr,  # type: ignore[arg-type]
         )  # fmt: skip
         figure, _ = draw(lambda palette: sweep_figure(result.rows, palette), alt="sweep", dark=False)
-        (out / "pareto.png").write_bytes(figure.data)
-        typer.echo(result.table().markdown())
-        typer.echo(f"\n{out}/sweep.json, sweep.md, pareto.png; heads in {out}/heads")
+        write_bytes(out / "pareto.png", figure.data)
+        say_lines(result.table().markdown())
+        typer.echo()
+        say(f"{out}/sweep.json, sweep.md, pareto.png; heads in {out}/heads")
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"whole numbers with commas were expected, came {text!r}") from None
+        raise typer.BadParameter(f"whole numbers with commas were expected, got {text!r}") from None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmhooks.cli.clear_errors import clear_errors
+from mmhooks.cli.say import say
 
 
 class Kind(StrEnum):
@@ -92,6 +93,7 @@ def train(
     from mmhooks.heads.train import default_objective, train_head
     from mmhooks.report.style import draw
     from mmhooks.report.training import training_figure
+    from mmhooks.utils.files import write_bytes, write_text
 
     with clear_errors():
         names = sites.split(",")
@@ -127,16 +129,13 @@ def train(
             "held_out": rows,
         }
         head.save(out)
-        (out / "training.json").write_text(
-            json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
-        )
+        content = json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
+        write_text(out / "training.json", content)
         figure, _ = draw(lambda palette: training_figure(result.history, palette), alt="training", dark=False)
-        (out / "training.png").write_bytes(figure.data)
-        typer.echo(
-            f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}"
-        )
+        write_bytes(out / "training.png", figure.data)
+        say(f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}")
         for name, row in rows.items():
-            typer.echo(
+            say(
                 f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "
                 f"L0 {row['l0']:.1f}, fire for none {row['dead']:.1%}"
             )

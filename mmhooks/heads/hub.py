@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.utils.escape import markdown
 
 if TYPE_CHECKING:
     from mmhooks.heads.base import Head
@@ -94,7 +95,7 @@ def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
     facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
         k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
     }
-    rows = "\n".join(f"| {k} | {str(v).replace('|', '/')} |" for k, v in facts.items())
+    rows = "\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in facts.items())
     library = "sae_lens" if format == "saelens" else "mmhooks"
     theirs = (
         f"\nWith SAELens, on the same raw vectors:\n\n{_in_saelens(head, repo, inside)}"
@@ -104,7 +105,7 @@ def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
     where = f', subfolder="{inside}"' if inside else ""
     return (
         f"---\nlibrary_name: {library}\ntags:\n- sparse-autoencoder\n- interpretability\n- mmhooks\n---\n\n"
-        f"# {repo.split('/')[1]}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"# {markdown(repo.split('/')[1])}\n\n| | |\n|---|---|\n{rows}\n\n"
         f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}"{where})\n'
         f'model.attach(head, at=["image.embed", "text.embed"])\n```\n{theirs}'
     )

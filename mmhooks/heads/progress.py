@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmhooks.errors import MMHooksError
+from mmhooks.utils.escape import one_line
 
 Update = Callable[[int, dict[str, float]], None]
 
@@ -28,7 +29,7 @@ def training_bar(label: str, total: int, *, shown: bool, begin: int = 0) -> Iter
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -36,7 +37,7 @@ def training_bar(label: str, total: int, *, shown: bool, begin: int = 0) -> Iter
         TextColumn("{task.fields[numbers]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, completed=begin, numbers="")
+        task = progress.add_task(one_line(label), total=total, completed=begin, numbers="")
 
         def update(done: int, numbers: dict[str, float]) -> None:
             progress.update(

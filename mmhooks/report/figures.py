@@ -11,6 +11,7 @@ import numpy as np
 from mmhooks.errors import ShapeMismatch
 from mmhooks.report.numbers import Estimate, fixed
 from mmhooks.report.style import LIGHT, Palette
+from mmhooks.utils.escape import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +82,10 @@ def _histogram(axis: Axes, panel: Histogram, palette: Palette) -> None:
         axis.axvline(at, color=palette.soft, linewidth=0.8, linestyle=(0, (3, 3)))
     axis.axvline(panel.mu, color=palette.ink, linewidth=1.0)
     axis.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", ".25", ".5", ".75", "1"))
-    axis.set_title(panel.title, pad=30)
-    line = f"μ {fixed(panel.mu)}   σ {fixed(panel.sigma)}" + (f"   {panel.note}" if panel.note else "")
+    axis.set_title(one_line(panel.title), pad=30, parse_math=False)
+    line = f"μ {fixed(panel.mu)}   σ {fixed(panel.sigma)}" + (
+        f"   {one_line(panel.note)}" if panel.note else ""
+    )
     # Offsets in points: the lines keep their distance whatever the height of the panel.
     place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9.5}
     axis.annotate(line, (0, 1), (0, 17), color=palette.soft, parse_math=False, **place)
@@ -106,7 +109,7 @@ def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns
     for row, strip in enumerate(strips):
         top = total_h - 0.05 - row * (side + 0.42)
         figure.text(
-            0.1 / total_w, (top - 0.2) / total_h, strip.title, fontsize=11, fontweight="bold",
+            0.1 / total_w, (top - 0.2) / total_h, one_line(strip.title), fontsize=11, fontweight="bold",
             color=palette.group(strip.group), parse_math=False,
         )  # fmt: skip
         for column, image in enumerate(list(strip.images)[:columns]):
@@ -145,7 +148,7 @@ def summary(
     for row, strip in enumerate(strips):
         top = height - 0.1 - row * (side + 0.42)
         figure.text(
-            left / width, (top - 0.2) / height, strip.title, fontsize=10.5, fontweight="bold",
+            left / width, (top - 0.2) / height, one_line(strip.title), fontsize=10.5, fontweight="bold",
             color=palette.group(strip.group), parse_math=False,
         )  # fmt: skip
         for column, image in enumerate(list(strip.images)[:columns]):
@@ -181,9 +184,9 @@ def mask_effects(
                 axis.fill_betweenx((y - 0.26, y + 0.26), low, high, color=palette.cross, alpha=0.28, lw=0)
                 axis.plot(draws, np.full(draws.size, y), "|", color=palette.soft, markersize=9, alpha=0.35)
             axis.plot(100 * effect.value, y, "o", color=palette.group(effect.group), markersize=8, zorder=3)
-        axis.set_title(title)
+        axis.set_title(one_line(title), parse_math=False)
         axis.set(ylim=(len(effects) - 0.5, -0.5), yticks=range(len(effects)))
-        axis.set_yticklabels([f"{e.label} ({e.size})" for e in effects])
+        axis.set_yticklabels([f"{one_line(e.label)} ({e.size})" for e in effects], parse_math=False)
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
         if i == 0:
@@ -210,9 +213,9 @@ def beside_paper(
             axis.plot(estimate.value, y, "o", color=palette.text, markersize=7)
             if paper is not None:
                 axis.plot(paper, y, "D", markerfacecolor="none", markeredgecolor=palette.img, markersize=6.5)
-        axis.set_title(title)
+        axis.set_title(one_line(title), parse_math=False)
         axis.set(ylim=(len(entries) - 0.5, -0.5), yticks=range(len(entries)))
-        axis.set_yticklabels([name for name, _, _ in entries] if i == 0 else [""] * len(entries))
+        axis.set_yticklabels([one_line(name) if i == 0 else "" for name, _, _ in entries], parse_math=False)
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
     marks = "●  measured, 95 % interval       ◇  paper"
@@ -226,5 +229,5 @@ def shorten(text: str, width: int) -> str:
     >>> shorten("a  long\\nline", 6)
     'a lon…'
     """
-    flat = " ".join(text.split())
+    flat = one_line(text)
     return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmhooks.errors import NotFinite, ShapeMismatch
 from mmhooks.report.style import LIGHT, Palette
+from mmhooks.utils.escape import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +59,6 @@ def heat_grid(
         cells = [(prompt, picture), *((word, overlay(picture, heat)) for word, heat in heats.items())]
         for axis, (title, shown) in zip(line, cells, strict=False):
             axis.imshow(shown, interpolation="nearest")
-            axis.set_title(title, fontsize=7, color=palette.ink, parse_math=False)
+            axis.set_title(one_line(title), fontsize=7, color=palette.ink, parse_math=False)
     figure.tight_layout(pad=0.3)
     return figure

@@ -15,6 +15,8 @@ from mmhooks.analysis.results import Table
 from mmhooks.report.figures import GROUPS, Histogram, mds_histograms
 from mmhooks.report.numbers import fixed
 from mmhooks.report.style import LIGHT, Palette, draw
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import one_line
 from mmhooks.utils.files import make_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -47,14 +49,13 @@ def markdown(result: Measures, figures: Mapping[str, str] | None = None) -> str:
         **{f"alike ({side}) by": judge for side, judge in result.judges.items()},
         **result.settings,
     }
-    lines = ["# Measures", "", Table({"": k, "value": _plain(v)} for k, v in about.items()).markdown(), ""]
+    lines = ["# Measures", "", Table({"": k, "value": str(v)} for k, v in about.items()).markdown(), ""]
     for title, table in result.tables().items():
-        rows = Table({k: _plain(v) if isinstance(v, str) else v for k, v in row.items()} for row in table)
-        lines += [f"## {title}", "", rows.markdown(), ""]
+        lines += [f"## {escaped(title)}", "", Table(table).markdown(), ""]
     if figures:
         lines += ["## Figures", ""]
         for name, caption in figures.items():
-            lines += [f"![{caption}]({name})", "", caption, ""]
+            lines += [f"![{escaped(caption)}]({name})", "", escaped(caption), ""]
     return "\n".join(lines)
 
 
@@ -93,7 +94,7 @@ def by_group(
             axis.plot(shown, jitter, ".", color=palette.group(group), markersize=3, alpha=0.4)
             if shown.size:
                 axis.plot([shown.mean()] * 2, [y - 0.36, y + 0.36], color=palette.ink, linewidth=2)
-        axis.set_title(title)
+        axis.set_title(one_line(title), parse_math=False)
         axis.set(ylim=(len(GROUPS) - 0.4, -0.6), yticks=range(len(GROUPS)))
         axis.set_yticklabels(GROUPS if i == 0 else [""] * len(GROUPS))
         axis.tick_params(axis="y", length=0)
@@ -124,8 +125,3 @@ def _figures(result: Measures) -> dict[str, tuple[bytes, str]]:
         names = result.group_names()
         add("groups.png", lambda p: by_group(panels, names, p), "Features by group; bars are means.")
     return found
-
-
-def _plain(value: Any) -> str:
-    """Text from data on one line of Markdown, without its signs of HTML."""
-    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")

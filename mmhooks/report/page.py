@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.report.blocks import Section
+from mmhooks.utils.escape import terminal
 from mmhooks.utils.files import make_folder, write_text
 
 _CODE = re.compile(r"`([^`]+)`")
@@ -45,12 +46,17 @@ def _environment() -> Any:
 
     def inline(text: str) -> Markup:
         """Escape first, then turn `code` spans into elements: data can never open a tag."""
-        return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+        return Markup(_CODE.sub(r"<code>\1</code>", str(escape(readable(text)))))
+
+    def readable(value: Any) -> Any:
+        """Signs that turn the reading direction, or that HTML forbids, are written out; mark-up is the escape's."""
+        return terminal(value, lines=True) if type(value) is str else value
 
     # Autoescape is on for every template, whatever its name: the default looks at file endings.
     environment = Environment(
         loader=PackageLoader("mmhooks.report", "templates"),
         autoescape=True,
+        finalize=readable,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

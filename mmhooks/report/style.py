@@ -58,6 +58,7 @@ def dressed(palette: Palette) -> Any:
         "figure.facecolor": palette.ground,
         "savefig.facecolor": palette.ground,
         "legend.frameon": False,
+        "text.parse_math": False,  # a caption may hold dollar signs; no figure here holds formulas
     }
     with mpl.rc_context(settings):
         yield

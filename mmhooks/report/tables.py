@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.report.numbers import Estimate, fixed
+from mmhooks.utils.escape import markdown
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Cell:
         )
 
     def markdown(self) -> str:
-        text = f"**{self.text}**" if self.best else self.text
-        paper = f"(paper {self.paper})" if self.paper else ""
-        parts = [text, self.interval, paper, "≠" if self.differs else ""]
-        return _escape(" ".join(p for p in parts if p))
+        text = f"**{markdown(self.text)}**" if self.best else markdown(self.text)
+        paper = f"(paper {markdown(self.paper)})" if self.paper else ""
+        parts = [text, markdown(self.interval), paper, "≠" if self.differs else ""]
+        return " ".join(p for p in parts if p)
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,11 @@ class Table:
         return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
 
     def markdown(self) -> str:
-        """A GitHub table, its caption in bold above and its note below; pipes and line ends are escaped."""
+        """A GitHub table, its caption in bold above and its note below; every text is escaped, but for `code` in both."""
         rule = "|".join(":--" if i in self.text_columns else "--:" for i in range(len(self.columns)))
-        lines = [f"**{_escape(self.caption)}**", ""] if self.caption else []
-        lines += ["| " + " | ".join(_escape(c) for c in self.columns) + " |", f"|{rule}|"]
+        lines = [f"**{markdown(self.caption, code=True)}**", ""] if self.caption else []
+        lines += ["| " + " | ".join(markdown(c) for c in self.columns) + " |", f"|{rule}|"]
         lines += ["| " + " | ".join(c.markdown() for c in row) + " |" for row in self.cells()]
         if self.note:
-            lines += ["", self.note]
+            lines += ["", markdown(self.note, code=True)]
         return "\n".join(lines)
-
-
-def _escape(text: str) -> str:
-    """Text that cannot break a table row or start HTML in Markdown."""
-    flat = " ".join(text.split())
-    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.report.style import LIGHT, Palette
+from mmhooks.utils.escape import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,11 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
             "linewidths": 0,
         }
         fvu.scatter(
-            l0, [r["FVU"] for r in chosen], color=palette.text, label=f"{variant}, n = {width:,}", **look
+            l0,
+            [r["FVU"] for r in chosen],
+            color=palette.text,
+            label=f"{one_line(variant)}, n = {width:,}",
+            **look,
         )
         spread.scatter(l0, [r["MDS sigma"] for r in chosen], color=palette.text, **look)
         alike.scatter(l0, [r["EmbedSim image"] for r in chosen], color=palette.img, **look)
@@ -82,7 +87,10 @@ def training_figure(history: Sequence[Mapping[str, float]], palette: Palette = L
         colour = colours.get(name.rsplit("_", 1)[-1], palette.soft)
         style = {"linestyle": "-" if name != "fvu" else ":", "color": colour}
         loss.plot(
-            epochs, [row.get(name, float("nan")) for row in history], label=name.replace("_", " "), **style
+            epochs,
+            [row.get(name, float("nan")) for row in history],
+            label=one_line(name.replace("_", " ")),
+            **style,
         )
     loss.set_yscale("log")
     loss.legend(fontsize=8.5)
