@@ -21,6 +21,7 @@ from mmhooks.data.cache import cache_dir
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.models.foreign_code import no_foreign_code
 from mmhooks.utils.files import written_aside
 
 Embed = Callable[[Sequence[Any]], Tensor]
@@ -222,7 +223,8 @@ def _sentence_model(place: str, device: str, *, local: bool) -> Embed:
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(place, device=device, local_files_only=local)
+        with no_foreign_code(place):
+            model = SentenceTransformer(place, device=device, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
             f"sentence-transformers model {place!r} is neither on this machine nor to be fetched "

@@ -20,6 +20,7 @@ from mmhooks.hooks.step_cache import StepCache
 from mmhooks.hooks.steps import Guidance, moment
 from mmhooks.hooks.taps import ModuleArgument, Tap
 from mmhooks.models.denoising import ImageEmbeds, ModuleCalls, PipelineCalls
+from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.hf_text import add_clip_text
 from mmhooks.models.hooked import HookedModel, _joined
 from mmhooks.models.unet_sites import add_cross_attention
@@ -218,8 +219,12 @@ def load_diffusion(
     if source.is_dir() and not (source / "model_index.json").is_file():
         raise MissingWeights(f"{source} holds no diffusers pipeline: model_index.json is missing")
     where = str(source) if source.is_dir() else str(name)
+    refuse_code(options, where)
     try:
-        pipe = DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, **options)
+        with no_foreign_code(where):
+            pipe = DiffusionPipeline.from_pretrained(
+                where, torch_dtype=dtype, **options | {"trust_remote_code": False}
+            )
     except (OSError, ValueError) as error:
         raise MissingWeights(
             f"no pipeline {where!r} could be had ({type(error).__name__}: {error}); without network give the "

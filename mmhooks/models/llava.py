@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
+from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 
 NAME = "mini-llava"
 SIGHT = "<image>\n"
@@ -137,12 +138,15 @@ def _embedded() -> tuple[Any, Any]:
 def _checkpoint(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
+    refuse_code(options, source)
+    options = options | {"trust_remote_code": False}  # left out, it is asked at a prompt
     try:
-        plan = AutoConfig.from_pretrained(source, **options)
-        if plan.model_type != "llava":
-            raise MMHooksError(f"{source} is a {plan.model_type}, not a llava (LLaVA 1.5 and its like)")
-        model = LlavaForConditionalGeneration.from_pretrained(source, **options)
-        return model, AutoProcessor.from_pretrained(source, **options)
+        with no_foreign_code(source):
+            plan = AutoConfig.from_pretrained(source, **options)
+            if plan.model_type != "llava":
+                raise MMHooksError(f"{source} is a {plan.model_type}, not a llava (LLaVA 1.5 and its like)")
+            model = LlavaForConditionalGeneration.from_pretrained(source, **options)
+            return model, AutoProcessor.from_pretrained(source, **options)
     except OSError as error:
         raise MissingWeights(
             f"no LLaVA checkpoint at {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.models.foreign_code import no_foreign_code
 from mmhooks.utils.assets import ASSETS, asset
 from mmhooks.utils.tensors import read_safetensors
 
@@ -161,10 +161,14 @@ def _open_clip(
             f"{name} has no tag {pretrained!r} and no such file exists; tags: {', '.join(tags) or 'none'}"
         )
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, precision=precision, cache_dir=str(cache_dir) if cache_dir else None
-        )
-        tokenizer = open_clip.get_tokenizer(name)
+        with no_foreign_code(name):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name,
+                pretrained=pretrained,
+                precision=precision,
+                cache_dir=str(cache_dir) if cache_dir else None,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         if pretrained is None and ":" not in name:
             raise
