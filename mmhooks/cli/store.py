@@ -47,6 +47,9 @@ def extract(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out pairs that cannot be read instead of stopping.")
     ] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Also read files that the data set names elsewhere.")
+    ] = False,
     image_column: Annotated[
         str | None, typer.Option(help="Of a data set, where it is not found by itself.")
     ] = None,
@@ -86,7 +89,9 @@ def extract(
         columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column}
         on_error = "skip" if skip_bad else "raise"
         read = mm.data.pair_stream if streaming else mm.data.pairs
-        found = read(pairs, split=split, limit=limit, on_error=on_error, **columns)
+        found = read(
+            pairs, split=split, limit=limit, on_error=on_error, allow_outside=allow_outside, **columns
+        )
         done = mm.extract(
             hooked, found, sites, out, dtype=dtype, batch_size=batch_size, workers=workers, shard_rows=shard_rows
         )  # fmt: skip

@@ -158,8 +158,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     _check_samples(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bits(image)
-    clear = image.has_transparency_data
-    return image.convert("RGBA" if clear else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode and "transparency" not in image.info else image.convert(mode)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmhooks.errors import DataError, MissingWeights
 
-MAX_BYTES = 2**29  # 512 MiB: eight times a photograph of 20 megapixels without compression
+MAX_BYTES = 2**28  # 256 MiB: four photographs of 20 megapixels without compression
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
 _MEANT = "allow_outside=True reads it all the same"
 

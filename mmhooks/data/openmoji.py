@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmhooks.data.cache import cache_dir
+from mmhooks.data.cache import cache_dir, kept_copy
 from mmhooks.data.images import open_image
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.progress import track
@@ -46,8 +46,9 @@ def openmoji(*, size: int = SIZE, progress: bool = True) -> Pairs:
     path = cache_dir("pairs") / f"{STYLE}-{size}px-{versions}.safetensors"
     if not path.exists():
         _build(path, size, progress)
-    store = _Rasters(path)
-    rows = [Row(picture=i, meta=row.pop("meta"), **row) for i, row in enumerate(store.rows)]
+    with kept_copy(path):
+        store = _Rasters(path)
+        rows = [Row(picture=i, meta=row.pop("meta"), **row) for i, row in enumerate(store.rows)]
     return Pairs(rows, store, name="mini", content=store.content, licence=LICENCE, attribution=ATTRIBUTION)
 
 

@@ -15,8 +15,9 @@ from mmhooks.data.images import open_image, rgb
 from mmhooks.data.local_files import Home
 from mmhooks.data.opening import KNOWN, Columns, Opened, columns_of, encoded, id_of, open_rows, read_on
 from mmhooks.data.pair_set import Pair
+from mmhooks.data.seen_ids import SeenIds
 from mmhooks.data.stream import first_reason, state_of
-from mmhooks.data.tars import FAULT
+from mmhooks.data.tars import FAULT, KEY
 from mmhooks.errors import DataError
 
 
@@ -35,9 +36,13 @@ class Raw:
         if self.fault is not None:
             return self.fault
         try:
-            image = rgb(open_image(encoded(self.image, self.home)))
+            data = encoded(self.image, self.home)
         except DataError as fault:
             return str(fault)
+        try:
+            image = rgb(open_image(data))
+        except DataError as fault:
+            return f"its picture cannot be read: {fault}"
         return Pair(self.id, image, self.captions[0], {"captions": list(self.captions)})
 
 
@@ -96,7 +101,8 @@ class PairStream:
         """The rows of one of ``world`` processes, as they are read; the first ``skip`` of them are passed over.
 
         Whole files go to a process where their number allows, else every ``world``-th row
-        (``datasets.distributed.split_dataset_by_node``). A row without an id is called by its number.
+        (``datasets.distributed.split_dataset_by_node``). A row without an id column is called by its number; an id
+        that occurred before, among the rows of this call, is a fault of its row.
         """
         rows = self._opened.rows if self._limit is None else self._opened.rows.take(self._limit)
         if world > 1:
@@ -104,6 +110,8 @@ class PairStream:
 
             rows = split_dataset_by_node(rows, rank=rank, world_size=world)
         before = f"{rank}of{world}-" if world > 1 else ""
+        # Keys of tars are compared tar by tar while they are read, and carry the tar.
+        seen = SeenIds() if self._columns.id not in (None, KEY) else None
         numbers = count(skip)
         for row in read_on(self._opened, rows.skip(skip) if skip else rows, self.name):
             key = f"{before}{next(numbers):09d}"
@@ -111,6 +119,8 @@ class PairStream:
                 if self._columns.id is not None:
                     key = str(row.get(self._columns.id) or key)
                     id_of(row, self._columns.id)
+                    if seen is not None and not seen.add(key):
+                        raise DataError("its id occurs before")
                 if FAULT in row:
                     raise DataError(row[FAULT])
                 captions = captions_in(row, self._columns.text)

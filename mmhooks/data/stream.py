@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mmhooks.data.cache import cache_dir
+from mmhooks.data.cache import cache_dir, kept_copy
 from mmhooks.data.captions import captions_in
-from mmhooks.data.images import open_image
+from mmhooks.data.images import image_fault, open_image
 from mmhooks.data.opening import (
     KNOWN,
     Columns,
@@ -23,7 +22,6 @@ from mmhooks.data.opening import (
     columns_of,
     encoded,
     files_of,
-    first_line,
     id_of,
     open_rows,
     read_on,
@@ -136,6 +134,9 @@ class _Usable:
             raise DataError("its id occurs before")
         captions = captions_in(row, self._columns.text)
         data = encoded(row.get(self._columns.image), self._opened.home)
+        fault = image_fault(data)
+        if fault is not None:
+            raise DataError(f"its picture cannot be read: {fault}")
         self._seen.add(key)
         self.digest.update(f"\0{key}\0".encode() + data)
         return {"id": key, "captions": captions, "image": data, "meta": self._describe(row)}
@@ -182,7 +183,7 @@ def first_reason(skipped: Mapping[str, str]) -> str:
 
 
 def _read(stored: Path, name: str, known: Source | None) -> Pairs:
-    with _undamaged(stored):
+    with kept_copy(stored):
         images = _Encoded(stored)
         about = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
         images.table.validate(full=True)  # offsets that point elsewhere would end the process
@@ -202,17 +203,6 @@ def _read(stored: Path, name: str, known: Source | None) -> Pairs:
         licence=known.licence if known else "see the data set's card",
         attribution=known.attribution if known else name,
     )  # fmt: skip
-
-
-@contextmanager
-def _undamaged(stored: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:  # of pyarrow and json
-        raise DataError(
-            f"{stored}, the kept copy of a data set, is damaged ({type(fault).__name__}: {first_line(fault)}); "
-            "expected what mmhooks wrote: delete it, and the data set is fetched anew"
-        ) from fault
 
 
 class _Encoded:

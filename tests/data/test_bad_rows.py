@@ -382,6 +382,23 @@ def test_a_row_without_an_id_is_told(tmp_path, ids):
         read(source)
 
 
+def test_an_id_that_occurs_twice_in_a_stream_is_told(tmp_path):
+    rows = [{"bytes": image_bytes(), "path": None}] * 3
+    source = parquet(tmp_path / "x.parquet", rows, id=["a", "b", "a"])
+    assert both(source) == (["text 0", "text 1"], 1)
+    with pytest.raises(DataError, match="a: its id occurs before"):
+        list(mm.data.pair_stream(source))
+
+
+def test_repeated_ids_are_found_among_many(monkeypatch):
+    from mmhooks.data import seen_ids
+
+    monkeypatch.setattr(seen_ids, "_RECENT", 64)
+    seen = seen_ids.SeenIds()
+    assert all(seen.add(f"id {i}") for i in range(5_000)) and len(seen._runs) < 12
+    assert not any(seen.add(f"id {i}") for i in range(5_000)) and seen.add("another")
+
+
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +472,32 @@ def test_a_damaged_copy_in_the_cache_is_told(tmp_path, damage):
     with pytest.raises(DataError) as caught:
         read(source)
     assert str(stored) in str(caught.value) and "delete it" in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other tensors"])
+def test_a_damaged_copy_of_the_embedded_corpus_is_told(tmp_path, monkeypatch, damage):
+    from safetensors.numpy import save
+
+    from mmhooks.data import openmoji
+
+    path = tmp_path / "kept.safetensors"
+    data = save(
+        {"rgba": np.zeros((2, 4, 4, 4), np.uint8)}, {"rows": "[]"} if damage == "other tensors" else {}
+    )
+    path.write_bytes({"cut": data[:40], "empty": b"", "noise": np.random.bytes(500)}.get(damage, data))
+    monkeypatch.setattr(openmoji, "cache_dir", lambda *_: OnePath(path))
+    with pytest.raises(DataError, match=r"kept\.safetensors.*delete it"):
+        openmoji.openmoji()
+
+
+class OnePath:
+    """A folder in which every name is the one path."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __truediv__(self, name):
+        return self._path
 
 
 def test_a_damaged_parquet_is_told(tmp_path):

@@ -1,0 +1,47 @@
+"""Ids that occur twice in a stream of any length, found in eight bytes an id."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+
+_RECENT = 2**17
+
+
+class SeenIds:
+    """Which ids were added, as hashes of 64 bits in a few sorted runs.
+
+    Two different ids are taken for one with a chance of one in 3,700 among a hundred million.
+
+    >>> seen = SeenIds()
+    >>> seen.add("a"), seen.add("b"), seen.add("a")
+    (True, True, False)
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._runs: list[np.ndarray] = []
+
+    def add(self, key: str) -> bool:
+        """Adds an id; False where it was added before."""
+        number = int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+        if number in self._recent or any(_holds(run, number) for run in self._runs):
+            return False
+        self._recent.add(number)
+        if len(self._recent) == _RECENT:
+            self._settle()
+        return True
+
+    def _settle(self) -> None:
+        """Sorts the recent ones into a run; runs of one length become one, so that there are few."""
+        run = np.sort(np.fromiter(self._recent, np.uint64, len(self._recent)))
+        self._recent.clear()
+        while self._runs and len(self._runs[-1]) <= len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        self._runs.append(run)
+
+
+def _holds(run: np.ndarray, number: int) -> bool:
+    at = int(np.searchsorted(run, np.uint64(number)))
+    return at < len(run) and int(run[at]) == number
