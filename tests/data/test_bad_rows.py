@@ -364,10 +364,12 @@ def test_two_tars_in_one_file_are_told(tmp_path):
 
 
 def test_ids_carry_the_tar(tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
     for k in range(2):
-        (tmp_path / f"{k}.tar").write_bytes(tar_bytes(samples(*(b"%d-%d" % (k, i) for i in range(2)))))
+        (tars / f"{k}.tar").write_bytes(tar_bytes(samples(*(b"%d-%d" % (k, i) for i in range(2)))))
     wanted = {"0/000": "0-0", "0/001": "0-1", "1/000": "1-0", "1/001": "1-1"}
-    for source in (str(tmp_path / "*.tar"), tmp_path):
+    for source in (str(tars / "*.tar"), tars):
         pairs = read(source)
         assert dict(zip(pairs.ids, pairs.texts, strict=True)) == wanted
         assert {p.id: p.text for p in mm.data.pair_stream(source)} == wanted
