@@ -34,6 +34,7 @@ from mmhooks.models.mini_sd import drawings
 from mmhooks.report.heat import heat_grid, overlay
 from mmhooks.utils.escape import markdown
 from mmhooks.utils.files import write_text
+from mmhooks.utils.json_files import check_fields, describe_json, read_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TEMPLATE = "a drawing of a {}"
@@ -67,8 +68,16 @@ def known_drawings(sd: mm.HookedDiffusion) -> list[str]:
     where = Path(str(getattr(sd.pipe, "_name_or_path", "") or sd.name)) / "drawings.json"
     if not where.is_file():
         raise MMHooksError(f"{sd!r} lists no drawings of its own ({where}): give --prompt and --word")
-    listed = json.loads(where.read_text())
-    return [row["name"] for row in (listed["drawings"] if isinstance(listed, dict) else listed)]
+    remedy = "give --prompt and --word, or write the list again"
+    listed = read_json(where, "a list of drawings", remedy=remedy)
+    rows = listed.get("drawings") if isinstance(listed, dict) else listed
+    if not isinstance(rows, list):
+        raise MMHooksError(
+            f"{where} is not a list of drawings: expected a list, got {describe_json(rows)}; {remedy}"
+        )
+    for row in rows:
+        check_fields(row, {"name": str}, f"{where} is not a list of drawings", remedy=remedy)
+    return [row["name"] for row in rows]
 
 
 def draw(

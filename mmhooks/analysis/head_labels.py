@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from mmhooks.analysis.results import Result, Table
 from mmhooks.errors import MMHooksError
+from mmhooks.utils.json_files import describe_json, read_json
 
 FORMAT = 1
 
@@ -71,19 +71,32 @@ class HeadLabels(Result):
         """Reads labels written by :meth:`save`.
 
         Raises:
-            MMHooksError: the file is something else.
+            MMHooksError: the file is damaged or something else; names it, what was expected and what was found.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["kind"] != "HeadLabels" or content["format"] > FORMAT:
-                raise KeyError(f"kind {content['kind']!r}, format {content['format']!r}")
-            kinds = content["kinds"]
-            return cls(
-                model=content["model"],
-                texts={h: tuple(t) for h, t in content["texts"].items()},
-                kinds=None if kinds is None else {h: tuple(k) for h, k in kinds.items()},
-                pool=content["pool"],
-                info=content["info"],
+        what, remedy = f"a file of head labels of format {FORMAT}", "write it again with labels.save(path)"
+        fields = {"kind": str, "format": int, "model": str, "texts": dict, "kinds": (dict, type(None)), "pool": str,
+                  "info": dict}  # fmt: skip
+        content = read_json(path, what, fields, remedy=remedy, error=MMHooksError)
+        if content["kind"] != "HeadLabels" or content["format"] > FORMAT:
+            raise MMHooksError(
+                f"{path} is not {what}: got kind {content['kind']!r}, format {content['format']}; {remedy}"
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
-            raise MMHooksError(f"{path} holds no head labels of format {FORMAT}: {fault}") from fault
+        texts, kinds = content["texts"], content["kinds"]
+        for name, lists in (("texts", texts), ("kinds", kinds or {})):
+            for head, said in lists.items():
+                if not isinstance(said, list) or not all(isinstance(t, str) for t in said):
+                    raise MMHooksError(
+                        f"{path} is not {what}: expected a list of texts as {name!r} of {head!r}, got "
+                        f"{describe_json(said)}; {remedy}"
+                    )
+        if kinds is not None and kinds.keys() != texts.keys():
+            raise MMHooksError(
+                f"{path} is not {what}: expected kinds of the same {len(texts)} heads, got {len(kinds)}; {remedy}"
+            )
+        return cls(
+            model=content["model"],
+            texts={h: tuple(t) for h, t in texts.items()},
+            kinds=None if kinds is None else {h: tuple(k) for h, k in kinds.items()},
+            pool=content["pool"],
+            info=content["info"],
+        )

@@ -31,6 +31,7 @@ from mmhooks.heads.sae_objective import SAEObjective
 from mmhooks.heads.source import SITES, every_tenth, paired
 from mmhooks.heads.train import train_head
 from mmhooks.utils.files import written_aside
+from mmhooks.utils.json_files import read_json
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
 """Kinds that K steers: the first three by construction, JumpReLU by its target L0."""
@@ -222,7 +223,9 @@ def pareto(points: Float[Tensor, "runs 2"]) -> Bool[Tensor, " runs"]:
 def _finished(path: Path, mark: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(
+        path, "a finished run of a sweep", {"fingerprint": str, "row": dict}, remedy="delete it and the run is made again"
+    )  # fmt: skip
     if content["fingerprint"] != mark:
         raise MMHooksError(
             f"{path} is a run on other data or with other settings (fingerprint {content['fingerprint']}, this "
