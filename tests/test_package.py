@@ -166,6 +166,28 @@ def test_command_help_and_version() -> None:
     assert cli("--version") == (0, f"{mmhooks.__version__}\n")
 
 
+@pytest.mark.parametrize("module", ["mmhooks", "mmhooks.cli"])
+def test_the_command_without_its_script(module: str) -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (out.returncode, out.stdout) == (0, f"{mmhooks.__version__}\n")
+    if module == "mmhooks":
+        help = subprocess.run(
+            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert "Usage: mmhooks " in help.stdout
+
+
+def test_an_interrupt_ends_the_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmhooks, "load", interrupted)
+    code, text = cli("sites", "mini")
+    assert code == 130 and "Traceback" not in text and len(text.strip().splitlines()) <= 1
+
+
 def test_command_lists_models() -> None:
     code, text = cli("models")
     assert code == 0 and "mini-declip" in text and re.search(r"ViT-B-32 .*openai", text)
