@@ -72,7 +72,9 @@ def edits_of(model: torch.nn.Module, contexts: Iterable[Any]) -> list[OpenEdit]:
     """The edits of open contexts that act on ``model``, in the order in which they act, whoever opened them."""
     inside = set(model.modules())
     ops = [op for context in contexts for op in context.ops if op.kind == "edit"]
-    return [OpenEdit(op) for op in ops if getattr(op.target.site.tap, "module", None) in {None, *inside}]
+    owners = [op.target.site.tap.owner for op in ops]  # a pipeline too, whose parts may be the model's
+    elsewhere = [isinstance(owner, torch.nn.Module) and owner not in inside for owner in owners]
+    return [OpenEdit(op) for op, other in zip(ops, elsewhere, strict=True) if not other]
 
 
 # -- what counts of objects that keep caches of what they were asked -----------------------------------------
