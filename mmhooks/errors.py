@@ -36,6 +36,10 @@ class ShapeMismatch(MMHooksError, ValueError):
     """A width, shape, dtype or device that differs from what a site or a head expects."""
 
 
+class OutOfRange(ShapeMismatch, IndexError):
+    """A feature, token, row, neuron or layer that is not there."""
+
+
 class WrongHead(MMHooksError, ValueError):
     """A FeatureSet used on a head other than the one it was computed for."""
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmhooks.analysis.pixels import Optimised, check_pictures, optimise_pixels
 from mmhooks.errors import MMHooksError, ShapeMismatch
-from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.features import FeatureSet, as_feature_set
+from mmhooks.utils.indexing import as_choice
 
 SITE = "image.embed.sae.pre"
 
@@ -58,7 +59,7 @@ def align(
     model: Any,
     pictures: Float[Tensor, "n 3 h w"],
     partners: Float[Tensor, "m 3 h2 w2"],
-    features: FeatureSet | Bool[Tensor, "n2 f"] | None = None,
+    features: Any = None,
     *,
     site: str = SITE,
     steps: int = 40,
@@ -77,8 +78,8 @@ def align(
     Args:
         model: a hooked CLIP with a head attached at ``image.embed``.
         pictures, partners: adversarial pictures and the benign one that belongs to each, from 0 to 1.
-        features: I, one set for all pictures; or a mask a picture, for instance an equal sample of a larger group
-            drawn anew for each (:func:`samples_of`); None: all features.
+        features: I, one set for all pictures (a FeatureSet, indices or a mask ``[f]``); or a mask a picture ``[n f]``,
+            for instance an equal sample of a larger group drawn anew for each (:func:`samples_of`); None: all features.
         site: where features are read; any site of width f.
         steps, lr, keep, batch, progress, label: of :func:`~mmhooks.analysis.pixels.optimise_pixels`.
 
@@ -131,21 +132,22 @@ def samples_of(group: FeatureSet, k: int, n: int, *, seed: int = 0) -> Bool[Tens
     return torch.stack([group.sample(k, seed=seed * 1_000_003 + i).mask for i in range(n)])
 
 
-def _mask(features: FeatureSet | Tensor | None, n: int, width: int, head: str) -> Float[Tensor, "m f"]:
+def _mask(features: Any, n: int, width: int, head: str) -> Float[Tensor, "m f"]:
     """As a factor on features: one row for all pictures, or a row each."""
     if features is None:
         return torch.ones(1, width)
-    if isinstance(features, FeatureSet):
-        features.check(head=head, n_features=width)
-        if not len(features):
-            raise ShapeMismatch(f"{features!r} is empty: there is nothing to align")
-        return features.mask[None].float()
-    if features.shape != (n, width) or not bool(features.any(1).all()):
+    each = None if isinstance(features, FeatureSet) else as_choice(features, "features")
+    if each is None or each.dim() < 2:
+        chosen = as_feature_set(features if each is None else each, width, head=head)
+        if not len(chosen):
+            raise ShapeMismatch(f"{chosen!r} is empty: there is nothing to align")
+        return chosen.mask[None].float()
+    if each.dtype != torch.bool or each.shape != (n, width) or not bool(each.any(1).all()):
         raise ShapeMismatch(
-            f"a mask of [{n} {width}] with a feature in every row, came {tuple(features.shape)} with "
-            f"{int((~features.any(-1)).sum())} empty rows"
+            f"a bool mask of [{n} {width}] with a feature in every row, came {each.dtype} of {tuple(each.shape)} with "
+            f"{int((each == 0).all(-1).sum())} empty rows"
         )
-    return features.float()
+    return each.float()
 
 
 def _head_id(model: Any, site: str) -> str:

@@ -23,7 +23,7 @@ from mmhooks.analysis.intervals import Estimate, wilson
 from mmhooks.analysis.results import Result, Table
 from mmhooks.errors import HookDidNotFire, MMHooksError, ShapeMismatch
 from mmhooks.hooks.sites import Pattern
-from mmhooks.hooks.steps import halves
+from mmhooks.hooks.steps import chosen_steps, halves
 
 
 class AttentionMaps:
@@ -40,9 +40,9 @@ class AttentionMaps:
         tokenize: Callable[[str], Sequence[int]],
         *,
         half: Literal["cond", "uncond"] = "cond",
-        steps: Sequence[int] | range | None = None,
+        steps: Any = None,
     ) -> None:
-        self._tokenize, self.half, self._steps = tokenize, half, steps
+        self._tokenize, self.half, self._steps = tokenize, half, chosen_steps(steps)
         self.sum: Tensor | None = None
         self.layers = 0  # patterns that went in, one a layer and step
         self._size: tuple[int, int] | None = None
@@ -120,7 +120,7 @@ def attention_maps(
     sites: Pattern = "unet.*.cross.pattern",
     *,
     guidance: Literal["cond", "uncond"] = "cond",
-    steps: Sequence[int] | range | None = None,
+    steps: Any = None,
 ) -> Iterator[AttentionMaps]:
     """Collects the cross-attention of the pictures drawn inside the context; of the last run, if there are several.
 

@@ -30,6 +30,11 @@ def size_matched(
     >>> [len(s) for s in size_matched(FeatureSet([1, 2, 3], 10), draws=2)]
     [3, 3]
     """
+    if not isinstance(group, FeatureSet):
+        raise ShapeMismatch(
+            f"expected a FeatureSet, which says among how many features it was chosen, got {type(group).__name__}; "
+            "make one: mm.FeatureSet(indices, n_features)"
+        )
     n = group.n_features
     if alive is None:
         pool = FeatureSet(range(n), n, name="all", head=group.head)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmhooks.data.pair_stream import PairStream
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch
 from mmhooks.models.clip import HookedCLIP
+from mmhooks.utils.indexing import as_places
 
 Inputs = Pairs | PairStream | Iterable[Any]  # batches of tensors
 
@@ -159,14 +160,15 @@ def head_outputs(
     model: HookedCLIP,
     inputs: Tensor | Inputs,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     tower: str = "image",
     normalize: bool = False,
     batch_size: int = 32,
     workers: int = 0,
     progress: bool = False,
 ) -> Float[Tensor, "n l h e"]:
-    """Direct contributions of the attention heads of ``layers`` (negative ones from the end; all by default), every
+    """Direct contributions of the attention heads of ``layers`` (whole numbers, negative ones from the end, or a bool
+    mask; all by default), every
     input a row. For data that does not fit in memory take :func:`decompositions`.
 
     Raises:
@@ -186,9 +188,10 @@ def head_outputs(
         progress=progress,
     ):
         depth = parts.heads.shape[1]
-        chosen = list(range(depth)) if layers is None else list(layers)
-        if not chosen or any(not -depth <= n < depth for n in chosen):
-            raise ShapeMismatch(f"layers {chosen} of a tower of {depth} layers")
+        what = f"layers of a tower of {depth} layers"
+        chosen = list(range(depth)) if layers is None else as_places(layers, depth, what).tolist()
+        if not chosen:
+            raise ShapeMismatch(f"{what}: none was chosen")
         rows.append(parts.heads[:, chosen].cpu())
     if not rows:
         raise DataError("nothing to decompose: the data set has no images or texts")

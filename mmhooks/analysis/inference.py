@@ -14,7 +14,7 @@ from torch import Tensor
 from mmhooks.analysis.mds import MDSResult
 from mmhooks.analysis.results import Result, Table
 from mmhooks.errors import MMHooksError, WrongHead
-from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.features import FeatureSet, as_feature_set
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ def differs_from_half(result: MDSResult, *, level: float = 0.05) -> FeatureTests
 
 
 def permutation_test(
-    values: Float[Tensor, " n"], plus: FeatureSet, minus: FeatureSet, *, draws: int = 9999, seed: int = 0
+    values: Float[Tensor, " n"], plus: Any, minus: Any, *, draws: int = 9999, seed: int = 0
 ) -> PermutationTest:
-    """Do two groups of features differ in the mean of ``values``: labels are permuted among their members.
+    """Do two groups of features (FeatureSets, indices or bool masks) differ in the mean of ``values``: labels are
+    permuted among their members.
 
     NaN are left out. p counts the permutations that differ at least as much, in either direction, and the
     observed one.
@@ -109,10 +110,11 @@ def permutation_test(
     from scipy.stats import permutation_test as permuted
 
     for group in (plus, minus):
-        if group.n_features != len(values):
+        if isinstance(group, FeatureSet) and group.n_features != len(values):
             raise WrongHead(
                 f"{group!r}, but there are values of {len(values)} features: take both from one head"
             )
+    plus, minus = (as_feature_set(group, len(values)) for group in (plus, minus))
     if set(plus) & set(minus):
         raise WrongHead(
             f"{plus!r} and {minus!r} share {len(set(plus) & set(minus))} features: nothing to permute"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +19,7 @@ from mmhooks.analysis.results import Result, Table
 from mmhooks.analysis.similarity import EmbedSimResult
 from mmhooks.errors import ShapeMismatch, WrongHead
 from mmhooks.heads.base import Head
-from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.features import FeatureSet, as_feature_set
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ class MonosemanticityResult(Result):
 
 
 def visual_monosemanticity(
-    on_images: EmbedSimResult, imgd: FeatureSet, textd: FeatureSet, *, draws: int = 200, seed: int = 0
+    on_images: EmbedSimResult, imgd: Any, textd: Any, *, draws: int = 200, seed: int = 0
 ) -> GroupContrast:
     """EmbedSim(ImgD) - EmbedSim(TextD) on pictures (seed paper, Table 2).
 
     Args:
         on_images: :func:`~mmhooks.analysis.interpretability.embed_sim` of image latents and image embeddings.
-        imgd, textd: groups of :func:`~mmhooks.analysis.mds.mds`.
+        imgd, textd: groups of :func:`~mmhooks.analysis.mds.mds`, or indices, or bool masks.
         draws: random groups of the same sizes, from features with a value.
 
     Raises:
@@ -92,21 +93,20 @@ def visual_monosemanticity(
 
 
 def textual_monosemanticity(
-    on_texts: EmbedSimResult, imgd: FeatureSet, textd: FeatureSet, *, draws: int = 200, seed: int = 0
+    on_texts: EmbedSimResult, imgd: Any, textd: Any, *, draws: int = 200, seed: int = 0
 ) -> GroupContrast:
     """EmbedSim(TextD) - EmbedSim(ImgD) on texts (seed paper, Table 2); arguments as for pictures."""
     return contrast(on_texts, textd, imgd, draws=draws, seed=seed)
 
 
-def contrast(
-    sim: EmbedSimResult, plus: FeatureSet, minus: FeatureSet, *, draws: int = 200, seed: int = 0
-) -> GroupContrast:
-    """Mean EmbedSim of ``plus`` minus that of ``minus``."""
+def contrast(sim: EmbedSimResult, plus: Any, minus: Any, *, draws: int = 200, seed: int = 0) -> GroupContrast:
+    """Mean EmbedSim of ``plus`` minus that of ``minus``: FeatureSets, indices or bool masks."""
     for group in (plus, minus):
-        if group.n_features != len(sim.values):
+        if isinstance(group, FeatureSet) and group.n_features != len(sim.values):
             raise WrongHead(
                 f"{group!r}, but EmbedSim has {len(sim.values)} features: compute both from one head"
             )
+    plus, minus = (as_feature_set(group, len(sim.values)) for group in (plus, minus))
     known: Bool[Tensor, " n"] = ~sim.values.isnan()
     one, other = sim.values[plus.mask & known], sim.values[minus.mask & known]
     estimate = bootstrap_difference(one, other, seed=seed)

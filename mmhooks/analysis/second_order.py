@@ -10,7 +10,6 @@ a data set only the second moments of these numbers are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
 from mmhooks.models.clip import HookedCLIP
 from mmhooks.models.frozen import Frozen, affine, statistics
 from mmhooks.models.readout import Readout, image_readout
+from mmhooks.utils.indexing import as_indices
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def second_order(
     images: Tensor | Inputs,
     *,
     layer: int,
-    neurons: Sequence[int] | None = None,
+    neurons: Any = None,
     top: int = 8,
     batch_size: int = 32,
     progress: bool = False,
@@ -96,7 +96,7 @@ def second_order(
     Args:
         images: pixels, batches of them, or pairs; read once, memory does not depend on their number.
         layer: of the MLP; negative from the end. The last one has no attention after it.
-        neurons: default all.
+        neurons: whole numbers, or a bool mask of the MLP's width; default all.
         top: so many most significant images are kept a neuron.
 
     Raises:
@@ -143,7 +143,7 @@ def second_order(
 
 @torch.no_grad()
 def second_order_effects(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], *, layer: int, neurons: Sequence[int] | None = None
+    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], *, layer: int, neurons: Any = None
 ) -> Effects:
     """Effects of one batch, factored; ``.vectors()`` multiplies them out. Arguments as in :func:`second_order`."""
     readout, layer, chosen = _chosen(model, layer, neurons)
@@ -151,7 +151,7 @@ def second_order_effects(
     return Effects(s, _directions(model, readout, layer, chosen))
 
 
-def _chosen(model: HookedCLIP, layer: int, neurons: Sequence[int] | None) -> tuple[Readout, int, list[int]]:
+def _chosen(model: HookedCLIP, layer: int, neurons: Any) -> tuple[Readout, int, list[int]]:
     if getattr(model.model.visual, "attn_pool", None) is not None:
         raise NoExactSum(
             "the image tower pools by attention, with LayerNorms on both sides: second-order effects are known for a "
@@ -170,9 +170,10 @@ def _chosen(model: HookedCLIP, layer: int, neurons: Sequence[int] | None) -> tup
         )
     layer %= depth
     width = readout.blocks[layer].mlp.c_proj.weight.shape[1]
-    chosen = list(range(width)) if neurons is None else list(neurons)
-    if not chosen or any(not 0 <= k < width for k in chosen):
-        raise ShapeMismatch(f"neurons {chosen[:5]} of an MLP of {width} neurons")
+    what = f"neurons of an MLP of {width} neurons"
+    chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
+    if not chosen:
+        raise ShapeMismatch(f"{what}: none was chosen")
     return readout, layer, chosen
 
 

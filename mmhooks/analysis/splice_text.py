@@ -17,6 +17,7 @@ from mmhooks.analysis.lasso import nonnegative_lasso
 from mmhooks.analysis.results import Result, Table
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
+from mmhooks.utils.indexing import as_places
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ class SparseTextCode(Result):
         pairs = zip(self.codes.indices[row].tolist(), self.codes.values[row].tolist(), strict=True)
         return [(self.texts[i], w) for i, w in pairs if w > 0][:k]
 
-    def top_of(self, rows: Sequence[int], k: int = 10) -> list[tuple[str, float]]:
-        """The heaviest texts of a group, of a class for instance: by their mean weight over it.
+    def top_of(self, rows: Any, k: int = 10) -> list[tuple[str, float]]:
+        """The heaviest texts of a group (row numbers or a bool mask), of a class for instance: by their mean weight.
 
         Raises:
             ShapeMismatch: no row.
         """
-        if not len(rows):
+        chosen = as_places(rows, len(self.cosine), "rows").tolist()
+        if not chosen:
             raise ShapeMismatch("a group without rows has no texts")
         mean = torch.zeros(len(self.texts))
-        chosen = list(rows)
         indices, values = self.codes.indices[chosen], self.codes.values[chosen]
         mean.index_add_(0, indices.flatten().long(), values.flatten().float() / len(chosen))
         best = mean.topk(min(k, len(mean)))

@@ -29,7 +29,8 @@ from mmhooks.analysis.resampling import bootstrap_ratio, resampled_sums
 from mmhooks.analysis.results import Result, Table
 from mmhooks.errors import MMHooksError, NoDecoder, ShapeMismatch
 from mmhooks.heads.base import Head
-from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.features import FeatureSet, as_feature_set
+from mmhooks.utils.indexing import as_indices
 
 SPACES = ("decoded", "spliced", "latent")
 
@@ -63,16 +64,14 @@ class Masked:
         return len(self.x)
 
     @torch.no_grad()
-    def vectors(self, mask: FeatureSet | None = None, space: str = "decoded") -> Float[Tensor, "n _"]:
-        """The samples with the features of ``mask`` at zero, in ``space``.
+    def vectors(self, mask: Any = None, space: str = "decoded") -> Float[Tensor, "n _"]:
+        """The samples with the features of ``mask`` (a FeatureSet, indices or a bool mask) at zero, in ``space``.
 
         Raises:
             WrongHead: ``mask`` belongs to another head.
             NoDecoder: ``"decoded"`` or ``"spliced"`` of a head that has no decoder.
         """
-        if mask is not None:
-            mask.check(head=self.head.id, n_features=self.head.n_features)
-        index = torch.empty(0, dtype=torch.long) if mask is None else mask.indices
+        index = torch.empty(0, dtype=torch.long) if mask is None else self._chosen(mask).indices
         if space not in SPACES:
             raise MMHooksError(f"space is one of {', '.join(map(repr, SPACES))}, came {space!r}")
         if space == "latent":
@@ -88,10 +87,13 @@ class Masked:
         change = self.latents[:, index] @ self._directions[index]
         return start - (change if self._scale is None else self._scale * change)
 
-    def share(self, mask: FeatureSet) -> float:
+    def share(self, mask: Any) -> float:
         """Which share of the samples' summed activations the mask takes away."""
         total = float(self.latents.sum())
-        return float(self.latents[:, mask.indices].sum()) / total if total else math.nan
+        return float(self.latents[:, self._chosen(mask).indices].sum()) / total if total else math.nan
+
+    def _chosen(self, features: Any) -> FeatureSet:
+        return as_feature_set(features, self.head.n_features, head=self.head.id)
 
     def _back(self, v: Tensor) -> Tensor:
         v = v if self._scale is None else v * self._scale
@@ -274,13 +276,13 @@ def _balanced(
 
 def single_ablations(
     samples: Masked,
-    features: Sequence[int] | Int[Tensor, " m"],
+    features: Any,
     labels: CosineLabels,
     *,
     space: str = "decoded",
 ) -> Float[Tensor, "n m c"]:
-    """Probabilities of every sample with one feature at zero, for each of ``features``: closed form, nothing is
-    decoded again.
+    """Probabilities of every sample with one feature at zero, for each of ``features`` (indices in their order, or a
+    bool mask): closed form, nothing is decoded again.
 
     With ``v' = v - s f_k w_k`` the cosine to a label needs ``v·t``, ``w_k·t``, ``v·w_k`` and ``|w_k|`` only.
 
@@ -290,7 +292,8 @@ def single_ablations(
     >>> torch.allclose(single_ablations(samples, [3], labels)[:, 0], one, atol=1e-6)
     True
     """
-    index = torch.as_tensor(features, dtype=torch.long)
+    n = samples.head.n_features
+    index = features.indices if isinstance(features, FeatureSet) else as_indices(features, n, "features")
     target = normalize(labels.labels.double(), dim=-1)
     v = samples.vectors(None, space).double()
     f = samples.latents[:, index].double()

@@ -13,6 +13,7 @@ from PIL import Image
 from mmhooks.data.images import rgb
 from mmhooks.data.splits import SPLITS, split_of
 from mmhooks.errors import DataError
+from mmhooks.utils.indexing import as_place, as_places
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
     def __getitem__(self, index: int) -> Pair: ...
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
-    def __getitem__(self, index: int | slice) -> Pair | Pairs:
-        if isinstance(index, slice):
-            return self.select(range(*index.indices(len(self))))
-        row = self._rows[index]
-        return Pair(row.id, self.image(index), row.text, row.meta)
+    def __getitem__(self, index: Any) -> Pair | Pairs:
+        """One pair, or :meth:`select` of a slice, of indices or of a mask."""
+        place = None if isinstance(index, slice) else as_place(index, len(self), "pairs")
+        if place is None:
+            return self.select(index)
+        row = self._rows[place]
+        return Pair(row.id, self.image(place), row.text, row.meta)
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(len(self)))
@@ -137,10 +140,20 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
             raise DataError(f"{self.name} has no pair in split {name!r}; it has {there}{known}")
         return self.select(chosen)
 
-    def select(self, indices: Iterable[int]) -> Pairs:
-        """The pairs at ``indices``, in that order."""
+    def select(self, indices: Any) -> Pairs:
+        """The pairs at ``indices``, in that order.
+
+        Args:
+            indices: whole numbers, negative ones from the end, a slice, or a bool mask of all pairs.
+
+        Raises:
+            ShapeMismatch: floats, or a mask of another length. OutOfRange: a pair that is not there.
+            DataError: none is chosen, or one twice.
+        """
+        if isinstance(indices, slice):
+            indices = range(*indices.indices(len(self)))
         return Pairs(
-            [self._rows[i] for i in indices],
+            [self._rows[i] for i in as_places(indices, len(self), "pairs").tolist()],
             self._pictures,
             name=self.name,
             content=self._content,
@@ -172,7 +185,10 @@ class _Images(Sequence[Image.Image]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self._pairs.image(i) for i in range(*index.indices(len(self)))]
-        return self._pairs.image(index)
+        place = as_place(index, len(self), "images")
+        if place is None:
+            return [self._pairs.image(i) for i in as_places(index, len(self), "images").tolist()]
+        return self._pairs.image(place)
 
 
 def check_rows(rows: Sequence[Row], name: str) -> None:

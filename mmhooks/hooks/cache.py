@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
-from mmhooks.hooks.selection import Tokens, token_mask
+from mmhooks.hooks.selection import Tokens, chosen_tokens, token_mask
 from mmhooks.hooks.sites import Pattern, match
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ActivationCache(Mapping[str, Tensor]):
         self._whole: dict[str, tuple[int, ...]] = {}  # shapes before tokens= cut them
         self.repeated: dict[str, None] = {}  # sites that ran again: the cache holds their last value
         self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
-        self._tokens = tokens
+        self._tokens = chosen_tokens(tokens)
 
     @property
     def _plain(self) -> bool:

@@ -9,6 +9,7 @@ At sites of attention heads (``z``, ``q``, ``pattern``, ...) the features are th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -21,17 +22,22 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import (
+    ChosenTokens,
+    FeatureChoice,
     Features,
     Tokens,
-    feature_index,
-    feature_width,
+    as_values,
+    chosen_features,
+    chosen_tokens,
     reference,
     token_mask,
 )
-from mmhooks.hooks.steps import HALVES, Guidance, asleep, halves, moment, now
+from mmhooks.hooks.steps import HALVES, Guidance, asleep, chosen_steps, halves, moment, now
 
 At = str | Callable[[str], bool] | Sequence[str] | None
 _BY_HAND = Hook("tensor")
+Values = Any  # a number, a tensor, an array or list of numbers, or a cache
+_VALUES = ("mean", "toward", "direction", "strength", "min", "max", "value", "source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +48,39 @@ class Edit:
     _: KW_ONLY
     at: At = None
     tokens: Tokens = None
-    steps: Sequence[int] | range | None = None
+    steps: Any = None
     guidance: Guidance = "both"
-    _of: int | None = field(default=None, init=False, repr=False)  # features in all, where the choice tells
 
     def __post_init__(self) -> None:
-        _ = self.last  # a bad index or mask raises where it was written, not inside a forward
+        _ = self.choice  # a bad index or mask raises where it was written, not inside a forward
         if self.guidance not in ("cond", "uncond", "both"):
             raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {self.guidance!r}')
-        object.__setattr__(self, "_of", feature_width(self.features))
-        for name in ("mean", "toward", "direction", "strength", "min", "max", "value"):
-            _check_finite(getattr(self, name, None), f"{name}= of {self.label}")
+        object.__setattr__(self, "steps", chosen_steps(self.steps))
+        for name in _VALUES:
+            if hasattr(self, name):
+                what = f"{name}= of {self.label}"
+                object.__setattr__(self, name, as_values(getattr(self, name), what))
+                if name != "source":  # what another run was, whatever it was
+                    _check_finite(getattr(self, name), what, bounds=name in ("min", "max"))
 
     @cached_property
-    def index(self) -> Int[Tensor, " m"] | None:
+    def choice(self) -> FeatureChoice:
+        """The features, and among how many they were chosen where that is known."""
         with torch.inference_mode(False):  # an edit made there may be used in grad mode
-            index = feature_index(self.features)
-            return index.clone() if index is not None and index.is_inference() else index
+            choice = chosen_features(self.features)
+            return choice if choice.index is None else choice._replace(index=_usable(choice.index))
 
     @cached_property
-    def last(self) -> int:
-        """The highest of the features, -1 where there is none: a number, for checks that cost nothing."""
-        return -1 if self.index is None or not len(self.index) else int(self.index[-1])
+    def chosen_tokens(self) -> ChosenTokens | None:
+        """The tokens; read once, at the latest when a context opens."""
+        with torch.inference_mode(False):
+            tokens = chosen_tokens(self.tokens)
+            return _usable(tokens) if isinstance(tokens, Tensor) else tokens
+
+    @property
+    def index(self) -> Int[Tensor, " m"] | None:
+        """The features, sorted and distinct; None means all of them."""
+        return self.choice.index
 
     @property
     def keeps_zero(self) -> bool:
@@ -92,7 +109,7 @@ class Edit:
         if index is None:
             new = self._changed(moved, None, hook)
         else:
-            self._check_width(moved.shape[-1], value, hook)
+            self.check_width(moved.shape[-1], value, hook)
             index = index.to(value.device)
             part = self._changed(moved.index_select(-1, index), index, hook)
             new = moved.index_copy(-1, index, part.to(moved.dtype))
@@ -158,19 +175,17 @@ class Edit:
         return torch.cat(new)
 
     def _at_tokens(self, new: Tensor, old: Tensor, hook: Hook) -> Tensor:
-        if self.tokens is None:
+        if self.chosen_tokens is None:
             return new
-        return torch.where(token_mask(self.tokens, old, hook.tokens, hook.name), new, old)
+        return torch.where(token_mask(self.chosen_tokens, old, hook.tokens, hook.name), new, old)
 
-    def _check_width(self, width: int, value: Tensor, hook: Hook) -> None:
-        if self._of in (None, width) and self.last < width:
+    def check_width(self, width: int, value: Tensor, hook: Hook) -> None:
+        """Raises ShapeMismatch unless the features are some of ``width``."""
+        choice = self.choice
+        if choice.width in (None, width) and choice.last < width and choice.numbers != width:
             return
         shape = f" (shape {tuple(value.shape)})" if value.numel() else ""
-        if self._of not in (None, width):
-            raise ShapeMismatch(
-                f"{self.label} at {hook.name!r}: chosen among {self._of} features, there are {width}{shape}"
-            )
-        raise ShapeMismatch(f"{self.label} at {hook.name!r}: feature {self.last} of {width}{shape}")
+        choice.check(width, f"{self.label} at {hook.name!r}", shape)
 
     @property
     def label(self) -> str:
@@ -191,7 +206,13 @@ class Edit:
         whole = isinstance(given, Tensor) and given.dim() == value.dim() and len(given) == 2 * len(value)
         if whole and half in HALVES:  # the batch of a guided run
             given = given.chunk(2)[HALVES.index(half)]
-        return reference(given, value, index, self.last, hook.axis, f"{self.label} at {hook.name!r}")
+        return reference(given, value, index, self.choice.last, hook.axis, f"{self.label} at {hook.name!r}")
+
+    def _each(self, name: str, value: Tensor, index: Tensor | None, hook: Hook) -> Any:
+        """A number of the edit's, or the table of it with one for each of the selected features."""
+        given = getattr(self, name)
+        table = isinstance(given, Mapping) or (isinstance(given, Tensor) and given.dim() > 0)
+        return self._reference(given, value, index, hook) if table else given
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +241,7 @@ class Mean(Edit):
             [3., 3.]])
     """
 
-    mean: Tensor | float | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    mean: Values = field(default=None, kw_only=True)
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
         if self.mean is None:
@@ -238,7 +259,7 @@ class Resample(Edit):
             [1.]])
     """
 
-    source: Tensor | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    source: Values = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
@@ -267,8 +288,8 @@ class Interpolate(Edit):
     tensor([[5., 0.]])
     """
 
-    toward: Tensor | float | Mapping[str, Tensor] | None = field(default=None, kw_only=True)
-    strength: float | Tensor = field(default=1.0, kw_only=True)
+    toward: Values = field(default=None, kw_only=True)
+    strength: Values = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,7 +300,7 @@ class Interpolate(Edit):
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
         target = _filled(self._reference(self.toward, value, index, hook), value)
-        return (value + self.strength * (target - value)).to(value.dtype)
+        return (value + self._each("strength", value, index, hook) * (target - value)).to(value.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,11 +311,12 @@ class Steer(Edit):
     (tensor([[0., 2., 0.]]), tensor([[1., 1., 1.]]))
     """
 
-    direction: Tensor | float | Mapping[str, Tensor] = field(default=1.0, kw_only=True)
-    strength: float | Tensor = field(default=1.0, kw_only=True)
+    direction: Values = field(default=1.0, kw_only=True)
+    strength: Values = field(default=1.0, kw_only=True)
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
-        return (value + self.strength * self._reference(self.direction, value, index, hook)).to(value.dtype)
+        strength = self._each("strength", value, index, hook)
+        return (value + strength * self._reference(self.direction, value, index, hook)).to(value.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,9 +327,9 @@ class Clamp(Edit):
     (tensor([[1., 3.]]), tensor([[5., 0.]]))
     """
 
-    min: float | None = field(default=None, kw_only=True)
-    max: float | None = field(default=None, kw_only=True)
-    value: float | None = field(default=None, kw_only=True)
+    min: Values = field(default=None, kw_only=True)
+    max: Values = field(default=None, kw_only=True)
+    value: Values = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,10 +343,15 @@ class Clamp(Edit):
     @property
     def keeps_zero(self) -> bool:
         low, high = self._bounds
+        if any(isinstance(bound, Tensor) for bound in (low, high)):  # of each feature by itself
+            return False
         return (low is None or low <= 0) and (high is None or high >= 0)
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
-        low, high = self._bounds
+        names = ("min", "max") if self.value is None else ("value", "value")
+        low, high = (self._each(name, value, index, hook) for name in names)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):  # torch takes two tensors or two numbers
+            low, high = (None if b is None else torch.as_tensor(b).to(value) for b in (low, high))
         return value.clamp(low, high)
 
 
@@ -339,16 +366,16 @@ class Patch(Edit):
             [0., 0., 1.]])
     """
 
-    source: Tensor | Mapping[str, Tensor] | None = None
+    source: Values = None
 
     def __init__(
         self,
-        source: Tensor | Mapping[str, Tensor],
+        source: Values,
         features: Features = None,
         *,
         at: At = None,
         tokens: Tokens = None,
-        steps: Sequence[int] | range | None = None,
+        steps: Any = None,
         guidance: Guidance = "both",
     ) -> None:
         where = list(source) if at is None and isinstance(source, Mapping) else at
@@ -367,13 +394,18 @@ class Patch(Edit):
         return _filled(self._reference(self.source, value, index, hook), value)
 
 
-def _check_finite(given: Any, what: str) -> None:
-    """Numbers and tensors that an edit was given; a cache is the model's own doing."""
+def _check_finite(given: Any, what: str, *, bounds: bool) -> None:
+    """Numbers and tensors that an edit was given; a cache is the model's own doing. A bound may be infinite."""
     if isinstance(given, (int, float)):
-        given = torch.tensor(float(given)) if given not in (float("inf"), float("-inf")) else None
+        given = None if bounds and math.isinf(given) else torch.tensor(float(given))
     if isinstance(given, Tensor) and given.device.type != "meta" and not bool(torch.isfinite(given).all()):
         bad = int((~torch.isfinite(given)).sum())
         raise NotFinite(f"{what}: NaN or infinity in {bad} of {given.numel()} values")
+
+
+def _usable(chosen: Tensor) -> Tensor:
+    """Outside of inference mode too, where autograd keeps what a value was chosen with."""
+    return chosen.clone() if chosen.is_inference() else chosen
 
 
 def _filled(reference: Tensor | float, value: Tensor) -> Tensor:

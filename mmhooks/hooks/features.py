@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError, ShapeMismatch, WrongHead
+from mmhooks.errors import MMHooksError, OutOfRange, ShapeMismatch, WrongHead
+from mmhooks.utils.indexing import as_choice, as_indices, like_a_mask, refuse_mask_of_numbers
 
 FORMAT = 1
 
@@ -21,15 +22,15 @@ class FeatureSet:
     """An immutable, named set of features of one head: ``| & -`` and ``~`` make new ones.
 
     Args:
-        indices: feature indices in ``0 .. n_features - 1``, in any order, repeats allowed; a tensor,
-            any iterable of ints, or a bool mask of length ``n_features``.
+        indices: feature indices in ``0 .. n_features - 1``, in any order, repeats allowed, or a bool mask of length
+            ``n_features``; as a tensor, an array or any iterable. Features have no order: no ``-1`` for the last.
         n_features: how many features the head has.
         name: what the set is called in tables and messages.
         head: id of the head it was computed for; ``""`` fits any head of that width.
         info: JSON values on where it came from (thresholds, data fingerprint); never changes the set.
 
     Raises:
-        ShapeMismatch: an index outside the head, or a mask of another length.
+        ShapeMismatch: an index outside the head, a mask of another length, or floats: a mask is bool.
         WrongHead: (set algebra, :meth:`check`) two heads that differ.
 
     >>> imgd = FeatureSet([3, 1], 8, name="ImgD"); textd = FeatureSet([3, 5], 8, name="TextD")
@@ -46,7 +47,7 @@ class FeatureSet:
 
     def __init__(
         self,
-        indices: Iterable[int] | Tensor,
+        indices: Any,
         n_features: int,
         *,
         name: str = "",
@@ -55,10 +56,15 @@ class FeatureSet:
     ) -> None:
         if n_features < 1:
             raise ShapeMismatch(f"a FeatureSet needs n_features >= 1, came {n_features}")
-        members = tuple(sorted({int(i) for i in _as_indices(indices, n_features)}))
+        choice = as_choice(indices, "features")
+        refuse_mask_of_numbers(like_a_mask(choice), n_features, "features")
+        if choice.dtype == torch.bool:
+            members = tuple(as_indices(choice, n_features, "features").tolist())
+        else:
+            members = tuple(choice.unique().tolist())
         if members and not 0 <= members[0] <= members[-1] < n_features:
             bad = members[0] if members[0] < 0 else members[-1]
-            raise ShapeMismatch(f"feature {bad} is outside 0..{n_features - 1} (n_features = {n_features})")
+            raise OutOfRange(f"feature {bad} is outside 0..{n_features - 1} (n_features = {n_features})")
         put = object.__setattr__
         put(self, "_members", frozenset(members))
         put(self, "_indices", members)
@@ -93,6 +99,9 @@ class FeatureSet:
         return iter(self._indices)
 
     def __contains__(self, feature: object) -> bool:
+        """Whether a feature, any whole number, is in the set."""
+        if isinstance(feature, Tensor) and feature.numel() == 1:
+            feature = feature.item()  # a tensor is not equal to the number in it where sets look
         return feature in self._members
 
     def __eq__(self, other: object) -> bool:
@@ -157,7 +166,7 @@ class FeatureSet:
             self.n_features,
             name=f"{self.name}.sample({k}, seed={seed})",
             head=self.head,
-            info={**self.info, "sampled": {"from": self.name, "k": k, "seed": seed}},
+            info={**self.info, "sampled": {"from": self.name, "k": int(k), "seed": int(seed)}},
         )
 
     def check(self, *, head: str, n_features: int) -> None:
@@ -212,16 +221,19 @@ class FeatureSet:
             ) from fault
 
 
-def _as_indices(indices: Iterable[int] | Tensor, n_features: int) -> Iterable[int]:
-    if not isinstance(indices, Tensor):
-        return indices
-    if indices.dtype == torch.bool:
-        if indices.shape != (n_features,):
-            raise ShapeMismatch(
-                f"a mask for {n_features} features has shape ({n_features},), came {tuple(indices.shape)}"
-            )
-        return indices.nonzero().flatten().tolist()
-    return indices.flatten().tolist()
+def as_feature_set(features: Any, n_features: int, *, head: str = "") -> FeatureSet:
+    """``features`` as a set of this head's: a FeatureSet, once checked, or whatever one is made from.
+
+    Raises:
+        WrongHead: a FeatureSet of another head. ShapeMismatch: as :class:`FeatureSet`.
+
+    >>> as_feature_set([True, False, True], 3)
+    FeatureSet('', 2 of 3)
+    """
+    if isinstance(features, FeatureSet):
+        features.check(head=head, n_features=n_features)
+        return features
+    return FeatureSet(features, n_features, head=head)
 
 
 def _rebuild(indices: tuple[int, ...], n: int, name: str, head: str, info: dict[str, Any]) -> FeatureSet:

@@ -178,10 +178,13 @@ class Places:
         return [Op(op.target, "edit", op.act, binding) for op in ops], [binding]
 
     def _check_edit(self, edit: Edit, place: Place) -> None:
+        _ = (
+            edit.chosen_tokens
+        )  # floats raise on entry, and compiled code finds positions that are read already
         if isinstance(place, HeadSite):
             check_splice(place.attachment, place.leaf)
             if place.leaf in ("pre", "latents"):
-                edit._check_width(place.attachment.head.n_features, torch.empty(0), Hook(place.name))
+                edit.check_width(place.attachment.head.n_features, torch.empty(0), Hook(place.name))
 
     def plan_hook(self, pattern: Pattern, fn: HookFn, kind: str) -> Planned:
         places = self.find(pattern)

@@ -2,18 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmhooks.errors import ShapeMismatch
+from mmhooks.errors import OutOfRange, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
+from mmhooks.utils.indexing import as_choice, like_a_mask, refuse_mask_of_numbers
 
-Features = FeatureSet | Sequence[int] | range | int | Tensor | None
-Tokens = int | slice | Sequence[int] | Tensor | None
+# A FeatureSet, whole numbers or a bool mask as a tensor, an array or any iterable, one number, or None for all.
+Features = Any
+# Likewise without FeatureSets, or a slice; a mask is [L] or [batch, L].
+Tokens = Any
+
+
+class FeatureChoice(NamedTuple):
+    """Features as an edit keeps them, before it is known how many there are.
+
+    Attributes:
+        index: sorted and distinct; None means all of them.
+        last: the highest of them, -1 where there is none: a number, for checks that cost nothing.
+        width: how many there are in all, where the choice says so: a FeatureSet or a mask does.
+        numbers: how many there would be if the indices are a mask of zeros and ones, else 0.
+    """
+
+    index: Int[Tensor, " m"] | None
+    last: int = -1
+    width: int | None = None
+    numbers: int = 0
+
+    def check(self, width: int, where: str, shape: str) -> None:
+        """Raises ShapeMismatch where the choice is not one among ``width`` features."""
+        if self.width not in (None, width):
+            raise ShapeMismatch(f"{where}: chosen among {self.width} features, there are {width}{shape}")
+        if self.last >= width:
+            raise OutOfRange(f"{where}: feature {self.last} of {width}{shape}")
+        refuse_mask_of_numbers(self.numbers, width, f"{where}: features")
+
+
+def chosen_features(features: Any) -> FeatureChoice:
+    """Reads a FeatureSet, a mask, indices, or None for all.
+
+    Raises:
+        ShapeMismatch: floats, a mask of several dimensions, a negative index.
+
+    >>> chosen_features([3, 1, 3]).index, chosen_features([True, False, True])
+    (tensor([1, 3]), FeatureChoice(index=tensor([0, 2]), last=2, width=3, numbers=0))
+    """
+    if features is None:
+        return FeatureChoice(None)
+    if isinstance(features, FeatureSet):
+        return _choice(features.indices, features.n_features)
+    choice = as_choice(features, "features")
+    if choice.dtype == torch.bool:
+        if choice.dim() != 1:
+            raise ShapeMismatch(f"a feature mask has one dimension, came shape {tuple(choice.shape)}")
+        return _choice(choice.nonzero().flatten(), len(choice))
+    index = choice.flatten().unique()
+    if len(index) and int(index[0]) < 0:
+        raise OutOfRange(f"feature indices are >= 0, came {int(index[0])}")
+    return _choice(index, None, like_a_mask(choice))
+
+
+def _choice(index: Tensor, width: int | None, numbers: int = 0) -> FeatureChoice:
+    return FeatureChoice(index, int(index[-1]) if len(index) else -1, width, numbers)
 
 
 def feature_index(features: Any) -> Int[Tensor, " m"] | None:
@@ -22,46 +78,37 @@ def feature_index(features: Any) -> Int[Tensor, " m"] | None:
     >>> feature_index([3, 1, 3]), feature_index(torch.tensor([True, False, True]))
     (tensor([1, 3]), tensor([0, 2]))
     """
-    if features is None:
-        return None
-    if isinstance(features, FeatureSet):
-        return features.indices
-    if isinstance(features, (bool, str)):
-        raise ShapeMismatch(f"features are a FeatureSet, indices or a bool mask, came {features!r}")
-    if isinstance(features, Tensor) and features.dtype == torch.bool:
-        if features.dim() != 1:
-            raise ShapeMismatch(f"a feature mask has one dimension, came shape {tuple(features.shape)}")
-        return features.nonzero().flatten().cpu()
-    index = torch.as_tensor([features] if isinstance(features, int) else features)
-    if index.numel() == 0:
-        return index.long().flatten()
-    if index.is_floating_point():
-        raise ShapeMismatch(f"features are indices or a bool mask, came {index.dtype}")
-    index = index.cpu().long().flatten().unique()
-    if index[0] < 0:
-        raise ShapeMismatch(f"feature indices are >= 0, came {int(index[0])}")
-    return index
+    return chosen_features(features).index
 
 
-def feature_width(features: Any) -> int | None:
-    """How many features there are in all, where the selection says so: a FeatureSet or a bool mask does.
+ChosenTokens = slice | Tensor | tuple[int, ...]
 
-    >>> feature_width(torch.tensor([True, False, True])), feature_width([0, 2])
-    (3, None)
+
+def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
+    """``tokens=`` as :func:`token_mask` reads it at every forward: a slice, a bool mask, or positions.
+
+    Raises:
+        ShapeMismatch: floats, or a table of numbers: a mask for every row is bool.
+
+    >>> chosen_tokens(-1), chosen_tokens([True, False])
+    ((-1,), tensor([ True, False]))
     """
-    if isinstance(features, FeatureSet):
-        return features.n_features
-    if features is None or isinstance(features, (int, range)) or len(features) == 0:
-        return None
-    mask = torch.as_tensor(features)
-    return len(mask) if mask.dtype == torch.bool else None
+    if tokens is None or isinstance(tokens, slice):
+        return tokens
+    choice = as_choice(tokens, "token positions")
+    if choice.dtype != torch.bool and choice.dim() > 1:
+        raise ShapeMismatch(
+            f"tokens are positions [m] or a bool mask [L] or [batch L], got {choice.dtype} of shape "
+            f"{tuple(choice.shape)}; make a mask bool (attention_mask.bool())"
+        )
+    return choice if choice.dtype == torch.bool else tuple(choice.reshape(-1).tolist())
 
 
-def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> Bool[Tensor, "..."]:
+def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str) -> Bool[Tensor, "..."]:
     """True at the selected tokens, broadcastable to ``value``.
 
-    ``tokens`` is a position, a slice, positions, a bool mask ``[L]`` or one ``[batch, L]`` (for tokens that
-    differ from row to row, such as the end of the text).
+    ``tokens``, as :func:`chosen_tokens` gives it, is a slice, positions, a bool mask ``[L]`` or one ``[batch, L]``
+    (for tokens that differ from row to row, such as the end of the text).
 
     Raises:
         ShapeMismatch: the value has no token dimension, a position lies outside it, or none is selected.
@@ -72,9 +119,8 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
             f"tokens= at {where!r}, which has no token dimension (shape {tuple(value.shape)}); leave it out"
         )
     length = value.shape[axis]
-    mask = torch.zeros(length, dtype=torch.bool, device=value.device)
-    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
-        if tokens.shape[-1] != length or tokens.dim() > 2:
+    if isinstance(tokens, Tensor):
+        if tokens.dim() not in (1, 2) or tokens.shape[-1] != length:
             raise ShapeMismatch(
                 f"token mask of shape {tuple(tokens.shape)} at {where!r}, which has {length} tokens"
             )
@@ -84,30 +130,52 @@ def token_mask(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> B
                 f"(shape {tuple(value.shape)})"
             )
         mask = tokens.to(value.device)
-    elif isinstance(tokens, slice):
-        mask[tokens] = True
-        if not range(*tokens.indices(length)):
-            raise ShapeMismatch(f"{tokens} selects none of the {length} tokens at {where!r}")
     else:
-        if isinstance(tokens, Tensor) and (tokens.is_floating_point() or tokens.dim() > 1):
-            raise ShapeMismatch(
-                f"tokens at {where!r} are positions [m] or a bool mask, came {tokens.dtype} of shape "
-                f"{tuple(tokens.shape)}"
-            )
-        positions = [tokens] if isinstance(tokens, int) else [int(t) for t in tokens]  # type: ignore[union-attr]
-        if not positions:
-            raise ShapeMismatch(f"tokens=[] at {where!r} selects none of the {length} tokens")
-        for position in positions:
-            if not -length <= position < length:
-                raise ShapeMismatch(
-                    f"token {position} at {where!r}, which has {length} tokens (shape {tuple(value.shape)})"
-                )
-            mask[position] = True
+        mask = torch.zeros(length, dtype=torch.bool, device=value.device)
+        if isinstance(tokens, slice):
+            mask[tokens] = True
+            if not range(*tokens.indices(length)):
+                raise ShapeMismatch(f"{tokens} selects none of the {length} tokens at {where!r}")
+        else:
+            _mark(mask, tokens, where, f"(shape {tuple(value.shape)})")
     shape = [1] * value.dim()
     shape[axis] = length
     if mask.dim() == 2:
         shape[0] = mask.shape[0]
     return mask.view(shape)
+
+
+def _mark(mask: Tensor, positions: tuple[int, ...], where: str, shape: str) -> None:
+    length = len(mask)
+    if not positions:
+        raise ShapeMismatch(f"tokens=[] at {where!r} selects none of the {length} tokens")
+    if len(positions) == length > 2 and set(positions) <= {0, 1}:
+        refuse_mask_of_numbers(length, length, f"tokens= at {where!r}")
+    for position in positions:
+        if not -length <= position < length:
+            raise OutOfRange(f"token {position} at {where!r}, which has {length} tokens {shape}")
+        mask[position] = True
+
+
+def as_values(given: Any, what: str) -> Any:
+    """A number or a table that an edit is given: arrays and lists as tensors, numpy's scalars as floats.
+
+    None, tensors and caches (mappings) pass.
+
+    Raises:
+        ShapeMismatch: text, complex numbers, or entries that are not numbers.
+
+    >>> as_values(np.float32(0.5), "strength="), as_values([1, 2], "direction=")
+    (0.5, tensor([1, 2]))
+    """
+    if given is None or isinstance(given, (float, int, Tensor, Mapping)):
+        return given
+    array = np.asarray(given)
+    if array.dtype.kind not in "biuf":
+        raise ShapeMismatch(
+            f"{what}: expected a number, a tensor or a cache, got {type(given).__name__} {given!r:.60}"
+        )
+    return float(array) if array.ndim == 0 else torch.from_numpy(array.copy())
 
 
 def reference(
@@ -118,6 +186,7 @@ def reference(
     ``value`` has its features last and already selected; ``given`` is in the layout of the site, with one
     entry for every feature of it or none. ``last`` is the highest of the features ``index``.
     """
+    given = as_values(given, where)  # a cache may hold arrays
     if not isinstance(given, Tensor):
         return float(given)
     if given.device != value.device and given.dim() > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError, UnknownSite
 from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.program import Binding
-from mmhooks.hooks.steps import HALVES, Guidance, Moment, halves, now
+from mmhooks.hooks.steps import HALVES, Guidance, Moment, chosen_steps, halves, now
 
 
 class StepCache(Mapping[str, Tensor]):
@@ -27,12 +27,10 @@ class StepCache(Mapping[str, Tensor]):
         options: ``device, dtype, tokens, copy`` of :class:`~mmhooks.hooks.cache.ActivationCache`.
     """
 
-    def __init__(
-        self, *, steps: Sequence[int] | range | None = None, guidance: Guidance = "both", **options: Any
-    ) -> None:
+    def __init__(self, *, steps: Any = None, guidance: Guidance = "both", **options: Any) -> None:
         if guidance not in ("cond", "uncond", "both"):
             raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
-        self._asked, self._guidance, self._options = steps, guidance, options
+        self._asked, self._guidance, self._options = chosen_steps(steps), guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
 
     # -- filling ---------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ the text encoder is called for each half by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from mmhooks.errors import MMHooksError, ShapeMismatch
+import torch
+
+from mmhooks.errors import MMHooksError, OutOfRange, ShapeMismatch
+from mmhooks.utils.indexing import as_choice
 
 Guidance = Literal["cond", "uncond", "both"]
 HALVES = ("uncond", "cond")  # the order in which diffusers puts them into a batch
@@ -44,7 +47,29 @@ def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
         _NOW.reset(token)
 
 
-def asleep(steps: Sequence[int] | range | None, guidance: Guidance, where: str) -> bool:
+def chosen_steps(steps: Any) -> tuple[int, ...] | range | None:
+    """``steps=`` of an edit or a cache, as numbers that can be looked up at every step.
+
+    Raises:
+        ShapeMismatch: a mask, since nothing here says how many steps a run has, or anything but whole numbers.
+        OutOfRange: a negative number.
+
+    >>> chosen_steps([3, 1]), chosen_steps(range(2))
+    ((1, 3), range(0, 2))
+    """
+    if steps is None:
+        return None
+    choice = as_choice(steps, "steps")
+    if choice.dtype == torch.bool:
+        raise ShapeMismatch(
+            "steps: expected numbers of denoising steps, from 0, got a mask; pass mask.nonzero()"
+        )
+    if choice.numel() and int(choice.min()) < 0:
+        raise OutOfRange(f"steps: {int(choice.min())} is not a denoising step; they are counted from 0")
+    return steps if isinstance(steps, range) else tuple(sorted(set(choice.flatten().tolist())))
+
+
+def asleep(steps: Any, guidance: Guidance, where: str) -> bool:
     """Whether an edit limited to ``steps`` and to a half has to leave the value at ``where`` alone now.
 
     Raises:

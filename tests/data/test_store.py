@@ -231,6 +231,54 @@ def test_select_by_id(made):
         store.rows([25])
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        np.array,
+        torch.tensor,
+        list,
+        tuple,
+        lambda m: np.array(m, dtype=object),
+        lambda m: [np.bool_(x) for x in m],
+    ],
+)
+def test_rows_by_a_mask_of_any_kind(made, form):
+    store, values = made
+    mask = [i in (3, 11, 20) for i in range(25)]
+    for chosen in (store.rows(form(mask)), store.rows(form([3, 11, 20])), store.rows([-22, np.int8(11), 20])):
+        assert chosen.ids == ["p3", "p11", "p20"]
+        for site in SITES:
+            assert torch.equal(dense(chosen[site].tensor()), expected(values, site)[[3, 11, 20]])
+    for site in SITES:
+        for index in (form(mask), form([3, 11, 20]), [3, -14, 20]):
+            assert torch.equal(dense(store[site][index]), expected(values, site)[[3, 11, 20]])
+        assert torch.equal(dense(store[site][np.int64(-2)]), dense(store[site][23]))
+    assert store.ids[form(mask)] == ["p3", "p11", "p20"] and store.ids[np.int64(-1)] == "p24"
+    assert store.rows(slice(1, 9, 3)).ids == ["p1", "p4", "p7"]
+
+
+@pytest.mark.parametrize("rows", [
+    np.ones(25), torch.ones(25), [0.5], [True, 2], np.ones(24, bool), True, np.True_, "p3", None, [26], [-26], [], {1: 2},
+])  # fmt: skip
+def test_rows_that_are_refused(made, rows):
+    store, _ = made
+    with pytest.raises(DataError, match="rows of a store of 25 pairs"):
+        store.rows(rows)
+    if not isinstance(rows, list) or rows:
+        with pytest.raises((ShapeMismatch, IndexError), match="rows"):
+            _ = store["image.embed"][rows]
+        with pytest.raises((ShapeMismatch, IndexError), match="ids"):
+            _ = store.ids[rows]
+
+
+@pytest.mark.parametrize(
+    "ids", [[3], np.array([1, 2]), [True] * 25, torch.ones(25, dtype=torch.bool), "p3", 3, [None], [b"p3"]]
+)
+def test_ids_that_are_none(made, ids):
+    with pytest.raises(DataError, match=r"list of strings, got .*store\.rows"):
+        made[0].select(ids)
+
+
 def test_join_brings_both_sides_of_a_pair_together(tmp_path):
     images, a = write(tmp_path / "a", 25, SPECS[:1])
     order = torch.randperm(25, generator=torch.Generator().manual_seed(1))

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mmhooks.data.store.shard import Shards
 from mmhooks.errors import DataError
+from mmhooks.utils.indexing import as_place, as_places
 
 CHUNK = 65_536
 
 
 class Ids(Sequence[Any]):  # not of str: checking types must not open shards
-    """Ids in row order; equal to any sequence of the same strings."""
+    """Ids in row order; equal to any sequence of the same strings. Indexed as lists are, or by indices or a mask."""
 
     @abstractmethod
     def arrow(self) -> Any:
@@ -27,9 +28,9 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.arrow()[index].to_pylist() if index.step in (None, 1) else list(self)[index]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"id {index} of {len(self)}")
+        place = as_place(index, len(self), "ids")
+        if place is None:
+            return self.arrow().take(as_places(index, len(self), "ids").numpy()).to_pylist()
         return self.arrow()[place].as_py()
 
     def __iter__(self) -> Iterator[str]:
@@ -58,11 +59,7 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
         import pyarrow as pa
         import pyarrow.compute
 
-        wanted = (
-            ids.arrow()
-            if isinstance(ids, Ids)
-            else pa.chunked_array([pa.array(list(ids), pa.large_string())])
-        )
+        wanted = ids.arrow() if isinstance(ids, Ids) else _strings(ids)
         pc: Any = pyarrow.compute  # its functions are made at run time
         found = pc.index_in(wanted.cast(pa.large_string()), value_set=self.arrow().cast(pa.large_string()))
         missing = found.null_count
@@ -72,6 +69,23 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
                 f"{missing} of {len(wanted)} ids are not in {where} ({len(self)} rows), the first is {first!r}"
             )
         return torch.from_numpy(found.drop_null().to_numpy().astype(np.int64))
+
+
+def _strings(ids: Iterable[str]) -> Any:
+    import pyarrow as pa
+
+    wanted = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    odd = next((item for item in wanted if not isinstance(item, str)), None)
+    if isinstance(ids, str) or odd is not None:
+        what = (
+            f"the string {ids!r}; pass a list of ids"
+            if isinstance(ids, str)
+            else f"{type(odd).__name__} {odd!r}"
+        )
+        raise DataError(
+            f"expected ids, a list of strings, got {what}; rows by number or mask are store.rows([3])"
+        )
+    return pa.chunked_array([pa.array(wanted, pa.large_string())])
 
 
 class StoredIds(Ids):

@@ -17,6 +17,7 @@ from mmhooks.data.store.buffers import Empty, fresh
 from mmhooks.data.store.layout import TORCH, SiteSpec
 from mmhooks.data.store.shard import Shards
 from mmhooks.errors import ShapeMismatch
+from mmhooks.utils.indexing import as_place, as_places
 
 Rows = Tensor | SparseRows
 Index = int | slice | Sequence[int] | Tensor
@@ -29,8 +30,9 @@ class SiteRows(ABC):
         spec: shape of a row, precision, entries a row where sparse, head.
         cuts: rows at which a shard begins, and ``n``; a slice between two neighbours costs no copy.
 
-    ``rows[i]``, ``rows[a:b]`` and ``rows[LongTensor]`` give a Tensor, or :class:`SparseRows` for a site
-    stored sparse (of one row for an ``int``). Slices may look at the mapped file: do not write into them.
+    ``rows[i]``, ``rows[a:b]`` and ``rows[indices or mask]`` give a Tensor, or :class:`SparseRows` for a site
+    stored sparse (of one row for an ``int``). Negative numbers count from the end. Slices may look at the mapped
+    file: do not write into them.
     """
 
     spec: SiteSpec
@@ -67,21 +69,11 @@ class SiteRows(ABC):
             return (
                 self.span(begin, max(begin, end)) if step == 1 else self.take(torch.arange(begin, end, step))
             )
-        if isinstance(index, int):
-            place = index + len(self) if index < 0 else index
-            if not 0 <= place < len(self):
-                raise IndexError(f"row {index} of {len(self)}")
-            row = self.span(place, place + 1)
-            return row if isinstance(row, SparseRows) else row[0]
-        rows = torch.as_tensor(index)
-        if rows.dtype == torch.bool:
-            if rows.shape != (len(self),):
-                raise ShapeMismatch(f"a mask of shape {tuple(rows.shape)} for {len(self)} rows")
-            rows = rows.nonzero().flatten()
-        rows = rows.long().flatten()
-        if len(rows) and (int(rows.min()) < -len(self) or int(rows.max()) >= len(self)):
-            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of {len(self)}")
-        return self.take(torch.where(rows < 0, rows + len(self), rows))
+        place = as_place(index, len(self), "rows")
+        if place is None:
+            return self.take(as_places(index, len(self), "rows"))
+        row = self.span(place, place + 1)
+        return row if isinstance(row, SparseRows) else row[0]
 
     def chunks(self, size: int) -> Iterator[tuple[int, Rows]]:
         """``(begin, rows)`` in order, at most ``size`` rows each, never across a shard: nothing is copied.

@@ -181,15 +181,31 @@ class Store:
         """The pairs of these ids, in their order, as a store; nothing is copied.
 
         Raises:
-            DataError: an id that is not here; the message counts them and names the first.
+            DataError: an id that is not here, where the message counts them and names the first; or something that
+                is not a list of ids: numbers and masks go to :meth:`rows`.
         """
         return self.rows(self.ids.rows_of(ids, where=str(self.folder or "this store")))
 
-    def rows(self, index: torch.Tensor | Sequence[int]) -> Store:
-        """The pairs in these rows, in that order, as a store; nothing is copied."""
-        chosen = torch.as_tensor(index).long().flatten()
-        if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= len(self):
-            raise DataError(f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}")
+    def rows(self, index: Any) -> Store:
+        """The pairs in these rows, in that order, as a store; nothing is copied.
+
+        Args:
+            index: row numbers, negative ones from the end, or a bool mask of all rows.
+
+        Raises:
+            DataError: no row, a row that is not there, or neither whole numbers nor a mask.
+        """
+        what = f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}"
+        try:
+            chosen = (
+                torch.arange(len(self))[index]
+                if isinstance(index, slice)
+                else as_places(index, len(self), what)
+            )
+        except ShapeMismatch as fault:
+            raise DataError(str(fault)) from None
+        if not len(chosen):
+            raise DataError(f"{what}, got none")
         rows = {name: ChosenRows(base, chosen) for name, base in self._rows.items()}
         return self._view(rows, ChosenIds(self.ids, chosen), self.manifest)
 
