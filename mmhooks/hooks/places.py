@@ -158,7 +158,7 @@ class Places:
         for place in places:
             self._check_edit(edit, place)
         binding = Binding(edit.label, tuple(p.name for p in places))
-        return [Op(place, "edit", edit, binding) for place in places], [binding]
+        return [Op(place, "edit", edit, binding) for place in _everywhere(places)], [binding]
 
     def plan_mask(self, mask: Any) -> Planned:
         """``mask=``: features, or ``{site or tower: features}``; one edit, satisfied when any place ran."""
@@ -173,8 +173,8 @@ class Places:
             places = self.latents(edit, here, f"at {where!r}") if here else self.targets(edit, where)
             for place in places:
                 self._check_edit(edit, place)
-            ops += [Op(place, "edit", edit, _UNBOUND) for place in places]
-        binding = Binding("mask", tuple(op.target.name for op in ops))
+            ops += [Op(place, "edit", edit, _UNBOUND) for place in _everywhere(places)]
+        binding = Binding("mask", tuple(dict.fromkeys(op.target.name for op in ops)))
         return [Op(op.target, "edit", op.act, binding) for op in ops], [binding]
 
     def _check_edit(self, edit: Edit, place: Place) -> None:
@@ -194,7 +194,8 @@ class Places:
         name = getattr(fn, "__name__", type(fn).__name__)
         label = f"{'backward ' if kind == 'grad' else ''}hook {name!r} on {describe(pattern)!r}"
         binding = Binding(label, tuple(p.name for p in places))
-        return [Op(p, kind, fn, binding, detached=False) for p in places], [binding]
+        reached = _everywhere(places) if kind == "edit" else places
+        return [Op(p, kind, fn, binding, detached=False) for p in reached], [binding]
 
     def plan_capture(
         self,
@@ -206,6 +207,11 @@ class Places:
         places = self.find(pattern)
         binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
         return [Op(p, "capture", recorder(p.name, binding), binding, detached) for p in places], [binding]
+
+
+def _everywhere(places: Iterable[Place]) -> list[Place]:
+    """The places, and those that get the same tensor: what is edited in one and not in the other is two models."""
+    return [one for place in places for one in (place, *place.beside)]
 
 
 _UNBOUND = Binding("mask", ())

@@ -38,6 +38,8 @@ class Site:
         tokens: the dimension of the tokens where there is one; used if the tensor has enough dimensions.
         layout: dimensions in words, for the docs.
         view: where the site is another layout of the tap's tensor.
+        beside: other modules that get the same tensor from outside, such as a ControlNet its conditioning. Edits of
+            the site reach them too; caches and backward hooks see the site alone.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Site:
     tokens: int | None = 1
     layout: str = ""
     view: View | None = None
+    beside: tuple[Site, ...] = ()
 
     @property
     def site(self) -> Site:

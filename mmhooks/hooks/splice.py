@@ -12,7 +12,8 @@ mean. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -61,6 +62,11 @@ class Attachment:
     error_term: bool = True
     splice: bool = True
 
+    @cached_property
+    def beside(self) -> tuple[Attachment, ...]:
+        """The same head where edits of its site have to go as well."""
+        return tuple(replace(self, site=site) for site in self.site.beside)
+
     def sites(self) -> list[HeadSite]:
         leaves = LEAVES if self.head.has_decoder else LEAVES[:2]
         return [HeadSite(f"{self.site.name}.{self.name}.{leaf}", self.site, self, leaf) for leaf in leaves]
@@ -78,6 +84,11 @@ class HeadSite:
     @property
     def tower(self) -> str:
         return self.site.tower
+
+    @property
+    def beside(self) -> tuple[HeadSite, ...]:
+        """This place wherever else edits of its site have to go."""
+        return tuple(HeadSite(self.name, other.site, other, self.leaf) for other in self.attachment.beside)
 
     @property
     def layout(self) -> str:

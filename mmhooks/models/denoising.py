@@ -6,19 +6,22 @@ pipeline and the calls of its U-Net and text encoders are wrapped, for threads w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks import dispatch
 from mmhooks.hooks.shadow import Shadow
 from mmhooks.hooks.steps import Guidance, moment
-from mmhooks.hooks.taps import ShadowTap
+from mmhooks.hooks.taps import ShadowTap, Tap
+
+CONDITIONING = "encoder_hidden_states"
 
 
 class _Run:
@@ -26,17 +29,22 @@ class _Run:
 
     def __init__(self, pipe: Any, guidance_scale: float | None) -> None:
         self.pipe, self.calls = pipe, 0
+        self.beside: dict[str, Any] = {}  # what ControlNets were given at this step, where it is edited
         self._scale = guidance_scale
 
     def next(self) -> tuple[int, Guidance]:
-        number = self.calls
+        number, half = self.step()
         self.calls += 1
+        return number, half
+
+    def step(self) -> tuple[int, Guidance]:
+        """The step that the U-Net's next call belongs to, and the halves in its batch."""
         if getattr(self.pipe, "do_perturbed_attention_guidance", False):
             raise MMHooksError("perturbed-attention guidance puts a third part into the batch: not supported")
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if guided is None:  # StableUnCLIP keeps it in a local variable
             guided = self._scale is not None and self._scale > 1.0
-        return number, "both" if guided else "cond"
+        return self.calls, "both" if guided else "cond"
 
 
 _RUN: ContextVar[_Run | None] = ContextVar("mmhooks_run", default=None)
@@ -105,6 +113,54 @@ class ModuleCalls(ShadowTap):
         return wrapped
 
 
+class ConsumerCalls(ShadowTap):
+    """The calls of a module that gets the U-Net's conditioning before it does: a ControlNet. Emits nothing.
+
+    They are marked with the step and half of the U-Net's call that follows. With ``guess_mode`` a ControlNet gets
+    the conditional rows alone.
+    """
+
+    def __init__(self, module: nn.Module, name: str, taps: Sequence[Tap]) -> None:
+        super().__init__(module, Shadow("_call_impl", self._marked))
+        self._name, self._taps = name, tuple(taps)  # at the taps its conditioning may be edited
+
+    def _marked(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            run = _RUN.get()
+            if not dispatch.current().contexts or run is None:
+                return call(*args, **kwargs)
+            step, half = run.step()
+            if half == "both" and _argument(module.forward, "guess_mode", args, kwargs):
+                half = "cond"
+            if any(dispatch.programs_at(tap) for tap in self._taps):
+                run.beside[self._name] = _argument(module.forward, CONDITIONING, args, kwargs)
+            with moment(step, half):
+                return call(*args, **kwargs)
+
+        return wrapped
+
+
+class ConditioningCompared(ShadowTap):
+    """Makes sure that the U-Net is given what its ControlNets were given, where that is edited. Emits nothing."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__(unet, Shadow("_call_impl", self._compared))
+
+    def _compared(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            run = _RUN.get()
+            while run is not None and run.beside:
+                name, seen = run.beside.popitem()
+                if not _alike(seen, _argument(module.forward, CONDITIONING, args, kwargs)):
+                    raise MMHooksError(
+                        f"{name!r} of this pipeline is not given the U-Net's text conditioning but one of its own, so an "
+                        "edit at 'text.cond' would change what it was not meant for; edit a site of the text encoder"
+                    )
+            return call(*args, **kwargs)
+
+        return wrapped
+
+
 class ImageEmbeds(ShadowTap):
     """The image embedding of a Stable unCLIP pipeline, before noise is added to it: of the conditional rows alone."""
 
@@ -122,6 +178,13 @@ class ImageEmbeds(ShadowTap):
             return call(*bound.args, **bound.kwargs)
 
         return wrapped
+
+
+def _alike(given: Tensor, whole: Tensor) -> bool:
+    """Whether ``given`` is ``whole``, or its last rows: by where its numbers lie, else by the numbers."""
+    if given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        return True
+    return given.shape[1:] == whole.shape[1:] and torch.equal(given, whole[-len(given) :])
 
 
 def _step() -> Any:

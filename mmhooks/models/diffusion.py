@@ -19,7 +19,14 @@ from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
 from mmhooks.hooks.steps import Guidance, moment
 from mmhooks.hooks.taps import ModuleArgument, Tap
-from mmhooks.models.denoising import ImageEmbeds, ModuleCalls, PipelineCalls
+from mmhooks.models.denoising import (
+    CONDITIONING,
+    ConditioningCompared,
+    ConsumerCalls,
+    ImageEmbeds,
+    ModuleCalls,
+    PipelineCalls,
+)
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.hf_text import add_clip_text
 from mmhooks.models.hooked import HookedModel, _joined
@@ -35,7 +42,8 @@ class HookedDiffusion(HookedModel):
     The pipeline is the object that was given, at ``.pipe``: call it as ever, inside a context or not.
 
     Sites: ``text.*`` of its text encoder (``text_2.*``: SDXL's second one; ``prior_text.*``: unCLIP's),
-    ``text.cond``: the conditioner as the U-Net gets it, ``text.cond_pooled`` (SDXL), ``image.embed`` and
+    ``text.cond``: the conditioner as the U-Net gets it, and any ControlNet with it (edits and functions reach both, a
+    cache shows the U-Net's), ``text.cond_pooled`` (SDXL), ``image.embed`` and
     ``image.cond`` (unCLIP: the image embedding before its noise, and with it and its level),
     ``unet.<block>.cross.{q, k, v, pattern, z, out}``, and any module by its native path,
     ``unet.mid_block.resnets.0``, ``vae.decoder``.
@@ -81,12 +89,16 @@ class HookedDiffusion(HookedModel):
                 self.text_towers[tower] = encoder
         if not self.text_towers:
             raise MMHooksError(f"{type(pipe).__name__} came without a text encoder")
-        sites.add(
-            Site("text.cond", ModuleArgument(unet, "encoder_hidden_states"), layout="batch token d_cond")
-        )
+        consumers = _consumers(parts, unet)
+        others = [
+            Site("text.cond", registry.shared(ModuleArgument(m, CONDITIONING))) for m in consumers.values()
+        ]
+        tap = ModuleArgument(unet, CONDITIONING)
+        sites.add(Site("text.cond", tap, layout="batch token d_cond", beside=tuple(others)))
         if unet.config.addition_embed_type == "text_time":  # type: ignore[union-attr]
-            tap = ModuleArgument(unet, "added_cond_kwargs", "text_embeds")
-            sites.add(Site("text.cond_pooled", tap, tokens=None, layout="batch d"))
+            sites.add(
+                _pooled(unet, tuple(_pooled(m) for m in consumers.values() if _takes(m, "added_cond_kwargs")))
+            )
         if hasattr(pipe, "image_normalizer"):
             tap = ModuleArgument(unet, "class_labels")
             sites.add(Site("image.embed", ImageEmbeds(pipe), tokens=None, layout="batch d"))
@@ -96,6 +108,10 @@ class HookedDiffusion(HookedModel):
         self.pipe = pipe
         calls: list[Tap] = [PipelineCalls(pipe), ModuleCalls(unet, denoises=True)]
         calls += [ModuleCalls(encoder, denoises=False) for encoder in self.text_towers.values()]
+        if consumers:
+            calls.append(ConditioningCompared(unet))
+        edited = zip(consumers.items(), others, strict=True)
+        calls += [ConsumerCalls(module, key, [site.tap]) for (key, module), site in edited]
         self._calls = [registry.shared(tap) for tap in calls]
 
     def __repr__(self) -> str:
@@ -231,6 +247,37 @@ def load_diffusion(
             'directory of a downloaded one, or use mm.load_diffusion("mini")'
         ) from error
     return HookedDiffusion(pipe.to(device), name=str(name))
+
+
+def _consumers(parts: nn.Module, unet: nn.Module) -> dict[str, nn.Module]:
+    """Components beside the U-Net that take its text conditioning: ControlNets, a second U-Net.
+
+    unCLIP's prior has a text encoder of its own, and an adapter of images takes no text.
+    """
+    own = {"prior", *TEXT_ENCODERS}
+    return {
+        key: module
+        for key, module in parts.named_children()
+        if module is not unet
+        and key not in own
+        and _takes(module, CONDITIONING)
+        and _width(module) in (None, _width(unet))
+    }
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    return argument in signature(module.forward).parameters
+
+
+def _width(module: Any) -> Any:
+    """Of the conditioning that a module attends to; several ControlNets are one module and have equal ones."""
+    first = module.nets[0] if hasattr(module, "nets") else module
+    return getattr(getattr(first, "config", None), "cross_attention_dim", None)
+
+
+def _pooled(module: nn.Module, beside: tuple[Site, ...] = ()) -> Site:
+    tap = registry.shared(ModuleArgument(module, "added_cond_kwargs", "text_embeds"))
+    return Site("text.cond_pooled", tap, tokens=None, layout="batch d", beside=beside)
 
 
 def _whole(part: Any) -> Any:

@@ -116,7 +116,9 @@ def refuse_mask_of_numbers(width: int, n: int, what: str) -> None:
 def _within(choice: Tensor, n: int, lowest: int, what: str) -> Int[Tensor, " m"]:
     if choice.dtype == torch.bool:
         if choice.shape != (n,):
-            raise ShapeMismatch(f"{what}: expected a mask of shape ({n},), got {_shape(choice)}")
+            raise ShapeMismatch(
+                f"{what}: expected a mask of shape ({n},), got {_shape(choice)} for {n} {what.split()[0]}"
+            )
         return choice.nonzero().flatten()
     index = choice.flatten()
     if len(index):

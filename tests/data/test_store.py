@@ -239,7 +239,7 @@ def test_select_by_id(made):
         list,
         tuple,
         lambda m: np.array(m, dtype=object),
-        lambda m: [np.bool_(x) for x in m],
+        lambda m: list(np.array(m)),
     ],
 )
 def test_rows_by_a_mask_of_any_kind(made, form):

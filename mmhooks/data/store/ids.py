@@ -50,7 +50,7 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)})"
 
-    def rows_of(self, ids: Iterable[str], *, where: str, partial: bool = False) -> Int[Tensor, " m"]:
+    def rows_of(self, ids: Any, *, where: str, partial: bool = False) -> Int[Tensor, " m"]:
         """The row of each id; with ``partial``, of those that are here.
 
         Raises:
@@ -71,19 +71,19 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
         return torch.from_numpy(found.drop_null().to_numpy().astype(np.int64))
 
 
-def _strings(ids: Iterable[str]) -> Any:
+def _strings(ids: Any) -> Any:
     import pyarrow as pa
 
-    wanted = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
-    odd = next((item for item in wanted if not isinstance(item, str)), None)
-    if isinstance(ids, str) or odd is not None:
-        what = (
-            f"the string {ids!r}; pass a list of ids"
-            if isinstance(ids, str)
-            else f"{type(odd).__name__} {odd!r}"
-        )
+    if isinstance(ids, str):
         raise DataError(
-            f"expected ids, a list of strings, got {what}; rows by number or mask are store.rows([3])"
+            f"expected ids, a list of strings, got the string {ids!r}; pass [{ids!r}], or store.rows([0])"
+        )
+    wanted = list(ids) if isinstance(ids, Iterable) else [ids]
+    odd = [item for item in wanted if not isinstance(item, str)]
+    if odd:
+        raise DataError(
+            f"expected ids, a list of strings, got {type(odd[0]).__name__} {odd[0]!r}; rows by number or by mask are "
+            "store.rows([3])"
         )
     return pa.chunked_array([pa.array(wanted, pa.large_string())])
 

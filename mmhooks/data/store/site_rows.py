@@ -20,7 +20,7 @@ from mmhooks.errors import ShapeMismatch
 from mmhooks.utils.indexing import as_place, as_places
 
 Rows = Tensor | SparseRows
-Index = int | slice | Sequence[int] | Tensor
+Index = Any  # a slice, whole numbers or a bool mask in any form, or one number
 
 
 class SiteRows(ABC):

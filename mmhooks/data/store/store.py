@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from mmhooks.data.store import order
 from mmhooks.data.store.buffers import Buffers
@@ -15,7 +13,8 @@ from mmhooks.data.store.ids import ChosenIds, Ids, StoredIds
 from mmhooks.data.store.layout import columns_of, read_manifest, specs_of
 from mmhooks.data.store.shard import Shards
 from mmhooks.data.store.site_rows import ChosenRows, HeadRows, Rows, SiteRows, StoredRows, spans
-from mmhooks.errors import DataError, MMHooksError, StoreError, UnknownSite
+from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, StoreError, UnknownSite
+from mmhooks.utils.indexing import as_places
 
 if TYPE_CHECKING:
     from mmhooks.data.store.check import Fault
@@ -177,7 +176,7 @@ class Store:
 
     # -- other stores from this one --------------------------------------------------------------------
 
-    def select(self, ids: Iterable[str]) -> Store:
+    def select(self, ids: Any) -> Store:
         """The pairs of these ids, in their order, as a store; nothing is copied.
 
         Raises:
@@ -197,11 +196,9 @@ class Store:
         """
         what = f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}"
         try:
-            chosen = (
-                torch.arange(len(self))[index]
-                if isinstance(index, slice)
-                else as_places(index, len(self), what)
-            )
+            if isinstance(index, slice):
+                index = range(*index.indices(len(self)))
+            chosen = as_places(index, len(self), what)
         except ShapeMismatch as fault:
             raise DataError(str(fault)) from None
         if not len(chosen):
