@@ -7,6 +7,7 @@ second copy of the data is ever made, and a store larger than memory trains like
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ class Chosen:
         return self.rows[self.index[which]]
 
 
+class Positions:
+    """Every position of a stored map ``(n, height, width, d)`` as a row of its own, in order, fetched when asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows, self.each = rows, prod(rows.shape[1:-1])
+        self.shape = (len(rows) * self.each, rows.shape[-1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        if isinstance(which, slice):
+            begin, end, _ = which.indices(len(self))
+            first = begin // self.each
+            maps = self.rows[first : -(-end // self.each)]
+            return maps.flatten(0, -2)[begin - first * self.each : end - first * self.each]
+        pairs, back = (which // self.each).unique(return_inverse=True)
+        return self.rows[pairs].flatten(1, -2)[back, which % self.each]
+
+
 Rows = Float[Tensor, "_ d"] | Vectors
 """What an objective sees of a modality's training data: ``len``, slices, and ``split`` in either case."""
 
@@ -76,7 +97,7 @@ Rows = Float[Tensor, "_ d"] | Vectors
 def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
     """Image rows and text rows (or None) of a pair of tensors or stored sites, a store, or the directory of one.
 
-    A store gives the first of ``sites``, and the second where it holds it.
+    A store gives the first of ``sites``, and the second where it holds it; of feature maps, every position is a row.
 
     Raises:
         MMHooksError: a store and a tensor together, or more than two sites.
@@ -94,7 +115,10 @@ def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[A
         raise MMHooksError(f"one or two sites are trained on, came {list(sites)}")
     wanted = [sites[0]] + [s for s in sites[1:] if s in data.sites or tuple(sites) != SITES]
     parts = [data[name] for name in wanted]
+    parts = [Positions(p) if getattr(getattr(p, "spec", None), "positions", False) else p for p in parts]
     for name, rows in zip(wanted, parts, strict=True):
+        if isinstance(rows, Positions):
+            continue
         if rows.is_sparse or len(rows.shape) != 2:
             kind = "sparse features" if rows.is_sparse else f"rows of shape {tuple(rows.shape[1:])}"
             raise ShapeMismatch(
@@ -106,8 +130,8 @@ def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[A
 
 def every_tenth(image: Any, text: Any) -> tuple[tuple[Chosen, Chosen | None], tuple[Tensor, Tensor | None]]:
     """Training pairs, which stay where they are, and held-out pairs, which are read: every tenth pair."""
-    held = torch.zeros(len(image), dtype=torch.bool)
-    held[9::10] = True
+    each = image.each if isinstance(image, Positions) else 1  # positions of one image stay on one side
+    held = torch.arange(len(image)) // each % 10 == 9
     inside, outside = (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
     return (
         (Chosen(image, inside), None if text is None else Chosen(text, inside)),

@@ -56,8 +56,10 @@ class ActivationCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str, binding: Binding) -> Callable[[Tensor], Tensor]:
+    def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
         """The function that keeps a value under ``name``, marks ``binding`` as fired and gives the value back.
+
+        ``axis`` is the site's dimension of tokens, None where it has none.
 
         A cache that keeps values as they come gets one flat function: every capture pays for its length.
         """
@@ -65,7 +67,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
             def process(value: Tensor) -> Tensor:
                 binding.fired = True
-                self._put(name, value)
+                self._put(name, value, axis)
                 return value
 
             return process
@@ -84,7 +86,7 @@ class ActivationCache(Mapping[str, Tensor]):
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes what is kept already
             self.repeated[name] = None
 
-    def _put(self, name: str, value: Tensor) -> None:
+    def _put(self, name: str, value: Tensor, axis: int | None) -> None:
         if name in self._values:
             self._again(name)
         if self._detach:
@@ -92,8 +94,7 @@ class ActivationCache(Mapping[str, Tensor]):
         elif value.requires_grad:
             value.retain_grad()
         kept = value
-        if self._tokens is not None and value.dim() > 2:
-            axis = 2 if value.dim() == 4 and name.endswith("pattern") else 1
+        if self._tokens is not None and axis is not None and value.dim() >= axis + 2:
             mask = token_mask(self._tokens, value, axis, name)
             if mask.shape[0] > 1:
                 raise ShapeMismatch(

@@ -46,7 +46,7 @@ class Places:
             )
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
         for site in sites:
-            if site.name in shapes and shapes[site.name][-1] != head.d_in:
+            if site.name in shapes and shapes[site.name][site.width] != head.d_in:
                 raise ShapeMismatch(
                     f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries shape "
                     f"{shapes[site.name]}; attach it at a site of width {head.d_in}"
@@ -200,13 +200,15 @@ class Places:
     def plan_capture(
         self,
         pattern: Pattern,
-        recorder: Callable[[str, Binding], Callable[[Tensor], Tensor]],
+        recorder: Callable[[str, Binding, int | None], Callable[[Tensor], Tensor]],
         *,
         detached: bool,
     ) -> Planned:
         places = self.find(pattern)
         binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
-        return [Op(p, "capture", recorder(p.name, binding), binding, detached) for p in places], [binding]
+        return [
+            Op(p, "capture", recorder(p.name, binding, p.site.tokens), binding, detached) for p in places
+        ], [binding]
 
 
 def _everywhere(places: Iterable[Place]) -> list[Place]:

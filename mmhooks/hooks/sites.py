@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from mmhooks.errors import UnknownSite
+from mmhooks.errors import ShapeMismatch, UnknownSite
 from mmhooks.hooks.dispatch import registry
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
 
 _WILD = frozenset("*?[")
+_MAP = re.compile("2[dD](Model)?$")
 Pattern = str | Callable[[str], bool]
 
 
@@ -34,10 +36,11 @@ class Site:
     Attributes:
         name: ``image.blocks.3.attn.z``.
         tap, leaf: how the tensor is reached.
-        axis: what the features of an edit select: the last dimension, or the attention heads.
+        axis: what the features of an edit select: the last dimension, the channels of a map, or the attention heads.
         tokens: the dimension of the tokens where there is one; used if the tensor has enough dimensions.
         layout: dimensions in words, for the docs.
         view: where the site is another layout of the tap's tensor.
+        width: the dimension along which a vector lies, which a head reads: the last, or the channels of a map.
         beside: other modules that get the same tensor from outside, such as a ControlNet its conditioning. Edits of
             the site reach them too; caches and backward hooks see the site alone.
     """
@@ -49,6 +52,7 @@ class Site:
     tokens: int | None = 1
     layout: str = ""
     view: View | None = None
+    width: int = -1
     beside: tuple[Site, ...] = ()
 
     @property
@@ -59,6 +63,47 @@ class Site:
     @property
     def tower(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def is_map(self) -> bool:
+        """Whether its vectors lie on a grid, all of one kind, wherever their channels are."""
+        return "height" in self.layout.split()
+
+    @property
+    def vectors(self) -> View | None:
+        """The view in which vectors lie along the last dimension: of a map, one for each position."""
+        if self.width == -1:
+            return self.view
+        show = self.view.show if self.view else lambda raw: raw
+        back = self.view.back if self.view else lambda raw, new: new
+        return View(
+            lambda raw: self.vectors_last(show(raw)), lambda raw, new: back(raw, new.movedim(-1, self.width))
+        )
+
+    def vectors_last(self, value: Tensor) -> Tensor:
+        """A value of the site with its vectors along the last dimension.
+
+        Raises:
+            ShapeMismatch: the site was taken for a feature map and carries something else.
+        """
+        if self.width == -1:
+            return value
+        if value.dim() <= -self.width:
+            raise ShapeMismatch(
+                f"site {self.name!r} is a feature map ({self.layout}), got shape {tuple(value.shape)}"
+            )
+        return value.movedim(self.width, -1)
+
+
+def feature_map(name: str, tap: Tap) -> Site:
+    """A place with channels first, ``[batch channel height width]``: features and vectors are those of the channels."""
+    return Site(name, tap, axis=-3, width=-3, tokens=None, layout="batch channel height width")
+
+
+def _native(path: str, module: nn.Module, tap: Tap) -> Site:
+    """A module's own path. Torch and its kin call ``...2d`` what gives maps with channels first."""
+    named = any(_MAP.search(kind.__name__) for kind in type(module).__mro__)
+    return feature_map(path, tap) if named else Site(path, tap)
 
 
 @dataclass
@@ -103,7 +148,7 @@ class SiteMap:
                 f"{path}." for path, m in self.root.named_modules() if isinstance(m, nn.MultiheadAttention)
             )
             self._native = {
-                path: Site(path, registry.shared(ModuleOutput(module, named=False)))
+                path: _native(path, module, registry.shared(ModuleOutput(module, named=False)))
                 for path, module in self.root.named_modules()
                 if path and not (silent and path.startswith(silent)) and not isinstance(module, nn.ModuleList)
             }

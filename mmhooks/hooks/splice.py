@@ -92,10 +92,10 @@ class HeadSite:
 
     @property
     def layout(self) -> str:
-        """That of the site, with features in the place of dimensions for ``pre`` and ``latents``."""
-        return (
-            self.site.layout if self.leaf in LEAVES[2:] else f"{self.site.layout.rpartition(' ')[0]} feature"
-        )
+        """That of the site, vectors last, with features in the place of dimensions for ``pre`` and ``latents``."""
+        words = self.site.layout.split()
+        words.append(words.pop(self.site.width) if words else "")
+        return " ".join(words if self.leaf in LEAVES[2:] else [*words[:-1], "feature"])
 
 
 class HeadStep:
@@ -106,6 +106,7 @@ class HeadStep:
         self.site, self.head = self.attachment.site, self.attachment.head
         # Vectors are normalised here, once: the step needs their scale for the way back.
         self.bare = self.head.bare() if hasattr(self.head, "bare") else self.head
+        self.view = self.site.vectors
         self.ops: dict[str, list[Op]] = {leaf: [] for leaf in LEAVES}
         self.all: list[Op] = []
         self.add(op)
@@ -147,7 +148,7 @@ class HeadStep:
         )
 
     def __call__(self, raw: Tensor) -> Tensor:
-        view = self.site.view
+        view = self.view
         x = raw if view is None else view.show(raw)
         self._check(x)
         if self.limited and all(op.asleep() for op in self.all if op.kind == "edit"):

@@ -35,7 +35,7 @@ class StepCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str, binding: Binding) -> Callable[[Tensor], Tensor]:
+    def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
         """The function that keeps what flows at ``name``, under the step and half of the moment."""
 
         def record(value: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class StepCache(Mapping[str, Tensor]):
             part = self._parts.get(at)
             if part is None:
                 part = self._parts[at] = ActivationCache(**self._options)
-            part.recorder(name, binding)(kept)
+            part.recorder(name, binding, axis)(kept)
             return value
 
         return record

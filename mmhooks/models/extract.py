@@ -224,7 +224,7 @@ class _Reader:
             None if images is None else self.model.to_input(images),
             None if texts is None else self.model.to_input(texts),
         )
-        return {place.name: self._cache[place.name] for place in self.places}
+        return {place.name: _vectors_last(place, self._cache[place.name]) for place in self.places}
 
     def specs(self, dtype: Precision) -> list[SiteSpec]:
         """Shapes of the sites, from a run over one blank pair.
@@ -255,6 +255,7 @@ class _Reader:
                     dtype,
                     entries(head, shape) if latents else None,
                     head.id if head else "",
+                    positions=place.site.is_map,
                 )
             )
         self._specs = specs
@@ -274,6 +275,11 @@ class _Reader:
             ready = torch.cuda.Event()
             ready.record()
         return _Computed(batch.ids, columns, batch.skipped, batch.shard if batch.last else None, ready)
+
+
+def _vectors_last(place: Place, value: Tensor) -> Tensor:
+    """A feature map as it is stored: position by position; what a head gives lies so already."""
+    return value if isinstance(place, HeadSite) else place.vectors_last(value)
 
 
 def _active(latents: Float[Tensor, "b n"], spec: SiteSpec) -> list[Tensor]:

@@ -16,7 +16,7 @@ from mmhooks.models.hooked import HookedModel
 
 
 def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-    """Adds a point for every name below ``root``; returns name -> point.
+    """Adds a point for every name below ``root``, which may hold others already; returns name -> point.
 
     >>> list(plant(nn.Module(), ["image.embed", "image.embed.sae.latents"], nn.Identity))
     ['image.embed', 'image.embed.sae.latents']
@@ -25,10 +25,16 @@ def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module])
     branches = {name.rsplit(".", depth)[0] for name in points for depth in range(1, name.count(".") + 1)}
     for name in sorted({*branches, *points}, key=lambda n: n.count(".")):
         parent, _, last = name.rpartition(".")
+        owner = root.get_submodule(parent) if parent else root
+        there = owner._modules.get(last)
+        if there is not None and name not in points:
+            continue  # a branch that was planted before
         below = {n[len(name) + 1 :].partition(".")[0] for n in points if n.startswith(name + ".")}
         counts = {str(n) for n in range(len(below))}
         node = points.get(name) or (nn.ModuleList() if below and below == counts else nn.Module())
-        (root.get_submodule(parent) if parent else root).add_module(last, node)
+        for key, child in (there._modules if there is not None else {}).items():
+            node.add_module(key, child)
+        owner.add_module(last, node)
     return points
 
 

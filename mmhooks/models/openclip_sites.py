@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmhooks.hooks.sites import Site, SiteMap, View
+from mmhooks.hooks.sites import Site, SiteMap, View, feature_map
 from mmhooks.hooks.taps import ParameterProduct
 from mmhooks.models.blocks import add_openclip_block
 from mmhooks.models.foreign_blocks import add_hf_layer, add_timm_block
@@ -88,7 +88,7 @@ def _timm(sites: SiteMap, visual: Any) -> None:
 def _feature_map(name: str, tap: Any, *, channels_last: bool = False) -> Site:
     if channels_last:
         return Site(name, tap, tokens=None, layout="batch height width channel")
-    return Site(name, tap, axis=-3, tokens=None, layout="batch channel height width")
+    return feature_map(name, tap)
 
 
 def _text(sites: SiteMap, owner: Any, tower: Any = None) -> None:

@@ -61,6 +61,7 @@ class SiteSpec:
         dtype: "fp32", "fp16" or "bf16".
         sparse: entries a row where only the active ones are kept, None for dense.
         head: id of the head that the site belongs to.
+        positions: whether a row is a map ``(height, width, d)`` of like vectors, each of which a head trains on.
     """
 
     name: str
@@ -68,6 +69,7 @@ class SiteSpec:
     dtype: Precision
     sparse: int | None = None
     head: str = ""
+    positions: bool = False
 
     def columns(self) -> list[Column]:
         if self.sparse is None:
@@ -82,11 +84,16 @@ class SiteSpec:
         entry: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
         if self.sparse is not None:
             entry["sparse"] = self.sparse
-        return entry | ({"head": self.head} if self.head else {})
+        return (
+            entry
+            | ({"head": self.head} if self.head else {})
+            | ({"positions": True} if self.positions else {})
+        )
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> SiteSpec:
-        return cls(name, tuple(entry["shape"]), entry["dtype"], entry.get("sparse"), entry.get("head", ""))
+        head, positions = entry.get("head", ""), entry.get("positions", False)
+        return cls(name, tuple(entry["shape"]), entry["dtype"], entry.get("sparse"), head, positions)
 
 
 def specs_of(manifest: Mapping[str, Any]) -> dict[str, SiteSpec]:

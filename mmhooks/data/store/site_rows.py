@@ -221,7 +221,7 @@ class HeadRows(SiteRows):
                 f"{base.spec.shape}; apply it to the site that it was trained on"
             )
         shape = (*base.spec.shape[:-1], head.n_features)
-        self.spec = SiteSpec(name, shape, "fp32", entries(head, shape), head.id)
+        self.spec = SiteSpec(name, shape, "fp32", entries(head, shape), head.id, base.spec.positions)
         self._base, self._head, self.cuts = base, head, base.cuts
 
     def span(self, begin: int, end: int) -> Rows:
