@@ -9,7 +9,6 @@ At sites of attention heads (``z``, ``q``, ``pattern``, ...) the features are th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import (
     ChosenTokens,
@@ -27,8 +26,10 @@ from mmhooks.hooks.selection import (
     Features,
     Tokens,
     as_values,
+    check_values,
     chosen_features,
     chosen_tokens,
+    outside_inference,
     reference,
     token_mask,
 )
@@ -61,21 +62,21 @@ class Edit:
                 what = f"{name}= of {self.label}"
                 object.__setattr__(self, name, as_values(getattr(self, name), what))
                 if name != "source":  # what another run was, whatever it was
-                    _check_finite(getattr(self, name), what, bounds=name in ("min", "max"))
+                    check_values(getattr(self, name), what, bounds=name in ("min", "max"))
 
     @cached_property
     def choice(self) -> FeatureChoice:
         """The features, and among how many they were chosen where that is known."""
         with torch.inference_mode(False):  # an edit made there may be used in grad mode
             choice = chosen_features(self.features)
-            return choice if choice.index is None else choice._replace(index=_usable(choice.index))
+            return choice if choice.index is None else choice._replace(index=outside_inference(choice.index))
 
     @cached_property
     def chosen_tokens(self) -> ChosenTokens | None:
         """The tokens; read once, at the latest when a context opens."""
         with torch.inference_mode(False):
             tokens = chosen_tokens(self.tokens)
-            return _usable(tokens) if isinstance(tokens, Tensor) else tokens
+            return outside_inference(tokens) if isinstance(tokens, Tensor) else tokens
 
     @property
     def index(self) -> Int[Tensor, " m"] | None:
@@ -392,20 +393,6 @@ class Patch(Edit):
 
     def change(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
         return _filled(self._reference(self.source, value, index, hook), value)
-
-
-def _check_finite(given: Any, what: str, *, bounds: bool) -> None:
-    """Numbers and tensors that an edit was given; a cache is the model's own doing. A bound may be infinite."""
-    if isinstance(given, (int, float)):
-        given = None if bounds and math.isinf(given) else torch.tensor(float(given))
-    if isinstance(given, Tensor) and given.device.type != "meta" and not bool(torch.isfinite(given).all()):
-        bad = int((~torch.isfinite(given)).sum())
-        raise NotFinite(f"{what}: NaN or infinity in {bad} of {given.numel()} values")
-
-
-def _usable(chosen: Tensor) -> Tensor:
-    """Outside of inference mode too, where autograd keeps what a value was chosen with."""
-    return chosen.clone() if chosen.is_inference() else chosen
 
 
 def _filled(reference: Tensor | float, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmhooks.errors import OutOfRange, ShapeMismatch
+from mmhooks.errors import NotFinite, OutOfRange, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.utils.indexing import as_choice, like_a_mask, refuse_mask_of_numbers
 
@@ -212,3 +213,17 @@ def reference(
             f"{where}: a tensor of shape {tuple(given.shape)} (features last, selected) does not fit values of "
             f"shape {tuple(value.shape)}"
         ) from None
+
+
+def check_values(given: Any, what: str, *, bounds: bool) -> None:
+    """Numbers and tensors that an edit was given; a cache is the model's own doing. A bound may be infinite."""
+    if isinstance(given, (int, float)):
+        given = None if bounds and math.isinf(given) else torch.tensor(float(given))
+    if isinstance(given, Tensor) and given.device.type != "meta" and not bool(torch.isfinite(given).all()):
+        bad = int((~torch.isfinite(given)).sum())
+        raise NotFinite(f"{what}: NaN or infinity in {bad} of {given.numel()} values")
+
+
+def outside_inference(chosen: Tensor) -> Tensor:
+    """Outside of inference mode too, where autograd keeps what a value was chosen with."""
+    return chosen.clone() if chosen.is_inference() else chosen
