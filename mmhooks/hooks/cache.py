@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from mmhooks.hooks.program import Binding
 
 
+def recomputes() -> bool:
+    """Whether a checkpoint runs a block again in a backward pass: what flows there is kept already."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """What ``run_with_cache`` returns: a read-only mapping from site name to tensor.
 
@@ -63,10 +68,15 @@ class ActivationCache(Mapping[str, Tensor]):
 
         A cache that keeps values as they come gets one flat function: every capture pays for its length.
         """
+        ran = False  # this one: two patterns that name one site are two recorders
         if not self._plain:
 
             def process(value: Tensor) -> Tensor:
+                nonlocal ran
                 binding.fired = True
+                if ran:
+                    self._again(name)
+                ran = True
                 self._put(name, value, axis)
                 return value
 
@@ -74,21 +84,21 @@ class ActivationCache(Mapping[str, Tensor]):
         values = self._values
 
         def keep(value: Tensor) -> Tensor:
+            nonlocal ran
             binding.fired = True
-            if name in values:
+            if ran:
                 self._again(name)
+            ran = True
             values[name] = value.detach()
             return value
 
         return keep
 
     def _again(self, name: str) -> None:
-        if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes what is kept already
+        if not recomputes():
             self.repeated[name] = None
 
     def _put(self, name: str, value: Tensor, axis: int | None) -> None:
-        if name in self._values:
-            self._again(name)
         if self._detach:
             value = value.detach()
         elif value.requires_grad:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import nullcontext
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import ref
 
 import torch
 
@@ -55,9 +57,11 @@ class HookContext:
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
                 ops, bindings = self._plan()
             taps = (*around, *(op.target.site.tap for op in ops))
-            self._opened = dispatch.Opened(ops, bindings, taps)
-            dispatch.registry.install(self._opened)
-            dispatch.push(self._opened)
+            self._opened = opened = dispatch.Opened(ops, bindings, taps)
+            # Not __del__, which every context that was closed would run too: Python drops a Ctrl-C that comes in it.
+            opened.watch = ref(self, partial(_dropped, opened))
+            dispatch.registry.install(opened)
+            dispatch.push(opened)
             return self._gives()
         except BaseException:
             self.close()
@@ -89,21 +93,26 @@ class HookContext:
         opened = self._opened
         if opened is None:
             return
-        try:
-            dispatch.shut(opened)
-        finally:
-            dispatch.registry.release(opened)
+        _end(opened)
         self._is_clean = True
 
-    def __del__(self) -> None:
-        if self.is_open:
-            self.close()
-            warnings.warn(
-                "a context of mmhooks was dropped while it was open, and is closed now; keep it in a variable, or use "
-                "it in a with statement",
-                ResourceWarning,
-                stacklevel=2,
-            )
+
+def _end(opened: dispatch.Opened) -> None:
+    try:
+        dispatch.shut(opened)
+    finally:
+        dispatch.registry.release(opened)
+    opened.watch = None
+
+
+def _dropped(opened: dispatch.Opened, _: Any) -> None:
+    _end(opened)
+    warnings.warn(
+        "a context of mmhooks was dropped while it was open, and is closed now; keep it in a variable, or use it in a "
+        "with statement",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 Cache = TypeVar("Cache")

@@ -26,11 +26,12 @@ class Opened:
     """What an open context does and needs. The stack holds this, never the user's context: one that is dropped
     without being closed can tell."""
 
-    __slots__ = ("bindings", "is_open", "ops", "taps")
+    __slots__ = ("bindings", "is_open", "ops", "taps", "watch")
 
     def __init__(self, ops: list[Op], bindings: list[Binding], taps: Iterable[Tap]) -> None:
         self.ops, self.bindings, self.taps = ops, bindings, dict.fromkeys(taps)
         self.is_open = True
+        self.watch: Any = None  # what notices that the user's context is gone
 
 
 _AS_IT_IS = nullcontext()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, UnknownSite
-from mmhooks.hooks.cache import ActivationCache
+from mmhooks.hooks.cache import ActivationCache, recomputes
 from mmhooks.hooks.program import Binding
 from mmhooks.hooks.steps import HALVES, Guidance, Moment, chosen_steps, halves, now
 
@@ -32,11 +32,16 @@ class StepCache(Mapping[str, Tensor]):
             raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
         self._asked, self._guidance, self._options = chosen_steps(steps), guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
+        self.repeated: dict[
+            str, None
+        ] = {}  # sites that ran again in one step: the cache holds their last value
 
     # -- filling ---------------------------------------------------------------------------------------
 
     def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
         """The function that keeps what flows at ``name``, under the step and half of the moment."""
+
+        seen: set[Moment] = set()
 
         def record(value: Tensor) -> Tensor:
             at = now()
@@ -51,6 +56,9 @@ class StepCache(Mapping[str, Tensor]):
                 for half, rows in halves(len(value), name) or ():
                     if half == self._guidance:
                         kept, at = value[rows], Moment(at.step, half)
+            if at in seen and not recomputes():
+                self.repeated[name] = None
+            seen.add(at)
             part = self._parts.get(at)
             if part is None:
                 part = self._parts[at] = ActivationCache(**self._options)
@@ -121,11 +129,6 @@ class StepCache(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         size = sum(t.numel() * t.element_size() for part in self._parts.values() for t in part.values())
         return f"StepCache({len(self)} sites, {len(self.steps)} steps, {size / 2**20:.1f} MiB: {', '.join(self)})"
-
-    @property
-    def repeated(self) -> dict[str, None]:
-        """Sites that ran more than once in a step: the cache holds the last value."""
-        return {name: None for part in self._parts.values() for name in part.repeated}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -350,6 +350,10 @@ def test_a_cache_that_kept_the_last_of_several_values(model, images):
         warnings.simplefilter("error")
         with model.caching("image.blocks.0.resid_post", strict=False):
             model.encode_image(images), model.encode_image(images)
+        with model.caching(
+            ["image.blocks.0.resid_post", "image.blocks.*.resid_post"]
+        ):  # one site by two patterns
+            model.encode_image(images)
         model.model.set_grad_checkpointing()  # a block that is recomputed ran once
         with model.caching("image.blocks.0.resid_post"):
             model.encode_image(images).sum().backward()
