@@ -99,8 +99,8 @@ class HookTap(Tap):
             for number, hook in [*hooks.items()] if hooks else ():
                 mark = getattr(hook, MARK, None)
                 if mark is self:
-                    hooks.pop(number, None)
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    hooks.pop(number, None)  # last: an interrupt between leaves what is looked for
                 elif mark is not None:
                     others = True
         if self._own.used:
