@@ -288,6 +288,32 @@ def test_interrupts_at_every_operation(use, rounds):
         it.check()
 
 
+@pytest.mark.parametrize(
+    "site", ["image.blocks.0.resid_pre", "image.embed", "image.pooled", "image.blocks.0.attn.z"]
+)
+def test_interrupts_at_each_operation_of_closing(site):
+    """One tap of each kind: no operation is left out."""
+    it = victim("tiny")
+
+    def opens() -> None:
+        held.append(it.model.hooks(mm.Zero([0], at=site), strict=False))
+        held[0].__enter__()
+
+    def whole() -> None:
+        with it.model.hooks(mm.Zero([0], at=site), strict=False):
+            pass
+
+    held: list[Any] = []
+    before = interrupted(opens, -1)
+    held.pop().__exit__(None, None, None)
+    for at in range(before, interrupted(whole, -1) + 1):
+        interrupted(whole, at)
+        assert (
+            fingerprint(it.model.model) == it.before and len(registry) == 0 and not active.get().contexts
+        ), at
+    it.check()
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
 def test_interrupts_by_signals(rounds):
     """Ctrl-C at a moment that nobody chose."""
