@@ -32,9 +32,8 @@ class StepCache(Mapping[str, Tensor]):
             raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
         self._asked, self._guidance, self._options = chosen_steps(steps), guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
-        self.repeated: dict[
-            str, None
-        ] = {}  # sites that ran again in one step: the cache holds their last value
+        # Sites that ran again in one step: the cache holds their last value.
+        self.repeated: dict[str, None] = {}
 
     # -- filling ---------------------------------------------------------------------------------------
 
