@@ -95,7 +95,7 @@ def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
     facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
         k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
     }
-    rows = "\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in facts.items())
+    rows = "\n".join(f"| {markdown(k)} | {markdown(str(v).replace('|', '/'))} |" for k, v in facts.items())
     library = "sae_lens" if format == "saelens" else "mmhooks"
     theirs = (
         f"\nWith SAELens, on the same raw vectors:\n\n{_in_saelens(head, repo, inside)}"

@@ -62,7 +62,7 @@ def test_an_embedder_with_code_is_refused(tmp_path: Path, mark: Path) -> None:
         modules=[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}],
     )  # fmt: skip
     with pytest.raises(mm.errors.MMHooksError):
-        text_embedder(str(folder))
+        text_embedder(str(folder), cache_dir=tmp_path / "cache", progress=False)(["a cat"])
     assert not mark.exists()
 
 
