@@ -154,12 +154,15 @@ class Program:
         return value
 
 
-def apply(op: Op, value: Tensor) -> Tensor:
+def apply(op: Op, value: Tensor, *, flows: bool = True) -> Tensor:
     """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is.
 
     Edits never write into their input. A function may: it gets a copy of its own, which flows on, so a write in
     place is what returning the written tensor is, and reaches nothing else that holds the same memory (a cache, a
     residual stream behind an Identity, the conditioning that a pipeline passes at every step).
+
+    ``flows``: with gradients a copy that was only read flows on too, so that what the function kept of it is part of
+    the graph. Where nothing else is done to the value (a head that is only read) that would change the flow's bits.
     """
     if op.limited and op.asleep():
         return value
@@ -168,11 +171,14 @@ def apply(op: Op, value: Tensor) -> Tensor:
         new = op.act(value, hook=op.hook)
         return value if new is None or new is value else checked(op, value, new)
     given = own_copy(value)
+    graph = given.requires_grad
+    version = given._version if graph else 0  # a write of the same numbers may cut the graph
     new = op.act(given, hook=op.hook)
     if new is not None and new is not given:
         return checked(op, value, new)
-    # With gradients a copy that was only read flows on too: what the function kept of it is part of the graph.
-    return value if op.compares and not given.requires_grad and same(given, value) else given
+    if not op.compares or (given.requires_grad and (flows or not graph or given._version != version)):
+        return given
+    return value if same(given, value) else given
 
 
 def own_copy(value: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ class HeadStep:
         latent = self.ops["latents"]
         self.detached = not edits and all(op.detached for op in reads)
         self.edits = bool(edits)
+        # Whether the head's output is put into the flow even where functions only read.
+        self.flows = not self.attachment.error_term or any(isinstance(op.act, Edit) for op in edits)
         own = [op.act for op in latent if op.kind == "edit"]
         # Edits that name their features and nothing else: only those columns of f are touched.
         named = bool(own) and all(isinstance(e, Edit) and e.index is not None for e in own)
@@ -279,7 +281,7 @@ class HeadStep:
         else:
             final = after
             for op in edits:
-                final = apply(op, final)
+                final = apply(op, final, flows=self.flows)
             old, new = before, final
         if any(not op.detached for op in reads):
             # A node of its own, inside the flow: gradients with respect to it are those of the edited features.
@@ -297,7 +299,7 @@ class HeadStep:
     def _edit_and_read(self, ops: list[Op], value: Tensor) -> Tensor:
         for op in ops:
             if op.kind == "edit":
-                value = apply(op, value)
+                value = apply(op, value, flows=self.flows)
         self._read([op for op in ops if op.kind != "edit"], value)
         return value
 

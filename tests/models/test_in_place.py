@@ -198,7 +198,7 @@ def test_every_step_of_a_diffusion_run(models, kind):
         outs = []
         for fn in (returned, WRITERS[number % len(WRITERS)]):
             with model.hooks(fwd_hooks=[(site, fn)]):
-                outs.append(draw(model))
+                outs.append(draw(model.pipe))
         assert torch.equal(*outs), site
 
 
@@ -206,8 +206,8 @@ def test_every_step_of_a_diffusion_run(models, kind):
 def test_readers_leave_every_bit(model, inputs, mode):
     """Whatever a function looks at, nothing moves; what it keeps in grad mode is part of the graph."""
     with mode():
-        clean = model.forward(*inputs)
         model.model.requires_grad_(False)
+        clean = model.forward(*inputs)
         for site in (*model.sites(), "visual.transformer.resblocks.0.attn", "visual.conv1"):
             with model.hooks(fwd_hooks=[(site, lambda t, *, hook: print(t.sum(), file=io.StringIO()))]):
                 out = model.forward(*inputs)
