@@ -22,7 +22,7 @@ from mmhooks.data.progress import track
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.batchtopk import BatchTopKSAE
-from mmhooks.heads.checkpoint import fingerprint
+from mmhooks.heads.checkpoint import rows_hash
 from mmhooks.heads.fidelity import fidelity
 from mmhooks.heads.jumprelu import JumpReLUSAE
 from mmhooks.heads.matryoshka import MatryoshkaSAE
@@ -32,6 +32,7 @@ from mmhooks.heads.source import SITES, every_tenth, paired
 from mmhooks.heads.train import train_head
 from mmhooks.utils.files import written_aside
 from mmhooks.utils.json_files import read_json
+from mmhooks.utils.tensors import digest_of
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
 """Kinds that K steers: the first three by construction, JumpReLU by its target L0."""
@@ -144,10 +145,8 @@ def sweep(
         make_head(
             variant, 4, 4, 1, 0, objective
         )  # a misspelt name or option speaks up before hours of training
-    tensors = [
-        x[torch.arange(0, len(x), max(1, len(x) // 4096))] for x in (*train, *held_out, *(judge or ()))
-    ]
-    mark = fingerprint(settings | {"judge": judged, "pairs": len(train[0])}, tensors)
+    tables = [rows_hash(x) for x in (*train, *held_out, *(judge or ()))]  # every row decides
+    mark = digest_of(settings | {"judge": judged, "rows": tables}, {})
     out = Path(out)
     rows = []
     for variant, width, active, seed in track(grid, len(grid), "sweep", show=progress):

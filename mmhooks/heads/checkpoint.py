@@ -110,8 +110,8 @@ def fingerprint(
     return found | {name: rows_hash(rows) for name, rows in data.items() if rows is not None}
 
 
-def rows_hash(rows: Vectors | Tensor, step: int = 16384) -> str:
-    """SHA-256 of every row as it is kept, a few at a time."""
+def rows_hash(rows: Any, step: int = 16384) -> str:
+    """SHA-256 of every row of a tensor, a stored site or :class:`Vectors`, as it is kept, a few at a time."""
     source = rows.rows if isinstance(rows, Vectors) else rows
     digest = sha256(f"{len(source)}".encode())
     for begin in range(0, len(source), step):

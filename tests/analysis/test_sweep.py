@@ -112,3 +112,13 @@ def test_every_variant_runs(variant, tmp_path) -> None:
 def test_pareto_front() -> None:
     points = torch.tensor([[4.0, 0.3], [8.0, 0.2], [8.0, 0.25], [16.0, 0.2], [4.0, 0.3]])
     assert module.pareto(points).tolist() == [True, True, False, False, True]
+
+
+def test_one_changed_row_of_many_is_other_data(tmp_path) -> None:
+    """Every row decides, also between those that a sample of 4,096 would look at."""
+    image, text = clouds(n=9000)
+    grid = GRID | {"n": (24,), "k": (2,), "seeds": (0,), "epochs": 1, "batch_size": 4000, "out": tmp_path}
+    mm.sweep(image, text, valid=(image[:50], text[:50]), **grid)
+    text[1] = text[1].flip(0)
+    with pytest.raises(MMHooksError, match="other data"):
+        mm.sweep(image, text, valid=(image[:50], text[:50]), **grid)
