@@ -44,6 +44,11 @@ class WrongHead(MMHooksError, ValueError):
     """A FeatureSet used on a head other than the one it was computed for."""
 
 
+class WrongOrigin(MMHooksError, ValueError):
+    """A mean, a decomposition or another statistic used where it does not belong: of another tower, model or weights,
+    normalized for raw (or the other way round), or not that statistic at all."""
+
+
 class NoDecoder(MMHooksError, TypeError):
     """A head that can be read but not spliced back, because it has no decoder."""
 

@@ -7,8 +7,9 @@ data set in the place of a *direct contribution*: later layers keep what they re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,13 +17,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.decompose import Decomposition
-from mmhooks.analysis.decompose_data import Inputs, MeanDecomposition, batches, decompositions
+from mmhooks.analysis.decompose_data import Inputs, MeanDecomposition, batches, check_means, decompositions
+from mmhooks.analysis.given import Model, Vectors, check_batch, check_directions, check_model
 from mmhooks.analysis.intervals import Estimate, wilson
+from mmhooks.analysis.origin import Origin, origin_of
 from mmhooks.analysis.results import Result, Table
 from mmhooks.data.progress import rate_bar
-from mmhooks.errors import DataError, ShapeMismatch
+from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.hooks.edits import Edit, Mean
-from mmhooks.models.clip import HookedCLIP
+from mmhooks.utils.modes import evaluating
+
+if TYPE_CHECKING:
+    Means, Live = MeanDecomposition, Mapping[str, Tensor]
+else:
+    Means = Live = Any  # checked where they are used, with a sentence
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,23 @@ def paper_parts(depth: int, n_heads: int, *, last: int = 4) -> list[Parts]:
     ]
 
 
-def ablate_direct(parts: Decomposition, means: MeanDecomposition, what: Parts) -> Float[Tensor, "b e"]:
+class SiteMeans(dict[str, Tensor]):
+    """Means of what flows at sites, by site, and their :class:`~mmhooks.analysis.origin.Origin`; see :func:`site_means`."""
+
+    def __init__(self, means: Mapping[str, Tensor], origin: Origin, n: int) -> None:
+        super().__init__(means)
+        self.origin, self.n = origin, n
+
+
+def ablate_direct(parts: Decomposition, means: Means, what: Parts) -> Float[Tensor, "b e"]:
     """The embeddings with the direct contributions of ``what`` replaced by their means; nothing is run again.
 
     Raises:
         ShapeMismatch: a part that the tower does not have.
+        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
     """
+    means = check_means(means)
+    means.check_for(parts)
     depth, n_heads = parts.heads.shape[1:3]
     what.check(depth, n_heads)
     out = parts.embedding
@@ -85,20 +104,21 @@ def ablate_direct(parts: Decomposition, means: MeanDecomposition, what: Parts) -
 
 
 def site_means(
-    model: HookedCLIP,
+    model: Model,
     inputs: Tensor | Inputs,
     sites: Sequence[str],
     *,
     tower: str = "image",
     batch_size: int = 32,
     progress: bool = False,
-) -> dict[str, Tensor]:
-    """Running mean over a data set of what flows at each site, token by token.
+) -> SiteMeans:
+    """Running mean over a data set of what flows at each site, token by token, in evaluation mode.
 
     Raises:
         UnknownSite: no such site. DataError: no input. ShapeMismatch: numbers of tokens that differ.
     """
     sums: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
     n = 0
 
     def add(value: Tensor, *, hook: object) -> None:
@@ -108,17 +128,23 @@ def site_means(
                 f"{name}: rows of shape {tuple(part.shape)} after {tuple(sums[name].shape)}; a mean needs one shape"
             )
         sums[name] = part if name not in sums else sums[name] + part
+        kinds[name] = value.dtype
 
+    check_model(model)
+    if isinstance(sites, str):
+        raise MMHooksError(f"sites: expected a list of names, got one name: [{sites!r}]")
     encode = model.encode_image if tower == "image" else model.encode_text
-    with rate_bar("means of sites", None, unit=f"{tower}s", show=progress) as advance, torch.no_grad():
+    bar = rate_bar("means of sites", None, unit=f"{tower}s", show=progress)
+    with evaluating(model.model), bar as advance, torch.no_grad():
         for batch in batches(model, inputs, tower, batch_size, 0):
             with model.hooks(fwd_hooks=[(site, add) for site in sites]):
-                encode(batch.to(model.device, model.dtype if batch.is_floating_point() else None))
+                encode(model.to_input(batch))
             n += len(batch)
             advance(len(batch))
     if not n:
         raise DataError("no means: the data set has no images or texts")
-    return {name: (total / n).to(model.dtype) for name, total in sums.items()}
+    means = {name: (total / n).to(kinds[name]) for name, total in sums.items()}
+    return SiteMeans(means, origin_of(model, tower, False, inputs), n)
 
 
 def ablation_sites(what: Parts, *, tower: str = "image") -> list[str]:
@@ -127,7 +153,7 @@ def ablation_sites(what: Parts, *, tower: str = "image") -> list[str]:
     return heads + [f"{tower}.blocks.{n}.mlp_out" for n in sorted(what.mlps)]
 
 
-def mean_edits(what: Parts, means: dict[str, Tensor], *, tower: str = "image") -> list[Edit]:
+def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
     """Edits that put the mean of a data set in the place of what heads and MLPs write, for ``model.hooks(*edits)``.
 
     Args:
@@ -135,6 +161,7 @@ def mean_edits(what: Parts, means: dict[str, Tensor], *, tower: str = "image") -
 
     Raises:
         ShapeMismatch: ``initial`` is no edit: everything would be gone.
+        WrongOrigin: means of something else than sites, or of another tower; a site that they lack.
 
     >>> heads = Parts("two heads", heads=((5, 0), (5, 3)))
     >>> edits = mean_edits(heads, site_means(model, pairs, ablation_sites(heads)))    # doctest: +SKIP
@@ -144,8 +171,10 @@ def mean_edits(what: Parts, means: dict[str, Tensor], *, tower: str = "image") -
         raise ShapeMismatch(
             f"{what.name!r} ablates the initial stream, which all layers read: take ablate_direct"
         )
+    sites = ablation_sites(what, tower=tower)
+    _check_sites(means, sites, tower)
     edits: list[Edit] = []
-    for site in ablation_sites(what, tower=tower):
+    for site in sites:
         layer = int(site.split(".")[2])
         if site.endswith("mlp_out"):
             edits.append(Mean(mean=means[site], at=site))
@@ -155,14 +184,23 @@ def mean_edits(what: Parts, means: dict[str, Tensor], *, tower: str = "image") -
 
 
 def head_importance(
-    parts: Decomposition, direction: Float[Tensor, " e"], means: MeanDecomposition | None = None
+    parts: Decomposition, direction: Vectors, means: Means | None = None
 ) -> Float[Tensor, "l h"]:
-    """Mean contribution of every attention head along a direction: a class's text embedding, a difference of two.
+    """Mean contribution of every attention head along a direction ``[e]``: a class's text embedding, a difference of two.
 
     With ``means`` of other data, by how much the batch's contributions stand out from them.
+
+    Raises:
+        ShapeMismatch: something else than one direction in the embedding's space.
+        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
     """
     heads = parts.heads.mean(0)
+    check_directions(
+        direction[None] if isinstance(direction, Tensor) else direction, heads.shape[2], "direction"
+    )
     if means is not None:
+        means = check_means(means)
+        means.check_for(parts)
         heads = heads - means.heads.to(heads)
     return heads @ normalize(direction.to(heads), dim=0)
 
@@ -195,14 +233,14 @@ class AblationResult(Result):
 
 @torch.no_grad()
 def ablations(
-    model: HookedCLIP,
-    inputs: Float[Tensor, "n c h w"],
+    model: Model,
+    inputs: Vectors,
     labels: Int[Tensor, " n2"],
-    classes: Float[Tensor, "k e"],
-    means: MeanDecomposition,
+    classes: Vectors,
+    means: Means,
     what: Sequence[Parts] | None = None,
     *,
-    live_means: dict[str, Tensor] | None = None,
+    live_means: Live | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> AblationResult:
@@ -215,7 +253,14 @@ def ablations(
 
     Raises:
         ShapeMismatch: labels of another number, or outside the classes; a part that is not there.
+        WrongOrigin: means that are not raw image means of this model.
     """
+    check_model(model)
+    check_batch(model, inputs, "image")
+    means = check_means(means)
+    own = origin_of(model, "image", False)
+    means.origin.check(own, "means=", "the images' raw contributions")
+    check_directions(classes, means.embedding.shape[0], "classes")
     if (
         len(labels) != len(inputs)
         or not len(labels)
@@ -229,6 +274,12 @@ def ablations(
     chosen = paper_parts(depth, n_heads) if what is None else list(what)
     for one in chosen:
         one.check(depth, n_heads)
+    if live_means is not None:
+        _check_sites(
+            live_means, [s for one in chosen if not one.initial for s in ablation_sites(one)], "image"
+        )
+        if isinstance(live_means, SiteMeans):
+            live_means.origin.check(own, "live_means=", "this model")
     unit = normalize(classes.to(model.device).float(), dim=1)
 
     def right(embedding: Tensor, rows: slice) -> int:
@@ -247,10 +298,10 @@ def ablations(
         if not has_live[i]:
             continue
         assert live_means is not None
-        with model.hooks(*mean_edits(one, live_means)):
+        with evaluating(model.model), model.hooks(*mean_edits(one, live_means)):
             for begin in range(0, len(inputs), batch_size):
                 rows = slice(begin, begin + batch_size)
-                live[i] += right(model.encode_image(inputs[rows].to(model.device, model.dtype)), rows)
+                live[i] += right(model.encode_image(model.to_input(inputs[rows])), rows)
     n = len(labels)
     return AblationResult(
         tuple(one.name for one in chosen),
@@ -259,6 +310,22 @@ def ablations(
         tuple(wilson(hits, n) if there else None for hits, there in zip(live, has_live, strict=True)),
         n,
     )
+
+
+def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
+    if not isinstance(means, Mapping):
+        raise WrongOrigin(
+            f"expected means by site, got a {type(means).__name__}: live ablations take site_means(model, data, sites), "
+            "means of direct contributions belong to ablate_direct"
+        )
+    if isinstance(means, SiteMeans) and means.origin.tower != tower:
+        raise WrongOrigin(f"expected means of the {tower} tower, got means of the {means.origin.tower} tower")
+    missing = [site for site in sites if site not in means]
+    if missing:
+        raise WrongOrigin(
+            f"expected means at {len(set(sites))} sites, got none at {', '.join(missing[:3])}: "
+            "site_means(model, data, ablation_sites(what)) makes them"
+        )
 
 
 def _mask(what: Parts, depth: int, n_heads: int) -> Bool[Tensor, "l h"]:

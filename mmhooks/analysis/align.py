@@ -13,6 +13,7 @@ from mmhooks.analysis.pixels import Optimised, check_pictures, optimise_pixels
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet, as_feature_set
 from mmhooks.utils.indexing import as_choice
+from mmhooks.utils.modes import evaluating
 
 SITE = "image.embed.sae.pre"
 
@@ -48,11 +49,12 @@ def features_of(
     site: str = SITE,
     scale: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "b n"]:
-    """What flows at ``site`` for pictures from 0 to 1; differentiable to the pixels, normalisation included."""
-    mean, std = scale or pixel_scale(model)
-    with model.caching([site], detach=False) as cache:
-        model.encode_image((pictures - mean) / std)
-    return cache[site]
+    """What flows at ``site`` for pictures from 0 to 1, in evaluation mode and at least in fp32; differentiable to the pixels,
+    normalisation included."""
+    mean, std = (v.to(pictures) for v in scale or pixel_scale(model))
+    with evaluating(model.model), model.caching([site], detach=False) as cache:
+        model.encode_image(model.to_input((pictures - mean) / std))
+    return cache[site].to(torch.promote_types(cache[site].dtype, torch.float32))
 
 
 def align(

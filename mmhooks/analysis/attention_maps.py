@@ -31,6 +31,7 @@ class AttentionMaps:
 
     Args:
         tokenize: text -> token ids, with start and end; the pipeline's own.
+        pieces: token ids -> the tokenizer's own pieces, whose marks say where words begin and end.
         half: whose attention is kept.
         steps: of these denoising steps only.
     """
@@ -38,11 +39,13 @@ class AttentionMaps:
     def __init__(
         self,
         tokenize: Callable[[str], Sequence[int]],
+        pieces: Callable[[list[int]], list[str]],
         *,
         half: Literal["cond", "uncond"] = "cond",
         steps: Any = None,
     ) -> None:
-        self._tokenize, self.half, self._steps = tokenize, half, chosen_steps(steps)
+        self._tokenize, self._pieces = tokenize, pieces
+        self.half, self._steps = half, chosen_steps(steps)
         self.sum: Tensor | None = None
         self.layers = 0  # patterns that went in, one a layer and step
         self._size: tuple[int, int] | None = None
@@ -79,7 +82,7 @@ class AttentionMaps:
         return self.sum / self.layers
 
     def word(self, word: str, prompt: str | Sequence[str]) -> Float[Tensor, "b h w"]:
-        """Heat of a word, averaged over its tokens and occurrences.
+        """Heat of a word, averaged over its tokens and occurrences; a part of a longer word is none.
 
         Args:
             word: one or several words that stand in the prompt one after the other.
@@ -108,16 +111,44 @@ class AttentionMaps:
         """
         text, wanted = list(self._tokenize(prompt)), list(self._tokenize(word))[1:-1]
         text = text[: length - 1]  # the last one is the end
-        starts = [i for i in range(1, len(text)) if text[i : i + len(wanted)] == wanted] if wanted else []
+        found = [i for i in range(1, len(text)) if text[i : i + len(wanted)] == wanted] if wanted else []
+        pieces = self._pieces(text)
+        starts = [i for i in found if begins_word(pieces, i) and begins_word(pieces, i + len(wanted))]
         if not starts:
-            raise MMHooksError(f"the word {word!r} is not among the first {length} tokens of {prompt!r}")
+            inside = " (only inside a longer word)" if found else ""
+            raise MMHooksError(
+                f"the word {word!r} is not among the first {length} tokens of {prompt!r}{inside}"
+            )
         return [start + k for start in starts for k in range(len(wanted))]
+
+
+def begins_word(pieces: Sequence[str], i: int) -> bool:
+    """Does a word begin at piece ``i``: by CLIP's ``</w>`` at ends, by ``▁`` or ``Ġ`` at beginnings (T5, GPT-2), by ``##``
+    inside (BERT). Where pieces bear no marks, and behind the last one, it does.
+
+    >>> begins_word(["con", "cat</w>", "cat</w>"], 1), begins_word(["con", "cat</w>", "cat</w>"], 2)
+    (False, True)
+    >>> begins_word(["▁cat", "s"], 1), begins_word(["▁a", "▁cat"], 1)
+    (False, True)
+    """
+    if i <= 0 or i >= len(pieces):
+        return True
+    if any(p.endswith("</w>") for p in pieces):
+        # Special tokens and what the text begins with stand alone.
+        return pieces[i - 1].endswith("</w>") or _special(pieces[i - 1]) or _special(pieces[i])
+    if any(p.startswith(("▁", "Ġ")) for p in pieces):
+        return pieces[i].startswith(("▁", "Ġ")) or _special(pieces[i - 1]) or _special(pieces[i])
+    return not pieces[i].startswith("##")
+
+
+def _special(piece: str) -> bool:
+    return len(piece) > 2 and piece[0] in "<[" and piece[-1] in ">]" and piece != "</w>"
 
 
 @contextmanager
 def attention_maps(
     model: Any,
-    sites: Pattern = "unet.*.cross.pattern",
+    sites: Pattern | Sequence[Pattern] = "unet.*.cross.pattern",
     *,
     guidance: Literal["cond", "uncond"] = "cond",
     steps: Any = None,
@@ -126,7 +157,7 @@ def attention_maps(
 
     Args:
         model: a :class:`~mmhooks.models.diffusion.HookedDiffusion`.
-        sites: which layers.
+        sites: which layers; one pattern or several, a layer that several name counts once.
         guidance: whose attention, in a guided run; with guidance or without, ``cond`` is the prompt's.
         steps: denoising steps, all by default.
 
@@ -139,11 +170,30 @@ def attention_maps(
     >>> maps.word("panda", "a red panda").shape                          # doctest: +SKIP
     torch.Size([1, 8, 8])
     """
+    if not hasattr(model, "pipe"):
+        raise MMHooksError(
+            f"expected a mm.HookedDiffusion, got a {type(model).__name__}: mm.load_diffusion(...) makes one"
+        )
+    if guidance not in ("cond", "uncond"):
+        raise MMHooksError(f'guidance: expected "cond" or "uncond", got {guidance!r}')
     pipe = model.pipe
     tokenizer = getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
-    maps = AttentionMaps(lambda text: tokenizer(text)["input_ids"], half=guidance, steps=steps)
-    with model.hooks(fwd_hooks=[("unet.conv_in", maps.begin_step), (sites, maps.update)]):
+    maps = AttentionMaps(
+        lambda text: tokenizer(text)["input_ids"], tokenizer.convert_ids_to_tokens, half=guidance, steps=steps
+    )
+    with model.hooks(
+        fwd_hooks=[("unet.conv_in", maps.begin_step), *((s, maps.update) for s in _each(model, sites))]
+    ):
         yield maps
+
+
+def _each(model: Any, sites: Pattern | Sequence[Pattern]) -> list[Pattern]:
+    """Patterns to hook: one as it is, of several the sites that they name, each once."""
+    if isinstance(sites, str) or callable(sites):
+        return [sites]
+    if not sites:
+        raise MMHooksError("sites: expected a pattern or several, got none")
+    return list(dict.fromkeys(name for pattern in sites for name in model.sites(pattern)))
 
 
 def layer_size(pixels: int, full: tuple[int, int]) -> tuple[int, int]:

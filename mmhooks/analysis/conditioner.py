@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.mds import MDSResult, mds
@@ -14,6 +14,7 @@ from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import DataError, MMHooksError
 from mmhooks.models.references import Mode, caption_embeds, conditioner, reference, text_end, token_norm
+from mmhooks.utils.modes import evaluating
 
 Sides = tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
 
@@ -47,9 +48,10 @@ def conditioner_sides(
     """
     if not len(pairs):
         raise DataError("no pairs to score a conditioner's features on")
-    norm = None if mode == "unclip" else token_norm(sd)
     images, texts = [], []
-    with rate_bar("conditioner", len(pairs), unit="pairs", show=progress) as advance:
+    bar = rate_bar("conditioner", len(pairs), unit="pairs", show=progress)
+    with evaluating(*_modules(sd, clip)), bar as advance:
+        norm = None if mode == "unclip" else token_norm(sd)
         for begin in range(0, len(pairs), batch_size):
             rows = [pairs[i] for i in range(begin, min(begin + batch_size, len(pairs)))]
             pictures, captions = [row.image for row in rows], [row.text for row in rows]
@@ -64,6 +66,12 @@ def conditioner_sides(
     if mode == "unclip":
         text = normalize(text, dim=1) * image.norm(dim=1).median()
     return image, text
+
+
+def _modules(sd: Any, clip: Any) -> list[nn.Module]:
+    """All that may run: the pipeline's models, and the CLIP that makes references."""
+    found = [*sd.pipe.components.values(), getattr(clip, "model", clip)]
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _hidden_states(sd: Any, captions: list[str], tokens: Literal["end", "mean"]) -> Float[Tensor, "n d"]:

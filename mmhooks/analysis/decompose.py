@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmhooks.analysis.given import Model, Vectors, check_batch, check_directions, check_model
+from mmhooks.analysis.origin import Origin, origin_of
 from mmhooks.analysis.results import Table
 from mmhooks.errors import MMHooksError, NoExactSum, ShapeMismatch, UnknownSite
 from mmhooks.models.clip import HookedCLIP
 from mmhooks.models.frozen import Frozen
 from mmhooks.models.readout import Readout, image_readout, text_readout
+from mmhooks.utils.modes import evaluating
 
 if TYPE_CHECKING:
     from mmhooks.analysis.decompose_data import Inputs, MeanDecomposition
@@ -38,6 +41,7 @@ class Decomposition:
         tokens: of every head by the token that it attends to, if asked; ``tokens.sum(3)`` is ``heads``.
         scores: ``tokens @ against.T``, if asked; made without ``tokens``.
         error: of every row, ``‖sum - embedding‖ / ‖embedding‖``.
+        origin: tower, normalize, model and weights; what takes means asks them for it.
     """
 
     embedding: Float[Tensor, "b e"]
@@ -48,6 +52,7 @@ class Decomposition:
     tokens: Float[Tensor, "b l h t e"] | None = None
     scores: Float[Tensor, "b l h t m"] | None = None
     error: Float[Tensor, " b"] = field(default_factory=lambda: torch.zeros(0), repr=False)
+    origin: Origin = field(kw_only=True, repr=False)
 
     @property
     def attention(self) -> Float[Tensor, "b l e"]:
@@ -71,9 +76,9 @@ class Decomposition:
         scaled = {
             f.name: value / norm.view(-1, *[1] * (value.dim() - 1))
             for f in fields(self)
-            if f.name != "error" and (value := getattr(self, f.name)) is not None
+            if f.name not in ("error", "origin") and (value := getattr(self, f.name)) is not None
         }
-        return replace(self, **scaled)
+        return replace(self, **scaled, origin=replace(self.origin, normalize=True))
 
     def shares(self) -> dict[str, Tensor]:
         """``⟨contribution, embedding⟩ / ‖embedding‖²`` of ``initial [b]``, ``heads [b l h]``, ``mlps [b l]`` and, where
@@ -167,12 +172,12 @@ def decompose(
 ) -> MeanDecomposition: ...
 @torch.no_grad()
 def decompose(
-    model: HookedCLIP,
+    model: Model,
     images: Any = None,
     texts: Any = None,
     *,
     tokens: bool = False,
-    against: Float[Tensor, "m e"] | None = None,
+    against: Vectors | None = None,
     normalize: bool = False,
     batch_size: int = 32,
     progress: bool = False,
@@ -197,7 +202,9 @@ def decompose(
 
     Raises:
         NoExactSum: the architecture's embedding is no such sum (says why), or the sum is not the embedding.
-        ShapeMismatch: neither or both of images and texts; ``against`` of another width.
+        ShapeMismatch: neither or both of images and texts; something else than pixels or tokens of this model's
+            size; ``against`` of another width.
+        MMHooksError: ``model`` is not a hooked CLIP.
 
     >>> import torch, mmhooks as mm
     >>> parts = mm.decompose(mm.load("mini"), torch.randn(2, 3, 64, 64))
@@ -206,6 +213,7 @@ def decompose(
     """
     from mmhooks.analysis.decompose_data import mean_decomposition
 
+    check_model(model)
     if (images is None) == (texts is None):
         raise ShapeMismatch("mm.decompose takes images or texts, one of them")
     tower, given = ("image", images) if texts is None else ("text", texts)
@@ -218,28 +226,36 @@ def decompose(
         return mean_decomposition(
             model, given, tower=tower, normalize=normalize, batch_size=batch_size, progress=progress
         )
+    check_batch(model, given, tower)
     parts = [
         decompose_batch(model, part, tower=tower, tokens=tokens, against=against)
         for part in given.split(batch_size)
     ]
     found = parts[0] if len(parts) == 1 else _joined(parts)
+    found = replace(found, origin=origin_of(model, tower, False, given))
     return found.normalized() if normalize else found
 
 
 @torch.no_grad()
 def decompose_batch(
-    model: HookedCLIP,
-    inputs: Tensor,
+    model: Model,
+    inputs: Vectors,
     *,
     tower: str = "image",
     tokens: bool = False,
-    against: Float[Tensor, "m e"] | None = None,
+    against: Vectors | None = None,
 ) -> Decomposition:
-    """:func:`decompose` of one batch in one forward pass."""
+    """:func:`decompose` of one batch in one forward pass, in evaluation mode."""
+    check_model(model)
+    check_batch(model, inputs, tower)
     if not len(inputs):
         raise ShapeMismatch("nothing to decompose: the batch has no rows")
     readout = image_readout(model.model) if tower == "image" else text_readout(model.model)
-    kept, embedding = _run(model, readout, inputs, by_token=tokens or against is not None)
+    with evaluating(model.model):
+        kept, embedding, allowed = _run(model, readout, inputs, by_token=tokens or against is not None)
+    if against is not None:
+        check_directions(against, embedding.shape[1], "against=")
+        against = against.to(embedding)
     frozen = readout.freeze(kept.pop("stream"))
     depth, n_heads = len(readout.blocks), readout.n_heads
     share = frozen.shift / (1 + 2 * depth)
@@ -260,7 +276,7 @@ def decompose_batch(
             if tokens:
                 split.append(_by_token(frozen, pattern, v, w_o, constant, None))
             if against is not None:
-                scored.append(_by_token(frozen, pattern, v, w_o, constant, _checked(against, embedding)))
+                scored.append(_by_token(frozen, pattern, v, w_o, constant, against))
     found = Decomposition(
         embedding,
         initial,
@@ -269,9 +285,10 @@ def decompose_batch(
         pool,
         torch.stack(split, 1) if tokens else None,
         torch.stack(scored, 1) if against is not None else None,
+        origin=origin_of(model, tower, False, inputs),
     )
     error = (found.total - embedding).norm(dim=-1) / embedding.norm(dim=-1).clamp_min(1e-12)
-    _check(model, found, error, against)
+    _check(found, error, against, allowed)
     return replace(found, error=error)
 
 
@@ -280,12 +297,13 @@ def decompose_batch(
 
 def _run(
     model: HookedCLIP, readout: Readout, inputs: Tensor, *, by_token: bool
-) -> tuple[dict[str, Tensor], Float[Tensor, "b e"]]:
-    """What the sites wrote, at the tokens that are read, and the embedding."""
-    inputs = inputs.to(model.device, model.dtype if inputs.is_floating_point() else None)
+) -> tuple[dict[str, Tensor], Float[Tensor, "b e"], float]:
+    """What the sites wrote, at the tokens that are read, the embedding, and the error that rounding may leave."""
+    inputs = model.to_input(inputs)
     at = None if readout.positions is None else readout.positions(inputs)
     row = torch.arange(len(inputs), device=inputs.device)
     kept: dict[str, Tensor] = {}
+    dtypes: set[torch.dtype] = set()  # what flows, which under autocast is not what the weights are in
 
     def keep(name: str, axis: int | None) -> Any:
         """``axis`` of the tokens that are read; None keeps all of them."""
@@ -295,6 +313,7 @@ def _run(
                 chosen = value.clone() if name.startswith("v") else value  # v is a slice of q, k and v
             else:
                 chosen = value[row, at][:, None] if axis == 1 else value[row, :, at][:, :, None]
+            dtypes.add(value.dtype)
             kept[name] = chosen.detach().float()
 
         return hook
@@ -321,7 +340,8 @@ def _run(
             f"the {readout.tower} tower has no site {missing.name!r}: its attention does not show what a head writes"
             + (" by token (no fused attention)" if by_token else "")
         ) from missing
-    return kept, embedding.detach().float()
+    exact = dtypes | {embedding.dtype} <= {torch.float32, torch.float64}
+    return kept, embedding.detach().float(), 1e-4 if exact else 5e-2
 
 
 def _by_token(
@@ -343,21 +363,9 @@ def _by_token(
     return total
 
 
-def _checked(against: Float[Tensor, "m e"], embedding: Float[Tensor, "b e2"]) -> Float[Tensor, "m e"]:
-    if against.shape[1] != embedding.shape[1]:
-        raise ShapeMismatch(
-            f"against= holds vectors of width {against.shape[1]}, the embedding has {embedding.shape[1]}: give "
-            "embeddings of the same model"
-        )
-    return against.to(embedding)
-
-
-def _check(
-    model: HookedCLIP, found: Decomposition, error: Float[Tensor, " b"], against: Tensor | None
-) -> None:
+def _check(found: Decomposition, error: Float[Tensor, " b"], against: Tensor | None, allowed: float) -> None:
     """Never a decomposition that does not add up: of a block that adds what no site shows, or under an edit behind
     the sites that are read."""
-    allowed = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     worst = float(error.max())
     if not worst <= allowed:
         raise NoExactSum(
@@ -386,6 +394,8 @@ def _joined(parts: Iterable[Decomposition]) -> Decomposition:
     parts = list(parts)
     joined = {}
     for f in fields(Decomposition):
+        if f.name == "origin":
+            continue
         values = [getattr(part, f.name) for part in parts]
         joined[f.name] = None if values[0] is None else torch.cat(values)
-    return Decomposition(**joined)
+    return Decomposition(**joined, origin=parts[0].origin)

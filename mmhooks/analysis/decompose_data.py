@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.analysis.decompose import Decomposition, decompose_batch, shares_table
+from mmhooks.analysis.given import Model, Vectors, check_batch, check_model, check_tower
+from mmhooks.analysis.origin import Origin, origin_of
 from mmhooks.analysis.results import Result, Table
 from mmhooks.data.loading import Decoder, loader, works
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream
 from mmhooks.data.progress import rate_bar
-from mmhooks.errors import DataError, MMHooksError, ShapeMismatch
-from mmhooks.models.clip import HookedCLIP
+from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.utils.indexing import as_places
 
-Inputs = Pairs | PairStream | Iterable[Any]  # batches of tensors
+if TYPE_CHECKING:
+    Inputs = Pairs | PairStream | Iterable[Any]  # batches of tensors
+else:
+    Inputs = Any  # :func:`batches` checks them, with a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,8 @@ class MeanDecomposition(Result):
     """Means of a :class:`~mmhooks.analysis.decompose.Decomposition` over ``n`` images or texts; they add up to the
     mean ``embedding``. What mean-ablation puts in the place of a component.
 
-    ``shares``: mean share of every part in the length of its embedding, see ``Decomposition.shares``.
+    ``shares``: mean share of every part in the length of its embedding, see ``Decomposition.shares``. ``origin``: tower,
+    normalize, model, weights and data; it is in the file too, and whatever takes means asks them for it.
     """
 
     n: int
@@ -40,6 +45,7 @@ class MeanDecomposition(Result):
     pool: Float[Tensor, " e"] | None
     shares: dict[str, Tensor]
     error: float
+    origin: Origin
 
     @property
     def total(self) -> Float[Tensor, " e"]:
@@ -61,7 +67,12 @@ class MeanDecomposition(Result):
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},
             path,
-            metadata={"n": str(self.n), "error": str(self.error), "kind": type(self).__name__},
+            metadata={
+                "n": str(self.n),
+                "error": str(self.error),
+                "kind": type(self).__name__,
+                **self.origin.to_metadata(),
+            },
         )
         return path
 
@@ -70,7 +81,7 @@ class MeanDecomposition(Result):
         """What :meth:`save` wrote.
 
         Raises:
-            DataError: not a file of it.
+            DataError: not a file of it, or an older one that does not say what its means belong to.
         """
         from safetensors import safe_open
 
@@ -80,17 +91,42 @@ class MeanDecomposition(Result):
                 raise DataError(f"{path} holds {about.get('kind', 'something else')}, not a {cls.__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         shares = {n.removeprefix("shares."): t for n, t in tensors.items() if n.startswith("shares.")}
-        own = {f.name: tensors.get(f.name) for f in fields(cls) if f.name not in ("n", "shares", "error")}
-        return cls(n=int(about["n"]), error=float(about["error"]), shares=shares, **own)  # type: ignore[arg-type]
+        origin = Origin.from_metadata(about, path)
+        own = {
+            f.name: tensors.get(f.name)
+            for f in fields(cls)
+            if f.name not in ("n", "shares", "error", "origin")
+        }
+        return cls(n=int(about["n"]), error=float(about["error"]), shares=shares, origin=origin, **own)  # type: ignore[arg-type]
+
+    def check_for(self, parts: Decomposition, what: str = "means") -> None:
+        """Raises WrongOrigin unless they are of the tower, normalization and model that ``parts`` are of."""
+        self.origin.check(parts.origin, what, "these parts")
+
+
+def check_means(means: Any, what: str = "means=") -> MeanDecomposition:
+    """``means`` themselves.
+
+    Raises:
+        WrongOrigin: a Decomposition of single images, which would broadcast and leave each at its own value, or
+            something else.
+    """
+    if isinstance(means, MeanDecomposition):
+        return means
+    got = type(means).__name__
+    raise WrongOrigin(
+        f"{what}: expected a MeanDecomposition, means over a data set, got a {got}: "
+        "mm.decompose(model, mm.data.pairs(...)) makes them, or mm.decompose(model, [pixels]) of a tensor"
+    )
 
 
 def decompositions(
-    model: HookedCLIP,
+    model: Model,
     inputs: Tensor | Inputs,
     *,
     tower: str = "image",
     tokens: bool = False,
-    against: Float[Tensor, "m e"] | None = None,
+    against: Vectors | None = None,
     normalize: bool = False,
     batch_size: int = 32,
     workers: int = 0,
@@ -104,19 +140,26 @@ def decompositions(
         workers: processes that decode the pictures of pairs.
         tokens, against, normalize: of :func:`~mmhooks.analysis.decompose.decompose`.
 
+    Raises:
+        DataError: no input at all; and as there.
+
     >>> for parts in decompositions(model, mm.data.pairs("mini")):          # doctest: +SKIP
     ...     moments.add(parts.heads)                                         # [b layers heads d]
     """
     total = len(inputs) if isinstance(inputs, (Tensor, Pairs)) else None
+    seen = 0
     with rate_bar("decomposing", total, unit=f"{tower}s", show=progress) as advance:
         for batch in batches(model, inputs, tower, batch_size, workers):
             found = decompose_batch(model, batch, tower=tower, tokens=tokens, against=against)
+            seen += len(batch)
             advance(len(batch))
             yield found.normalized() if normalize else found
+    if not seen:
+        raise DataError("nothing to decompose: the data set has no images or texts")
 
 
 def mean_decomposition(
-    model: HookedCLIP,
+    model: Model,
     inputs: Tensor | Inputs,
     *,
     tower: str = "image",
@@ -148,16 +191,15 @@ def mean_decomposition(
             if value is not None:
                 part = value.double().sum(0)
                 sums[name] = part if name not in sums else sums[name] + part
-    if not n:
-        raise DataError("nothing to decompose: the data set has no images or texts")
     means = {name: (value / n).float() for name, value in sums.items()}
     shares = {name.removeprefix("shares."): v for name, v in means.items() if name.startswith("shares.")}
     own = {name: means.get(name) for name in ("embedding", "initial", "heads", "mlps", "pool")}
-    return MeanDecomposition(n=n, shares=shares, error=worst, **own)  # type: ignore[arg-type]
+    origin = origin_of(model, tower, normalize, inputs)
+    return MeanDecomposition(n=n, shares=shares, error=worst, origin=origin, **own)  # type: ignore[arg-type]
 
 
 def head_outputs(
-    model: HookedCLIP,
+    model: Model,
     inputs: Tensor | Inputs,
     *,
     layers: Any = None,
@@ -193,29 +235,30 @@ def head_outputs(
         if not chosen:
             raise ShapeMismatch(f"{what}: none was chosen")
         rows.append(parts.heads[:, chosen].cpu())
-    if not rows:
-        raise DataError("nothing to decompose: the data set has no images or texts")
     return torch.cat(rows)
 
 
 def batches(
-    model: HookedCLIP, inputs: Tensor | Inputs, tower: str, batch_size: int, workers: int
+    model: Model, inputs: Tensor | Inputs, tower: str, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
     """Pixels or tokens of ``inputs``, batch by batch.
 
     Raises:
-        ShapeMismatch: an iterable of something else than tensors. MMHooksError: pairs, and no preprocess or tokenizer.
+        ShapeMismatch: something else than pixels or tokens that the model reads, or batches of them.
+        MMHooksError: not a hooked CLIP; pairs, and no preprocess or tokenizer.
     """
-    if isinstance(inputs, Tensor):
-        yield from inputs.split(batch_size)
+    check_model(model)
+    check_tower(tower)
+    if batch_size < 1:
+        raise ShapeMismatch(f"batch_size: expected at least 1, got {batch_size}")
+    if isinstance(inputs, Tensor) or not isinstance(inputs, (Pairs, PairStream, Iterable)):
+        check_batch(model, inputs, tower)
+        yield from inputs.split(batch_size) if len(inputs) else ()
         return
     if not isinstance(inputs, (Pairs, PairStream)):
         for batch in inputs:
-            if not isinstance(batch, Tensor):
-                raise ShapeMismatch(
-                    f"an iterable of batches gives tensors [b 3 h w] (or tokens [b l]), came {type(batch).__name__}"
-                )
-            yield from batch.split(batch_size)
+            check_batch(model, batch, tower)
+            yield from batch.split(batch_size) if len(batch) else ()
         return
     needed = model.preprocess if tower == "image" else model.tokenizer
     if needed is None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmhooks.analysis.intervals import Estimate
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.utils.escape import markdown
 
@@ -57,8 +56,6 @@ def plain(value: Any) -> Any:
     """``value`` in JSON's words."""
     if isinstance(value, Result):
         return value.to_json()
-    if isinstance(value, Estimate):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, FeatureSet):
         return {
             "name": value.name,
@@ -68,6 +65,8 @@ def plain(value: Any) -> Any:
         }
     if isinstance(value, Tensor):
         return plain(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):  # an Estimate, an Origin
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

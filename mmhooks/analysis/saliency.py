@@ -13,81 +13,79 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from mmhooks.analysis.decompose import decompose
+from mmhooks.analysis.decompose import decompose_batch
+from mmhooks.analysis.given import Model, Vectors, check_batch, check_directions, check_model
 from mmhooks.errors import ShapeMismatch
 from mmhooks.hooks.cache import ActivationCache
-from mmhooks.models.clip import HookedCLIP
 from mmhooks.models.readout import Readout, image_readout
+from mmhooks.utils.modes import evaluating
 
-Maps = Callable[[HookedCLIP, Tensor, Tensor], Tensor]
+Maps = Callable[[Model, Tensor, Tensor], Tensor]
+_SCORED = 8  # images whose tokens are scored together
 
 
-def token_contributions(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], directions: Float[Tensor, "b2 e"]
-) -> Float[Tensor, "b r s"]:
+def token_contributions(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
     """Contributions of the patches through all attention heads along each picture's direction (Gandelsman et al.
     2024, Section 5). For their segmentation a direction is the class's unit text embedding less the mean of all."""
-    check(pixels, directions)
-    scores = decompose(model, pixels, against=directions, batch_size=len(pixels)).scores  # type: ignore[union-attr]
-    assert scores is not None
-    own = torch.arange(len(pixels), device=scores.device)
-    return as_grid(scores.sum((1, 2))[own, :, own])
+    check(model, pixels, directions)
+    maps = []
+    # A batch's scores are along the directions of all its images: few at a time, or memory grows with their square.
+    for images, own in zip(pixels.split(_SCORED), directions.split(_SCORED), strict=True):
+        scores = decompose_batch(model, images, against=own).scores
+        assert scores is not None
+        each = torch.arange(len(images), device=scores.device)
+        maps.append(scores.sum((1, 2))[each, :, each])
+    return as_grid(torch.cat(maps))
 
 
 @torch.no_grad()
-def raw_attention(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], directions: Float[Tensor, "b2 e"]
-) -> Float[Tensor, "b r s"]:
+def raw_attention(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
     """Attention of the tokens that are read, in the last block, mean over attention heads. Knows no text."""
-    check(pixels, directions)
-    patterns, reading, _ = _patterns(model, pixels)
-    return as_grid(torch.einsum("bq,bqt->bt", reading, patterns[-1].mean(1)))
+    check(model, pixels, directions)
+    patterns, reading, _ = _patterns(model, pixels, directions)
+    return as_grid(torch.einsum("bq,bqt->bt", reading, patterns[-1].float().mean(1)))
 
 
 @torch.no_grad()
-def rollout(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], directions: Float[Tensor, "b2 e"]
-) -> Float[Tensor, "b r s"]:
+def rollout(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
     """Attention rollout (Abnar, Zuidema 2020): the product of all blocks' ``(A + I) / 2``. Knows no text."""
-    check(pixels, directions)
-    patterns, reading, _ = _patterns(model, pixels)
+    check(model, pixels, directions)
+    patterns, reading, _ = _patterns(model, pixels, directions)
     for pattern in reversed(patterns):  # from the last block back to the patches
-        reading = (reading + torch.einsum("bq,bqt->bt", reading, pattern.mean(1))) / 2
+        reading = (reading + torch.einsum("bq,bqt->bt", reading, pattern.float().mean(1))) / 2
     return as_grid(reading)
 
 
 @torch.enable_grad()
-def gradient_attention(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], directions: Float[Tensor, "b2 e"]
-) -> Float[Tensor, "b r s"]:
+def gradient_attention(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
     """Chefer, Gur, Wolf 2021: ``R ← R + mean_h (∇A ⊙ A)⁺ R`` through all blocks, ∇ of the cosine with the direction."""
-    check(pixels, directions)
-    patterns, reading, cache = _patterns(model, pixels, grad=True)
-    similarity = cosine_similarity(cache["image.embed"], directions.to(model.device), dim=1).sum()
+    check(model, pixels, directions)
+    patterns, reading, cache = _patterns(model, pixels, directions, grad=True)
+    similarity = _likeness(cache["image.embed"], directions)
     with torch.no_grad():
         for pattern, slope in zip(
             reversed(patterns), reversed(torch.autograd.grad(similarity, patterns)), strict=True
         ):
-            reading = reading + torch.einsum("bq,bqt->bt", reading, (pattern * slope).clamp_min(0).mean(1))
+            reading = reading + torch.einsum(
+                "bq,bqt->bt", reading, (pattern.float() * slope).clamp_min(0).mean(1)
+            )
         return as_grid(reading)
 
 
 @torch.enable_grad()
-def legrad(
-    model: HookedCLIP, pixels: Float[Tensor, "b c h w"], directions: Float[Tensor, "b2 e"]
-) -> Float[Tensor, "b r s"]:
+def legrad(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
     """LeGrad (Bousselham et al. 2024): of every block, the gradient of *its own* output's likeness to the text by its
     attention map, positive part, mean over attention heads and queries; mean over blocks."""
-    check(pixels, directions)
-    patterns, _, cache = _patterns(model, pixels, grad=True)
+    check(model, pixels, directions)
+    patterns, _, cache = _patterns(model, pixels, directions, grad=True)
     readout = image_readout(model.model)
     total = 0.0
     for n, pattern in enumerate(patterns):
         stream = _read(readout, cache[f"image.blocks.{n}.resid_post"], pixels)
         embedding = readout.freeze(stream.float())(stream.float())
-        similarity = cosine_similarity(embedding, directions.to(model.device), dim=1).sum()
+        similarity = _likeness(embedding, directions)
         (slope,) = torch.autograd.grad(similarity, pattern, retain_graph=n + 1 < len(patterns))
-        total = total + slope.clamp_min(0).mean((1, 2))
+        total = total + slope.float().clamp_min(0).mean((1, 2))
     return as_grid(total / len(patterns))  # type: ignore[operator]
 
 
@@ -110,8 +108,14 @@ def as_grid(tokens: Float[Tensor, "b t"]) -> Float[Tensor, "b r s"]:
     return tokens[:, tokens.shape[1] - side * side :].reshape(-1, side, side).float()
 
 
-def check(pixels: Tensor, directions: Tensor) -> None:
-    """Raises ShapeMismatch unless every picture has its direction and the pictures are square."""
+def check(model: Model, pixels: Vectors, directions: Vectors) -> None:
+    """Raises ShapeMismatch unless these are images that the model reads, square, each with its direction; MMHooksError
+    unless it is a hooked CLIP."""
+    check_model(model)
+    check_batch(model, pixels, "image")
+    if not len(pixels):
+        raise ShapeMismatch("expected at least one image, got none")
+    check_directions(directions, None, "directions")
     if len(pixels) != len(directions) or pixels.shape[-1] != pixels.shape[-2]:
         raise ShapeMismatch(
             f"{len(directions)} directions for pictures {tuple(pixels.shape)}: give one a picture, and square pictures"
@@ -119,17 +123,19 @@ def check(pixels: Tensor, directions: Tensor) -> None:
 
 
 def _patterns(
-    model: HookedCLIP, pixels: Tensor, *, grad: bool = False
+    model: Model, pixels: Tensor, directions: Tensor, *, grad: bool = False
 ) -> tuple[list[Tensor], Float[Tensor, "b q"], ActivationCache]:
     """Attention maps of all blocks, what share of the embedding's reading each token has, and the cache."""
     readout = image_readout(model.model)
     depth = len(readout.blocks)
     sites = [f"image.blocks.{n}.{leaf}" for n in range(depth) for leaf in ("attn.pattern", "resid_post")]
-    given = pixels.to(model.device, model.dtype)
-    if grad:
-        given = given.requires_grad_()  # so that patterns have a graph even where weights are frozen
-    with model.caching([*sites, "image.embed"], detach=not grad) as cache:
-        model.encode_image(given)
+    given = model.to_input(pixels)
+    if (
+        grad
+    ):  # so that patterns have a graph even where weights are frozen; of a copy: the caller's stays as it is
+        given = given.detach().clone().requires_grad_()
+    with evaluating(model.model), model.caching([*sites, "image.embed"], detach=not grad) as cache:
+        check_directions(directions, model.encode_image(given).shape[1], "directions")
     last = cache[f"image.blocks.{depth - 1}.resid_post"]
     with torch.no_grad():
         weights = readout.freeze(_read(readout, last.detach(), pixels).float()).weights.sum(1)
@@ -140,6 +146,11 @@ def _patterns(
             reading[torch.arange(len(pixels)), readout.positions(given)] = 1.0
         reading = normalize(reading, p=1, dim=1)
     return [cache[f"image.blocks.{n}.attn.pattern"] for n in range(depth)], reading, cache
+
+
+def _likeness(embedding: Float[Tensor, "b e"], directions: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
+    """Sum of the cosines; directions are no part of the graph."""
+    return cosine_similarity(embedding.float(), directions.detach().to(embedding.device).float(), dim=1).sum()
 
 
 def _read(readout: Readout, stream: Float[Tensor, "b t d"], pixels: Tensor) -> Float[Tensor, "b u d"]:

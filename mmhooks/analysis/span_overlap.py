@@ -64,7 +64,7 @@ def span_overlap(spans: Sequence[TextSpan]) -> SpanOverlap:
     """
     if len(spans) < 2:
         raise ShapeMismatch(f"overlap needs at least two TextSpans, came {len(spans)}")
-    if len({(s.heads, s.n_pool) for s in spans}) > 1:
+    if len({(s.heads, s.pool_id) for s in spans}) > 1:
         raise ShapeMismatch("these TextSpans are of different heads or pools: their texts cannot be compared")
     pairs = list(combinations(spans, 2))
     columns: list[list[float]] = [[] for _ in range(5)]

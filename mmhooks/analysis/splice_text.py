@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -16,7 +16,7 @@ from mmhooks.analysis.intervals import Estimate, bootstrap
 from mmhooks.analysis.lasso import nonnegative_lasso
 from mmhooks.analysis.results import Result, Table
 from mmhooks.data.rows import SparseRows
-from mmhooks.errors import ShapeMismatch
+from mmhooks.errors import ShapeMismatch, WrongOrigin
 from mmhooks.utils.indexing import as_places
 
 
@@ -38,6 +38,12 @@ class SparseTextCode(Result):
     gap: Float[Tensor, " n"]
     penalty: float
     dictionary: Float[Tensor, "t d"] = field(repr=False, compare=False)
+    tolerance: float = 1e-6
+
+    @property
+    def settled(self) -> Bool[Tensor, " n"]:
+        """Rows whose gap is within the tolerance: all of them, or a warning told how many are not."""
+        return self.gap <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,6 +51,7 @@ class SparseTextCode(Result):
             "cosine": self.cosine.tolist(),
             "l0": self.l0.tolist(),
             "worst_gap": float(self.gap.max()) if len(self.gap) else 0.0,
+            "unsettled": (~self.settled).nonzero().flatten().tolist(),
             "texts": [
                 [[text, round(w, 6)] for text, w in self.top(i, k=None)] for i in range(len(self.cosine))
             ],
@@ -111,7 +118,7 @@ def sparse_text_code(
 
     Raises:
         ShapeMismatch: widths or counts that differ, a penalty not above 0, one embedding without ``mean``.
-        NotFinite: NaN or infinity in either.
+        NotFinite: NaN or infinity in either. WrongOrigin: a mean too long to be one of unit embeddings.
 
     >>> pool = torch.eye(3); eye = torch.zeros(3)
     >>> code = sparse_text_code(torch.tensor([[2.0, 1.0, 0.0]]), pool, ["a", "b", "c"], mean=eye, text_mean=eye)
@@ -133,6 +140,9 @@ def sparse_text_code(
         )
     check_finite(embeddings, "embeddings")
     check_finite(text_embeddings, "text embeddings")
+    for name, given in (("mean=", mean), ("text_mean=", text_mean)):
+        if given is not None:
+            _check_unit_mean(given, name)
     dictionary, target = centred(text_embeddings, text_mean), centred(embeddings, mean)
     solved = nonnegative_lasso(target, dictionary, penalty, tolerance=tolerance)
     rebuilt = torch.einsum("nk,nkd->nd", solved.values, dictionary[solved.indices])
@@ -144,7 +154,18 @@ def sparse_text_code(
         gap=solved.gap,
         penalty=penalty,
         dictionary=dictionary,
+        tolerance=tolerance,
     )
+
+
+def _check_unit_mean(mean: Float[Tensor, " d"], name: str) -> None:
+    check_finite(mean[None], name)
+    norm = float(mean.float().norm())
+    if norm > 1.001:  # rounding of half precision
+        raise WrongOrigin(
+            f"{name}: expected the mean of unit embeddings, got a norm of {norm:.4g}, above 1: this is the mean of raw "
+            "ones; normalize(embeddings, dim=1).mean(0) belongs here"
+        )
 
 
 def centred(x: Float[Tensor, "n d"], mean: Float[Tensor, " d2"] | None = None) -> Float[Tensor, "n d"]:

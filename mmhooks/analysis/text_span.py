@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class TextSpan(Result):
         rank: dimensions of each head's output that were used.
         mean: of each head's output; not written to the file.
         bases: of each head, orthonormal rows that span its texts, in order; not written to the file.
+        pool_id: a hash of the pool's texts in their order: indices of other pools mean other texts.
     """
 
     heads: tuple[str, ...]
@@ -48,6 +50,7 @@ class TextSpan(Result):
     selection: Selection
     mean: Float[Tensor, "h d"] = field(repr=False, compare=False)
     bases: tuple[Float[Tensor, "k d"], ...] = field(repr=False, compare=False)
+    pool_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_json().items() if k not in ("mean", "bases")}
@@ -161,6 +164,7 @@ def text_span(
         selection=selection,
         mean=mean.float(),
         bases=tuple(f.basis.float() for f in found),
+        pool_id=blake2b("\0".join(texts).encode(), digest_size=10).hexdigest(),
     )
 
 

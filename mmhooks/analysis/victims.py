@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.analysis.align import pixel_scale
+from mmhooks.analysis.embed_texts import embed_texts
 from mmhooks.analysis.endpoint import Endpoint
 from mmhooks.errors import DataError
+from mmhooks.utils.modes import evaluating
 
 
 @runtime_checkable
@@ -46,17 +48,17 @@ class ZeroShotVictim:
 
     @cached_property
     def texts(self) -> Float[Tensor, "k d"]:
-        tokens = self.model.tokenizer([self.template.format(label) for label in self.labels])
-        with torch.no_grad():
-            parts = [self.model.encode_text(t, normalize=True) for t in tokens.split(256)]
-        return torch.cat(parts)
+        return embed_texts(self.model, [self.template.format(label) for label in self.labels])
 
     def answer(
         self, pictures: Float[Tensor, "n 3 h w"], requests: Sequence[str], *, batch: int = 128
     ) -> list[str]:
         mean, std = pixel_scale(self.model)
-        with torch.no_grad():
-            parts = [self.model.encode_image((p - mean) / std, normalize=True) for p in pictures.split(batch)]
+        with torch.no_grad(), evaluating(self.model.model):
+            parts = [
+                self.model.encode_image(self.model.to_input((p - mean) / std), normalize=True).float().cpu()
+                for p in pictures.cpu().split(batch)
+            ]
         return [self.labels[i] for i in (torch.cat(parts) @ self.texts.T).argmax(1).tolist()]
 
 
@@ -72,7 +74,8 @@ class LlavaVictim:
         return self.llava.name
 
     def answer(self, pictures: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
-        return self.llava.answer(pictures, requests, max_new_tokens=self.max_new_tokens)
+        with evaluating(self.llava.model):
+            return self.llava.answer(pictures, requests, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)

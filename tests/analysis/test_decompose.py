@@ -299,7 +299,7 @@ def test_inputs_that_cannot_be_decomposed(mini):
         mm.decompose(mini, images(1, 64), against=torch.randn(2, 7))
     with pytest.raises(DataError, match="no images"):
         mm.decompose(mini, [])
-    with pytest.raises(ShapeMismatch, match="came str"):
+    with pytest.raises(ShapeMismatch, match="got a str"):
         mm.decompose(mini, ["a picture"])
     with pytest.raises(MMHooksError, match="batch by batch"):
         mm.decompose(mini, [images(1, 64)], tokens=True)

@@ -65,7 +65,9 @@ def test_principal_direction_sizes_and_top_images(model, pixels):
     for i in range(2):
         _, values, vh = torch.linalg.svd(vectors[:, i], full_matrices=False)
         assert abs(float(vh[0] @ found.direction[i].double())) == pytest.approx(1, abs=1e-4)
-        assert float(found.direction[i].double() @ vectors[:, i].mean(0)) >= 0
+        centred = vectors[:, i] - vectors[:, i].mean(0)
+        weighted = (centred.square().sum(1, keepdim=True) * centred).sum(0)
+        assert float(found.direction[i].double() @ weighted) > 0
         assert float(found.explained[i]) == pytest.approx(
             float(values[0] ** 2 / values.square().sum()), abs=1e-4
         )
@@ -75,6 +77,34 @@ def test_principal_direction_sizes_and_top_images(model, pixels):
     embedding = model.encode_image(pixels)
     assert found.reference == pytest.approx(float(embedding.square().sum(1).mean().sqrt()), rel=1e-4)
     assert found.n_samples == 6 and len(found.table(1)) == 1
+
+
+@torch.no_grad()
+def test_directions_point_to_the_largest_centred_effects(model):
+    """As the public code of the paper turns them: the majority of the largest effects, less their mean, lies on the
+    positive side; whatever the batches are."""
+    pairs, neurons = mm.data.pairs("mini", limit=600), list(range(0, 768, 6))
+    images = torch.stack([model.preprocess(pairs.image(i)) for i in range(300)])
+    effects = [second_order_effects(model, p, layer=3, neurons=neurons).vectors() for p in images.split(50)]
+    vectors = torch.cat(effects).double()
+    found = second_order(model, iter(images.split(64)), layer=3, neurons=neurons)
+    centred = vectors - vectors.mean(0)
+    largest = centred.norm(dim=2).topk(30, dim=0).indices
+    along = torch.einsum("bne,ne->bn", centred, found.direction.double()).gather(0, largest)
+    with_them = (along > 0).double().mean(0) > 0.5
+    assert float(with_them.double().mean()) >= 0.98
+    assert torch.equal(
+        found.direction, second_order(model, images, layer=3, neurons=neurons, batch_size=64).direction
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 2])
+def test_where_no_effect_stands_out_the_mean_decides(model, pixels, n):
+    neurons = [0, 17, 500]
+    mean = second_order_effects(model, pixels[:n], layer=3, neurons=neurons).vectors().mean(0)
+    found = second_order(model, pixels[:n], layer=3, neurons=neurons, top=1)
+    assert bool(((found.direction * mean).sum(1) > 0).all())
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from sklearn.linear_model import Lasso
 import mmhooks as mm
 from mmhooks.analysis.lasso import nonnegative_lasso
 from mmhooks.analysis.splice_text import centred
-from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch, WrongOrigin
 
 
 def sample(n, d, t, seed):
@@ -43,6 +45,50 @@ def test_equals_scikit_learn(seed, penalty, t):
     a, b = (objective(w, z.double().numpy(), dictionary.double().numpy(), penalty) for w in (ours, theirs))
     assert np.abs(a - b).max() < 2e-6 and float(found.gap.max()) <= 1e-6
     assert np.abs(ours @ dictionary.numpy() - theirs @ dictionary.numpy()).max() < 5e-3
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), penalty=st.floats(0.003, 0.02), spread=st.floats(0.05, 1.0))
+def test_small_penalties_over_nearly_dependent_texts(seed, penalty, spread):
+    """More texts than dimensions, in clusters, some of them twice: the gap is certified and scikit-learn agrees."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, 24, generator=g)
+    texts = centres[torch.randint(12, (90,), generator=g)] + spread * torch.randn(90, 24, generator=g)
+    z, dictionary = centred(torch.randn(5, 24, generator=g)), centred(torch.cat([texts, texts[:10]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none is unsettled
+        found = nonnegative_lasso(z, dictionary, penalty)
+    assert float(found.gap.max()) <= 1e-6
+    d = dictionary.double().numpy()
+    witness = Lasso(alpha=penalty / 24, positive=True, fit_intercept=False, tol=1e-5, max_iter=2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its coordinate descent may not get there: ours is at least as good
+        theirs = np.stack([witness.fit(d.T, row).coef_ for row in z.double().numpy()])
+    a, b = (objective(w, z.double().numpy(), d, penalty) for w in (dense(found, 100), theirs))
+    assert (a - b).max() < 2e-6
+
+
+def test_a_row_that_does_not_settle_is_told_and_none_is_lost(monkeypatch):
+    image, text = sample(20, 24, 150, 5)
+    names = [str(i) for i in range(150)]
+    settled = mm.sparse_text_code(image, text, names, penalty=0.02)
+    assert bool(settled.settled.all())
+    monkeypatch.setattr("mmhooks.analysis.lasso._ROUNDS", 1)
+    with pytest.warns(
+        UserWarning, match=r"\d+ of 20 sparse codes did not settle: worst duality gap .*wanted 1e-06"
+    ):
+        code = mm.sparse_text_code(image, text, names, penalty=0.02)
+    assert int((~code.settled).sum()) > 0 and len(code.cosine) == 20 and float(code.cosine.min()) > 0.5
+    assert code.to_json()["unsettled"] == (code.gap > 1e-6).nonzero().flatten().tolist()
+    for i in code.settled.nonzero().flatten().tolist():
+        assert code.top(i) == settled.top(i)
+
+
+def test_no_row_and_one_row():
+    z, dictionary = (centred(x) for x in sample(3, 16, 30, 0))
+    assert nonnegative_lasso(z[:0], dictionary, 0.2).values.shape == (0, 1)
+    together, alone = nonnegative_lasso(z, dictionary, 0.01), nonnegative_lasso(z[1:2], dictionary, 0.01)
+    assert torch.allclose(torch.from_numpy(dense(together, 30))[1], torch.from_numpy(dense(alone, 30))[0])
 
 
 def test_code_of_embeddings_made_of_texts():
@@ -94,6 +140,13 @@ def test_result_as_a_file(tmp_path):
         ({"penalty": 0.0}, ShapeMismatch, "penalty must be above 0"),
         ({"embeddings": torch.randn(1, 4)}, ShapeMismatch, "give mean="),
         ({"embeddings": torch.full((3, 4), torch.nan)}, NotFinite, "embeddings"),
+        (
+            {"mean": torch.full((4,), 9.0)},
+            WrongOrigin,
+            r"mean=: expected the mean of unit embeddings, got a norm of 18",
+        ),
+        ({"text_mean": torch.full((4,), 9.0)}, WrongOrigin, "text_mean=: expected the mean of unit"),
+        ({"mean": torch.full((4,), torch.inf)}, NotFinite, "mean="),
     ],
 )
 def test_bad_input_is_named(change, error, message):

@@ -231,3 +231,12 @@ def test_texts_through_the_text_tower():
     found = embed_texts(model, ["a dog", "a cat", "a red circle"], batch=2)
     expected = model.encode_text(model.tokenizer(["a dog", "a cat", "a red circle"]), normalize=True)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_overlap_of_other_pools_of_the_same_size_is_refused():
+    from mmhooks.analysis.span_overlap import span_overlap
+
+    outputs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    spans = [mm.text_span(outputs, torch.eye(4), pool, n_texts=2) for pool in (list("abcd"), list("abdc"))]
+    with pytest.raises(ShapeMismatch, match="different heads or pools"):
+        span_overlap(spans)

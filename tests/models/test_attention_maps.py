@@ -113,6 +113,79 @@ def test_words(sd):
         layer_size(30, (8, 8))
 
 
+@pytest.fixture(scope="module")
+def drawn(sd):
+    with attention_maps(sd, steps=[0]) as maps:
+        draw(sd.pipe, "a red panda")
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "places"),
+    [
+        ("redpanda panda", "panda", [4]),  # re d panda</w> panda</w>
+        ("panda redpanda", "panda", [1]),
+        ("panda, redpanda", "panda", [1]),
+        ("redpanda", "redpanda", [1, 2, 3]),
+        ("blue redpanda panda", "redpanda panda", [2, 3, 4, 5]),
+    ],
+)
+def test_a_part_of_a_longer_word_is_none(drawn, prompt, word, places):
+    assert drawn.places(word, prompt, 12) == places
+
+
+def test_a_word_that_is_only_part_of_another_is_told(drawn):
+    with pytest.raises(
+        MMHooksError, match="'panda' is not among .* tokens of 'a redpanda' .only inside a longer word"
+    ):
+        drawn.places("panda", "a redpanda", 12)
+
+
+def test_words_of_tokenizers_with_other_marks():
+    """A piece at a time, by the marks of T5 and GPT-2 (where words begin) and of BERT (where they go on)."""
+    from mmhooks.analysis.attention_maps import AttentionMaps
+
+    for rows in (["</s>", "▁con", "cat", "▁cat", "▁cat", "s"], ["<s>", "Ġcon", "cat", "Ġcat", "Ġcat", "s"]):
+        ids = {piece: n for n, piece in enumerate(dict.fromkeys(rows))}
+        text = [ids[p] for p in rows] + [0]
+        whole = [0, ids[rows[3]], 0]
+        pieces = {n: p for p, n in ids.items()}
+        maps = AttentionMaps(
+            lambda t, a=text, b=whole: a if t == "x" else b, lambda i, p=pieces: [p[n] for n in i]
+        )
+        assert maps.places("cat", "x", 20) == [3]
+    rows = ["[CLS]", "con", "##cat", "cat", "cat", "##s"]
+    ids = {piece: n for n, piece in enumerate(dict.fromkeys(rows))}
+    pieces = {n: p for p, n in ids.items()}
+    maps = AttentionMaps(
+        lambda t: [ids[p] for p in rows] + [0] if t == "x" else [0, ids["cat"], 0],
+        lambda i: [pieces[n] for n in i],
+    )
+    assert maps.places("cat", "x", 20) == [3]
+
+
+def test_layers_as_a_list(sd):
+    from .pipelines import PATTERN
+
+    def heat(*sites):
+        with attention_maps(sd, *sites) as maps:
+            draw(sd.pipe, "a red panda")
+        return maps
+
+    everything, one = heat(), heat(PATTERN)
+    names = list(sd.sites("unet.*.cross.pattern"))
+    assert torch.equal(heat(names).maps, everything.maps)
+    assert heat([PATTERN]).layers == one.layers and torch.equal(heat([PATTERN]).maps, one.maps)
+    assert heat([PATTERN, "unet.*.cross.pattern"]).layers == everything.layers  # each layer once
+    with pytest.raises(mm.errors.UnknownSite), attention_maps(sd, ["a", "b"]):
+        pass
+    with pytest.raises(MMHooksError, match="expected a pattern or several"), attention_maps(sd, []):
+        pass
+    with pytest.raises(MMHooksError, match="expected a mm.HookedDiffusion, got a HookedCLIP"):
+        with attention_maps(mm.load("mini")):
+            pass
+
+
 def test_pointing_game():
     heat = torch.zeros(5, 4, 4)
     masks = torch.zeros(5, 8, 8, dtype=torch.bool)
