@@ -1,15 +1,16 @@
-"""Attention with its insides in the open: ``q, k, v, pattern, z, head_out`` of ``nn.MultiheadAttention``.
+"""Attention with its insides in the open: ``q, k, v, pattern, z, head_out``.
 
-torch hands its weights to one fused function, so no module owns these places. Layouts are TransformerLens's:
-``q, k, v, z [batch token head d_head]``, ``pattern [batch head query key]``, ``head_out [batch token head d]``
-with ``head_out.sum(head) + bias`` the attention's output. Fused and explicit path differ by rounding
-(below 1e-6 in fp32), so contexts that only read get the fused output.
+Layouts are TransformerLens's: ``q, k, v, z [batch token head d_head]``, ``pattern [batch head query key]``,
+``head_out [batch token head d]`` with ``head_out.sum(head) + bias`` the attention's output. torch hands the weights of
+``nn.MultiheadAttention`` to one fused function, so no module owns these places; :func:`multihead_forward` repeats it.
+Fused and explicit path differ by rounding (below 1e-6 in fp32), so contexts that only read get the fused output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmhooks.errors import MMHooksError
 from mmhooks.hooks.taps import Emit
 
 LEAVES = ("q", "k", "v", "pattern", "z", "head_out")
+SCORES = LEAVES[:4]  # what softmax attention reads and makes; z and head_out are the output projection's
 
 
 def multihead_forward(
     module: nn.MultiheadAttention,
     emit: Emit,
-    want: Container[str],
+    want: Mapping[str, Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -36,70 +39,157 @@ def multihead_forward(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention.forward``, emitting its insides."""
+    if module.batch_first:
+        same = query is key and key is value
+        query = query.transpose(0, 1)
+        key, value = (query, query) if same else (key.transpose(0, 1), value.transpose(0, 1))
+    separate = not module._qkv_same_embed_dim
+    out, weights = multihead(
+        emit, want, query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight,
+        module.in_proj_bias, module.bias_k, module.bias_v, module.add_zero_attn, module.dropout,
+        module.out_proj.weight, module.out_proj.bias, training=module.training, need_weights=need_weights,
+        key_padding_mask=key_padding_mask, attn_mask=attn_mask, average_attn_weights=average_attn_weights,
+        use_separate_proj_weight=separate,
+        q_proj_weight=module.q_proj_weight, k_proj_weight=module.k_proj_weight, v_proj_weight=module.v_proj_weight,
+    )  # fmt: skip
+    return out.transpose(0, 1) if module.batch_first else out, weights
+
+
+def multihead(
+    emit: Emit,
+    want: Mapping[str, Any],
+    query: Float[Tensor, "lq b d"],
+    key: Float[Tensor, "lk b dk"],
+    value: Float[Tensor, "lk b dv"],
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward``, emitting its insides: the weights are those it is given."""
+    if (
+        bias_k is not None
+        or bias_v is not None
+        or add_zero_attn
+        or static_k is not None
+        or static_v is not None
+    ):
+        raise MMHooksError(
+            "expected attention over the tokens alone, got nn.MultiheadAttention with bias_k, bias_v, add_zero_attn or "
+            "static keys: its insides are not known here; hook the module itself by its native path"
+        )  # fmt: skip
     same = query is key and key is value
-    if not module.batch_first:
-        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    heads = module.num_heads
-    bias = module.in_proj_bias
-    if module._qkv_same_embed_dim and same:
-        q, k, v = F.linear(query, module.in_proj_weight, bias).chunk(3, dim=-1)
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    bias = in_proj_bias
+    if not use_separate_proj_weight and same:
+        q, k, v = F.linear(query, in_proj_weight, bias).chunk(3, dim=-1)  # type: ignore[arg-type]
     else:
-        weights = (
-            module.in_proj_weight.chunk(3)
-            if module._qkv_same_embed_dim
-            else (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        weights: Any = (
+            (q_proj_weight, k_proj_weight, v_proj_weight)
+            if in_proj_weight is None or use_separate_proj_weight
+            else in_proj_weight.chunk(3)
         )
         biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    mask = _additive(attn_mask, q, heads)
+    mask = _additive(attn_mask, q, num_heads)
     if key_padding_mask is not None:
-        padding = _additive(key_padding_mask, q, heads)[:, None, None, :]  # type: ignore[index]
+        padding = _additive(key_padding_mask, q, num_heads)[:, None, None, :]
         mask = padding if mask is None else mask + padding
-    dropout = module.dropout if module.training else 0.0
-    z, pattern = attend(
-        *(t.unflatten(-1, (heads, -1)) for t in (q, k, v)),
-        emit=emit,
-        want=want,
-        mask=mask,
-        dropout=dropout,
-        weights=need_weights,
-    )
-    out = project(z, module.out_proj.weight, module.out_proj.bias, emit, want)
-    if not module.batch_first:
-        out = out.transpose(0, 1)
-    if not need_weights:
-        return out, None
-    assert pattern is not None
-    return out, pattern.mean(dim=1) if average_attn_weights else pattern
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    dropout = dropout_p if training else 0.0
+    z, pattern = attend(emit, want, q, k, v, mask, dropout, weights=need_weights)
+    z = z.transpose(1, 2)
+    if "z" in want:
+        z = emit("z", z)
+    out = project(z, out_proj_weight, out_proj_bias, emit, want).transpose(0, 1)
+    return out, pattern.mean(dim=1) if pattern is not None and average_attn_weights else pattern
 
 
 def attend(
-    q: Float[Tensor, "b lq h e"],
-    k: Float[Tensor, "b lk h e"],
-    v: Float[Tensor, "b lk h e"],
-    *,
     emit: Emit,
-    want: Container[str],
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    weights: bool = False,
+    want: Mapping[str, Any],
+    query: Float[Tensor, "b h lq e"],
+    key: Float[Tensor, "b hk lk e"],
+    value: Float[Tensor, "b hk lk e"],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     scale: float | None = None,
-) -> tuple[Float[Tensor, "b lq h e"], Tensor | None]:
-    """Softmax attention; emits ``q, k, v``, ``pattern`` and ``z`` where wanted, and is fused where it can be."""
-    q, k, v = (emit(leaf, t) for leaf, t in (("q", q), ("k", k), ("v", v)))
+    enable_gqa: bool = False,
+    *,
+    weights: bool = False,
+) -> tuple[Float[Tensor, "b h lq e"], Tensor | None]:
+    """torch's ``scaled_dot_product_attention``, emitting ``q, k, v`` and ``pattern`` where wanted.
+
+    The pattern is computed beside the fused attention and takes its place only where it was edited, or where
+    gradients are asked of it: so what only reads changes no bit.
+
+    Args:
+        attn_mask: as torch takes it here: added, or bool, where True keeps.
+        weights: give the pattern back too.
+    """
+    q, k, v = (by_token(emit, want, leaf, t) for leaf, t in (("q", query), ("k", key), ("v", value)))
     pattern = None
     if weights or "pattern" in want:
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        scores = torch.einsum("bqhe,bkhe->bhqk", q * scale, k)
-        pattern = (scores if mask is None else scores + mask).softmax(dim=-1)
-        pattern = emit("pattern", pattern)
-        z = torch.einsum("bhqk,bkhe->bqhe", F.dropout(pattern, dropout), v)
-    else:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(
-            1, 2
-        )
-    return emit("z", z), pattern
+        kk, vv = k, v
+        if enable_gqa:
+            kk, vv = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        aside = not weights and want["pattern"].detached
+        with torch.no_grad() if aside else nullcontext():
+            pattern = softmax_scores(q, kk, attn_mask, is_causal, scale)
+            edited = emit("pattern", pattern) if "pattern" in want else pattern
+        if weights or edited is not pattern or edited.requires_grad:
+            return F.dropout(edited, dropout_p) @ vv.to(edited.dtype), edited
+    options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    return z, None
+
+
+def by_token(emit: Emit, want: Mapping[str, Any], leaf: str, given: Tensor) -> Tensor:
+    """``[b h l e]`` shown as ``[b l h e]``; the very tensor again where nothing changed, so that its layout stays."""
+    if leaf not in want:
+        return given
+    shown = given.transpose(1, 2)
+    new = emit(leaf, shown)
+    return given if new is shown and not new.requires_grad else new.transpose(1, 2)
+
+
+def softmax_scores(
+    q: Float[Tensor, "b h lq e"],
+    k: Float[Tensor, "b h lk e"],
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "b h lq lk"]:
+    """The pattern of ``scaled_dot_product_attention``; a query that may look at no key has zeros, as it has there."""
+    scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.transpose(-1, -2)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores.softmax(dim=-1)
+    keeps = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if keeps else scores + mask
+    # Softmax over nothing is NaN: left padding makes such rows.
+    blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
 
 
 def project(
@@ -107,18 +197,22 @@ def project(
     weight: Float[Tensor, "d he"],
     bias: Tensor | None,
     emit: Emit,
-    want: Container[str],
+    want: Mapping[str, Any],
 ) -> Float[Tensor, "b l d"]:
     """The output projection; split by attention head only if ``head_out`` is wanted."""
     if "head_out" not in want:
         return F.linear(z.flatten(-2), weight, bias)
-    by_head = weight.unflatten(-1, z.shape[-2:])
-    out = emit("head_out", torch.einsum("blhe,dhe->blhd", z, by_head)).sum(dim=-2)
+    out = emit("head_out", split_by_head(z, weight)).sum(dim=-2)
     return out if bias is None else out + bias
 
 
+def split_by_head(z: Float[Tensor, "*b h e"], weight: Float[Tensor, "d he"]) -> Float[Tensor, "*b h d"]:
+    """What every attention head adds to a linear projection."""
+    return torch.einsum("...he,dhe->...hd", z, weight.unflatten(-1, z.shape[-2:]))
+
+
 def _additive(mask: Tensor | None, q: Tensor, heads: int) -> Any:
-    """Masks as torch takes them (bool: True hides; ``[lq lk]`` or ``[b*h lq lk]``), made additive."""
+    """Masks as nn.MultiheadAttention takes them (bool: True hides; ``[lq lk]`` or ``[b*h lq lk]``), made additive."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -1,26 +1,31 @@
 """Insides of foreign modules, seen while their own code runs: no forward is written again.
 
 Attention of timm and of Hugging Face comes in many variants (rotary, relative, gated, normalised). All of
-them end in ``scaled_dot_product_attention`` and one linear projection; a block's first addition to what it was
-called with is the middle of the residual stream. Inside :class:`Intercepted`, a torch function mode looks at
+them come down to ``scaled_dot_product_attention``; a block's first addition to what it was called with is the middle
+of the residual stream. Inside :class:`Intercepted`, a torch function mode looks at
 these calls of the module's own ``forward``; only there, and only where a context asked.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mmhooks.hooks.attention import attend, project
+from mmhooks.errors import MMHooksError
+from mmhooks.hooks.attention import attend, by_token, multihead
+from mmhooks.hooks.shadow import own_forward
 from mmhooks.hooks.taps import Emit, ExplicitForward
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_PRODUCTS = (Tensor.__matmul__, Tensor.matmul, torch.matmul)
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _SUMS = (Tensor.__add__, Tensor.add, torch.add)
 
 
@@ -43,8 +48,22 @@ class Intercepted(ExplicitForward):
     def _call(
         self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        with _Watch(self._explicit(module, emit, want, args, kwargs)):
-            return original(*args, **kwargs)
+        seen: set[str] = set()
+
+        def noted(leaf: str, value: Tensor) -> Tensor:
+            seen.add(leaf)
+            return emit(leaf, value)
+
+        with _Watch(self._explicit(module, noted, want, args, kwargs)):
+            out = original(*args, **kwargs)
+        missing = [leaf for leaf in want if leaf not in seen]
+        if missing:
+            raise MMHooksError(
+                f"{type(module).__name__} ran without showing {', '.join(missing)}: its code does not come down to the "
+                "torch calls that these are seen at (attention that is compiled or has a kernel of its own: choose "
+                "sdpa, e.g. model.set_attn_implementation('sdpa'))"
+            )
+        return out
 
 
 def residual_middle(module: nn.Module, emit: Emit, want: Container[str], args: Any, kwargs: Any) -> Call:
@@ -63,57 +82,139 @@ def residual_middle(module: nn.Module, emit: Emit, want: Container[str], args: A
     return call
 
 
-def fused_attention(heads: int, projection: nn.Linear) -> Callable[..., Call]:
-    """``q, k, v`` as they enter the scores, ``pattern``, ``z`` as the projection reads it, ``head_out``."""
+def attention_scores(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
+    """``q, k, v`` as they enter the scores, and ``pattern``: of the fused kernel, or of ``q @ k``, softmax, ``@ v``."""
+    done: list[str] = []  # of the three calls that attention written out comes down to
 
-    def watch(module: nn.Module, emit: Emit, want: Container[str], args: Any, kwargs: Any) -> Call:
-        def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if func is F.scaled_dot_product_attention:
-                return _attend(emit, want, *args, **kwargs)
-            if func is F.linear and len(args) > 1 and args[1] is projection.weight:
-                z = emit("z", args[0].unflatten(-1, (heads, -1)))
-                return project(z, projection.weight, projection.bias, emit, want)
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return attend(emit, want, *args, **kwargs)[0]
+        if func in _PRODUCTS and len(args) == 2 and args[0].dim() == 4 and len(done) in (0, 2):
+            left, right = args
+            if done:
+                right = by_token(emit, want, "v", right)
+            else:
+                left = by_token(emit, want, "q", left)
+                right = by_token(emit, want, "k", right.transpose(-1, -2)).transpose(-1, -2)
+            done.append("product")
+            return func(left, right, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _SOFTMAX and len(done) == 1:
+            done.append("softmax")
+            return emit("pattern", out) if "pattern" in want else out
+        return out
+
+    return call
+
+
+class OwnCode(Intercepted):
+    """A module whose forward is repeated by ``explicit`` while it is the one that its class has.
+
+    Where somebody else wrapped it (LoRA around it, accelerate's offloading, a forward of the user's), the wrapper runs
+    as it is, and what it comes down to is looked at.
+
+    Args:
+        native: the forward that ``explicit`` repeats.
+        watch: as in :class:`Intercepted`.
+        inexact: leaves for whose sake ``explicit`` leaves the bits of the original.
+        watch_is_exact: ``watch`` keeps them. Else reading takes a look aside first: under a function mode torch leaves
+            its fast path of attention, which changes the last bits.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        leaves: Sequence[str],
+        explicit: Callable[..., Any],
+        native: Callable[..., Any],
+        watch: Callable[..., Call],
+        *,
+        inexact: Sequence[str] = (),
+        watch_is_exact: bool = False,
+    ) -> None:
+        super().__init__(module, leaves, watch, inexact=inexact)
+        self._repeated, self._native, self._watch_is_exact = explicit, native, watch_is_exact
+
+    def _is_native(self, module: nn.Module) -> bool:
+        return getattr(own_forward(module), "__func__", None) is self._native
+
+    def _exact(self, module: nn.Module, programs: Any) -> bool:
+        return super()._exact(module, programs) if self._is_native(module) else self._watch_is_exact
+
+    def _call(
+        self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self._is_native(module):
+            return self._repeated(module, emit, want, *args, **kwargs)
+        return super()._call(module, emit, want, original, args, kwargs)
+
+
+def multihead_calls(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
+    """The insides of ``nn.MultiheadAttention``, with the weights that it really hands to torch's function."""
+    inner = _multihead_in(module)
+    changed = False
+
+    def noted(leaf: str, value: Tensor) -> Tensor:
+        nonlocal changed
+        new = emit(leaf, value)
+        changed |= new is not value or (new.requires_grad and not want[leaf].detached)
+        return new
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is not F.multi_head_attention_forward:
             return func(*args, **kwargs)
+        aside = inner is not None and all(program.detached for program in want.values())
+        with torch.no_grad() if aside else nullcontext():
+            seen = multihead(noted, want, *args, **kwargs)
+        if changed or inner is None:
+            return seen
+        # Outside of the mode torch takes its fast path again, as it does where nobody looks.
+        turned = (lambda t: t.transpose(0, 1)) if inner.batch_first else (lambda t: t)
+        query, key, value = args[:3]
+        same = query is key and key is value
+        query, key, value = (turned(query),) * 3 if same else (turned(t) for t in args[:3])
+        options = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+        given = {name: kwargs[name] for name in options if name in kwargs}
+        out, weights = nn.MultiheadAttention.forward(inner, query, key, value, **given)
+        return turned(out), weights
 
-        return call
-
-    return watch
+    return call
 
 
-def _attend(
-    emit: Emit,
-    want: Container[str],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch's ``scaled_dot_product_attention`` on ``[b h l e]``, with our names in between."""
-    q, k, v = (
-        t if leaf not in want else emit(leaf, t.transpose(1, 2)).transpose(1, 2)
-        for leaf, t in (("q", query), ("k", key), ("v", value))
-    )
-    if "pattern" not in want:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+def multihead_projection(module: nn.Module, x: Float[Tensor, "1 1 d"]) -> tuple[Tensor, Tensor | None]:
+    """Matrix and bias of the output projection that ``nn.MultiheadAttention``, or what is around it, hands to torch.
+
+    Args:
+        x: any token: the weights may be there only while the module runs.
+
+    Raises:
+        MMHooksError: it never calls torch's attention.
+    """
+    found: list[tuple[Tensor, Tensor | None]] = []
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.multi_head_attention_forward:
+            weight, bias = args[11:13]
+            found.append((weight.detach().clone(), None if bias is None else bias.detach().clone()))
+        return func(*args, **kwargs)
+
+    with torch.no_grad(), _Watch(call):
+        own_forward(module)(x, x, x, need_weights=False)
+    if not found:
+        raise MMHooksError(
+            f"expected attention of torch's own, got {type(module).__name__}, which never calls it"
         )
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    mask = attn_mask
-    if is_causal:
-        mask = q.new_full((q.shape[2], k.shape[2]), float("-inf")).triu(1)
-    elif mask is not None and mask.dtype == torch.bool:  # here True keeps
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    z, _ = attend(
-        *(t.transpose(1, 2) for t in (q, k, v)),
-        emit=lambda leaf, t: emit(leaf, t) if leaf == "pattern" else t,
-        want=want,
-        mask=mask,
-        dropout=dropout_p,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-    )
-    return z.transpose(1, 2)
+    return found[0]
+
+
+def is_multihead(module: nn.Module) -> bool:
+    """Whether it is ``nn.MultiheadAttention``, or somebody's wrapper around one."""
+    return _multihead_in(module) is not None
+
+
+def _multihead_in(module: nn.Module) -> nn.MultiheadAttention | None:
+    """The attention itself, or the one that a wrapper holds. (``modules()`` of a LoRA layer restores its weights.)"""
+    if isinstance(module, nn.MultiheadAttention):
+        return module
+    children = (_multihead_in(child) for child in module._modules.values() if child is not None)
+    return next((found for found in children if found is not None), None)

@@ -14,6 +14,7 @@ from mmhooks.hooks.features import FeatureSet
 from mmhooks.hooks.program import Binding, Hook, Op
 from mmhooks.hooks.sites import Pattern, Site, SiteMap, describe, match
 from mmhooks.hooks.splice import HEAD_PARTS, Attachment, HeadSite, check_splice
+from mmhooks.hooks.widths import known_widths
 
 Place = Site | HeadSite
 HookFn = Callable[..., Tensor | None]
@@ -45,11 +46,18 @@ class Places:
                 f"{type(head).__name__} is no head: it lacks {', '.join(missing)}; see mmhooks.hooks.splice.HeadLike"
             )
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
+        widths = known_widths(self.sites)
         for site in sites:
             if site.name in shapes and shapes[site.name][site.width] != head.d_in:
                 raise ShapeMismatch(
                     f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries shape "
                     f"{shapes[site.name]}; attach it at a site of width {head.d_in}"
+                )
+            width = widths.get(site.name)
+            if width is not None and width != head.d_in:
+                raise ShapeMismatch(
+                    f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries width {width}; "
+                    f"attach it at a site of width {head.d_in}"
                 )
         taken = [f"{site.name}.{name}" for site in sites if f"{site.name}.{name}" in self.attachments]
         if taken:

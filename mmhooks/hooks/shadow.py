@@ -35,6 +35,9 @@ class Shadow:
         self.name, self.get = name, get
         self._classes: dict[Any, type] = {}  # made once: contexts come and go by the batch
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_classes": {}}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Shadow:
         return Shadow(self.name, deepcopy(self.get, memo))  # the classes answer for the original's ``get``
 
@@ -63,6 +66,14 @@ class Shadow:
                 if self in shadows:
                     rest = tuple(s for s in shadows if s is not self)
                     _replace(module, kind, _shadowed(_base(kind), rest))
+
+
+def own_forward(module: Any) -> Callable[..., Any]:
+    """The ``forward`` that a module has without shadows: set on the object by somebody else, or its class's."""
+    if "forward" in vars(module):
+        return vars(module)["forward"]
+    classes = (kind for kind in type(module).__mro__ if "_mmhooks_shadows" not in vars(kind))
+    return next(vars(kind)["forward"] for kind in classes if "forward" in vars(kind)).__get__(module)
 
 
 def _base(kind: type) -> type:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from mmhooks.errors import ShapeMismatch, UnknownSite
+from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.dispatch import registry
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
 
@@ -119,7 +119,15 @@ class SiteMap:
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
     towers: set[str] = field(default_factory=set)
+    widths: dict[str, int] = field(default_factory=dict)  # of sites whose taps do not say: hooks/widths.py
     _native: dict[str, Site] | None = None
+    _parents: dict[nn.Module, tuple[nn.Module, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for parent in self.root.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._parents.setdefault(child, (parent, name))
 
     # -- building --------------------------------------------------------------------------------------
 
@@ -162,16 +170,37 @@ class SiteMap:
 
         Raises:
             UnknownSite: nothing matches; the message lists near matches.
+            MMHooksError: a module of these sites was replaced since the model was hooked, say by a LoRA layer.
         """
         if isinstance(pattern, str):
             exact = self.canonical.get(pattern) or self.native.get(pattern)
             if exact is not None:
-                return [exact]
+                return self._in_place([exact])
         for known in (self.canonical, self.native):
             names = match(pattern, known)
             if names:
-                return [known[name] for name in names]
+                return self._in_place([known[name] for name in names])
         raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
+
+    def _in_place(self, sites: list[Site]) -> list[Site]:
+        """The sites, once it is sure that their modules are still those that the model runs."""
+        seen: set[nn.Module] = set()
+        for site in sites:
+            module = site.tap.owner
+            while module in self._parents and module not in seen:
+                seen.add(module)
+                parent, name = self._parents[module]
+                now = parent._modules.get(name)
+                if (
+                    now is not module and getattr(now, "_orig_mod", None) is not module
+                ):  # compiled is the same one
+                    raise MMHooksError(
+                        f"site {site.name!r} was found when {name!r} of a {type(parent).__name__} was a "
+                        f"{type(module).__name__}, now it is a {type(now).__name__}: the model was changed since it was "
+                        "hooked (LoRA, quantisation, ...); hook it again, e.g. mm.HookedCLIP(model.model)"
+                    )
+                module = parent
+        return sites
 
 
 class SiteList(list[str]):

@@ -393,7 +393,7 @@ class ExplicitForward(ShadowTap):
                 changed = True
             return new
 
-        if self._inexact.isdisjoint(programs):
+        if self._exact(module, programs):
             return self._call(module, emit, programs, original, args, kwargs)
         dice = _dice(module)
         if all(program.detached for program in programs.values()):
@@ -405,6 +405,10 @@ class ExplicitForward(ShadowTap):
                 return output
         dice()
         return original(*args, **kwargs)
+
+    def _exact(self, module: nn.Module, programs: Any) -> bool:
+        """Whether the explicit forward has the bits of the original for these leaves."""
+        return self._inexact.isdisjoint(programs)
 
     def _call(
         self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmhooks.hooks import attention
-from mmhooks.hooks.sites import Site, SiteMap
-from mmhooks.hooks.taps import Emit, ExplicitForward, Tap
+from mmhooks.hooks.attention import LEAVES, SCORES, multihead_forward
+from mmhooks.hooks.intercept import Intercepted, OwnCode, attention_scores, multihead_calls, residual_middle
+from mmhooks.hooks.projection import ByHead, heads_view
+from mmhooks.hooks.sites import Site, SiteMap, View
+from mmhooks.hooks.taps import Emit, Tap
 
 _LAYOUT = {"pattern": "batch head query key", "head_out": "batch token head d"}
 
@@ -19,16 +19,18 @@ _LAYOUT = {"pattern": "batch head query key", "head_out": "batch token head d"}
 def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     """All sites of a ResidualAttentionBlock or CustomResidualAttentionBlock."""
     custom = hasattr(block, "ln_attn")
-    forward = custom_attention_forward if custom else attention.multihead_forward
     mlp: Any = block.mlp
-    attn = ExplicitForward(block.attn, attention.LEAVES, forward, inexact=attention.LEAVES)  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.resid_pre", sites.input(block))
     add_site(sites, f"{prefix}.ln_1", sites.output(block.ln_1))  # type: ignore[arg-type]
-    for leaf in attention.LEAVES:
-        add_attention_site(sites, f"{prefix}.attn.{leaf}", attn, leaf)
+    if custom:
+        add_projected_attention(sites, prefix, block.attn, block.attn.num_heads, block.attn.out_proj)  # type: ignore
+    else:
+        _add_multihead(sites, prefix, block.attn)  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
-    middle = custom_block_forward if custom else block_forward
-    add_site(sites, f"{prefix}.resid_mid", ExplicitForward(block, ("resid_mid",), middle), "resid_mid")
+    middle: Tap = Intercepted(block, ("resid_mid",), residual_middle)
+    if not custom:  # a function mode would keep attention off torch's fast path
+        middle = OwnCode(block, ("resid_mid",), block_forward, _native(block), residual_middle)
+    add_site(sites, f"{prefix}.resid_mid", middle, "resid_mid")
     add_site(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
     add_site(
@@ -38,10 +40,39 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     add_site(sites, f"{prefix}.resid_post", sites.output(block))
 
 
-def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str) -> None:
+def _add_multihead(sites: SiteMap, prefix: str, attn: nn.Module) -> None:
+    """``attn.*`` of ``nn.MultiheadAttention``, or of what somebody wrapped around it."""
+    native = nn.MultiheadAttention.forward
+    tap = OwnCode(
+        attn, LEAVES, multihead_forward, native, multihead_calls, inexact=LEAVES, watch_is_exact=True
+    )
+    for leaf in LEAVES:
+        add_attention_site(sites, f"{prefix}.attn.{leaf}", tap, leaf)
+
+
+def add_projected_attention(
+    sites: SiteMap, prefix: str, scope: nn.Module, heads: int, projection: nn.Module, *, fused: bool = True
+) -> None:
+    """``attn.*`` where the output projection is a module that ``scope`` calls, and all code is the model's own.
+
+    Args:
+        fused: whether the attention before it can be looked into; else there is only what the projection sees.
+    """
+    scores = Intercepted(scope, SCORES, attention_scores)
+    for leaf in SCORES if fused else ():
+        add_attention_site(sites, f"{prefix}.attn.{leaf}", scores, leaf)
+    add_attention_site(sites, f"{prefix}.attn.z", sites.input(projection), "", heads_view(heads))
+    add_attention_site(sites, f"{prefix}.attn.head_out", ByHead(projection, heads), "head_out")
+
+
+def _native(module: nn.Module) -> Callable[..., Any]:
+    return type(module).forward
+
+
+def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str, view: View | None = None) -> None:
     """``q, k, v, z, head_out``: attention heads in the last but one dimension; ``pattern``: in the second."""
     heads, tokens = (-3, 2) if leaf == "pattern" else (-2, 1)
-    sites.add(Site(name, tap, leaf, heads, tokens, _LAYOUT.get(leaf, "batch token head d_head")))
+    sites.add(Site(name, tap, leaf, heads, tokens, _LAYOUT.get(leaf, "batch token head d_head"), view))
 
 
 def add_site(sites: SiteMap, name: str, tap: Tap, leaf: str = "", layout: str = "batch token d") -> None:
@@ -49,7 +80,7 @@ def add_site(sites: SiteMap, name: str, tap: Tap, leaf: str = "", layout: str = 
     sites.add(Site(name, tap, leaf, layout=layout))
 
 
-# -- open_clip's forwards with their insides -------------------------------------------------------------
+# -- open_clip's forward with its insides -------------------------------------------------------------
 
 
 def block_forward(
@@ -70,39 +101,3 @@ def block_forward(
     x = q_x + block.ls_1(block.attention(q_x=block.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask))
     x = emit("resid_mid", x)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def custom_block_forward(
-    block: Any, emit: Emit, want: Container[str], x: Tensor, attn_mask: Tensor | None = None
-) -> Tensor:
-    """open_clip's CustomResidualAttentionBlock, likewise."""
-    x = x + block.ls_1(block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask)))
-    x = emit("resid_mid", x)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def custom_attention_forward(
-    module: Any, emit: Emit, want: Container[str], x: Tensor, attn_mask: Tensor | None = None
-) -> Tensor:
-    """open_clip's own Attention. ``z`` is what the output projection reads: after head scale and inner norm."""
-    heads = module.num_heads
-    q, k, v = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-    scale = None
-    if module.logit_scale is not None:
-        temperature = torch.clamp(module.logit_scale, max=module.logit_scale_max).exp()
-        q, k, scale = F.normalize(q, dim=-1) * temperature.view(heads, 1), F.normalize(k, dim=-1), 1.0
-    else:
-        q, k = module.ln_q(q), module.ln_k(k)
-    mask = attention._additive(attn_mask, q, heads)
-    dropout = module.attn_drop.p if module.training else 0.0
-
-    def inner(leaf: str, value: Tensor) -> Tensor:
-        if leaf != "z":
-            return emit(leaf, value)
-        if module.head_scale is not None:
-            value = value * module.head_scale.view(heads, 1)
-        return emit("z", module.ln_inner(value.flatten(-2)).unflatten(-1, (heads, -1)))
-
-    z, _ = attention.attend(q, k, v, emit=inner, want=want, mask=mask, dropout=dropout, scale=scale)
-    return module.out_drop(attention.project(z, module.out_proj.weight, module.out_proj.bias, emit, want))

@@ -15,7 +15,7 @@ from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.sites import Pattern
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.openclip_sites import openclip_sites
-from mmhooks.models.placement import input_dtype
+from mmhooks.models.placement import input_dtype, loaded
 
 
 class CLIPOutput(NamedTuple):
@@ -75,7 +75,7 @@ class HookedCLIP(HookedModel):
 
     def encode_text(self, tokens: Int[Tensor, "b l"], normalize: bool = False) -> Float[Tensor, "b d"]:
         """The model's own ``encode_text``; raw embeddings by default."""
-        with self._precision():
+        with self._precision(), loaded(self.model):
             return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
 
     def _precision(self) -> AbstractContextManager[None]:

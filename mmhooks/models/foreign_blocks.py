@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from mmhooks.hooks.attention import LEAVES
-from mmhooks.hooks.intercept import Intercepted, fused_attention, residual_middle
+from mmhooks.hooks.intercept import Intercepted, residual_middle
 from mmhooks.hooks.sites import SiteMap
-from mmhooks.models.blocks import add_attention_site, add_site
+from mmhooks.models.blocks import add_projected_attention, add_site
 
 _MLP = "batch token d_mlp"
 
@@ -23,8 +22,10 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
     _outputs(sites, prefix, {"ln_1": _child(block, "norm1")})
     attn = _child(block, "attn")
     heads, projection = getattr(attn, "num_heads", 0), _child(attn, "proj")
-    if attn is not None and heads and isinstance(projection, nn.Linear):
-        add_attention(sites, prefix, attn, heads, projection, fused=bool(getattr(attn, "fused_attn", False)))
+    if attn is not None and heads and hasattr(projection, "in_features"):  # linear, adapted, quantised
+        add_projected_attention(
+            sites, prefix, attn, heads, projection, fused=bool(getattr(attn, "fused_attn", False))
+        )
     _outputs(sites, prefix, {"attn_out": _child(block, "drop_path1")})
     if (
         attn is not None and _child(block, "norm2") is not None
@@ -55,7 +56,9 @@ def add_hf_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
 
 def _bert(sites: SiteMap, prefix: str, layer: Any) -> None:
     inner, out = getattr(layer.attention, "self"), layer.attention.output  # noqa: B009
-    add_attention(sites, prefix, layer.attention, inner.num_attention_heads, out.dense, fused=_sdpa(inner))
+    add_projected_attention(
+        sites, prefix, layer.attention, inner.num_attention_heads, out.dense, fused=_sdpa(inner)
+    )
     _outputs(sites, prefix, {"attn_out": out.dense, "ln_1": out.LayerNorm})
     add_site(sites, f"{prefix}.mlp.pre", sites.output(layer.intermediate.dense), layout=_MLP)
     add_site(sites, f"{prefix}.mlp.post", sites.output(layer.intermediate), layout=_MLP)
@@ -65,7 +68,7 @@ def _bert(sites: SiteMap, prefix: str, layer: Any) -> None:
 def _m2m100(sites: SiteMap, prefix: str, layer: Any) -> None:
     attn = layer.self_attn
     _outputs(sites, prefix, {"ln_1": layer.self_attn_layer_norm})
-    add_attention(sites, prefix, attn, attn.num_heads, attn.out_proj, fused=_sdpa(attn))
+    add_projected_attention(sites, prefix, attn, attn.num_heads, attn.out_proj, fused=_sdpa(attn))
     _outputs(sites, prefix, {"attn_out": attn})
     add_middle(sites, prefix, layer)
     _outputs(sites, prefix, {"ln_2": layer.final_layer_norm})
@@ -78,20 +81,10 @@ def _t5(sites: SiteMap, prefix: str, layer: Any) -> None:
     first, last = layer.layer[0], layer.layer[-1]
     attn = first.SelfAttention
     _outputs(sites, prefix, {"ln_1": first.layer_norm})
-    add_attention(sites, prefix, attn, attn.n_heads, attn.o, fused=_sdpa(attn))
+    add_projected_attention(sites, prefix, attn, attn.n_heads, attn.o, fused=_sdpa(attn))
     _outputs(sites, prefix, {"attn_out": first.dropout, "resid_mid": first, "ln_2": last.layer_norm})
     add_site(sites, f"{prefix}.mlp.post", sites.input(last.DenseReluDense.wo), layout=_MLP)
     _outputs(sites, prefix, {"mlp_out": last.dropout})
-
-
-def add_attention(
-    sites: SiteMap, prefix: str, scope: nn.Module, heads: int, projection: nn.Linear, *, fused: bool
-) -> None:
-    """``attn.*`` of a module whose own code runs; without the fused kernel only what the projection sees."""
-    leaves = LEAVES if fused else ("z", "head_out")
-    tap = Intercepted(scope, leaves, fused_attention(heads, projection), inexact=("pattern", "head_out"))
-    for leaf in leaves:
-        add_attention_site(sites, f"{prefix}.attn.{leaf}", tap, leaf)
 
 
 def add_middle(sites: SiteMap, prefix: str, block: nn.Module) -> None:

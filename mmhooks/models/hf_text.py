@@ -6,19 +6,17 @@ transformers 5.6 flattened ``CLIPTextModel``; ``CLIPTextModelWithProjection`` an
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
-from mmhooks.hooks.attention import LEAVES, attend, project
 from mmhooks.hooks.cache import ActivationCache
-from mmhooks.hooks.sites import Site, SiteMap
-from mmhooks.hooks.taps import Emit, ExplicitForward
-from mmhooks.models.blocks import add_attention_site
+from mmhooks.hooks.intercept import Intercepted, residual_middle
+from mmhooks.hooks.sites import Pattern, Site, SiteMap
+from mmhooks.models.blocks import add_projected_attention
 from mmhooks.models.hooked import HookedModel
 
 
@@ -35,9 +33,25 @@ class HookedCLIPText(HookedModel):
         """The model's own forward."""
         return self.model(input_ids=tokens, **kwargs)
 
-    def run_with_cache(self, tokens: Tensor, sites: Any = "*", **options: Any) -> tuple[Any, ActivationCache]:
-        """The model's output and what flowed at ``sites``; ``options`` as in :meth:`caching`."""
-        return self._cached(lambda: self.forward(tokens), sites, options)
+    def run_with_cache(
+        self,
+        tokens: Tensor,
+        sites: Pattern | Sequence[Pattern] = "*",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        strict: bool = True,
+        **inputs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """The model's output and what flowed at ``sites``.
+
+        Args:
+            device, dtype, detach, strict: as in :meth:`caching`.
+            inputs: what else the model's forward takes: ``attention_mask``, ``position_ids``, ...
+        """
+        options = {"device": device, "dtype": dtype, "detach": detach, "strict": strict}
+        return self._cached(lambda: self.forward(tokens, **inputs), sites, options)
 
 
 def clip_text_sites(model: nn.Module) -> SiteMap:
@@ -74,51 +88,12 @@ def _add_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
 
     add("resid_pre", sites.input(layer, "hidden_states"))
     add("ln_1", sites.output(layer.layer_norm1))
-    explicit = ExplicitForward(layer.self_attn, LEAVES, attention_forward, inexact=LEAVES)
-    for leaf in LEAVES:
-        add_attention_site(sites, f"{prefix}.attn.{leaf}", explicit, leaf)
+    attn = layer.self_attn
+    add_projected_attention(sites, prefix, attn, attn.num_heads, attn.out_proj)
     add("attn_out", sites.output(layer.self_attn))
-    add("resid_mid", ExplicitForward(layer, ("resid_mid",), layer_forward), "resid_mid")
+    add("resid_mid", Intercepted(layer, ("resid_mid",), residual_middle), "resid_mid")
     add("ln_2", sites.output(layer.layer_norm2))
     add("mlp.pre", sites.output(layer.mlp.fc1), layout="batch token d_mlp")
     add("mlp.post", sites.input(layer.mlp.fc2), layout="batch token d_mlp")
     add("mlp_out", sites.output(layer.mlp))
     add("resid_post", sites.output(layer, first=True))
-
-
-def layer_forward(
-    layer: Any,
-    emit: Emit,
-    want: Container[str],
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """transformers' CLIPEncoderLayer, operation by operation, with the middle of the residual stream."""
-    attended, _ = layer.self_attn(
-        hidden_states=layer.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
-    )
-    middle = emit("resid_mid", hidden_states + attended)
-    return middle + layer.mlp(layer.layer_norm2(middle))
-
-
-def attention_forward(
-    module: Any,
-    emit: Emit,
-    want: Container[str],
-    hidden_states: Float[Tensor, "b l d"],
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' CLIPAttention with its insides; causal where no mask says otherwise."""
-    heads, length = module.num_heads, hidden_states.shape[1]
-    projections = module.q_proj, module.k_proj, module.v_proj
-    q, k, v = (p(hidden_states).unflatten(-1, (heads, -1)) for p in projections)
-    mask = attention_mask
-    if mask is None and kwargs.get("is_causal", module.is_causal):
-        mask = hidden_states.new_full((length, length), float("-inf")).triu(1)
-    elif mask is not None and mask.dtype == torch.bool:  # here True keeps
-        mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, float("-inf"))
-    dropout = module.dropout if module.training else 0.0
-    z, pattern = attend(q, k, v, emit=emit, want=want, mask=mask, dropout=dropout, scale=module.scale)
-    return project(z, module.out_proj.weight, module.out_proj.bias, emit, want), pattern

@@ -78,6 +78,13 @@ class HookedModel:
         heads = ", ".join(self.places.attachments) or "none"
         return f"{type(self).__name__}({self.name or type(self.model).__name__}, heads: {heads})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles hold the model, its heads and its sites, and nothing of open contexts."""
+        return {k: v for k, v in vars(self).items() if k != "_recomputed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _recomputed={})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
         """A hooked copy of the model and its heads, without open contexts."""
         new = memo[id(self)] = type(self).__new__(type(self))

@@ -33,24 +33,53 @@ def openclip_sites(model: nn.Module) -> SiteMap:
         _text(sites, text, tower=text)
     else:
         _hf_text(sites, text)
+    joint = _joint_width(model)
+    if joint is not None:
+        sites.widths |= {name: joint for name in ("image.embed", "text.embed") if name in sites.canonical}
     return sites
+
+
+def _joint_width(model: Any) -> int | None:
+    """Of the embedding, which both towers share, where one of them says it."""
+    text = getattr(model, "text", model)
+    projections = (getattr(text, "text_projection", None), getattr(model.visual, "proj", None))
+    for projection in projections:
+        if isinstance(projection, Tensor):
+            return projection.shape[1]
+    modules = (projections[0], getattr(text, "proj", None), getattr(model.visual, "head", None))
+    for module in modules:
+        last = (
+            [m for m in module.modules() if hasattr(m, "out_features")]
+            if isinstance(module, nn.Module)
+            else []
+        )
+        if last:
+            return last[-1].out_features  # type: ignore[return-value]
+    width = getattr(model.visual, "output_dim", None)
+    return width if isinstance(width, int) else None
 
 
 def _vit(sites: SiteMap, visual: Any) -> None:
     # The convolution gives [b d h w]; patches are shown as tokens.
-    patches = View(
-        lambda raw: raw.flatten(2).transpose(1, 2), lambda raw, new: new.transpose(1, 2).reshape(raw.shape)
-    )
+    patches = View(_as_tokens, _as_map)
     sites.add(Site("image.patches", sites.output(visual.conv1), layout="batch patch d", view=patches))
     for n, block in enumerate(visual.transformer.resblocks):
         add_openclip_block(sites, f"image.blocks.{n}", block)
     pooled_norm = getattr(visual, "final_ln_after_pool", False) and visual.attn_pool is None
     layout, tokens = ("batch d", None) if pooled_norm else ("batch token d", 1)
     sites.add(Site("image.ln_post", sites.output(visual.ln_post), tokens=tokens, layout=layout))
-    if isinstance(visual.proj, nn.Parameter):
+    if isinstance(visual.proj, Tensor):  # a parameter, or what a parametrisation computes
         sites.add(Site("image.pooled", ParameterProduct(visual, "proj"), "in", tokens=None, layout="batch d"))
     else:
         sites.add(Site("image.pooled", sites.output(visual), tokens=None, layout="batch d"))
+
+
+def _as_tokens(raw: Tensor) -> Tensor:
+    return raw.flatten(2).transpose(1, 2)
+
+
+def _as_map(raw: Tensor, new: Tensor) -> Tensor:
+    return new.transpose(1, 2).reshape(raw.shape)
 
 
 def _resnet(sites: SiteMap, visual: Any) -> None:
@@ -59,6 +88,9 @@ def _resnet(sites: SiteMap, visual: Any) -> None:
     for n, block in enumerate(blocks):
         sites.add(_feature_map(f"image.blocks.{n}.resid_pre", sites.input(block)))
         sites.add(_feature_map(f"image.blocks.{n}.resid_post", sites.output(block)))
+        sites.widths[f"image.blocks.{n}.resid_pre"] = block.conv1.in_channels
+        sites.widths[f"image.blocks.{n}.resid_post"] = block.conv3.out_channels
+    sites.widths["image.patches"] = visual.conv3.out_channels
 
 
 def _timm(sites: SiteMap, visual: Any) -> None:
@@ -67,6 +99,7 @@ def _timm(sites: SiteMap, visual: Any) -> None:
     blocks = getattr(trunk, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and hasattr(trunk, "patch_embed"):
         sites.add(Site("image.patches", sites.output(trunk.patch_embed), layout="batch patch d"))
+        sites.widths |= {"image.patches": trunk.embed_dim, "image.pooled": trunk.num_features}
         for n, block in enumerate(blocks):
             add_timm_block(sites, f"image.blocks.{n}", block)
         norm = getattr(trunk, "norm", None)
@@ -101,7 +134,7 @@ def _text(sites: SiteMap, owner: Any, tower: Any = None) -> None:
     sites.add(Site("text.ln_final", sites.output(owner.ln_final), tokens=tokens, layout=layout))
     projection = owner.text_projection
     pooled = embed = None
-    if isinstance(projection, nn.Parameter):
+    if isinstance(projection, Tensor):
         product = ParameterProduct(owner, "text_projection")
         pooled, embed = (product, "in"), (product, "out")
     elif isinstance(projection, nn.Module):

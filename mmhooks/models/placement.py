@@ -7,6 +7,7 @@ The first parameter answers neither question. Half-precision models keep some pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -38,6 +39,23 @@ def device_of(module: nn.Module) -> torch.device:
     hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
     runs_on = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in runs_on if device is not None), first)
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Parameters that ``module`` itself owns are where they run, also if accelerate offloaded them.
+
+    Its hook loads them when ``forward`` is called; open_clip's ``encode_text`` uses the root's without that.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

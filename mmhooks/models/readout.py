@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import NoExactSum
+from mmhooks.hooks.intercept import is_multihead, multihead_projection
+from mmhooks.hooks.projection import linear_map
 from mmhooks.models.frozen import Frozen, pooled
+from mmhooks.models.placement import device_of, input_dtype
 
 Freeze = Callable[[Float[Tensor, "b t d"]], Frozen]
 Positions = Callable[[Tensor], Int[Tensor, " b"]]
@@ -47,16 +50,16 @@ class Readout:
         """What attention heads write is ``z @ w_o``, and ``b_o`` once: weights of the output projection, with the
         block's layer scale."""
         block = self.blocks[layer]
-        projection, heads = _projection(block)
-        w_o = projection.weight.detach().float().T.unflatten(0, (heads, -1))
-        bias = projection.bias
-        b_o = w_o.new_zeros(w_o.shape[-1]) if bias is None else bias.detach().float()
+        attn = block.attn
+        weight, bias = _multihead(attn) if is_multihead(attn) else _linear(_projection(attn))
+        w_o = weight.T.unflatten(0, (attn.num_heads, -1))
+        b_o = w_o.new_zeros(w_o.shape[-1]) if bias is None else bias
         scale = _layer_scale(block)
         return (w_o, b_o) if scale is None else (w_o * scale, b_o * scale)
 
     @property
     def n_heads(self) -> int:
-        return _projection(self.blocks[0])[1]
+        return self.blocks[0].attn.num_heads
 
 
 def image_readout(model: Any) -> Readout:
@@ -149,7 +152,7 @@ def _timm_image(visual: Any) -> Readout:
         for m in (getattr(trunk, "head", None), *visual.head)
         if not isinstance(m, (nn.Identity, nn.Dropout))
     ]
-    if any(not isinstance(m, nn.Linear) for m in steps if m is not None):
+    if any(not hasattr(m, "in_features") for m in steps if m is not None):
         kinds = ", ".join(type(m).__name__ for m in steps)
         raise NoExactSum(f"the projection behind the pooling is {kinds}: only a linear one keeps the sum")
     matrix = bias = None
@@ -222,22 +225,20 @@ def _one_token(norm: nn.Module, matrix: Tensor | None, bias: Tensor | None) -> F
 
 def _latent_pooling(pool: Any, norm: nn.Module, stream: Tensor, skip: int) -> Frozen:
     """timm's AttentionPoolLatent behind ``norm``, up to its own MLP."""
-    x = norm(stream.to(pool.kv.weight.dtype)).float()[:, skip:]
+    x = norm(stream.to(input_dtype(pool.kv))).float()[:, skip:]
     if pool.pos_embed is not None:
         raise NoExactSum("attention pooling with position embeddings of its own is not known as a sum here")
     heads = pool.num_heads
     q = pool.q(pool.latent).detach().float().unflatten(-1, (heads, -1))[0]
-    w_k, w_v = pool.kv.weight.detach().float().chunk(2)
-    b_k, b_v = (None, None) if pool.kv.bias is None else pool.kv.bias.detach().float().chunk(2)
+    kv, kv_bias = _linear(pool.kv)
+    w_k, w_v = kv.chunk(2)
+    b_k, b_v = (None, None) if kv_bias is None else kv_bias.chunk(2)
     k = F.linear(x, w_k, b_k).unflatten(-1, (heads, -1))
     q, k = pool.q_norm(q), pool.k_norm(k)
     pattern = torch.einsum("qpk,btpk->bpqt", q * pool.scale, k).softmax(-1)
     pattern = pattern[:, :, 0] if pool.pool == "token" else pattern.mean(2)
     pattern = F.pad(pattern, (skip, 0))
-    w_o, b_o = pool.proj.weight.detach().float(), pool.proj.bias
-    return _through_values(
-        norm, stream, pattern, w_v, b_v, w_o, None if b_o is None else b_o.detach().float()
-    )
+    return _through_values(norm, stream, pattern, w_v, b_v, *_linear(pool.proj))
 
 
 def _query_pooling(pool: Any, stream: Tensor) -> Frozen:
@@ -297,9 +298,24 @@ def _only_norm(trunk: Any) -> tuple[nn.Module, bool]:
     return found, after
 
 
-def _projection(block: Any) -> tuple[nn.Linear, int]:
-    attn = block.attn
-    return getattr(attn, "out_proj", None) or attn.proj, attn.num_heads
+def _projection(attn: Any) -> nn.Module:
+    return getattr(attn, "out_proj", None) or attn.proj
+
+
+def _linear(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
+    """Matrix and bias of a linear layer as it runs, whatever it keeps as its weight."""
+    width: Any = module.in_features
+    with torch.no_grad():
+        like = torch.zeros(1, width, dtype=input_dtype(module), device=device_of(module))
+        weight, bias = linear_map(module, like)
+    return weight.detach().float(), None if bias is None else bias.detach().float()
+
+
+def _multihead(attn: Any) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
+    """The same of the output projection of ``nn.MultiheadAttention``, which is never called."""
+    x = torch.zeros(1, 1, attn.embed_dim, dtype=attn.in_proj_weight.dtype, device=device_of(attn))
+    weight, bias = multihead_projection(attn, x)
+    return weight.float(), None if bias is None else bias.float()
 
 
 def _layer_scale(block: Any) -> Float[Tensor, " d"] | None:
@@ -315,7 +331,7 @@ def _matrix(projection: Any) -> tuple[Tensor | None, Tensor | None]:
     """``x @ matrix + bias`` of a parameter or a linear layer; None for what is not there."""
     if projection is None:
         return None, None
-    if isinstance(projection, nn.Linear):
-        bias = projection.bias
-        return projection.weight.detach().float().T, None if bias is None else bias.detach().float()
+    if isinstance(projection, nn.Module):
+        weight, bias = _linear(projection)
+        return weight.T, bias
     return projection.detach().float(), None

@@ -7,9 +7,7 @@ the pattern is computed beside it, and takes its place only where it was edited.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
+from mmhooks.hooks.attention import attend, by_token
 from mmhooks.hooks.intercept import Call, Intercepted
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.hooks.taps import Emit
@@ -89,7 +88,7 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _fused(emit, want, *args, **kwargs)
+            return by_token(emit, want, "z", attend(emit, want, *args, **kwargs)[0])
         if func is torch.baddbmm:
             start, query, key = args
             key = by_head("k", key.transpose(-1, -2)).transpose(-1, -2) if "k" in want else key
@@ -100,40 +99,6 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
         return func(*args, **kwargs)
 
     return call
-
-
-def _fused(
-    emit: Emit,
-    want: Mapping[str, Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **rest: Any,
-) -> Tensor:
-    """torch's ``scaled_dot_product_attention`` on ``[b h l e]``, as diffusers calls it: no dropout, not causal."""
-
-    def by_token(leaf: str, given: Tensor) -> Tensor:
-        if leaf not in want:
-            return given
-        shown = given.transpose(1, 2)
-        return _same(emit(leaf, shown), shown, given, lambda t: t.transpose(1, 2))
-
-    q, k, v = (by_token(leaf, t) for leaf, t in (("q", query), ("k", key), ("v", value)))
-    z = None
-    if "pattern" in want:
-        scale = rest.get("scale") or 1 / math.sqrt(q.shape[-1])
-        with torch.no_grad() if want["pattern"].detached else nullcontext():
-            scores = (q * scale) @ k.transpose(-1, -2)
-            pattern = (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1)
-            edited = emit("pattern", pattern)
-        if edited is not pattern or edited.requires_grad:
-            z = edited @ v
-    if z is None:
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **rest)
-    return by_token("z", z)
 
 
 def _same(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
