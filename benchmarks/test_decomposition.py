@@ -188,7 +188,7 @@ def test_sparse_codes_are_not_slower_than_scikit_learn(source: Callable[[], tupl
 
     for penalty in (0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(3 if penalty > 0.02 else 1):
+        for _ in range(3 if penalty > 0.02 else 2):
             for name, call in (
                 ("ours", lambda p: nonnegative_lasso(z, dictionary, p)),
                 ("theirs", theirs),

@@ -24,7 +24,8 @@ _PIVOTS = (
 )
 _ROUNDING = 1e-10
 _SET = 32  # atoms a row begins with
-_BYTES = 2**27  # of one table, Gram matrices or rows by atoms, in memory at a time
+_BYTES = 2**27  # of a table of rows by atoms in memory at a time
+_CACHE = 2**23  # of the Gram matrices that are worked on together: they stay in the cache
 
 
 class Solved(NamedTuple):
@@ -142,7 +143,7 @@ def _refit(
         whole: Gram matrix of the dictionary, where that is at hand.
     """
     size = atoms.shape[1]
-    step = max(1, _BYTES // (8 * size * max(size, dictionary.shape[1])))
+    step = max(1, _CACHE // (8 * size * max(size, dictionary.shape[1])))
     found = []
     for own, chosen, guess in zip(z.split(step), atoms.split(step), w.split(step), strict=True):
         rows = dictionary[chosen]
