@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmhooks.errors import DamagedFile, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads.files import CONFIG, FORMAT, WEIGHTS, check_about, read_head_files, write_head
+from mmhooks.heads.weights import check_finite, check_fit, load_strictly
 from mmhooks.utils.tensors import metadata_of
 
 KINDS: dict[str, type[Head]] = {}
@@ -394,61 +395,3 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "decoder": ("true or false", lambda v: isinstance(v, bool)),
     "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),
 }
-
-
-def check_fit(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raises where ``state`` has not the names and shapes of ``head``, naming them; nothing is allocated."""
-    own = head.state_dict()
-    faults = [f"missing {k}" for k in own.keys() - state.keys()]
-    faults += [f"unexpected {k}" for k in state.keys() - own.keys()]
-    faults += [
-        f"{k} is {list(state[k].shape)}, not {list(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
-    ]
-    faults += [
-        f"{k} holds {state[k].dtype}, not real numbers"
-        for k in own.keys() & state.keys()
-        if not state[k].is_floating_point()
-    ]
-    if faults:
-        raise DamagedFile(f"{where} does not fit a {type(head).__name__}: {'; '.join(sorted(faults))}")
-
-
-def load_strictly(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Gives ``head`` the numbers in ``state``, by copies of its own dtype; also where it has none (``unfilled``).
-
-    Raises:
-        DamagedFile: a missing, surplus or misshapen tensor. NotFinite: NaN or infinity in a weight; names it.
-    """
-    check_fit(head, state, where)
-    for name, value in state.items():
-        # A BatchTopK threshold is NaN until it is known; a JumpReLU one of zero has the logarithm -infinity.
-        bad = (
-            ~value.isfinite()
-            if name not in ("threshold", "threshold_log")
-            else value.isnan() & (name != "threshold")
-        )
-        if bool(bad.any()):
-            raise NotFinite(
-                f"{where}: {int(bad.sum())} of {value.numel()} numbers of {name} are NaN or infinite: a training that "
-                "went wrong, or a damaged file; fetch or train it again"
-            )
-    own = head.state_dict()
-    copies = {k: v.to(own[k].dtype, copy=True) for k, v in state.items()}
-    # Elsewhere in place: an optimiser may hold the parameters.
-    head.load_state_dict(copies, assign=any(t.is_meta for t in own.values()))
-
-
-def check_finite(x: Tensor, what: str) -> None:
-    """Raises :class:`NotFinite` with the number of bad rows and the first of them."""
-    # The sum is finite for ordinary data and costs one pass without a temporary of x's size.
-    if bool(torch.isfinite(x.sum())):
-        return
-    bad = ~torch.isfinite(x).reshape(-1, x.shape[-1]).all(dim=-1)
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise NotFinite(
-            f"{what}: NaN or infinity in {int(bad.sum())} of {bad.numel()} rows, the first is row {first}; "
-            "drop these rows or look at what made them"
-        )

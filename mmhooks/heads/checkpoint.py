@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MMHooksError
-from mmhooks.heads.base import Head, load_strictly
+from mmhooks.heads.base import Head
 from mmhooks.heads.source import Vectors
+from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.files import make_folder, written_aside
 from mmhooks.utils.tensors import digest_of, metadata_of, read_safetensors
 

@@ -41,13 +41,16 @@ def affine(
 ) -> Float[Tensor, "b n"]:
     """``x w^T + bias``; on a CPU in single precision by oneDNN, which is never much slower than torch's default
     and twice as fast where that is MKL and the processor no Intel (MKL then leaves AVX-512 unused)."""
-    if (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-    ):
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and _in_onednn(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return torch.addmm(bias, x, w.T)
+
+
+def _in_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in ``dtype`` on this processor: bfloat16 needs instructions that older ones lack."""
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def fast_topk(

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mmhooks.hooks.parameter_product import ParameterProduct
 from mmhooks.hooks.sites import Site, SiteMap
-from mmhooks.hooks.taps import ModuleInput, ModuleOutput, ParameterProduct
+from mmhooks.hooks.taps import ModuleInput, ModuleOutput
 
 # Attributes that hold the width of what modules return and take; a shape counts with its last entry.
 _OUT = ("out_features", "normalized_shape", "embedding_dim", "out_channels")

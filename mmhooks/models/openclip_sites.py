@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmhooks.hooks.parameter_product import ParameterProduct
 from mmhooks.hooks.sites import Site, SiteMap, View, feature_map
-from mmhooks.hooks.taps import ParameterProduct
 from mmhooks.models.blocks import add_openclip_block
 from mmhooks.models.foreign_blocks import add_hf_layer, add_timm_block
 

@@ -246,8 +246,8 @@ class Scaled(nn.Module):
 
 
 def test_the_towers_code_may_do_anything_with_it():
+    from mmhooks.hooks.parameter_product import ParameterProduct
     from mmhooks.hooks.sites import Site
-    from mmhooks.hooks.taps import ParameterProduct
 
     torch.manual_seed(0)
     net, x = Scaled(), torch.randn(2, 4)

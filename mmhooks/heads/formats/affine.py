@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MMHooksError
-from mmhooks.heads.base import load_strictly, unfilled
+from mmhooks.heads.base import unfilled
 from mmhooks.heads.sae import SAE
+from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.tensors import read_checkpoint, read_safetensors
 
 

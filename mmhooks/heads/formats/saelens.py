@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
-from mmhooks.heads.base import Head, load_strictly, unfilled
+from mmhooks.heads.base import Head, unfilled
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
 from mmhooks.heads.jumprelu import JumpReLUSAE, from_log
 from mmhooks.heads.sae import SAE
+from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.files import make_folder, write_text, written_aside
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
