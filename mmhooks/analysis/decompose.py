@@ -203,8 +203,7 @@ def decompose(
     Raises:
         NoExactSum: the architecture's embedding is no such sum (says why), or the sum is not the embedding.
         ShapeMismatch: neither or both of images and texts; something else than pixels or tokens of this model's
-            size; ``against`` of another width.
-        MMHooksError: ``model`` is not a hooked CLIP.
+            size; ``against`` of another width. MMHooksError: ``model`` is not a hooked CLIP.
 
     >>> import torch, mmhooks as mm
     >>> parts = mm.decompose(mm.load("mini"), torch.randn(2, 3, 64, 64))
