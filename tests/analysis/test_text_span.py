@@ -195,7 +195,7 @@ def test_labels_as_a_file(tmp_path):
     assert HeadLabels.load(labels.save(tmp_path / "labels.json")) == labels
     content = json.loads(found.save(tmp_path / "span.json").read_text())
     assert content["texts"] == [["red"], ["a beach"]] and "bases" not in content
-    with pytest.raises(MMHooksError, match="holds no head labels"):
+    with pytest.raises(MMHooksError, match="is not a file of head labels"):
         HeadLabels.load(tmp_path / "span.json")
     with pytest.raises(MMHooksError, match=r"no text of kind mood; there are colour, place"):
         labels.of_kind("mood")
