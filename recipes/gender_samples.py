@@ -9,6 +9,7 @@ from typing import Any
 
 from mmhooks.data.splits import concept_key
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.utils.faults import first_line
 
 CLASSES = ("woman", "man")
 CLASSIFIER = "touchtech/fashion-images-gender-age-vit-large-patch16-224-in21k-v3"  # the paper's
@@ -201,9 +202,9 @@ def from_classifier(
     try:
         model: Any = pipeline("image-classification", model=name)
     except (OSError, ValueError) as fault:
-        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]
         raise MissingWeights(
-            f"image classifier {name!r} could not be had ({line}); give --classifier a local path, or --labels column"
+            f"image classifier {name!r} could not be had ({first_line(fault)}); give --classifier a local path, or "
+            "--labels column"
         ) from fault
     classes = {
         str(c): gender_of_words(re.sub(r"[_\-/]+", " ", str(c))) for c in model.model.config.id2label.values()

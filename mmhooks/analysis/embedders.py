@@ -22,6 +22,7 @@ from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models.foreign_code import no_foreign_code
+from mmhooks.utils.faults import first_line
 from mmhooks.utils.files import written_aside
 
 Embed = Callable[[Sequence[Any]], Tensor]
@@ -228,7 +229,7 @@ def _sentence_model(place: str, device: str, *, local: bool) -> Embed:
     except (OSError, ValueError) as fault:
         raise MissingWeights(
             f"sentence-transformers model {place!r} is neither on this machine nor to be fetched "
-            f'({_first_line(fault)}); text_embedder("minilm") needs no network'
+            f'({first_line(fault)}); text_embedder("minilm") needs no network'
         ) from fault
     return lambda texts: model.encode(
         list(texts), batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
@@ -243,7 +244,7 @@ def _timm_model(name: str) -> nn.Module:
         return timm.create_model(full, pretrained=True, num_classes=0).eval()
     except Exception as fault:  # timm, huggingface_hub and requests each have their own
         raise MissingWeights(
-            f"timm model {full!r} is neither on this machine nor to be fetched ({_first_line(fault)}); "
+            f"timm model {full!r} is neither on this machine nor to be fetched ({first_line(fault)}); "
             'image_embedder("efficientnet-lite0") needs no network'
         ) from fault
 
@@ -266,7 +267,3 @@ def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
         return any_model.forward_head(any_model.forward_features(pixels), pre_logits=True)
 
     return embed
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]

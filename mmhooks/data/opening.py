@@ -17,6 +17,7 @@ from mmhooks.data.captions import root_of
 from mmhooks.data.local_files import Home
 from mmhooks.data.tars import KEY, fields_of, labels_of, tar_rows
 from mmhooks.errors import DataError, MissingWeights, MMHooksError
+from mmhooks.utils.faults import first_line
 
 TEXT_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "answer", "title", "label_text", "prompt")
 ID_COLUMNS = ("id", "image_id", KEY, "key", "file_name", "filename")
@@ -315,8 +316,3 @@ def read_on(opened: Opened, rows: Iterable[Mapping[str, Any]], name: str) -> Ite
         raise MissingWeights(
             f"{name}: fetching broke off after {number} rows ({said}); call again"
         ) from fault
-
-
-def first_line(fault: BaseException) -> str:
-    """The first line of what an error says, or its class."""
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]

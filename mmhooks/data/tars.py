@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from mmhooks.data.local_files import MAX_BYTES
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.utils.faults import first_line
 
 KEY, FAULT = "__key__", "__fault__"
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$")
@@ -134,9 +135,9 @@ def _files(tar: str) -> Iterator[tuple[str, str, bytes | str]]:
             if begun
             else "no tar, or a compressed one, expected a tar as it is"
         )
-        raise _Damaged(f"{tar} is {hint} ({_first_line(fault)})") from fault
+        raise _Damaged(f"{tar} is {hint} ({first_line(fault)})") from fault
     except Exception as fault:  # of the disk; of fsspec, huggingface_hub and httpx
-        said = f"{type(fault).__name__}: {_first_line(fault)}"
+        said = f"{type(fault).__name__}: {first_line(fault)}"
         if remote:
             raise MissingWeights(
                 f"{tar}: fetching broke off ({said}); call again, it goes on from there"
@@ -161,7 +162,3 @@ class _Header(tarfile.TarInfo):
             if isinstance(fault, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
                 raise
             raise tarfile.ReadError(str(fault) or "no mark of its end") from fault
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]

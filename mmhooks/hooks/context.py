@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping
-from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
-import torch
-
 from mmhooks.errors import HookDidNotFire, MMHooksError, MMHooksWarning
 from mmhooks.hooks import dispatch
 from mmhooks.hooks.program import Binding, Op
 from mmhooks.hooks.taps import Tap
-
-_AS_IT_IS = nullcontext()
 
 
 class HookContext:
@@ -54,7 +49,7 @@ class HookContext:
         try:
             around = self._around()
             # Tensors that a plan makes may be needed in grad mode, wherever the context was opened.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+            with dispatch.outside_inference_mode():
                 ops, bindings = self._plan()
             taps = (*around, *(op.target.site.tap for op in ops))
             self._opened = opened = dispatch.Opened(ops, bindings, taps)

@@ -7,7 +7,7 @@ A handle on a module fires for every thread. Its body asks :func:`programs_at`, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from itertools import count
 from threading import RLock
@@ -37,6 +37,11 @@ class Opened:
 _AS_IT_IS = nullcontext()
 
 
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """A block whose tensors may be used in grad mode later, wherever it runs; costs nothing outside of that mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
 class Stack:
     """Open contexts, outermost first, and the merged program of every tap that they use."""
 
@@ -45,7 +50,7 @@ class Stack:
     def __init__(self, contexts: tuple[Opened, ...], epoch: int, outer: Stack | None = None) -> None:
         self.contexts, self.epoch, self.outer = contexts, epoch, outer
         # Not in inference mode: what is made for a program here may be needed by a forward in grad mode.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+        with outside_inference_mode():
             self.table: dict[Any, Any] = compile_programs([op for c in contexts for op in c.ops])
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from hashlib import file_digest
 from pathlib import Path
 
 from mmhooks.errors import DamagedFile, MissingWeights
-from mmhooks.utils.files import write_text
+from mmhooks.utils.files import sha256_of, write_text
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DIGESTS = "digests.json"
@@ -47,12 +46,6 @@ def _compare(path: Path, size: int, changed: int) -> None:
             f"{path} is not the file that was shipped (SHA-256 {found[:12]}, expected {str(expected)[:12]}, "
             f"{size:,} bytes); install mmhooks again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def write_digests(folder: Path = ASSETS) -> Path:

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,6 +96,12 @@ def make_folder(folder: str | Path) -> Path:
     with wrapped(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import mmhooks as mm
 from mmhooks.errors import DamagedFile, MissingWeights
 from mmhooks.models import zoo
-from mmhooks.utils.assets import ASSETS, DIGESTS, asset, sha256_of, write_digests
+from mmhooks.utils.assets import ASSETS, DIGESTS, asset, write_digests
+from mmhooks.utils.files import sha256_of
 
 
 def test_the_digests_are_those_of_what_ships() -> None:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from mmhooks.data.progress import track
 from mmhooks.data.store.layout import MANIFEST, columns_of, dataset_files, read_manifest, specs_of
-from mmhooks.data.store.shard import Shard, checksum
+from mmhooks.data.store.shard import Shard
 from mmhooks.data.store.writer import finished
 from mmhooks.errors import StoreError
+from mmhooks.utils.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _shard_fault(place: Path, entry: Mapping[str, Any]) -> Fault | None:
     if not path.is_file():
         return Fault(path.name, "missing", f"{rows} are lost")
     try:
-        size, found = path.stat().st_size, checksum(path)
+        size, found = path.stat().st_size, sha256_of(path)
     except OSError as fault:
         return Fault(path.name, "unreadable", f"{fault.strerror}; {rows} cannot be checked")
     if size != entry["bytes"]:

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,12 @@ from torch import Tensor
 
 from mmhooks.data.store.layout import ARROW, TORCH, Column
 from mmhooks.errors import StoreError
-from mmhooks.utils.files import write_whole
+from mmhooks.utils.files import sha256_of, write_whole
 
 MARK = "mmhooks.content"
 # Linux; elsewhere pages are given back when the kernel needs them.
 _DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(
@@ -68,7 +63,7 @@ def write_shard(
         "file": path.name,
         "rows": len(ids),
         "bytes": path.stat().st_size,
-        "sha256": checksum(path),
+        "sha256": sha256_of(path),
         "head": _head(path),
     }
 
