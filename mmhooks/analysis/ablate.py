@@ -199,9 +199,9 @@ def head_importance(
         direction[None] if isinstance(direction, Tensor) else direction, heads.shape[2], "direction"
     )
     if means is not None:
-        means = check_means(means)
-        means.check_for(parts)
-        heads = heads - means.heads.to(heads)
+        others = check_means(means)
+        others.check_for(parts)
+        heads = heads - others.heads.to(heads)
     return heads @ normalize(direction.to(heads), dim=0)
 
 

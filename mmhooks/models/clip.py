@@ -78,7 +78,7 @@ class HookedCLIP(HookedModel):
         with self._precision(), loaded(self.model):
             return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
 
-    def _precision(self) -> AbstractContextManager[None]:
+    def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)

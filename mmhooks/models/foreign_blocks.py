@@ -22,7 +22,8 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
     _outputs(sites, prefix, {"ln_1": _child(block, "norm1")})
     attn = _child(block, "attn")
     heads, projection = getattr(attn, "num_heads", 0), _child(attn, "proj")
-    if attn is not None and heads and hasattr(projection, "in_features"):  # linear, adapted, quantised
+    # Linear, adapted or quantised.
+    if attn is not None and heads and projection is not None and hasattr(projection, "in_features"):
         add_projected_attention(
             sites, prefix, attn, heads, projection, fused=bool(getattr(attn, "fused_attn", False))
         )

@@ -343,7 +343,8 @@ class _Hasher:
             self._tagged("global", f"{getattr(value, '__module__', '')}.{reduced}".encode())
             self.add(getattr(value, "__wrapped__", None))  # what functools.cache stands for
             return
-        make, args, state, items, pairs, *_ = (*reduced, None, None, None)
+        parts: tuple[Any, ...] = (*reduced, None, None, None)
+        make, args, state, items, pairs, *_ = parts
         self._tagged("object")
         kind = type(value).__dict__.get("_mmhooks_base", type(value))
         self._class(kind)
@@ -369,11 +370,9 @@ class _Hasher:
 
 
 def _number(value: float | complex) -> bytes:
-    return (
-        value.hex().encode()
-        if isinstance(value, float)
-        else f"{value.real.hex()} {value.imag.hex()}".encode()
-    )
+    if isinstance(value, complex):
+        return f"{float.hex(value.real)} {float.hex(value.imag)}".encode()
+    return float.hex(value).encode()
 
 
 _LEAVES: dict[type, Callable[[Any], bytes]] = {
