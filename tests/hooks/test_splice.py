@@ -223,8 +223,11 @@ def test_masks_of_another_head(model, images, sae):
 
 
 def test_a_head_of_the_wrong_width(model, images):
-    model.attach(TopKSAE(10, 20, 2), at="image.embed")
-    with pytest.raises(ShapeMismatch, match=r"width 10.*image\.embed.*\(3, 12\)"):
+    with pytest.raises(ShapeMismatch, match=r"width 10.*image\.embed.*width 12"):
+        model.attach(TopKSAE(10, 20, 2), at="image.embed")
+    assert not model.places.attachments
+    model.attach(TopKSAE(10, 20, 2), at="visual")  # a native path: what flows there is known when it flows
+    with pytest.raises(ShapeMismatch, match=r"width 10.*visual.*\(3, 12\)"):
         with model.hooks(mask=[1]):
             model.encode_image(images)
 
