@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import random
 import socket
 import threading
@@ -265,7 +266,7 @@ def test_a_key_that_no_header_carries_is_told_without_it(serve, make, monkeypatc
     server = serve(lambda connection, _: connection.sendall(reply(said("YES"))))
     endpoint = make(server.url)
     if "\x00" in value:  # an environment cannot hold it; a mapping in its place can
-        monkeypatch.setattr("os.environ", {"HOSTILE_KEY": value})
+        monkeypatch.setattr("os.environ", {**os.environ, "HOSTILE_KEY": value})
     else:
         monkeypatch.setenv("HOSTILE_KEY", value)
     for call in (lambda: make(server.url), lambda: endpoint.ask(ASK)):
