@@ -96,11 +96,11 @@ def test_draws_what_it_is_told(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_card_names_data_and_scores() -> None:
-    card = zoo.card("mini-sd")
-    assert len(mini_sd.drawings()) == card["data"][0]["trained_on"] >= 500
+    known = zoo.card("mini-sd")
+    assert len(mini_sd.drawings()) == known["data"][0]["trained_on"] >= 500
     assert len({row["name"] for row in mini_sd.drawings()}) == len(mini_sd.drawings())
     for space in ("efficientnet", "pixels"):
-        assert card["exam"][space]["first 1"]["n"] == len(mini_sd.drawings())
+        assert known["exam"][space]["first 1"]["n"] == len(mini_sd.drawings())
     assert sum(path.stat().st_size for path in mini_sd.FOLDER.iterdir()) < 18e6
 
 

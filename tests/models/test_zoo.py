@@ -28,15 +28,15 @@ def test_an_embedded_model_ranks_held_out_drawings_far_above_chance(name: str) -
 
 @pytest.mark.parametrize("name", zoo.EMBEDDED)
 def test_a_card_names_every_source_and_the_held_out_numbers(name: str) -> None:
-    card = zoo.card(name)
-    assert all(source["licence"] and source["attribution"] for source in card["data"])
-    unseen = next(source for source in card["data"] if source["source"] == "twemoji")
+    known = zoo.card(name)
+    assert all(source["licence"] and source["attribution"] for source in known["data"])
+    unseen = next(source for source in known["data"] if source["source"] == "twemoji")
     assert unseen["trained_on"] == 0
-    for row in card["retrieval"].values():
+    for row in known["retrieval"].values():
         value = row["image_to_text"]["R@10"]
         assert row["n"] >= 600 and value["low"] > row["chance"]["R@10"]
     model = mini.build(reads=name == "mini-reader")
-    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert known["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 # Short names of drawings that mini-reader was taught, none in DejaVu.
