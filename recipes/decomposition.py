@@ -84,8 +84,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             pairs = mm.data.pairs(
                 o["data"], limit=o["limit"], seed=o["seed"], on_error="skip" if o["skip_bad"] else "raise"
             )
-            pairs, held = settle(pairs, o)
-            held = choose(held, o["evaluate"], o["seed"])
+            held = choose(settle(pairs, o["data"], o["seed"]), o["evaluate"], o["seed"])
             seen = [i for i in range(len(pairs)) if i not in set(held)]
         with clock.step("texts"):
             model = mm.load(o["model"], pretrained=o["pretrained"])
@@ -150,7 +149,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         results: dict[str, Any] = {
             "settings": o,
             "data": {
-                **about(pairs, o, len(held)),
+                **about(
+                    pairs, data=o["data"], model=o["model"], pretrained=o["pretrained"], heldout=len(held)
+                ),
                 "seen": len(seen),
                 "classes": len(names),
                 "pool": pool.name,

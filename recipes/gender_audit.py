@@ -7,28 +7,25 @@ from typing import Any
 
 import torch
 from gender_samples import TONES, Sample
-from gender_study import GROUPS, SIDES, Setting, Split, summary_of, vectors
+from gender_study import GROUPS, SIDES, Inputs, Setting, Split, summary_of
 from jaxtyping import Float
-from modality_study import Encoded
 from torch import Tensor
 
 from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.resampling import bootstrap_ratio, cluster_numbers, paired_test
 from mmhooks.analysis.results import plain
-from mmhooks.analysis.zero_masked import CosineLabels, Masked, classified
+from mmhooks.analysis.zero_masked import CosineLabels, classified
 
 
-def audit(
-    setting: Setting, encoded: Encoded, people: Sequence[Sample], prompts: Tensor, scale: float, *, seed: int
-) -> list[dict[str, Any]]:
+def audit(setting: Setting, inputs: Inputs, people: Sequence[Sample], *, seed: int) -> list[dict[str, Any]]:
     """Woman/man by stratum, pictures without ImgD and texts without TextD, and what is said of people of no said
     gender; every sample of the data, the model's training samples included (``seen`` counts them)."""
-    labels, everyone = CosineLabels(prompts, scale), Split.of(people)
+    everyone = Split.of(people)
     masks = {"image": setting.mds.groups[0], "text": setting.mds.groups[1]}
     answers = {}
     for side in SIDES:
-        samples = Masked(setting.head, vectors(encoded, side)[everyone.rows])
-        answers[side] = labels(samples.vectors(None)), labels(samples.vectors(masks[side]))
+        samples = inputs.masked(setting, side, everyone.rows)
+        answers[side] = tuple(inputs.labels(samples.vectors(mask)) for mask in (None, masks[side]))
     out = []
     for kind, stratum, rows in _strata(people):
         at = torch.tensor(rows)
@@ -73,23 +70,26 @@ def _strata(people: Sequence[Sample]) -> list[tuple[str, str, list[int]]]:
 
 def tones(
     setting: Setting,
-    encoded: Encoded,
+    inputs: Inputs,
     people: Sequence[Sample],
-    labels: Float[Tensor, "c d"],
-    scale: float,
+    words: Float[Tensor, "2 d"],
     *,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Skin tone itself as the class, light against dark, under the same masks; None where no sample has both."""
+    """Skin tone itself as the class, light against dark, under the same masks; None where no sample has both.
+
+    Args:
+        words: the embeddings of a light and of a dark skin tone in words.
+    """
     side_of = {"light": 0, "medium-light": 0, "medium-dark": 1, "dark": 1}
     chosen = [(s, side_of[s.strata["skin tone"]]) for s in people if s.strata.get("skin tone") in side_of]
     if len({y for _, y in chosen}) < 2:
         return None
     rows, y = torch.tensor([s.row for s, _ in chosen]), torch.tensor([y for _, y in chosen])
-    families, judge = cluster_numbers([s.family for s, _ in chosen]), CosineLabels(labels, scale)
+    families, judge = cluster_numbers([s.family for s, _ in chosen]), CosineLabels(words, inputs.scale)
     out: dict[str, Any] = {"classes": ["light", "dark"], "n": len(chosen)}
     for side in SIDES:
-        samples = Masked(setting.head, vectors(encoded, side)[rows])
+        samples = inputs.masked(setting, side, rows)
         masks = {"none": None, **dict(zip(GROUPS, setting.mds.groups, strict=True))}
         got = {
             m: classified(judge(samples.vectors(g)), y, ("light", "dark"), clusters=families, seed=seed)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from gender_samples import CLASSES
-from gender_study import GROUPS, SIDES, Setting, Split, vectors
+from gender_study import GROUPS, SIDES, Inputs, Setting, Split
 from jaxtyping import Float
-from modality_study import Encoded
 from torch import Tensor
 
 from mmhooks.analysis.inference import benjamini_hochberg
@@ -21,23 +20,13 @@ from mmhooks.analysis.zero_masked import CosineLabels, Masked, single_ablations
 TOP = 16  # "most active features" of Figure 5
 
 
-def carriers(
-    setting: Setting,
-    encoded: Encoded,
-    fit: Split,
-    judged: Split,
-    prompts: Tensor,
-    scale: float,
-    *,
-    count: int,
-    seed: int,
-) -> dict[str, list[dict[str, Any]]]:
+def carriers(setting: Setting, inputs: Inputs, *, count: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """The features whose single ablation moves the own class's probability most: chosen on the samples that are
     not judged, their effect measured on those that are."""
-    labels, out = CosineLabels(prompts, scale), {}
+    labels, fit, judged, out = inputs.labels, inputs.fit, inputs.judged, {}
     group_of = {k: g for g, members in zip(GROUPS, setting.mds.groups, strict=True) for k in members}
     for side in SIDES:
-        known, fresh = (Masked(setting.head, vectors(encoded, side)[s.rows]) for s in (fit, judged))
+        known, fresh = (inputs.masked(setting, side, s.rows) for s in (fit, judged))
         active = (known.latents > 0).any(0).nonzero().flatten()
         effect = torch.cat([_effect(known, part, labels, fit.y).mean(0) for part in active.split(64)])
         chosen = active[effect.abs().argsort(descending=True)[:count]]
@@ -72,23 +61,14 @@ def _effect(samples: Masked, features: Tensor, labels: CosineLabels, y: Tensor) 
     return alone.gather(2, y[:, None, None].expand(-1, len(features), 1))[..., 0] - own
 
 
-def shares(
-    setting: Setting,
-    encoded: Encoded,
-    everyone: Split,
-    prompts: Tensor,
-    scale: float,
-    *,
-    shown: int,
-    seed: int,
-) -> dict[str, Any]:
+def shares(setting: Setting, inputs: Inputs, everyone: Split, *, shown: int, seed: int) -> dict[str, Any]:
     """Figure 5: the share of ImgD among the most active features of each picture, seven pictures along it, and
     its rank correlation with the probability of the own class."""
-    samples = Masked(setting.head, encoded.image[everyone.rows])
+    samples = inputs.masked(setting, "image", everyone.rows)
     values, top = samples.latents.topk(min(TOP, samples.latents.shape[1]), dim=1)
     member = setting.mds.groups[0].mask[top] & (values > 0)
     share = member.sum(1).double() / (values > 0).sum(1).clamp_min(1)
-    own = CosineLabels(prompts, scale)(samples.vectors(None)).gather(1, everyone.y[:, None])[:, 0]
+    own = inputs.labels(samples.vectors(None)).gather(1, everyone.y[:, None])[:, 0]
     out = {}
     for c, name in enumerate(CLASSES):
         of = (everyone.y == c).nonzero().flatten()

@@ -67,32 +67,52 @@ class Split:
         )
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What every measurement of the study reads.
+
+    Attributes:
+        encoded: the model's embeddings of all pairs.
+        fit, judged: samples that labels are fitted and features are chosen on, and samples that are judged.
+        prompts: the embedding of each class's prompts. scale: of the cosine to them, the model's own.
+    """
+
+    encoded: Encoded
+    fit: Split
+    judged: Split
+    prompts: Float[Tensor, "c d"]
+    scale: float
+
+    @property
+    def labels(self) -> CosineLabels:
+        """Classifies by the cosine to the prompts."""
+        return CosineLabels(self.prompts, self.scale)
+
+    def masked(self, setting: Setting, side: str, rows: Int[Tensor, " n"]) -> Masked:
+        """One side of the pairs in these rows, to be masked by the setting's head."""
+        return Masked(setting.head, vectors(self.encoded, side)[rows])
+
+
 def vectors(encoded: Encoded, side: str) -> Float[Tensor, "n d"]:
     return encoded.image if side == "image" else encoded.text
 
 
-def classifiers(
-    setting: Setting, encoded: Encoded, side: str, fit: Split, prompts: Float[Tensor, "c d"], scale: float
-) -> dict[str, Callable[[Tensor], Tensor]]:
+def classifiers(setting: Setting, inputs: Inputs, side: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """The three kinds of labels in the setting's space; centroid and probe from samples that are not judged."""
-    known = Masked(setting.head, vectors(encoded, side)[fit.rows]).vectors(None, setting.space)
-    named = (
-        setting.head.encode(setting.head.prepare(prompts)).detach() if setting.space == "latent" else prompts
-    )
+    known = inputs.masked(setting, side, inputs.fit.rows).vectors(None, setting.space)
+    named, head = inputs.prompts, setting.head
+    if setting.space == "latent":
+        named = head.encode(head.prepare(named)).detach()
     return {
-        "prompt": CosineLabels(named, scale),
-        "centroid": CosineLabels(centroids(known, fit.y), scale),
-        "probe": fit_probe(known, fit.y),
+        "prompt": CosineLabels(named, inputs.scale),
+        "centroid": CosineLabels(centroids(known, inputs.fit.y), inputs.scale),
+        "probe": fit_probe(known, inputs.fit.y),
     }
 
 
-def measure(
+def masking_effects(
     setting: Setting,
-    encoded: Encoded,
-    fit: Split,
-    judged: Split,
-    prompts: Float[Tensor, "c d"],
-    scale: float,
+    inputs: Inputs,
     *,
     draws: int,
     seed: int,
@@ -102,75 +122,91 @@ def measure(
     """Tables 6 and 7 in one setting: both sides, every kind of label, every group and its controls.
 
     Args:
+        draws: random masks of each control.
         live: vectors that ``model.hooks(mask=group)`` gave, by ``(side, group)``; the others are made by hand.
+        step: told how many random masks were done.
     """
+    found = {
+        side: _effects_of_side(setting, inputs, side, draws=draws, seed=seed, live=live, step=step)
+        for side in SIDES
+    }
+    return {"head": setting.head.id, "space": setting.space} | found
+
+
+def _effects_of_side(
+    setting: Setting,
+    inputs: Inputs,
+    side: str,
+    *,
+    draws: int,
+    seed: int,
+    live: Mapping[tuple[str, str], Tensor],
+    step: Callable[[int], None],
+) -> dict[str, Any]:
+    judged = inputs.judged
+    samples, judges = inputs.masked(setting, side, judged.rows), classifiers(setting, inputs, side)
+
+    def classified_by(judge: Callable[[Tensor], Tensor], z: Tensor) -> Any:
+        return classified(judge(z), judged.y, CLASSES, clusters=judged.families, seed=seed)
+
+    def means(mask: Any) -> dict[str, tuple[float, float]]:
+        z = samples.vectors(mask, setting.space)
+        return {k: _means(judge(z), judged.y) for k, judge in judges.items()}
+
+    start = samples.vectors(None, setting.space)
+    base = {k: classified_by(judge, start) for k, judge in judges.items()}
+    found: dict[str, Any] = {k: {"base": summary_of(b), "groups": {}} for k, b in base.items()}
+    own: dict[str, dict[str, Tensor]] = {k: {} for k in judges}
     groups = dict(zip(GROUPS, setting.mds.groups, strict=True))
-    cross = groups["CrossD"]
-    out: dict[str, Any] = {"head": setting.head.id, "space": setting.space}
-    for side in SIDES:
-        samples = Masked(setting.head, vectors(encoded, side)[judged.rows])
-        judges = classifiers(setting, encoded, side, fit, prompts, scale)
-        start = samples.vectors(None, setting.space)
-        base = {
-            k: classified(j(start), judged.y, CLASSES, clusters=judged.families, seed=seed)
-            for k, j in judges.items()
-        }
-        found: dict[str, Any] = {k: {"base": summary_of(b), "groups": {}} for k, b in base.items()}
+    for name, group in groups.items():
+        z = live.get((side, name))
+        z = samples.vectors(group, setting.space) if z is None else z
+        random = [means(m) for m in size_matched(group, draws=draws, seed=seed, alive=setting.mds.alive)]
+        step(draws)
+        size, crossed, parted = _beside_cross(name, group, groups["CrossD"], means, draws, seed)
+        step(draws)
+        for k, judge in judges.items():
+            after = classified_by(judge, z)
+            own[k][name] = after.own
+            p0, a0 = base[k].probability.value, base[k].accuracy.value
+            pull = [r[k][1] - p0 for r in random]
+            here = [r[k][1] - p0 for r in parted] or [after.probability.value - p0] * len(crossed)
+            apart = [g - (c[k][1] - p0) for g, c in zip(here, crossed, strict=True)]
+            accuracy = _control(after.accuracy.value - a0, [r[k][0] - a0 for r in random])
+            found[k]["groups"][name] = {
+                "size": len(group),
+                "share": samples.share(group),
+                **summary_of(after),
+                "change": plain(paired_test(after.own, base[k].own, judged.families, seed=seed)),
+                "accuracy_change": plain(paired_test(after.right, base[k].right, judged.families, seed=seed)),
+                "by_gender": _by_gender(base[k].own, after.own, judged, seed),
+                "random": _control(after.probability.value - p0, pull) | _rename(accuracy, "accuracy_"),
+                "cross": None if name == "CrossD" else {"size": size, **_control(0.0, apart)},
+            }
+    for k in judges:
+        found[k]["contrast"] = plain(paired_test(own[k]["ImgD"], own[k]["TextD"], judged.families, seed=seed))
+    return found
 
-        def means(
-            mask: Any, judges: Any = judges, samples: Masked = samples
-        ) -> dict[str, tuple[float, float]]:
-            z = samples.vectors(mask, setting.space)
-            return {k: _means(j(z), judged.y) for k, j in judges.items()}
 
-        own: dict[str, dict[str, Tensor]] = {k: {} for k in judges}
-        for name, group in groups.items():
-            z = live.get((side, name))
-            z = samples.vectors(group, setting.space) if z is None else z
-            matched = size_matched(group, draws=draws, seed=seed, alive=setting.mds.alive)
-            random = [means(m) for m in matched]
-            step(draws)
-            # As many CrossD features as the group has; where CrossD is smaller, the group is sub-sampled.
-            m = min(len(group), len(cross))
-            beside = (
-                [] if name == "CrossD" else [cross.sample(m, seed=seed * 100_003 + i) for i in range(draws)]
-            )
-            crossed = [means(c) for c in beside]
-            parts = (
-                [group.sample(m, seed=seed * 100_003 + 7_919 + i) for i in range(draws)]
-                if m < len(group)
-                else []
-            )
-            parted = [means(c) for c in parts] if beside else []
-            step(draws)
-            for k, judge in judges.items():
-                after = classified(judge(z), judged.y, CLASSES, clusters=judged.families, seed=seed)
-                own[k][name] = after.own
-                p0, a0 = base[k].probability.value, base[k].accuracy.value
-                pull = [r[k][1] - p0 for r in random]
-                here = [r[k][1] - p0 for r in parted] or [after.probability.value - p0] * len(crossed)
-                apart = [g - (c[k][1] - p0) for g, c in zip(here, crossed, strict=True)]
-                found[k]["groups"][name] = {
-                    "size": len(group),
-                    "share": samples.share(group),
-                    **summary_of(after),
-                    "change": plain(paired_test(after.own, base[k].own, judged.families, seed=seed)),
-                    "accuracy_change": plain(
-                        paired_test(after.right, base[k].right, judged.families, seed=seed)
-                    ),
-                    "by_gender": _by_gender(base[k].own, after.own, judged, seed),
-                    "random": _control(after.probability.value - p0, pull)
-                    | _rename(
-                        _control(after.accuracy.value - a0, [r[k][0] - a0 for r in random]), "accuracy_"
-                    ),
-                    "cross": None if name == "CrossD" else {"size": m, **_control(0.0, apart)},
-                }
-        for k in judges:
-            found[k]["contrast"] = plain(
-                paired_test(own[k]["ImgD"], own[k]["TextD"], judged.families, seed=seed)
-            )
-        out[side] = found
-    return out
+def _beside_cross(
+    name: str,
+    group: mm.FeatureSet,
+    cross: mm.FeatureSet,
+    means: Callable[[mm.FeatureSet], dict[str, tuple[float, float]]],
+    draws: int,
+    seed: int,
+) -> tuple[int, list[dict[str, tuple[float, float]]], list[dict[str, tuple[float, float]]]]:
+    """How many features are compared, what as many of CrossD do, and what as many of the group do.
+
+    Where CrossD is the smaller one, the group is cut to its size, draw by draw; else the last list is empty.
+    """
+    size = min(len(group), len(cross))
+    if name == "CrossD":
+        return size, [], []
+    crossed = [means(cross.sample(size, seed=seed * 100_003 + i)) for i in range(draws)]
+    if size == len(group):
+        return size, crossed, []
+    return size, crossed, [means(group.sample(size, seed=seed * 100_003 + 7_919 + i)) for i in range(draws)]
 
 
 def _means(probabilities: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> tuple[float, float]:
@@ -275,17 +311,15 @@ def run_live(
 
 
 def check_live(
-    setting: Setting, encoded: Encoded, fit: Split, judged: Split, prompts: Tensor, scale: float, pairs: Any
-) -> tuple[dict[tuple[str, str], Tensor], float, bool]:
-    """The groups masked live on all judged samples, how far their probabilities lie from those by hand, and
-    whether the model gives the same bits afterwards."""
-    model = encoded.model
-    chosen = [pairs[int(i)] for i in judged.rows]
-    inputs = (
-        torch.stack([model.preprocess(p.image) for p in chosen]),
-        model.tokenizer([p.text for p in chosen]),
-    )
-    few = inputs[0][:32], inputs[1][:32]
+    setting: Setting, inputs: Inputs, pairs: Any
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, Any]]:
+    """The groups masked live on all judged samples; how far their probabilities lie from those by hand, and whether
+    the model gives the same bits afterwards."""
+    model, rows = inputs.encoded.model, inputs.judged.rows
+    chosen = [pairs[int(i)] for i in rows]
+    pixels = torch.stack([model.preprocess(p.image) for p in chosen])
+    tokens = model.tokenizer([p.text for p in chosen])
+    few = pixels[:32], tokens[:32]
     with torch.no_grad():
         before = model.encode_image(few[0]), model.encode_text(few[1])
     live: dict[tuple[str, str], Tensor] = {}
@@ -293,20 +327,13 @@ def check_live(
     for name, group in zip(GROUPS, setting.mds.groups, strict=True):
         if not len(group):
             continue
-        both = run_live(setting, model, inputs, group)
+        both = run_live(setting, model, (pixels, tokens), group)
         for side in SIDES:
             live[side, name] = both[side]
-            judge = classifiers(setting, encoded, side, fit, prompts, scale)["prompt"]
-            hand = Masked(setting.head, vectors(encoded, side)[judged.rows]).vectors(group, setting.space)
+            judge = classifiers(setting, inputs, side)["prompt"]
+            hand = inputs.masked(setting, side, rows).vectors(group, setting.space)
             worst = max(worst, float((judge(both[side]) - judge(hand)).abs().max()))
     with torch.no_grad():
         after = model.encode_image(few[0]), model.encode_text(few[1])
-    return live, worst, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def groups_of(head: Any, encoded: Encoded, rows: Sequence[int], data: str) -> Any:
-    """MDS and its groups, over pairs that are not judged."""
-    at = torch.as_tensor(list(rows))
-    with torch.no_grad():
-        image, text = (head.encode(head.prepare(x[at])) for x in (encoded.image, encoded.text))
-    return mm.mds(image, text, head=head, data=data)
+    equal = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return live, {"by_hand": worst, "bit_equal_after": equal}

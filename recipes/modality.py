@@ -126,7 +126,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
             pairs = mm.data.pairs(
                 o["data"], limit=o["limit"], seed=o["seed"], on_error="skip" if o["skip_bad"] else "raise"
             )
-            pairs, heldout = settle(pairs, o)
+            heldout = settle(pairs, o["data"], o["seed"])
         with clock.step("picture and text embedders"):
             embeddings = judge(pairs, o)
         with clock.step("encoders"):
@@ -139,7 +139,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
                 other, "DeCLIP", pairs, cache, batch=o["batch"], progress=clock.bar
             )  # fmt: skip
         with clock.step("heads"):
-            sae, ncl = head_source(o, "sae"), head_source(o, "ncl")
+            sae, ncl = (head_source(o[kind], kind, o["model"]) for kind in ("sae", "ncl"))
             trained: list[Any] = [None, None]
             if not (sae and ncl):
                 known = set(heldout)
@@ -178,7 +178,9 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
                 )
         results: dict[str, Any] = {
             "settings": o,
-            "data": about(pairs, o, len(heldout)),
+            "data": about(
+                pairs, data=o["data"], model=o["model"], pretrained=o["pretrained"], heldout=len(heldout)
+            ),
             "models": models,
         }
         found = claims(models)
@@ -193,11 +195,11 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     return results
 
 
-def head_source(o: dict[str, Any], kind: str) -> str:
-    """Where a head comes from; empty: it is trained here."""
-    if o[kind] == "train":
+def head_source(given: str | None, kind: str, model: str) -> str:
+    """Where a head comes from: as given, else mini's own; empty: it is trained here."""
+    if given == "train":
         return ""
-    return o[kind] or (f"mini/{kind}" if o["model"] == "mini" else "")
+    return given or (f"mini/{kind}" if model == "mini" else "")
 
 
 def choose(rows: list[int], most: int, seed: int) -> list[int]:
@@ -205,21 +207,25 @@ def choose(rows: list[int], most: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(rows, min(most, len(rows))))
 
 
-def settle(pairs: Any, o: dict[str, Any]) -> tuple[Any, list[int]]:
-    """The pairs, and the rows that no training saw: the data's own held-out splits, else a seeded fifth."""
+def settle(pairs: Any, data: str, seed: int) -> list[int]:
+    """The rows that no training saw: of mini its own held-out splits, else a seeded fifth.
+
+    Raises:
+        DataError: fewer than eight pairs.
+    """
     import torch
 
     from mmhooks.errors import DataError
 
-    rows = [i for i, split in enumerate(pairs.splits) if split in Heldout] if o["data"] == "mini" else []
+    rows = [i for i, split in enumerate(pairs.splits) if split in Heldout] if data == "mini" else []
     if len(rows) < 2:
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(o["seed"])).tolist()
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = sorted(order[: max(len(pairs) // 5, 2)])
     if len(pairs) < 8:
         raise DataError(
-            f"{o['data']!r} has {len(pairs)} pairs; the study needs at least 8, sensibly a few thousand"
+            f"{data!r} has {len(pairs)} pairs; the study needs at least 8, sensibly a few thousand"
         )
-    return pairs, rows
+    return rows
 
 
 def judge(pairs: Any, o: dict[str, Any]) -> dict[str, Any]:
@@ -243,9 +249,10 @@ def load_declip(o: dict[str, Any]) -> Any:
     return mm.load(name) if name == "mini-declip" else mm.load(o["model"], pretrained=name)
 
 
-def about(pairs: Any, o: dict[str, Any], heldout: int) -> dict[str, Any]:
+def about(pairs: Any, *, data: str, model: str, pretrained: str | None, heldout: int) -> dict[str, Any]:
+    """What ``results.json`` says of the data and the model; ``heldout`` counts pairs that no training saw."""
     name = {"mini": "OpenMoji drawings", "coco": "COCO 2017", "cc3m": "CC3M validation"}.get(
-        o["data"], Path(o["data"]).name
+        data, Path(data).name
     )
     return {
         "name": name,
@@ -255,7 +262,7 @@ def about(pairs: Any, o: dict[str, Any], heldout: int) -> dict[str, Any]:
         "fingerprint": str(pairs.fingerprint),
         "skipped": len(pairs.skipped),
         "attribution": str(pairs.attribution),
-        "model": o["model"] + (f" ({o['pretrained']})" if o["pretrained"] else ""),
+        "model": model + (f" ({pretrained})" if pretrained else ""),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -124,6 +124,33 @@ def train_heads(
             head.save(folder)
         heads.append(mm.load_head(str(folder)))
     return heads
+
+
+def load_heads(
+    encoded: Encoded,
+    rows: Sequence[int],
+    sources: Mapping[str, str],
+    *,
+    n: int,
+    epochs: int,
+    seed: int,
+    cache: Path,
+) -> dict[str, Any]:
+    """The heads by kind, "sae" and "ncl", from where they are; those without a source are trained here.
+
+    Args:
+        rows: pairs that a head may be trained on.
+        sources: by kind a name, directory or Hub id; empty: train it; "none": leave it out.
+    """
+    trained: dict[str, Any] = {}
+    if not all(sources.values()):
+        made = train_heads(encoded, rows, n=n, epochs=epochs, seed=seed, cache=cache)
+        trained = dict(zip(("sae", "ncl"), made, strict=True))
+    return {
+        kind: mm.load_head(source) if source else trained[kind]
+        for kind, source in sources.items()
+        if source != "none"
+    }
 
 
 # -- measures --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,32 @@ def environment(start: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study found, and where it wrote it.
+
+    Attributes:
+        found: what ``results.json`` holds; ``results["data"]`` reads it too.
+        paths: every file that was written, ``results.json`` first.
+    """
+
+    found: dict[str, Any]
+    paths: tuple[Path, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.found[name]
+
+
+def write_results(out: Path, results: Mapping[str, Any], paths: Sequence[Path] = ()) -> Results:
+    """Writes ``results.json`` under ``out``, what is not a number as null; ``paths`` are the other files."""
+    from mmhooks.analysis.results import plain
+
+    found: dict[str, Any] = plain(dict(results))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return Results(found, (out / "results.json", *paths))
 
 
 def write_study(

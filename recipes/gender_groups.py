@@ -1,0 +1,66 @@
+"""The groups of features of the gender study, and the settings in which they are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gender_options import Options
+from gender_samples import from_drawings
+from gender_study import GROUPS, Setting
+from gender_styles import is_corpus
+from modality_study import Encoded, Progress, encode
+
+import mmhooks as mm
+
+
+def score_groups(
+    heads: Mapping[str, Any],
+    encoded: Encoded,
+    pairs: Any,
+    known: Sequence[int],
+    options: Options,
+    cache: Path,
+    bar: Progress,
+) -> dict[str, Any]:
+    """MDS and groups of every head, over pairs that are not judged (``known``).
+
+    A corpus of several styles is scored by the embedded drawings instead: over all styles mu + sigma exceeds 1, and
+    no ImgD would be left.
+    """
+    if is_corpus(options.data):
+        drawings = mm.data.pairs("mini")
+        people = {s.row for s in from_drawings(drawings) if s.heldout}
+        known = [row for row in range(len(drawings)) if row not in people]
+        pairs = drawings
+        encoded = encode(encoded.model, options.model, drawings, cache, batch=options.batch, progress=bar)
+    return {kind: _groups(head, encoded, known, pairs.fingerprint) for kind, head in heads.items()}
+
+
+def _groups(head: Any, encoded: Encoded, rows: Sequence[int], data: str) -> Any:
+    at = torch.as_tensor(list(rows))
+    with torch.no_grad():
+        image, text = (head.encode(head.prepare(x[at])) for x in (encoded.image, encoded.text))
+    return mm.mds(image, text, head=head, data=data)
+
+
+def group_sizes(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+    """How many features each group of each head has, and which head that is."""
+    return {
+        kind: {name: len(group) for name, group in zip(GROUPS, mds.groups, strict=True)}
+        | {"head": heads[kind].id}
+        for kind, mds in groups.items()
+    }
+
+
+def settings_of(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Setting]:
+    """The main setting first: the SAE in its three spaces, and the NCL head, where there is one, in its own."""
+    sae = [
+        Setting(f"SAE, {space}", heads["sae"], space, groups["sae"])
+        for space in ("decoded", "spliced", "latent")
+    ]
+    return sae + [
+        Setting("NCL, latent", heads[kind], "latent", groups[kind]) for kind in heads if kind == "ncl"
+    ]
