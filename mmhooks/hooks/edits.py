@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.hooks.dispatch import outside_inference_mode
 from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import (
     ChosenTokens,
@@ -67,14 +68,14 @@ class Edit:
     @cached_property
     def choice(self) -> FeatureChoice:
         """The features, and among how many they were chosen where that is known."""
-        with torch.inference_mode(False):  # an edit made there may be used in grad mode
+        with outside_inference_mode():  # an edit made there may be used in grad mode
             choice = chosen_features(self.features)
             return choice if choice.index is None else choice._replace(index=outside_inference(choice.index))
 
     @cached_property
     def chosen_tokens(self) -> ChosenTokens | None:
         """The tokens; read once, at the latest when a context opens."""
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             tokens = chosen_tokens(self.tokens)
             return outside_inference(tokens) if isinstance(tokens, Tensor) else tokens
 

@@ -65,12 +65,14 @@ def chosen_features(features: Any) -> FeatureChoice:
         return _choice(choice.nonzero().flatten(), len(choice))
     index = choice.flatten().unique()
     if len(index) and int(index[0]) < 0:
-        raise OutOfRange(f"feature indices are >= 0, came {int(index[0])}")
-    return _choice(index, None, like_a_mask(choice))
+        raise OutOfRange(f"feature indices are >= 0, got {int(index[0])}")
+    chosen = _choice(index, None)
+    # Sorted and distinct, so one look at the last of them says nearly always that no mask was written as numbers.
+    return chosen if chosen.last > 1 else chosen._replace(numbers=like_a_mask(choice))
 
 
-def _choice(index: Tensor, width: int | None, numbers: int = 0) -> FeatureChoice:
-    return FeatureChoice(index, int(index[-1]) if len(index) else -1, width, numbers)
+def _choice(index: Tensor, width: int | None) -> FeatureChoice:
+    return FeatureChoice(index, int(index[-1]) if len(index) else -1, width)
 
 
 def feature_index(features: Any) -> Int[Tensor, " m"] | None:

@@ -12,12 +12,13 @@ mean. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import NoDecoder, ShapeMismatch
@@ -98,6 +99,11 @@ class HeadSite:
         return " ".join(words if self.leaf in LEAVES[2:] else [*words[:-1], "feature"])
 
 
+def union_of(chosen: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, " u"]:
+    """Sorted and distinct, as each of ``chosen`` is: the features of one edit are their own union."""
+    return chosen[0] if len(chosen) == 1 else torch.cat([*chosen]).unique()
+
+
 class HeadStep:
     """One run of a head at its site: encode, edit, read, splice."""
 
@@ -138,7 +144,7 @@ class HeadStep:
             for op in reads[1:]:
                 self.reads.add(op)
             self.reads.seal()
-        self.union = torch.cat([e.index for e in own]).unique() if named and only_latents else None
+        self.union = union_of([e.index for e in own]) if named and only_latents else None
         self.active_only = (
             named
             and only_latents
