@@ -30,6 +30,7 @@ from mmhooks.models.denoising import (
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.hf_text import add_clip_text
 from mmhooks.models.hooked import HookedModel, _joined
+from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
 from mmhooks.models.unet_sites import add_cross_attention
 
 # The pipeline's text encoders, and the towers that their sites are named by.
@@ -205,23 +206,28 @@ class HookedDiffusion(HookedModel):
 def load_diffusion(
     name: str | Path = "mini",
     *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    dtype: Dtype | None = None,
+    device: Device | None = None,
     **options: Any,
 ) -> HookedDiffusion:
     """A hooked pipeline by name: ``"mini"``, a directory, or a repository of the Hugging Face Hub.
 
     Args:
+        dtype: of the weights, fp32 by default, or a mapping by part, ``{"unet": torch.float16, "default":
+            torch.float32}``. ``torch_dtype=`` is the same option by its older name.
+        device: where the weights go, the CPU by default; not beside ``device_map=``, which places them itself.
         options: of diffusers' ``from_pretrained``: ``revision, variant, cache_dir, local_files_only``, or parts of
             the pipeline, such as ``safety_checker=None``.
 
     Raises:
         MissingWeights: the directory holds no pipeline, or the repository cannot be had.
+        MMHooksError: two options contradict each other, or one that the embedded pipeline does not take.
 
     >>> sd = load_diffusion("runs/my-pipeline")  # doctest: +SKIP
     """
     from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
 
+    weights, place = take_dtype(dtype, options), take_device(device, options)
     if str(name) in ("mini", "mini-sd"):
         from mmhooks.models.mini_sd import mini_pipeline
 
@@ -229,8 +235,11 @@ def load_diffusion(
             raise MMHooksError(
                 f"the embedded pipeline takes no options of from_pretrained, came {sorted(options)}"
             )
-        pipe = mini_pipeline().to(device)
-        return HookedDiffusion(pipe if dtype == torch.float32 else pipe.to(dtype), name="mini")
+        kind = plain_dtype(weights, "the embedded pipeline")
+        pipe = mini_pipeline().to(place)
+        return HookedDiffusion(pipe if kind == torch.float32 else pipe.to(kind), name="mini")
+    if weights == "auto":  # diffusers would load fp32
+        plain_dtype(weights, "a diffusers pipeline")
     source = Path(name)
     if source.is_dir() and not (source / "model_index.json").is_file():
         raise MissingWeights(f"{source} holds no diffusers pipeline: model_index.json is missing")
@@ -239,14 +248,14 @@ def load_diffusion(
     try:
         with no_foreign_code(where):
             pipe = DiffusionPipeline.from_pretrained(
-                where, torch_dtype=dtype, **options | {"trust_remote_code": False}
+                where, torch_dtype=weights, **options | {"trust_remote_code": False}
             )
     except (OSError, ValueError) as error:
         raise MissingWeights(
             f"no pipeline {where!r} could be had ({type(error).__name__}: {error}); without network give the "
             'directory of a downloaded one, or use mm.load_diffusion("mini")'
         ) from error
-    return HookedDiffusion(pipe.to(device), name=str(name))
+    return HookedDiffusion(pipe if place is None else pipe.to(place), name=str(name))
 
 
 def _consumers(parts: nn.Module, unet: nn.Module) -> dict[str, nn.Module]:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
+from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
 
 NAME = "mini-llava"
 SIGHT = "<image>\n"
 PROMPT = "USER: {sight}{request} ASSISTANT:"  # LLaVA 1.5's
+# Options that say where a checkpoint lies: configuration and processor need them too, all others are the model's.
+WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "force_download", "proxies")
 
 
 @dataclass(frozen=True)
@@ -85,33 +88,37 @@ class Llava:
 def load_llava(
     source: str | Path = "mini",
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: Device | None = None,
+    dtype: Dtype | None = None,
     **options: Any,
 ) -> Llava:
     """``"mini"`` (embedded, no network), or any LLaVA checkpoint of transformers by Hub name or folder.
 
     Args:
-        dtype: of the weights; half precision is for accelerators.
-        options: of ``from_pretrained`` (``revision``, ``cache_dir``, ``local_files_only``, ...).
+        device: where the weights go, the CPU by default; not beside ``device_map=``, which places them itself.
+        dtype: of the weights, fp32 by default; half precision is for accelerators. ``torch_dtype=`` is the same option
+            by its older name. ``"auto"`` keeps the checkpoint's own.
+        options: of ``from_pretrained`` (``revision``, ``cache_dir``, ``local_files_only``, ``quantization_config``, ...).
 
     Raises:
         MissingWeights: no such folder or repository, or it cannot be fetched.
-        MMHooksError: the checkpoint is not a LLaVA.
+        MMHooksError: the checkpoint is not a LLaVA, or two options contradict each other.
 
     >>> load_llava().model.config.model_type                                  # doctest: +SKIP
     'llava'
     """
+    weights, place = take_dtype(dtype, options), take_device(device, options)
     if str(source) in ("mini", NAME):
         if options:
             raise MMHooksError(f"mini-llava is embedded and takes no {', '.join(options)}")
         model, processor, name = *_embedded(), NAME
+        model = model.to(dtype=plain_dtype(weights, NAME))
     else:
-        model, processor, name = *_checkpoint(str(source), options), str(source)
+        model, processor, name = *_checkpoint(str(source), weights, options), str(source)
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return Llava(model.to(device=device, dtype=dtype).eval(), processor, name)
+    return Llava((model if place is None else model.to(place)).eval(), processor, name)
 
 
 def _embedded() -> tuple[Any, Any]:
@@ -135,18 +142,19 @@ def _embedded() -> tuple[Any, Any]:
     return model, mini_llava.processor(folder)
 
 
-def _checkpoint(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _checkpoint(source: str, dtype: Dtype, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
     refuse_code(options, source)
     options = options | {"trust_remote_code": False}  # left out, it is asked at a prompt
+    where = {k: v for k, v in options.items() if k in (*WHERE, "trust_remote_code")}
     try:
         with no_foreign_code(source):
-            plan = AutoConfig.from_pretrained(source, **options)
+            plan = AutoConfig.from_pretrained(source, **where)
             if plan.model_type != "llava":
                 raise MMHooksError(f"{source} is a {plan.model_type}, not a llava (LLaVA 1.5 and its like)")
-            model = LlavaForConditionalGeneration.from_pretrained(source, **options)
-            return model, AutoProcessor.from_pretrained(source, **options)
+            model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
+            return model, AutoProcessor.from_pretrained(source, **where)
     except OSError as error:
         raise MissingWeights(
             f"no LLaVA checkpoint at {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,28 +88,44 @@ def load_head(
         source: name, path, or ``owner/name`` on the Hub.
         subfolder: folder or file inside it, where it holds several heads.
         revision, cache_dir: of the Hub's copy.
-        options: what a foreign file leaves open: ``name``, ``normalize_input`` (give raw vectors unit norm
-            first), ``kind``, ``k``, ``threshold``.
+        options: ``token`` of the Hub, and what a foreign file leaves open: ``name``, ``normalize_input`` (give raw
+            vectors unit norm first), ``kind``, ``k``, ``threshold``.
 
     Raises:
         MissingWeights: nothing there; the message lists what was found and what is understood.
-        MMHooksError: a known format whose contents do not fit.
+        MMHooksError: a known format whose contents do not fit; an option that is not known, or not of use there.
 
     >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
     (256, 1024)
     """
-    from mmhooks.heads.base import Head, load_head_dir
+    from mmhooks.heads.base import Head
+    from mmhooks.heads.formats import Options
 
-    if str(source) in embedded_heads():
-        return load_head_dir(ASSETS / source, device=device)
-    path = Path(source)
+    known = [*(f.name for f in fields(Options)), "token"]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise MMHooksError(
+            f"load_head takes no {', '.join(unknown)}; beside a source it knows {', '.join(known)}"
+        )
+    embedded = str(source) in embedded_heads()
+    path = ASSETS / source if embedded else Path(source)
+    if revision is not None and path.exists():
+        raise MMHooksError(
+            f"{source} is on this machine, which has no revisions: expected no revision=, got {revision!r}; "
+            "leave it out, or name a repository of the Hub"
+        )
     if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
         raise MissingWeights(
             f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give the path of a "
             "directory or file of weights, or a Hub id owner/name"
         )
     return Head.from_pretrained(
-        source, subfolder=subfolder, device=device, revision=revision, cache_dir=cache_dir, **options
+        path if embedded else source,
+        subfolder=subfolder,
+        device=device,
+        revision=revision,
+        cache_dir=cache_dir,
+        **options,
     )
 
 
