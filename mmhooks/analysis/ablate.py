@@ -8,7 +8,7 @@ data set in the place of a *direct contribution*: later layers keep what they re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from mmhooks.analysis.results import Result, Table
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.hooks.edits import Edit, Mean
+from mmhooks.utils.indexing import as_choice
 from mmhooks.utils.modes import evaluating
 
 if TYPE_CHECKING:
@@ -35,17 +36,42 @@ else:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of a tower an ablation takes: attention heads as ``(layer, head)``, MLPs as layers."""
+    """Which parts of a tower an ablation takes: attention heads as ``(layer, head)``, MLPs as layers.
+
+    Either may also be a bool mask, ``[layers, heads]`` and ``[layers]``; a part that is named twice counts once.
+
+    Raises:
+        ShapeMismatch: what is neither whole numbers nor a mask, or heads that are not pairs.
+
+    >>> Parts("some", heads=[(3, 1)], mlps=[False, True]).mlps
+    (1,)
+    """
 
     name: str
-    heads: tuple[tuple[int, int], ...] = ()
-    mlps: tuple[int, ...] = ()
+    heads: Any = ()
+    mlps: Any = ()
     initial: bool = False
+    _shapes: tuple[tuple[int, ...], ...] = field(
+        default=(), init=False, repr=False, compare=False
+    )  # of the masks
+
+    def __post_init__(self) -> None:
+        what = f"of ablation {self.name!r}"
+        heads, mlps = as_choice(self.heads, f"heads {what}"), as_choice(self.mlps, f"mlps {what}")
+        masks = tuple(tuple(given.shape) for given in (heads, mlps) if given.dtype == torch.bool)
+        object.__setattr__(self, "_shapes", masks)
+        object.__setattr__(self, "heads", _named(heads, 2, f"heads {what}: expected pairs (layer, head)"))
+        object.__setattr__(
+            self, "mlps", tuple(n for (n,) in _named(mlps, 1, f"mlps {what}: expected layers"))
+        )
 
     def check(self, depth: int, n_heads: int) -> None:
         """Raises ShapeMismatch for a part that a tower of ``depth`` layers of ``n_heads`` does not have."""
-        bad = [pair for pair in self.heads if not (0 <= pair[0] < depth and 0 <= pair[1] < n_heads)]
-        bad += [n for n in self.mlps if not 0 <= n < depth]  # type: ignore[misc]
+        bad: list[Any] = [
+            pair for pair in self.heads if not (0 <= pair[0] < depth and 0 <= pair[1] < n_heads)
+        ]
+        bad += [n for n in self.mlps if not 0 <= n < depth]
+        bad += [f"a mask of shape {s}" for s in self._shapes if s != (depth, n_heads)[: len(s)]]
         if bad:
             raise ShapeMismatch(
                 f"ablation {self.name!r} names {bad[:4]}, the tower has layers 0 to {depth - 1} of {n_heads} attention heads"
@@ -326,6 +352,23 @@ def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
             f"expected means at {len(set(sites))} sites, got none at {', '.join(missing[:3])}: "
             "site_means(model, data, ablation_sites(what)) makes them"
         )
+
+
+def _named(
+    given: Bool[Tensor, "..."] | Int[Tensor, "..."], width: int, expected: str
+) -> tuple[tuple[int, ...], ...]:
+    """Entries of ``width`` numbers each, without repeats, of numbers or of a mask of so many dimensions."""
+    if given.dtype == torch.bool:
+        if given.ndim != width:
+            raise ShapeMismatch(
+                f"{expected} or a mask of {width} dimensions, got a mask of shape {tuple(given.shape)}"
+            )
+        given = given.nonzero()
+    elif width == 1 and given.ndim < 2:
+        given = given.reshape(-1, 1)
+    elif given.numel() and (width == 1 or given.ndim != 2 or given.shape[1] != width):
+        raise ShapeMismatch(f"{expected}, got whole numbers of shape {tuple(given.shape)}")
+    return tuple(dict.fromkeys(map(tuple, given.reshape(-1, width).tolist())))
 
 
 def _mask(what: Parts, depth: int, n_heads: int) -> Bool[Tensor, "l h"]:

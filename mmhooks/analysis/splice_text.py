@@ -17,7 +17,7 @@ from mmhooks.analysis.lasso import nonnegative_lasso
 from mmhooks.analysis.results import Result, Table
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch, WrongOrigin
-from mmhooks.utils.indexing import as_places
+from mmhooks.utils.indexing import as_places, one_place
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,14 @@ class SparseTextCode(Result):
             ],
         }
 
-    def top(self, row: int, k: int | None = 10) -> list[tuple[str, float]]:
-        """The heaviest texts of one embedding."""
-        pairs = zip(self.codes.indices[row].tolist(), self.codes.values[row].tolist(), strict=True)
+    def top(self, row: Any, k: int | None = 10) -> list[tuple[str, float]]:
+        """The heaviest texts of one embedding.
+
+        Raises:
+            ShapeMismatch: not one row of these.
+        """
+        place = one_place(row, len(self.cosine), "rows")
+        pairs = zip(self.codes.indices[place].tolist(), self.codes.values[place].tolist(), strict=True)
         return [(self.texts[i], w) for i, w in pairs if w > 0][:k]
 
     def top_of(self, rows: Any, k: int = 10) -> list[tuple[str, float]]:

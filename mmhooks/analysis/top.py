@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from mmhooks.analysis.results import Result, Table
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
+from mmhooks.utils.indexing import one_index
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,14 @@ class TopActivating(Result):
     count: Int[Tensor, " n"] = field(repr=False)
     n_samples: int = 0
 
-    def of(self, feature: int) -> Int[Tensor, " c"]:
-        """The samples of one feature, strongest first; empty where it is dead."""
-        return self.indices[feature, : int(self.count[feature])]
+    def of(self, feature: Any) -> Int[Tensor, " c"]:
+        """The samples of one feature, strongest first; empty where it is dead.
+
+        Raises:
+            ShapeMismatch: not one feature of these.
+        """
+        place = one_index(feature, len(self.count), "features")
+        return self.indices[place, : int(self.count[place])]
 
     def table(self) -> Table:
         return Table(

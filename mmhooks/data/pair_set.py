@@ -13,7 +13,7 @@ from PIL import Image
 from mmhooks.data.images import rgb
 from mmhooks.data.splits import SPLITS, split_of
 from mmhooks.errors import DataError
-from mmhooks.utils.indexing import as_place, as_places
+from mmhooks.utils.indexing import as_place, as_places, one_place
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
     def __repr__(self) -> str:
         return f"Pairs({self.name!r}, {len(self)} pairs, {self.fingerprint})"
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: Any) -> Image.Image:
         """The picture in RGB, laid on white where it is transparent."""
         return rgb(self._open(index))
 
-    def rgba(self, index: int) -> Image.Image:
+    def rgba(self, index: Any) -> Image.Image:
         """The picture with its transparency, to lay it on another ground."""
         return self._open(index).convert("RGBA")
 
@@ -162,8 +162,8 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
             skipped=self.skipped,
         )
 
-    def _open(self, index: int) -> Image.Image:
-        row = self._rows[index]
+    def _open(self, index: Any) -> Image.Image:
+        row = self._rows[one_place(index, len(self), "pairs")]
         try:
             image = self._pictures.open(row.picture)
             image.load()

@@ -6,7 +6,7 @@ offloaded ones keep nothing between calls. So the module is called, and what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.attention import split_by_head
@@ -73,7 +74,8 @@ class ByHead(ExplicitForward):
     """``head_out`` of an output projection that is a module and is called.
 
     The module's own forward gives the output unless ``head_out`` was edited. Of anything but a plain ``nn.Linear``
-    the sum over attention heads is held against that output at every call.
+    the sum over attention heads is held against that output: once for inputs of one shape and type, as long as the
+    module's parts, their modes and their hooks stay what they were. Each comparison waits for the device.
 
     Raises (when it runs):
         MMHooksError: the module is not linear, or a hook of the user's changes what it returns; says which module.
@@ -82,6 +84,7 @@ class ByHead(ExplicitForward):
     def __init__(self, module: nn.Module, heads: int) -> None:
         super().__init__(module, ("head_out",), _unused)
         self.heads = heads
+        self._checked: set[Hashable] = set()
         self._shadows = (*self._shadows, Shadow("_call_impl", self._with_hooks))
 
     def _call(
@@ -92,7 +95,7 @@ class ByHead(ExplicitForward):
             weight, bias = linear_map(module, x)
             parts = split_by_head(x.unflatten(-1, (self.heads, -1)), weight)
             if not is_plain(module):
-                _check_sum(module, parts, bias, own_forward(module)(*args, **kwargs))
+                self._check(module, parts, bias, args, kwargs)
             edited = emit("head_out", parts)
         if edited is parts and not edited.requires_grad:
             out = original(*args, **kwargs)
@@ -103,6 +106,14 @@ class ByHead(ExplicitForward):
         if returned is not None:
             returned.append((out, _version(out)))
         return out
+
+    def _check(self, module: nn.Module, parts: Tensor, bias: Tensor | None, args: Any, kwargs: Any) -> None:
+        if is_compiling():  # a graph is traced once, and nothing is remembered in it
+            _check_sum(module, parts, bias, own_forward(module)(*args, **kwargs))
+            return
+        key = (parts.shape, parts.dtype, torch.is_autocast_enabled(parts.device.type), *_state(module))
+        if key not in self._checked and _check_sum(module, parts, bias, own_forward(module)(*args, **kwargs)):
+            self._checked.add(key)
 
     def _with_hooks(self, module: nn.Module, call: Forward) -> Forward:
         """The module's call with the user's own hooks, which must leave alone what attention heads add up to."""
@@ -141,13 +152,28 @@ def _version(tensor: Any) -> int:
     return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
+def _state(module: nn.Module) -> Iterator[Hashable]:
+    """What decides whether a module is linear, whatever its weights are: classes, modes and hooks of all its parts.
+
+    (Not by ``modules()``, at which a LoRA layer around torch's attention restores its weights.)
+    """
+    kind = type(module)
+    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+    yield kind.__module__, kind.__qualname__, module.training, hooks, "forward" in vars(module)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _state(child)
+
+
 def _check_sum(
     module: nn.Module, parts: Float[Tensor, "*b h d"], bias: Tensor | None, out: Float[Tensor, "*b d"]
-) -> None:
+) -> bool:
+    """Raises MMHooksError unless the parts add up; False where they are all zero, which says nothing."""
     total = parts.sum(dim=-2)
     total = total if bias is None else total + bias
-    scale = torch.maximum(out.abs().amax(), parts.abs().amax()).clamp_min(1e-12)
-    error = float((total - out).abs().amax() / scale)
+    largest = parts.abs().amax()
+    scale = torch.maximum(out.abs().amax(), largest).clamp_min(1e-12)
+    error, size = torch.stack([(total - out).abs().amax() / scale, largest.to(scale)]).tolist()
     allowed = max(1e-4, 4 * torch.finfo(out.dtype).eps)
     if not error <= allowed:
         raise MMHooksError(
@@ -155,3 +181,4 @@ def _check_sum(
             f"expected at most {allowed:.2g}: it is not linear (it quantises its input, or draws dropout), so no head "
             "has a part of its own; read and edit attn.z instead of attn.head_out"
         )
+    return size > 0

@@ -91,6 +91,33 @@ def as_place(given: Any, n: int, what: str) -> int | None:
     return place + n if place < 0 else place
 
 
+def one_index(given: Any, n: int, what: str) -> int:
+    """The one thing of ``n`` that ``given`` chooses, as :func:`as_indices` does.
+
+    Raises:
+        ShapeMismatch: none or several, or a single bool. OutOfRange: no such thing, or a negative number.
+
+    >>> one_index(np.int64(2), 3, "features")
+    2
+    """
+    index = as_indices(given, n, what)
+    if len(index) != 1:
+        raise ShapeMismatch(f"{what}: expected one number, got {len(index)}")
+    return int(index)
+
+
+def one_place(given: Any, n: int, what: str) -> int:
+    """As :func:`one_index`, for things in an order: ``-1`` is the last of them.
+
+    >>> one_place(-1, 3, "layers")
+    2
+    """
+    index = as_places(given, n, what)
+    if len(index) != 1:
+        raise ShapeMismatch(f"{what}: expected one number, got {len(index)}")
+    return int(index)
+
+
 def like_a_mask(index: Tensor) -> int:
     """The width that a mask written as numbers would have: how many 0s and 1s there are, if there is nothing else.
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mmhooks as mm
+from mmhooks.analysis.ablate import Parts
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.hooks.step_cache import StepCache
@@ -210,6 +211,77 @@ def test_one_pair(pairs) -> None:
     assert pairs[np.int64(2)].id == pairs[2].id == pairs[torch.tensor(-5)].id == pairs.ids[2]
     with pytest.raises(ShapeMismatch, match="single bool"):
         _ = pairs[True]
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, torch.tensor(False), 1.0, [0, 1], N, "1", None])
+def test_one_of_several_is_a_whole_number(pairs, bad) -> None:
+    """Where a single feature, row or layer is asked for, a bool is not 0 or 1."""
+    found = mm.top_activating(torch.eye(N), m=2)
+    for pick in (found.of, pairs.image, pairs.rgba, _coded().top, _second_order):
+        with pytest.raises(ShapeMismatch):
+            pick(bad)
+
+
+def test_one_of_several_from_the_end_where_there_is_an_order(pairs) -> None:
+    assert pairs.image(np.int64(-1)).getpixel((0, 0)) == (6, 6, 6)
+    assert _coded().top(-1) == _coded().top(torch.tensor(N - 1)) == [("t6", 1.0)]
+    found = mm.top_activating(torch.eye(N), m=2)
+    assert found.of(np.uint8(6)).tolist() == [6]
+    with pytest.raises(ShapeMismatch, match="-1 of 7"):
+        found.of(-1)
+
+
+def _coded():
+    from mmhooks.analysis.splice_text import SparseTextCode
+    from mmhooks.data.rows import SparseRows
+
+    codes = SparseRows(torch.ones(N, 1), torch.arange(N)[:, None], N)
+    texts = tuple(f"t{i}" for i in range(N))
+    return SparseTextCode(texts, codes, torch.ones(N), torch.ones(N), torch.zeros(N), 0.1, torch.eye(N))
+
+
+def _second_order(layer):
+    from mmhooks.analysis.second_order import second_order
+
+    return second_order(mm.load("mini"), torch.zeros(1, 3, 64, 64), layer=layer, neurons=[0])
+
+
+# -- parts of a tower that an ablation takes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", MASKS)
+def test_parts_by_mask(form) -> None:
+    assert list(Parts("", mlps=MASKS[form](MASK)).mlps) == CHOSEN
+
+
+@pytest.mark.parametrize("form", [f for f in NUMBERS if f != "set"])
+def test_parts_by_number(form) -> None:
+    assert list(Parts("", mlps=NUMBERS[form]([4, 1, 6])).mlps) == [4, 1, 6]
+    assert Parts("", mlps=3).mlps == (3,) and Parts("", mlps=[2, 2]).mlps == (2,)
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, list, lambda m: [np.array(row) for row in m]])
+def test_attention_heads_by_mask_and_by_pair(form) -> None:
+    mask, pairs = [[False, True], [True, False], [False, False]], [(0, 1), (1, 0)]
+    assert Parts("", heads=form(mask)).heads == Parts("", heads=form(pairs)).heads == tuple(pairs)
+    assert Parts("", heads=form([*pairs, pairs[0]])).heads == tuple(pairs)
+
+
+@pytest.mark.parametrize(
+    "form", [f for f in NONE_OF_THEM if f not in ("mask too short", "mask too long", "beyond")]
+)
+def test_parts_that_are_none(form) -> None:
+    with pytest.raises(ShapeMismatch, match="mlps|names"):
+        Parts("", mlps=NONE_OF_THEM[form]()).check(N, 2)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"mlps": MASK[:-1]}, {"mlps": [N]}, {"mlps": -1}, {"heads": [[True, False]]}, {"heads": (3, 1)},
+            {"heads": [(1, 2, 3)]}, {"heads": [True, False]}, {"heads": [(0, 2)]}, {"heads": [(0, 0.0)]}, {"mlps": [[1]]}]
+)  # fmt: skip
+def test_parts_of_another_tower_are_refused(bad) -> None:
+    with pytest.raises(ShapeMismatch, match="heads|mlps|names"):
+        Parts("", **bad).check(N, 2)
 
 
 # -- steps of a diffusion run ------------------------------------------------------------------------------------
