@@ -138,7 +138,7 @@ def _opened(path: str, place: Path, split: str | None, name: str, home: Home) ->
         named = builder.config.data_files or {}
         # Images are checked row by row, so that one of them can be left out.
         home.check_all(
-            f for files in named.values() for f in files if Path(f).suffix.lower() not in _image_endings()
+            f for files in named.values() for f in files if Path(f).suffix.lower() not in image_endings()
         )
     named = builder.config.data_files or {}
     if isinstance(builder, WebDataset):
@@ -170,7 +170,8 @@ def _named_by_card(home: Home) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1)
-def _image_endings() -> frozenset[str]:
+def image_endings() -> frozenset[str]:
+    """Endings of the files that Pillow reads, with their dots, in small letters."""
     return frozenset(Image.registered_extensions())
 
 

@@ -51,7 +51,8 @@ class PairStream:
 
     Attributes:
         name, licence, attribution: as of :class:`~mmhooks.data.Pairs`.
-        fingerprint: of the request, and of names, sizes and times of local files; the rows are not read for it.
+        fingerprint: of the request and of local files as far as :func:`~mmhooks.data.stream.state_of` looks at them
+            (names, sizes, times, first and last megabyte); the rows are not read for it.
         on_error: "raise" or "skip", for rows that cannot be used.
         skipped: row by row why it was left out, as far as the stream was last read by this object. (Rows that
             ``mm.extract`` leaves out stand in the store.)
