@@ -10,6 +10,7 @@ a data set only the second moments of these numbers are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from mmhooks.analysis.results import Result, Table
 from mmhooks.analysis.top_metric import TopSamples
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
+from mmhooks.hooks.intercept import is_multihead
 from mmhooks.models.clip import HookedCLIP
-from mmhooks.models.frozen import Frozen, affine, statistics
-from mmhooks.models.readout import Readout, image_readout
-from mmhooks.utils.indexing import as_indices
+from mmhooks.models.frozen import Frozen, affine, check_norm, statistics
+from mmhooks.models.readout import Readout, attention_weights, image_readout, linear_weights
+from mmhooks.utils.indexing import as_indices, one_place
 from mmhooks.utils.modes import evaluating
 
 
@@ -41,7 +43,9 @@ class SecondOrder(Result):
             more than a third of neurons it points the other way.
         explained: its share of the sum of squares: how far the effects are rank 1.
         size: root mean square of the effects' norm; ``reference``: that of the embeddings.
-        top: images with the largest effect, first first; ``top_sizes``: the norms. -1: fewer images acted.
+        top: images whose effect lies farthest from the mean of all, farthest first, as the paper's code ranks them;
+            ``top_sizes``: the distances. -1: fewer images than asked. By the effects themselves the images would be
+            those of the mean, and for a third of neurons show the opposite of what ``direction`` says.
     """
 
     layer: int
@@ -89,7 +93,7 @@ def second_order(
     model: Model,
     images: Tensor | Inputs,
     *,
-    layer: int,
+    layer: Any,
     neurons: Any = None,
     top: int = 8,
     batch_size: int = 32,
@@ -98,14 +102,16 @@ def second_order(
     """Second-order effects of the neurons of the MLP of ``layer`` on the raw image embedding.
 
     Args:
-        images: pixels, batches of them, or pairs; read once, memory does not depend on their number.
+        images: pixels, a list of batches of them, or pairs; read twice, for the mean and for what lies far from it.
+            Memory does not depend on their number.
         layer: of the MLP; negative from the end. The last one has no attention after it.
         neurons: whole numbers, or a bool mask of the MLP's width; default all.
         top: so many most significant images are kept a neuron.
 
     Raises:
         ShapeMismatch: a layer or neuron that is not there, or without attention after it.
-        NoExactSum: blocks that are not open_clip's own, or a pooling by attention. DataError: no image.
+        NoExactSum: blocks that are not open_clip's own, or a pooling by attention.
+        DataError: no image, an iterator, which can be read only once, or images that differ when read again.
 
     >>> import mmhooks as mm
     >>> found = second_order(mm.load("mini"), torch.randn(4, 3, 64, 64), layer=3, neurons=[0, 1], top=2)
@@ -113,19 +119,33 @@ def second_order(
     (torch.Size([2, 256]), torch.Size([2, 2]))
     """
     check_model(model)
+    if isinstance(images, Iterator):
+        raise DataError(
+            f"expected images that can be read twice, got a {type(images).__name__}, which is empty after the first time: "
+            "give pixels, pairs, or list(batches)"
+        )
     readout, layer, chosen = _chosen(model, layer, neurons)
     directions = _directions(model, readout, layer, chosen)
     moments = _Moments(torch.einsum("cne,kne->nck", directions, directions).cpu().double())
     norms, largest = 0.0, TopSamples(len(chosen), m=top)
-    source = batches(model, images, "image", batch_size, 0)
-    with evaluating(model.model):
-        for pixels in track(source, None, f"neurons of block {layer}", show=progress):
+
+    def batch_by_batch(what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        source = batches(model, images, "image", batch_size, 0)
+        for pixels in track(source, None, f"neurons of block {layer}: {what}", show=progress):
             s, embedding = _coefficients(model, readout, pixels, layer, chosen)
-            largest.update(moments.add(s.cpu().double()).sqrt().float())
+            yield s.cpu().double(), embedding
+
+    with evaluating(model.model):
+        for s, embedding in batch_by_batch("moments"):
+            moments.add(s)
             norms += float(embedding.double().square().sum())
+        for s, _ in batch_by_batch("images"):
+            largest.update(moments.distances(s).float())
     seen = moments.n
     if not seen:
         raise DataError("no images: second-order effects are means over a data set")
+    if int(largest.n_samples) != seen:
+        raise DataError(f"expected the same images twice, got {seen} and then {int(largest.n_samples)}")
     direction, explained, squares = _principal(moments, directions.cpu().double())
     found = largest.result()
     return SecondOrder(
@@ -142,7 +162,7 @@ def second_order(
 
 
 @torch.no_grad()
-def second_order_effects(model: Model, pixels: Vectors, *, layer: int, neurons: Any = None) -> Effects:
+def second_order_effects(model: Model, pixels: Vectors, *, layer: Any, neurons: Any = None) -> Effects:
     """Effects of one batch, factored; ``.vectors()`` multiplies them out. Arguments as in :func:`second_order`."""
     check_model(model)
     check_batch(model, pixels, "image")
@@ -163,14 +183,18 @@ class _Moments:
         self.second = torch.zeros_like(gram)
         self.third = torch.zeros_like(self.total)
 
-    def add(self, s: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
-        """Adds a batch; returns the squared norms of its effects."""
+    def distances(self, s: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
+        """How far the effects of a batch lie from the mean of all that was added."""
+        centred = s - self.total / self.n
+        return torch.einsum("bnc,nck,bnk->bn", centred, self.gram, centred).clamp_min(0).sqrt()
+
+    def add(self, s: Float[Tensor, "b n c"]) -> None:
+        """Adds a batch."""
         squares = torch.einsum("bnc,nck,bnk->bn", s, self.gram, s).clamp_min(0)
         self.n += len(s)
         self.total += s.sum(0)
         self.second += torch.einsum("bnc,bnk->nck", s, s)
         self.third += torch.einsum("bn,bnc->nc", squares, s)
-        return squares
 
     def towards(self, along: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         """1 or -1: where the largest centred effects lie along a direction, whose product with what ``c`` stands for is
@@ -193,7 +217,7 @@ class _Moments:
         return torch.where(lean < 0, -1.0, 1.0)
 
 
-def _chosen(model: HookedCLIP, layer: int, neurons: Any) -> tuple[Readout, int, list[int]]:
+def _chosen(model: HookedCLIP, layer: Any, neurons: Any) -> tuple[Readout, int, list[int]]:
     if getattr(model.model.visual, "attn_pool", None) is not None:
         raise NoExactSum(
             "the image tower pools by attention, with LayerNorms on both sides: second-order effects are known for a "
@@ -202,16 +226,18 @@ def _chosen(model: HookedCLIP, layer: int, neurons: Any) -> tuple[Readout, int, 
     readout = image_readout(model.model)
     depth = len(readout.blocks)
     for block in readout.blocks:
-        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention) or hasattr(block, "ln_attn"):
+        if not is_multihead(getattr(block, "attn", nn.Identity())) or hasattr(block, "ln_attn"):
             raise NoExactSum(
                 f"second-order effects read the weights of open_clip's own residual blocks; these are {type(block).__name__}"
             )
-    if not -depth <= layer < depth or layer % depth == depth - 1:
+    layer = one_place(layer, depth, f"layers of a tower of {depth} layers")
+    if layer == depth - 1:
         raise ShapeMismatch(
             f"layer {layer} of {depth}: a neuron acts through attention after it, so layer lies in 0..{depth - 2}"
         )
-    layer %= depth
-    width = readout.blocks[layer].mlp.c_proj.weight.shape[1]
+    for n in range(layer + 1, depth):
+        check_norm(readout.blocks[n].ln_1, f"the first norm of block {n}")
+    width = readout.blocks[layer].mlp.c_proj.in_features
     what = f"neurons of an MLP of {width} neurons"
     chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
     if not chosen:
@@ -223,7 +249,7 @@ def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[in
     """What each neuron's unit write becomes in the embedding, through each attention head of each later block, before σ
     and pattern."""
     block = readout.blocks[layer]
-    write = block.mlp.c_proj.weight.detach().float()[:, chosen].T  # [n d]
+    write = linear_weights(block.mlp.c_proj)[0][:, chosen].T  # [n d]
     scale = getattr(getattr(block, "ls_2", None), "gamma", None)
     write = write if scale is None else write * scale.detach().float()
     write = write - write.mean(1, keepdim=True)  # LayerNorm takes the mean out
@@ -232,7 +258,7 @@ def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[in
     for n in range(layer + 1, len(readout.blocks)):
         later = readout.blocks[n]
         gain, _ = affine(later.ln_1, write)
-        w_v = later.attn.in_proj_weight.detach().float().chunk(3)[2].T.unflatten(1, (readout.n_heads, -1))
+        w_v = attention_weights(later.attn).v[0].T.unflatten(1, (readout.n_heads, -1))
         w_o, _ = readout.writer(n)
         w_o = w_o - w_o.mean(2, keepdim=True)  # the final LayerNorm's mean, which is linear in the stream
         value = torch.einsum("nd,dhk->hnk", write * gain, w_v)

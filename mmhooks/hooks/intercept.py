@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from mmhooks.hooks.attention import attend, by_token, multihead
 from mmhooks.hooks.shadow import own_forward
 from mmhooks.hooks.taps import Emit, ExplicitForward
 
+Linear = tuple[Tensor, Tensor | None]
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _PRODUCTS = (Tensor.__matmul__, Tensor.matmul, torch.matmul)
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -181,30 +182,53 @@ def multihead_calls(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs:
     return call
 
 
-def multihead_projection(module: nn.Module, x: Float[Tensor, "1 1 d"]) -> tuple[Tensor, Tensor | None]:
-    """Matrix and bias of the output projection that ``nn.MultiheadAttention``, or what is around it, hands to torch.
+class MultiheadWeights(NamedTuple):
+    """What torch's attention multiplies by: matrix ``[d e]`` and bias of each of its four linear maps."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+
+
+def multihead_weights(
+    module: nn.Module, query: Float[Tensor, "1 1 d"], key: Float[Tensor, "1 1 e"]
+) -> MultiheadWeights:
+    """The weights that ``nn.MultiheadAttention``, or what is around it, hands to torch when it runs.
 
     Args:
-        x: any token: the weights may be there only while the module runs.
+        query, key: any tokens: the weights may be there only while the module runs.
 
     Raises:
         MMHooksError: it never calls torch's attention.
     """
-    found: list[tuple[Tensor, Tensor | None]] = []
+    found: list[MultiheadWeights] = []
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.multi_head_attention_forward:
-            weight, bias = args[11:13]
-            found.append((weight.detach().clone(), None if bias is None else bias.detach().clone()))
+            fused, biases = args[5:7]
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            weights = [kwargs[n] for n in names] if fused is None else _dense(fused).chunk(3)
+            b = (None, None, None) if biases is None else biases.detach().clone().chunk(3)
+            out = args[12] if args[12] is None else args[12].detach().clone()
+            maps = [(_dense(w), bias) for w, bias in zip((*weights, args[11]), (*b, out), strict=True)]
+            found.append(MultiheadWeights(*maps))
         return func(*args, **kwargs)
 
     with torch.no_grad(), _Watch(call):
-        own_forward(module)(x, x, x, need_weights=False)
+        own_forward(module)(query, key, key, need_weights=False)
     if not found:
         raise MMHooksError(
             f"expected attention of torch's own, got {type(module).__name__}, which never calls it"
         )
     return found[0]
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """A matrix as numbers of its own, whatever it is kept as (quantised, sharded)."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight.detach().clone()
+    return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
 
 
 def is_multihead(module: nn.Module) -> bool:

@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmhooks.errors import NoExactSum
+from mmhooks.hooks.shadow import own_forward
+
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
@@ -78,6 +81,29 @@ def pooled(
     maps = torch.diag(gain)[None] if maps is None else gain[:, None] * maps
     means = torch.einsum("bpt,bt->bp", scaled, mean)
     return Frozen(scaled, maps, weights.sum(-1) @ biases - means @ maps.sum(1))
+
+
+def check_norm(norm: nn.Module, what: str) -> None:
+    """Raises NoExactSum unless a norm is an Identity or the LayerNorm that its weights, bias and epsilon say.
+
+    These are read, not run: what an adapter put around or beside them would be left out without a word.
+    """
+    if isinstance(norm, nn.Identity):
+        return
+    if isinstance(norm, nn.LayerNorm):
+        width, like = norm.normalized_shape[-1], next(norm.parameters(), torch.zeros(()))
+        probe = torch.linspace(-1, 2, 2 * width, device=like.device, dtype=like.dtype).view(2, width)
+        with torch.no_grad():
+            out = own_forward(norm)(probe).float()
+            gain, bias = affine(norm, probe)
+            inverse, mean = statistics(norm, probe.float())
+            said = (probe.float() - mean[:, None]) * inverse[:, None] * gain.float() + bias.float()
+        if like.is_meta or torch.allclose(out, said, rtol=0.02, atol=0.02 * float(said.abs().max())):
+            return
+    raise NoExactSum(
+        f"{what} is a {type(norm).__name__} that is not a LayerNorm of its own weight and bias: expected one, so that "
+        "what goes through it can be told apart; merge an adapter into the model first (merge_and_unload of peft)"
+    )
 
 
 def affine(norm: nn.Module, like: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:

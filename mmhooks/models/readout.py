@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import NoExactSum
-from mmhooks.hooks.intercept import is_multihead, multihead_projection
+from mmhooks.hooks.intercept import MultiheadWeights, is_multihead, multihead_weights
 from mmhooks.hooks.projection import linear_map
-from mmhooks.models.frozen import Frozen, pooled
+from mmhooks.models.frozen import Frozen, check_norm, pooled
 from mmhooks.models.placement import device_of, input_dtype
 
 Freeze = Callable[[Float[Tensor, "b t d"]], Frozen]
@@ -51,7 +51,9 @@ class Readout:
         block's layer scale."""
         block = self.blocks[layer]
         attn = block.attn
-        weight, bias = _multihead(attn) if is_multihead(attn) else _linear(_projection(attn))
+        weight, bias = (
+            attention_weights(attn).out if is_multihead(attn) else linear_weights(_projection(attn))
+        )
         w_o = weight.T.unflatten(0, (attn.num_heads, -1))
         b_o = w_o.new_zeros(w_o.shape[-1]) if bias is None else bias
         scale = _layer_scale(block)
@@ -107,6 +109,7 @@ def text_readout(model: Any) -> Readout:
     }
     if pool not in positions:
         raise NoExactSum(f"the text tower pools by {pool!r}; a sum is known for {', '.join(positions)}")
+    check_norm(owner.ln_final, "the text tower's final norm")
     matrix, bias = _matrix(owner.text_projection)
     return Readout("text", blocks, _one_token(owner.ln_final, matrix, bias), positions[pool])
 
@@ -117,6 +120,7 @@ def text_readout(model: Any) -> Readout:
 def _openclip_image(visual: Any) -> Readout:
     blocks = list(visual.transformer.resblocks)
     _check_openclip(blocks, "image")
+    check_norm(visual.ln_post, "the image tower's final norm")
     matrix, bias = _matrix(visual.proj)
     if visual.attn_pool is not None:
         if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
@@ -125,6 +129,7 @@ def _openclip_image(visual: Any) -> Readout:
                 "known for CoCa's pooling, whose first query is the embedding"
             )
         pool, norm = visual.attn_pool, visual.ln_post
+        check_norm(pool.ln_k, "the norm in front of the image tower's pooling")
 
         def attention(stream: Tensor) -> Frozen:
             inner = _query_pooling(pool, stream)
@@ -230,7 +235,7 @@ def _latent_pooling(pool: Any, norm: nn.Module, stream: Tensor, skip: int) -> Fr
         raise NoExactSum("attention pooling with position embeddings of its own is not known as a sum here")
     heads = pool.num_heads
     q = pool.q(pool.latent).detach().float().unflatten(-1, (heads, -1))[0]
-    kv, kv_bias = _linear(pool.kv)
+    kv, kv_bias = linear_weights(pool.kv)
     w_k, w_v = kv.chunk(2)
     b_k, b_v = (None, None) if kv_bias is None else kv_bias.chunk(2)
     k = F.linear(x, w_k, b_k).unflatten(-1, (heads, -1))
@@ -238,22 +243,20 @@ def _latent_pooling(pool: Any, norm: nn.Module, stream: Tensor, skip: int) -> Fr
     pattern = torch.einsum("qpk,btpk->bpqt", q * pool.scale, k).softmax(-1)
     pattern = pattern[:, :, 0] if pool.pool == "token" else pattern.mean(2)
     pattern = F.pad(pattern, (skip, 0))
-    return _through_values(norm, stream, pattern, w_v, b_v, *_linear(pool.proj))
+    return _through_values(norm, stream, pattern, w_v, b_v, *linear_weights(pool.proj))
 
 
 def _query_pooling(pool: Any, stream: Tensor) -> Frozen:
     """open_clip's AttentionalPooler (CoCa): what its first query gets."""
     attn, dtype = pool.attn, pool.query.dtype
-    heads, x = attn.num_heads, pool.ln_k(stream.to(dtype)).float()
-    weights = attn.in_proj_weight.chunk(3) if attn._qkv_same_embed_dim else (
-        attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
-    )  # fmt: skip
-    w_q, w_k, w_v = (w.detach().float() for w in weights)
-    b_q, b_k, b_v = attn.in_proj_bias.detach().float().chunk(3)
-    q = F.linear(pool.ln_q(pool.query[:1]).detach().float(), w_q, b_q).unflatten(-1, (heads, -1))[0]
+    query, keys = pool.ln_q(pool.query[:1]).detach(), pool.ln_k(stream.to(dtype))
+    heads, x = attn.num_heads, keys.float()
+    (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _float(
+        multihead_weights(attn, query[None], keys[:1, :1])
+    )
+    q = F.linear(query.float(), w_q, b_q).unflatten(-1, (heads, -1))[0]
     k = F.linear(x, w_k, b_k).unflatten(-1, (heads, -1))
     pattern = torch.einsum("pk,btpk->bpt", q / q.shape[-1] ** 0.5, k).softmax(-1)
-    w_o, b_o = attn.out_proj.weight.detach().float(), attn.out_proj.bias.detach().float()
     return _through_values(pool.ln_k, stream, pattern, w_v, b_v, w_o, b_o)
 
 
@@ -292,9 +295,10 @@ def _only_norm(trunk: Any) -> tuple[nn.Module, bool]:
     there = [not isinstance(norm, nn.Identity) for norm in norms]
     after = there[1]
     found = norms[1] if after else norms[0]
-    if all(there) or not isinstance(found, (nn.LayerNorm, nn.Identity)):
+    if all(there):
         kinds = " and ".join(type(n).__name__ for n, is_there in zip(norms, there, strict=True) if is_there)
         raise NoExactSum(f"the image tower ends in {kinds}; a sum is known for one LayerNorm")
+    check_norm(found, "the image tower's final norm")
     return found, after
 
 
@@ -302,8 +306,8 @@ def _projection(attn: Any) -> nn.Module:
     return getattr(attn, "out_proj", None) or attn.proj
 
 
-def _linear(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
-    """Matrix and bias of a linear layer as it runs, whatever it keeps as its weight."""
+def linear_weights(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
+    """Matrix and bias of a linear layer as it runs, whatever it keeps as its weight, in fp32."""
     width: Any = module.in_features
     with torch.no_grad():
         like = torch.zeros(1, width, dtype=input_dtype(module), device=device_of(module))
@@ -311,11 +315,14 @@ def _linear(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"
     return weight.detach().float(), None if bias is None else bias.detach().float()
 
 
-def _multihead(attn: Any) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
-    """The same of the output projection of ``nn.MultiheadAttention``, which is never called."""
+def attention_weights(attn: Any) -> MultiheadWeights:
+    """Of torch's attention as it runs, in fp32."""
     x = torch.zeros(1, 1, attn.embed_dim, dtype=attn.in_proj_weight.dtype, device=device_of(attn))
-    weight, bias = multihead_projection(attn, x)
-    return weight.float(), None if bias is None else bias.float()
+    return _float(multihead_weights(attn, x, x))
+
+
+def _float(weights: MultiheadWeights) -> MultiheadWeights:
+    return MultiheadWeights(*((w.float(), None if b is None else b.float()) for w, b in weights))
 
 
 def _layer_scale(block: Any) -> Float[Tensor, " d"] | None:
@@ -332,6 +339,6 @@ def _matrix(projection: Any) -> tuple[Tensor | None, Tensor | None]:
     if projection is None:
         return None, None
     if isinstance(projection, nn.Module):
-        weight, bias = _linear(projection)
+        weight, bias = linear_weights(projection)
         return weight.T, bias
     return projection.detach().float(), None

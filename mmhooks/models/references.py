@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
+from mmhooks.models.placement import input_dtype
+from mmhooks.models.readout import linear_weights
 
 Mode = Literal["naive", "projected", "unclip"]
 
@@ -131,7 +133,7 @@ def text_projection(sd: Any, source: Any = None) -> Float[Tensor, "d_cond d_join
     width = sd.unet.config.cross_attention_dim
     if source is None:
         own = [
-            t for t in sd.text_towers.values() if isinstance(getattr(t, "text_projection", None), nn.Linear)
+            t for t in sd.text_towers.values() if hasattr(getattr(t, "text_projection", None), "in_features")
         ]
         source = next((t for t in own if t.text_projection.in_features == width), None)
         if source is None:
@@ -148,7 +150,7 @@ def text_projection(sd: Any, source: Any = None) -> Float[Tensor, "d_cond d_join
             found = getattr(getattr(model, "text", None), "text_projection", None)
         if found is None:
             raise MissingWeights(f"{type(model).__name__} has no text_projection")
-        matrix, tower = (found.weight.T if isinstance(found, nn.Linear) else found), model
+        matrix, tower = _matrix(found), model
     if matrix.dim() != 2 or matrix.shape[0] != width:
         raise ShapeMismatch(
             f"a projection from {width} dimensions is needed, those that the U-Net reads; came one of shape "
@@ -157,6 +159,19 @@ def text_projection(sd: Any, source: Any = None) -> Float[Tensor, "d_cond d_join
     if tower is not None:
         _check_tower(tower, [t for name, t in sd.text_towers.items() if name != "prior_text"])
     return matrix.detach().to(sd.device)
+
+
+def _matrix(projection: nn.Module | Tensor) -> Float[Tensor, "d e"]:
+    """Of a parameter, or of a linear layer as it runs: LoRA adds to its weight, quantised layers keep none."""
+    if isinstance(projection, Tensor):
+        return projection
+    weight, bias = linear_weights(projection)
+    if bias is not None and bool(bias.any()):
+        raise MMHooksError(
+            f"expected a text projection that is a matrix, got a {type(projection).__name__} with a bias: give the "
+            "matrix itself as projection="
+        )
+    return weight.T.to(input_dtype(projection))
 
 
 def _check_tower(model: nn.Module, encoders: list[nn.Module]) -> None:

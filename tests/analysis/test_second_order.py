@@ -7,7 +7,7 @@ import torch
 
 import mmhooks as mm
 from mmhooks.analysis.second_order import second_order, second_order_effects
-from mmhooks.errors import NoExactSum, ShapeMismatch
+from mmhooks.errors import DataError, NoExactSum, ShapeMismatch
 from mmhooks.models.mini import build
 from mmhooks.models.readout import image_readout
 
@@ -71,8 +71,12 @@ def test_principal_direction_sizes_and_top_images(model, pixels):
         assert float(found.explained[i]) == pytest.approx(
             float(values[0] ** 2 / values.square().sum()), abs=1e-4
         )
+        distances = centred.norm(dim=1)
+        assert found.top[i].tolist() == distances.argsort(descending=True)[:4].tolist()
+        assert torch.allclose(
+            found.top_sizes[i].double(), distances.sort(descending=True).values[:4], rtol=1e-4
+        )
         norms = vectors[:, i].norm(dim=1)
-        assert found.top[i].tolist() == norms.argsort(descending=True)[:4].tolist()
         assert float(found.size[i]) == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-4)
     embedding = model.encode_image(pixels)
     assert found.reference == pytest.approx(float(embedding.square().sum(1).mean().sqrt()), rel=1e-4)
@@ -87,7 +91,7 @@ def test_directions_point_to_the_largest_centred_effects(model):
     images = torch.stack([model.preprocess(pairs.image(i)) for i in range(300)])
     effects = [second_order_effects(model, p, layer=3, neurons=neurons).vectors() for p in images.split(50)]
     vectors = torch.cat(effects).double()
-    found = second_order(model, iter(images.split(64)), layer=3, neurons=neurons)
+    found = second_order(model, list(images.split(64)), layer=3, neurons=neurons)
     centred = vectors - vectors.mean(0)
     largest = centred.norm(dim=2).topk(30, dim=0).indices
     along = torch.einsum("bne,ne->bn", centred, found.direction.double()).gather(0, largest)
@@ -96,6 +100,48 @@ def test_directions_point_to_the_largest_centred_effects(model):
     assert torch.equal(
         found.direction, second_order(model, images, layer=3, neurons=neurons, batch_size=64).direction
     )
+
+
+@torch.no_grad()
+def test_top_images_show_what_the_direction_says(model):
+    """Against a loop over images: those farthest from the mean, most of them on the direction's side. By the plain
+    norms of effects it would be other images, on the other side for many neurons."""
+    pairs, neurons = mm.data.pairs("mini", limit=60), list(range(0, 768, 48))
+    images = torch.stack([model.preprocess(pairs.image(i)) for i in range(60)])
+    found = second_order(model, images, layer=3, neurons=neurons, top=5, batch_size=16)
+    effects = [
+        second_order_effects(model, image[None], layer=3, neurons=neurons).vectors()[0] for image in images
+    ]
+    others = 0
+    for i in range(len(neurons)):
+        mean = sum(effect[i].double() for effect in effects) / len(effects)
+        distance = [float((effect[i].double() - mean).norm()) for effect in effects]
+        ranked = sorted(range(len(effects)), key=lambda j: -distance[j])[:5]
+        assert found.top[i].tolist() == ranked
+        sizes = [float(effect[i].norm()) for effect in effects]
+        others += sorted(range(len(effects)), key=lambda j: -sizes[j])[:5] != ranked
+    assert others > len(neurons) / 2
+    along = torch.stack([(effects[j][i] - sum(e[i] for e in effects) / 60) @ found.direction[i]
+                         for i in range(len(neurons)) for j in found.top[i].tolist()])  # fmt: skip
+    assert float((along > 0).double().mean()) > 0.8
+
+
+def test_images_that_can_be_read_only_once_are_refused(model, pixels):
+    with pytest.raises(DataError, match=r"read twice.*list\(batches\)"):
+        second_order(model, iter(pixels.split(2)), layer=3, neurons=[0])
+
+    class Shrinks(list):
+        """One batch fewer each time it is read."""
+
+        def __iter__(self):
+            batches = [self[i] for i in range(len(self))]
+            self.pop()
+            return iter(batches)
+
+    with pytest.raises(DataError, match="the same images twice, got 6 and then 4"):
+        second_order(model, Shrinks(pixels.split(2)), layer=3, neurons=[0])
+    with pytest.raises(DataError, match="no images"):
+        second_order(model, [], layer=3, neurons=[0])
 
 
 @torch.no_grad()
