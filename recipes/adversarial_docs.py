@@ -2,7 +2,7 @@
 
     python recipes/adversarial_docs.py runs/adversarial
 
-Prints the sentence of README.md.
+Prints the sentence of docs/results.md.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def told(r: Mapping[str, Any], *, plus: bool = False) -> str:
 
 
 def sentence(results: Mapping[str, Any]) -> str:
-    """For README.md."""
+    """For docs/results.md."""
     head, o = results["head"], results["settings"]
     parts = []
     for v in results["victims"].values():

@@ -1,4 +1,4 @@
-"""Writes the results of a modality run into README.md, between its two markers, and its picture into docs/img.
+"""Writes the results of a modality run into docs/results.md, between its two markers, and its image into docs/img.
 
 python recipes/readme_tables.py runs/modality
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
-    """The README's section: retrieval with chance, the tables, and each statement that differs from the paper."""
+    """The page's section: retrieval with chance, the tables, and each statement that differs from the paper."""
     data, env = results["data"], results["environment"]
     base = results["models"]["CLIP"]["masking"]
     found = [Claim(**c) for c in results["claims"]]
@@ -71,17 +71,17 @@ def _cell(rate: dict[str, float]) -> Cell:
 
 def main(
     run: Annotated[Path, typer.Argument(help="The folder that recipes/modality.py wrote.")],
-    readme: Annotated[Path, typer.Option(help="Where the two markers are.")] = ROOT / "README.md",
+    page: Annotated[Path, typer.Option(help="Where the two markers are.")] = ROOT / "docs" / "results.md",
 ) -> None:
-    """Fills README.md's results from a run; a second call with the same run changes nothing."""
+    """Fills the page's results from a run; a second call with the same run changes nothing."""
     results = json.loads((run / "results.json").read_text())
     cards = {
         p.parent.name: json.loads(p.read_text())
         for p in sorted((ROOT / "mmhooks/assets").glob("*/card.json"))
     }
-    if not fill(readme, block(results, cards)):
-        raise SystemExit(f"{readme} must hold one pair of results markers")
-    image = readme.parent / "docs" / "img"
+    if not fill(page, block(results, cards)):
+        raise SystemExit(f"{page} must hold one pair of results markers")
+    image = page.parent / "img"
     image.mkdir(parents=True, exist_ok=True)
     for name in ("summary", "fig1_mds"):
         shutil.copy(run / f"{name}.png", image / f"{name}.png")

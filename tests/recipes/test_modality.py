@@ -226,20 +226,20 @@ def test_page_says_its_controls(run: Any) -> None:
         assert claim["verdict"] in ("same", "differs", "open") and claim["claim"][:30] in tables
 
 
-def test_readme_slot_is_filled_once(run: Any, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:begin (x) -->\nstale words\n<!-- results:end -->\nafter\n")
-    readme_tables.main(run[1], readme)
-    once = readme.read_text()
+def test_the_slot_of_the_results_page_is_filled_once(run: Any, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- results:begin (x) -->\nstale words\n<!-- results:end -->\nafter\n")
+    readme_tables.main(run[1], page)
+    once = page.read_text()
     assert (
         "stale words" not in once
         and "| CLIP+SAE |" in once
         and once.startswith("before\n")
         and once.endswith("after\n")
     )
-    assert (tmp_path / "docs" / "img" / "summary.png").read_bytes() == (run[1] / "summary.png").read_bytes()
-    readme_tables.main(run[1], readme)
-    assert readme.read_text() == once
+    assert (tmp_path / "img" / "summary.png").read_bytes() == (run[1] / "summary.png").read_bytes()
+    readme_tables.main(run[1], page)
+    assert page.read_text() == once
 
 
 def test_help_shows_the_options() -> None:
