@@ -265,15 +265,11 @@ class Head(nn.Module):
             MissingWeights: nothing there, or no network and nothing cached.
             MMHooksError: another kind of head than this class, or contents that do not fit.
         """
-        from mmhooks.heads.formats import Options, read_head
-        from mmhooks.heads.hub import fetch
+        from mmhooks.heads.hub import read_pretrained
 
-        path = Path(source)
-        if path.exists():
-            path = path / subfolder if subfolder else path
-        else:
-            path = fetch(str(source), inside=subfolder, revision=revision, cache_dir=cache_dir, token=token)
-        head = read_head(path, Options(**options))
+        head = read_pretrained(
+            source, inside=subfolder, revision=revision, cache_dir=cache_dir, token=token, options=options
+        )
         if not isinstance(head, cls):
             raise MMHooksError(f"{source} holds a {type(head).__name__}, not a {cls.__name__}")
         return head.to(device)

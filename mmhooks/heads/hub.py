@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mmhooks.errors import MissingWeights, MMHooksError
+from mmhooks.heads.base import Head
+from mmhooks.heads.formats import Options, read_head, save_saelens
 from mmhooks.utils.escape import markdown
-
-if TYPE_CHECKING:
-    from mmhooks.heads.base import Head
 
 WANTED = ("*.json", "*.safetensors", "*.pt", "*.pth")
 
@@ -52,6 +51,24 @@ def fetch(repo: str, *, inside: str | None = None, revision: str | None = None, 
     return path
 
 
+def read_pretrained(
+    source: str | Path,
+    *,
+    inside: str | None,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    options: dict[str, Any],
+) -> Head:
+    """The head of :meth:`Head.from_pretrained`, of whatever class: from a folder where there is one, else fetched."""
+    path = Path(source)
+    if path.exists():
+        path = path / inside if inside else path
+    else:
+        path = fetch(str(source), inside=inside, revision=revision, cache_dir=cache_dir, token=token)
+    return read_head(path, Options(**options))
+
+
 def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhooks", "saelens"] = "mmhooks",
          dtype: Literal["fp32", "fp16"] = "fp16", inside: str | None = None, message: str | None = None,
          token: str | bool | None = None) -> str:  # fmt: skip
@@ -70,8 +87,6 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
         raise MMHooksError(f"a repository is named owner/name, came {repo!r}")
     with tempfile.TemporaryDirectory() as folder:
         if format == "saelens":
-            from mmhooks.heads.formats import save_saelens
-
             save_saelens(head, folder)
         else:
             head.save(folder, dtype=dtype)

@@ -11,6 +11,7 @@ from weakref import ref
 
 from mmhooks.errors import HookDidNotFire, MMHooksError, MMHooksWarning
 from mmhooks.hooks import dispatch
+from mmhooks.hooks.compile import compile_programs
 from mmhooks.hooks.program import Binding, Op
 from mmhooks.hooks.taps import Tap
 
@@ -56,7 +57,7 @@ class HookContext:
             # Not __del__, which every context that was closed would run too: Python drops a Ctrl-C that comes in it.
             opened.watch = ref(self, partial(_dropped, opened))
             dispatch.registry.install(opened)
-            dispatch.push(opened)
+            dispatch.push(opened, compile_programs)
             return self._gives()
         except BaseException:
             self.close()

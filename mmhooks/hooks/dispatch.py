@@ -6,20 +6,29 @@ A handle on a module fires for every thread. Its body asks :func:`programs_at`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from itertools import count
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
 
-from mmhooks.hooks.program import Binding, Op, compile_programs
+from mmhooks.hooks.program import Binding, Op
 
-if TYPE_CHECKING:
-    from mmhooks.hooks.taps import Tap
+Compile = Callable[[list[Op]], dict[Any, Any]]
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """What is installed for a context: :class:`mmhooks.hooks.taps.Tap`, which builds on this module."""
+
+    @property
+    def key(self) -> Hashable: ...
+    def install(self) -> None: ...
+    def remove(self) -> None: ...
 
 
 class Opened:
@@ -43,15 +52,20 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
 
 
 class Stack:
-    """Open contexts, outermost first, and the merged program of every tap that they use."""
+    """Open contexts, outermost first, and the merged program of every tap that they use.
 
-    __slots__ = ("contexts", "epoch", "outer", "table")
+    ``compile`` makes the programs of their operations; the stack knows nothing of what these do.
+    """
 
-    def __init__(self, contexts: tuple[Opened, ...], epoch: int, outer: Stack | None = None) -> None:
-        self.contexts, self.epoch, self.outer = contexts, epoch, outer
+    __slots__ = ("compile", "contexts", "epoch", "outer", "table")
+
+    def __init__(
+        self, contexts: tuple[Opened, ...], epoch: int, compile: Compile, outer: Stack | None = None
+    ) -> None:
+        self.contexts, self.epoch, self.compile, self.outer = contexts, epoch, compile, outer
         # Not in inference mode: what is made for a program here may be needed by a forward in grad mode.
         with outside_inference_mode():
-            self.table: dict[Any, Any] = compile_programs([op for c in contexts for op in c.ops])
+            self.table: dict[Any, Any] = compile([op for c in contexts for op in c.ops])
 
 
 class epoch:
@@ -63,7 +77,7 @@ class epoch:
 _numbers = count(1)  # never the same twice, whichever thread draws them
 
 
-_NOTHING = Stack((), 0)
+_NOTHING = Stack((), 0, lambda ops: {})
 active: ContextVar[Stack] = ContextVar("mmhooks", default=_NOTHING)
 
 
@@ -79,16 +93,17 @@ def refreshed(stack: Stack) -> Stack:
     # A context may be closed by another thread, or be inherited by a task that outlives it.
     still_open = tuple(c for c in stack.contexts if c.is_open)
     if len(still_open) != len(stack.contexts):
-        stack = Stack(still_open, epoch.now) if still_open else _NOTHING
+        stack = Stack(still_open, epoch.now, stack.compile) if still_open else _NOTHING
         active.set(stack)
     elif stack is not _NOTHING:
         stack.epoch = epoch.now
     return stack
 
 
-def push(context: Opened) -> None:
+def push(context: Opened, compile: Compile) -> None:
+    """Opens ``context`` inside those of the calling thread or task, and merges their programs by ``compile``."""
     stack = refreshed(active.get())
-    active.set(Stack((*stack.contexts, context), epoch.now, stack))
+    active.set(Stack((*stack.contexts, context), epoch.now, compile, stack))
 
 
 def shut(context: Opened) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.hooks.edits import At, Edit, Zero
 from mmhooks.hooks.features import FeatureSet
-from mmhooks.hooks.program import Binding, Hook, Op
+from mmhooks.hooks.program import Binding, CaptureOp, EditOp, GradOp, Hook, Op
 from mmhooks.hooks.sites import Pattern, Site, SiteMap, describe, match
 from mmhooks.hooks.splice import HEAD_PARTS, Attachment, HeadSite, check_splice
 from mmhooks.hooks.widths import known_widths
@@ -166,7 +166,7 @@ class Places:
         for place in places:
             self._check_edit(edit, place)
         binding = Binding(edit.label, tuple(p.name for p in places))
-        return [Op(place, "edit", edit, binding) for place in _everywhere(places)], [binding]
+        return [EditOp(place, edit, binding) for place in _everywhere(places)], [binding]
 
     def plan_mask(self, mask: Any) -> Planned:
         """``mask=``: features, or ``{site or tower: features}``; one edit, satisfied when any place ran."""
@@ -181,9 +181,9 @@ class Places:
             places = self.latents(edit, here, f"at {where!r}") if here else self.targets(edit, where)
             for place in places:
                 self._check_edit(edit, place)
-            ops += [Op(place, "edit", edit, _UNBOUND) for place in _everywhere(places)]
+            ops += [EditOp(place, edit, _UNBOUND) for place in _everywhere(places)]
         binding = Binding("mask", tuple(dict.fromkeys(op.target.name for op in ops)))
-        return [Op(op.target, "edit", op.act, binding) for op in ops], [binding]
+        return [EditOp(op.target, op.act, binding) for op in ops], [binding]
 
     def _check_edit(self, edit: Edit, place: Place) -> None:
         _ = (
@@ -194,16 +194,16 @@ class Places:
             if place.leaf in ("pre", "latents"):
                 edit.check_width(place.attachment.head.n_features, torch.empty(0), Hook(place.name))
 
-    def plan_hook(self, pattern: Pattern, fn: HookFn, kind: str) -> Planned:
+    def plan_hook(self, pattern: Pattern, fn: HookFn, kind: type[EditOp] | type[GradOp]) -> Planned:
         places = self.find(pattern)
         for place in places:
-            if isinstance(place, HeadSite) and kind == "edit":
+            if isinstance(place, HeadSite) and kind is EditOp:
                 check_splice(place.attachment, place.leaf)
         name = getattr(fn, "__name__", type(fn).__name__)
-        label = f"{'backward ' if kind == 'grad' else ''}hook {name!r} on {describe(pattern)!r}"
+        label = f"{'backward ' if kind is GradOp else ''}hook {name!r} on {describe(pattern)!r}"
         binding = Binding(label, tuple(p.name for p in places))
-        reached = _everywhere(places) if kind == "edit" else places
-        return [Op(p, kind, fn, binding, detached=False) for p in reached], [binding]
+        reached = _everywhere(places) if kind is EditOp else places
+        return [kind(p, fn, binding) for p in reached], [binding]
 
     def plan_capture(
         self,
@@ -214,9 +214,9 @@ class Places:
     ) -> Planned:
         places = self.find(pattern)
         binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
-        return [
-            Op(p, "capture", recorder(p.name, binding, p.site.tokens), binding, detached) for p in places
-        ], [binding]
+        return [CaptureOp(p, recorder(p.name, binding, p.site.tokens), binding, detached) for p in places], [
+            binding
+        ]
 
 
 def _everywhere(places: Iterable[Place]) -> list[Place]:

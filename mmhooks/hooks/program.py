@@ -6,19 +6,15 @@ single encode and decode. Gradient hooks and caches come last: they see the valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.hooks.steps import Guidance, now
-
-if TYPE_CHECKING:
-    from mmhooks.hooks.sites import Site
-    from mmhooks.hooks.splice import HeadSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,35 +57,91 @@ class Binding:
     hint: str = "no forward that runs them happened inside the context"
 
 
+@runtime_checkable
+class TargetView(Protocol):
+    """Another layout of a tap's tensor, and the way back."""
+
+    @property
+    def show(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def back(self) -> Callable[[Tensor, Tensor], Tensor]: ...
+
+
+@runtime_checkable
+class TargetSite(Protocol):
+    """What an operation needs to know of a site."""
+
+    @property
+    def tap(self) -> Any: ...
+    @property
+    def leaf(self) -> str: ...
+    @property
+    def axis(self) -> int: ...
+    @property
+    def tokens(self) -> int | None: ...
+    @property
+    def view(self) -> TargetView | None: ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Where an operation acts: a site, or a place inside a head, whose ``site`` is the one the head is attached at."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def leaf(self) -> str: ...
+    @property
+    def site(self) -> TargetSite: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operation at one target. ``kind``: ``edit`` (may change the value), ``capture``
-    (``act(value)`` stores it and gives it back), ``grad`` (``act(grad, hook=)``)."""
+    """One operation at one target: an edit, a capture or a backward hook.
 
-    target: Site | HeadSite
-    kind: str
+    ``detached``: it keeps nothing of the value's graph.
+    """
+
+    target: Target
     act: Callable[..., Any]
     binding: Binding
-    detached: bool = True
+    detached: bool = False
     hook: Hook = field(init=False)
+
+    def __post_init__(self) -> None:
+        site = self.target.site
+        axis = site.axis if site is self.target else -1  # inside a head, features are the last dimension
+        object.__setattr__(self, "hook", Hook(self.target.name, axis, site.tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class EditOp(Op):
+    """May change the value: ``act(value, hook=)`` returns another one, or None."""
+
     limited: bool = field(init=False)
     compares: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        site = self.target.site
-        on_head = site is not self.target
-        hook = Hook(self.target.name, -1 if on_head else site.axis, site.tokens)
-        object.__setattr__(self, "hook", hook)
-        object.__setattr__(self, "limited", self.kind == "edit" and getattr(self.act, "limited", False))
+        super().__post_init__()
+        object.__setattr__(self, "limited", getattr(self.act, "limited", False))
         # Inside explicit forwards, heads and views, the value itself given back means that nothing was changed.
-        object.__setattr__(self, "compares", bool(self.target.leaf) or site.view is not None)
+        compares = bool(self.target.leaf) or self.target.site.view is not None
+        object.__setattr__(self, "compares", compares)
 
     def asleep(self) -> bool:
-        """Whether this is an edit that does nothing now: it names other steps of a diffusion run, or the other half."""
+        """Whether it does nothing now: it names other steps of a diffusion run, or the other half."""
         if not self.limited or not self.act.asleep(self.hook.name):  # type: ignore[attr-defined]
             return False
         self.binding.hint = "its steps= or guidance= did not come up in the run"
         return True
+
+
+class CaptureOp(Op):
+    """Stores the value that flows on: ``act(value)``."""
+
+
+class GradOp(Op):
+    """A backward hook: ``act(grad, hook=)`` returns another gradient, or None."""
 
 
 class FunctionStep:
@@ -97,7 +149,7 @@ class FunctionStep:
 
     detached = False
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: EditOp) -> None:
         self.op, self.view = op, op.target.site.view
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -113,7 +165,7 @@ class GradStep:
 
     detached = False
 
-    def __init__(self, ops: list[Op]) -> None:
+    def __init__(self, ops: list[GradOp]) -> None:
         self.ops, self.view = ops, ops[0].target.site.view
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -128,7 +180,7 @@ class GradStep:
 class Capture:
     """Stores the value that flows on."""
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: CaptureOp) -> None:
         self.view, self.record, self.detached = op.target.site.view, op.act, op.detached
 
     def __call__(self, raw: Tensor) -> None:
@@ -154,7 +206,7 @@ class Program:
         return value
 
 
-def apply(op: Op, value: Tensor, *, flows: bool = True) -> Tensor:
+def apply(op: EditOp, value: Tensor, *, flows: bool = True) -> Tensor:
     """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is.
 
     Edits never write into their input. A function may: it gets a copy of its own, which flows on, so a write in
@@ -218,7 +270,7 @@ def checked(op: Op, value: Tensor, new: Any) -> Tensor:
     return new
 
 
-def watch(value: Tensor, ops: list[Op]) -> None:
+def watch(value: Tensor, ops: Iterable[GradOp]) -> None:
     """Registers backward hooks on a tensor; they go silent when their context closes."""
     for op in ops:
         if not value.requires_grad:
@@ -226,7 +278,7 @@ def watch(value: Tensor, ops: list[Op]) -> None:
             continue
         op.binding.hint = "no gradient reached them inside the context; call backward() within the with block"
 
-        def backward(grad: Tensor, op: Op = op) -> Tensor | None:
+        def backward(grad: Tensor, op: GradOp = op) -> Tensor | None:
             if not op.binding.live:
                 return None
             op.binding.fired = True
@@ -240,58 +292,3 @@ def watch(value: Tensor, ops: list[Op]) -> None:
 def spell(value: Tensor) -> str:
     """A tensor in words: ``shape (4, 8), torch.float32 on cpu``."""
     return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"
-
-
-def compile_programs(ops: list[Op]) -> dict[Any, Any]:
-    """Tap -> program, or leaf -> program for taps with several places."""
-    places: dict[tuple[Any, str], list[Op]] = {}
-    for op in ops:
-        site = op.target.site
-        places.setdefault((site.tap, site.leaf), []).append(op)
-    table: dict[Any, Any] = {}
-    for (tap, leaf), here in places.items():
-        if tap.leaves:
-            table.setdefault(tap, {})[leaf] = _program(here)
-        else:
-            table[tap] = _program(here)
-    return table
-
-
-def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
-    from mmhooks.hooks.splice import HeadSite, HeadStep  # splice builds on this module
-
-    steps: list[Any] = []
-    captures: list[Capture] = []
-    grads: dict[str, list[Op]] = {}
-    late: list[Op] = []
-    for op in ops:
-        if isinstance(op.target, HeadSite):
-            if op.kind != "edit":
-                late.append(op)
-            elif steps and isinstance(steps[-1], HeadStep) and steps[-1].fits(op.target):
-                steps[-1].add(op)
-            else:
-                steps.append(HeadStep(op))
-        elif op.kind == "edit":
-            steps.append(FunctionStep(op))
-        elif op.kind == "grad":
-            grads.setdefault(op.target.name, []).append(op)
-        else:
-            captures.append(Capture(op))
-    for op in late:  # reads of a head: its last run at this place, or one of their own
-        run = next((s for s in reversed(steps) if isinstance(s, HeadStep) and s.fits(op.target)), None)
-        if run is None:
-            steps.append(HeadStep(op))
-        else:
-            run.add(op)
-    steps.extend(GradStep(ops) for ops in grads.values())
-    for step in steps:
-        if isinstance(step, HeadStep):
-            step.seal()
-    if not steps and len(captures) == 1 and captures[0].detached and captures[0].view is None:
-        # The commonest program, one cache at one site, is the cache's own function: nothing stands between. Where
-        # a checkpoint recomputes, it stores the same value once more.
-        record = captures[0].record
-        record.detached = True  # type: ignore[attr-defined]
-        return record
-    return Program(steps, captures)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmhooks.errors import NoDecoder, ShapeMismatch
 from mmhooks.hooks.edits import Edit
-from mmhooks.hooks.program import Op, apply, spell, watch
+from mmhooks.hooks.program import CaptureOp, EditOp, GradOp, Op, Target, apply, spell, watch
 from mmhooks.hooks.sites import Site
 from mmhooks.hooks.steps import halves
 
@@ -108,7 +108,8 @@ class HeadStep:
     """One run of a head at its site: encode, edit, read, splice."""
 
     def __init__(self, op: Op) -> None:
-        self.attachment: Attachment = op.target.attachment  # type: ignore[union-attr]
+        assert isinstance(op.target, HeadSite)
+        self.attachment = op.target.attachment
         self.site, self.head = self.attachment.site, self.attachment.head
         # Vectors are normalised here, once: the step needs their scale for the way back.
         self.bare = self.head.bare() if hasattr(self.head, "bare") else self.head
@@ -117,23 +118,21 @@ class HeadStep:
         self.all: list[Op] = []
         self.add(op)
 
-    def fits(self, target: Site | HeadSite) -> bool:
+    def fits(self, target: Target) -> bool:
         return isinstance(target, HeadSite) and target.attachment is self.attachment
 
     def add(self, op: Op) -> None:
-        self.ops[op.target.leaf].append(op)  # type: ignore[union-attr]
+        self.ops[op.target.leaf].append(op)
         self.all.append(op)
 
     def seal(self) -> None:
         """Decides, once for each context, how much of the head has to be computed."""
-        edits = [op for op in self.all if op.kind == "edit"]
-        reads = [op for op in self.all if op.kind != "edit"]
-        latent = self.ops["latents"]
+        self.edits = edits = _edits(self.all)
+        reads = _reads(self.all)
         self.detached = not edits and all(op.detached for op in reads)
-        self.edits = bool(edits)
         # Whether the head's output is put into the flow even where functions only read.
         self.flows = not self.attachment.error_term or any(isinstance(op.act, Edit) for op in edits)
-        own = [op.act for op in latent if op.kind == "edit"]
+        own = [op.act for op in _edits(self.ops["latents"])]
         # Edits that name their features and nothing else: only those columns of f are touched.
         named = bool(own) and all(isinstance(e, Edit) and e.index is not None for e in own)
         only_latents = len(edits) == len(own)
@@ -159,10 +158,10 @@ class HeadStep:
         view = self.view
         x = raw if view is None else view.show(raw)
         self._check(x)
-        if self.limited and all(op.asleep() for op in self.all if op.kind == "edit"):
+        if self.limited and all(op.asleep() for op in self.edits):
             return raw if self.reads is None else self.reads(raw)
         for op in self.all:
-            if op.kind != "grad" and not op.asleep():
+            if isinstance(op, CaptureOp) or (isinstance(op, EditOp) and not op.asleep()):
                 op.binding.fired = True
         if self.detached:
             with torch.no_grad():
@@ -177,7 +176,7 @@ class HeadStep:
 
     def _only_halves(self, out: Tensor, x: Tensor) -> Tensor:
         """Without an error term every row is decoded anew: those that no edit names stay as they are."""
-        named = {op.act.guidance for op in self.all if op.limited and not op.asleep()}
+        named = {op.act.guidance for op in self.edits if op.limited and not op.asleep()}
         parts = halves(len(x), self.site.name)
         if parts is None or "both" in named:
             return out
@@ -239,7 +238,7 @@ class HeadStep:
         recon_ops, error_ops = self.ops["recon"], self.ops["error"]
         scaled = (lambda t: t) if scale is None else (lambda t: t * scale)
         back = scaled if shift is None else (lambda t: t * scale + shift)
-        whole = not self.attachment.error_term and self.edits
+        whole = not self.attachment.error_term and bool(self.edits)
         if recon_ops or error_ops or (whole and self.attachment.splice):
             recon = back(head.decode(after)).to(x.dtype)
             error = x - (recon if after is before else back(head.decode(before)).to(x.dtype))
@@ -274,8 +273,7 @@ class HeadStep:
     def _latents(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor | None]:
         """Applies the edits to ``after``; returns it with ``(f' - f) W_dec``, or None where f' is f."""
         ops = self.ops["latents"]
-        edits = [op for op in ops if op.kind == "edit"]
-        reads = [op for op in ops if op.kind != "edit"]
+        edits, reads = _edits(ops), _reads(ops)
         columns = None
         if self.union is not None:
             columns = self.union.to(before.device)
@@ -303,17 +301,24 @@ class HeadStep:
         return final, difference.to(weight.dtype) @ weight
 
     def _edit_and_read(self, ops: list[Op], value: Tensor) -> Tensor:
-        for op in ops:
-            if op.kind == "edit":
-                value = apply(op, value, flows=self.flows)
-        self._read([op for op in ops if op.kind != "edit"], value)
+        for op in _edits(ops):
+            value = apply(op, value, flows=self.flows)
+        self._read(_reads(ops), value)
         return value
 
     def _read(self, reads: list[Op], value: Tensor) -> None:
-        watch(value, [op for op in reads if op.kind == "grad"])
+        watch(value, (op for op in reads if isinstance(op, GradOp)))
         for op in reads:
-            if op.kind == "capture":
+            if isinstance(op, CaptureOp):
                 op.act(value)
+
+
+def _edits(ops: Sequence[Op]) -> list[EditOp]:
+    return [op for op in ops if isinstance(op, EditOp)]
+
+
+def _reads(ops: Sequence[Op]) -> list[Op]:
+    return [op for op in ops if not isinstance(op, EditOp)]
 
 
 def _weight(head: Any) -> Tensor | None:

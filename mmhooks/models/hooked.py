@@ -16,6 +16,7 @@ from mmhooks.hooks.context import CacheContext, HookContext
 from mmhooks.hooks.dispatch import TapRegistry, registry
 from mmhooks.hooks.edits import Edit
 from mmhooks.hooks.places import HookFn, Places, Planned
+from mmhooks.hooks.program import EditOp, GradOp
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, SiteList, SiteMap
@@ -186,8 +187,8 @@ class HookedModel:
             parts = [self.places.plan_edit(edit) for edit in edits]
             if mask is not None:
                 parts.append(self.places.plan_mask(mask))
-            parts += [self.places.plan_hook(pattern, fn, "edit") for pattern, fn in forward]
-            parts += [self.places.plan_hook(pattern, fn, "grad") for pattern, fn in backward]
+            parts += [self.places.plan_hook(pattern, fn, EditOp) for pattern, fn in forward]
+            parts += [self.places.plan_hook(pattern, fn, GradOp) for pattern, fn in backward]
             return _joined(parts)
 
         return HookContext(plan, strict=strict, around=self._around)

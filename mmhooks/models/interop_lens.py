@@ -13,8 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
-from mmhooks.models.hooked import HookedModel
-from mmhooks.models.interop_tree import flowing, plant
+from mmhooks.models.interop_tree import Hooked, flowing, plant
 
 # TransformerLens's names inside a block, where ours differ: blocks.3.attn.hook_result, blocks.3.ln1.hook_normalized.
 _LEAVES = {"attn.result": "attn.head_out", "ln1.normalized": "ln_1", "ln2.normalized": "ln_2"}
@@ -53,7 +52,7 @@ class LensView(HookedRootModule):
     hooked: Any
     _points: dict[str, nn.Module]
 
-    def __init__(self, hooked: HookedModel) -> None:
+    def __init__(self, hooked: Hooked) -> None:
         super().__init__()
         object.__setattr__(self, "hooked", hooked)  # not as a submodule: setup() writes on those
         object.__setattr__(self, "_points", {})

@@ -10,8 +10,7 @@ from nnsight import NNsight
 from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
-from mmhooks.models.hooked import HookedModel
-from mmhooks.models.interop_tree import flowing, plant
+from mmhooks.models.interop_tree import Hooked, flowing, plant
 
 
 class _Tree(nn.Module):
@@ -20,7 +19,7 @@ class _Tree(nn.Module):
     hooked: Any
     _points: Any
 
-    def __init__(self, hooked: HookedModel, names: list[str]) -> None:
+    def __init__(self, hooked: Hooked, names: list[str]) -> None:
         super().__init__()
         object.__setattr__(self, "hooked", hooked)
         object.__setattr__(self, "_points", plant(self, names, nn.Identity))
@@ -68,7 +67,7 @@ class SiteView(NNsight):
         return (), {name: torch.cat([one[name] for one in given]) for name in given[0]}
 
 
-def nnsight_view(hooked: HookedModel, sites: Any) -> SiteView:
+def nnsight_view(hooked: Hooked, sites: Any) -> SiteView:
     """``NNsight`` over the site tree: ``view.image.blocks[0].attn.z.output`` inside ``with view.trace(...)``."""
     patterns: Any = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
     names = dict.fromkeys(name for pattern in patterns for name in hooked.sites(pattern))

@@ -7,12 +7,24 @@ of the site runs through it, inside our context. The tree holds no weights; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from mmhooks.models.hooked import HookedModel
+
+@runtime_checkable
+class Hooked(Protocol):
+    """What a view needs of the hooked model that it shows."""
+
+    model: nn.Module
+
+    @property
+    def device(self) -> torch.device: ...
+    def sites(self, pattern: Any = ...) -> list[str]: ...
+    def hooks(self, *, fwd_hooks: Any, strict: bool) -> AbstractContextManager[Any]: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module]) -> dict[str, nn.Module]:
@@ -40,7 +52,7 @@ def plant(root: nn.Module, names: Iterable[str], point: Callable[[], nn.Module])
 
 @contextmanager
 def flowing(
-    hooked: HookedModel, points: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]
+    hooked: Hooked, points: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]
 ) -> Iterator[None]:
     """Inside, the values of the wanted points' sites run through the points."""
 

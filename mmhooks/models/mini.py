@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmhooks.utils.assets import ASSETS, asset
+from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -92,6 +94,24 @@ def build(*, patch_dropout: float = 0.0, reads: bool = False) -> CLIP:
         visual: Any = model.visual
         visual.conv1 = ReadingStem(visual.conv1)
     return model
+
+
+def load_embedded(name: str) -> tuple[CLIP, SimpleTokenizer, Callable[[Image], Tensor]]:
+    """One of the embedded models with its own weights, its tokenizer and its preprocessing.
+
+    Args:
+        name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"``.
+
+    Raises:
+        MissingWeights: not in this installation. DamagedFile: not what was shipped.
+
+    >>> load_embedded("mini")[0].visual.image_size
+    (64, 64)
+    """
+    weights = read_safetensors(asset(ASSETS / name / "model.safetensors"))
+    model = build(reads=name == "mini-reader")
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    return model.eval(), tokenizer(), preprocess
 
 
 @cache

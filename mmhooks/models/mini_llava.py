@@ -78,9 +78,7 @@ def build(plan: LlavaConfig, visual: nn.Module | None = None) -> LlavaForConditi
 
     model = LlavaForConditionalGeneration(plan)
     if visual is None:
-        from mmhooks.models.zoo import load
-
-        visual = load(TOWER).model.visual  # type: ignore[assignment]
+        visual = mini.load_embedded(TOWER)[0].visual  # type: ignore[assignment]
     fill_tower(model.model.vision_tower, visual)
     return model.eval()
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmhooks.models import mini, zoo
+from mmhooks.models import mini
 from mmhooks.models.hf_weights import encoder_layers
-from mmhooks.utils.assets import asset
+from mmhooks.utils.assets import ASSETS, asset
 from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ LATENTS = 24  # principal components kept of a patch of 8 x 8 x 3
 SIDE = 8  # latents are SIDE x SIDE
 PATCH = 8
 SCALING = 2.0  # autoencoder's latents have a spread of about ½, the U-Net's of 1
-FOLDER = zoo.ASSETS / "mini-sd"
+FOLDER = ASSETS / "mini-sd"
 PAD = "<|pad|>"
 LIST = "drawings.json"
 
@@ -46,7 +46,7 @@ def text_encoder() -> CLIPTextModel:
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    source: Any = zoo.load("mini").model
+    source: Any = mini.load_embedded("mini")[0]
     tokenizer, width = mini.tokenizer(), source.token_embedding.weight.shape[1]
     model = CLIPTextModel(
         CLIPTextConfig(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmhooks.hooks.program import Op
+from mmhooks.hooks.program import EditOp
 from mmhooks.hooks.splice import Attachment, HeadSite
 from mmhooks.utils.digest import content_of, digest
 
@@ -56,7 +56,7 @@ def attachment_digest(attachment: Attachment, *, key: str | None = None) -> str:
 class OpenEdit:
     """One edit of an open context at one place: what it does there is decided by this and nothing else."""
 
-    op: Op
+    op: EditOp
 
     @property
     def label(self) -> str:
@@ -71,7 +71,7 @@ class OpenEdit:
 def edits_of(model: torch.nn.Module, contexts: Iterable[Any]) -> list[OpenEdit]:
     """The edits of open contexts that act on ``model``, in the order in which they act, whoever opened them."""
     inside = set(model.modules())
-    ops = [op for context in contexts for op in context.ops if op.kind == "edit"]
+    ops = [op for context in contexts for op in context.ops if isinstance(op, EditOp)]
     owners = [op.target.site.tap.owner for op in ops]  # a pipeline too, whose parts may be the model's
     elsewhere = [isinstance(owner, torch.nn.Module) and owner not in inside for owner in owners]
     return [OpenEdit(op) for op, other in zip(ops, elsewhere, strict=True) if not other]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.foreign_code import no_foreign_code
 from mmhooks.utils.assets import ASSETS, asset
-from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +51,7 @@ def load(
     torch.Size([1, 256])
     """
     from mmhooks.models.clip import HookedCLIP
+    from mmhooks.models.mini import load_embedded
 
     if precision not in PRECISIONS:  # open_clip would run fp32 without a word
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -61,7 +61,7 @@ def load(
                 f"{name!r} is embedded and computes in fp32: it takes no pretrained= or precision=, "
                 f"came {pretrained!r} and {precision!r}; convert it with model.model.to(...) if you must"
             )
-        model, tokenizer, preprocess = _embedded(name)
+        model, tokenizer, preprocess = load_embedded(name)
     else:
         model, tokenizer, preprocess = _open_clip(name, pretrained, precision, cache_dir)
     model = model.to(device).eval()
@@ -140,15 +140,6 @@ def card(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
     return json.loads(asset(path).read_text(encoding="utf-8"))
-
-
-def _embedded(name: str) -> tuple[Any, Any, Any]:
-    from mmhooks.models import mini
-
-    weights = read_safetensors(asset(ASSETS / name / "model.safetensors"))
-    model = mini.build(reads=name == "mini-reader")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    return model, mini.tokenizer(), mini.preprocess
 
 
 def _autocast(precision: str) -> torch.dtype | None:

@@ -1,0 +1,83 @@
+"""From the operations of all open contexts to one program for each place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mmhooks.hooks.program import Capture, CaptureOp, EditOp, FunctionStep, GradOp, GradStep, Op, Program
+from mmhooks.hooks.splice import HeadSite, HeadStep
+
+
+def compile_programs(ops: list[Op]) -> dict[Any, Any]:
+    """Tap -> program, or leaf -> program for taps with several places."""
+    places: dict[tuple[Any, str], list[Op]] = {}
+    for op in ops:
+        site = op.target.site
+        places.setdefault((site.tap, site.leaf), []).append(op)
+    table: dict[Any, Any] = {}
+    for (tap, leaf), here in places.items():
+        if tap.leaves:
+            table.setdefault(tap, {})[leaf] = _program(here)
+        else:
+            table[tap] = _program(here)
+    return table
+
+
+def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
+    steps: list[Any] = []
+    captures: list[Capture] = []
+    grads: dict[str, list[GradOp]] = {}
+    head_reads: list[Op] = []
+    for op in ops:
+        if isinstance(op.target, HeadSite) and not isinstance(op, EditOp):
+            head_reads.append(op)
+        elif isinstance(op, EditOp):
+            _add_edit(steps, op)
+        elif isinstance(op, GradOp):
+            grads.setdefault(op.target.name, []).append(op)
+        elif isinstance(op, CaptureOp):
+            captures.append(Capture(op))
+    for op in head_reads:
+        _add_head_read(steps, op)
+    steps.extend(GradStep(ops) for ops in grads.values())
+    for step in steps:
+        if isinstance(step, HeadStep):
+            step.seal()
+    return _lone_capture(steps, captures) or Program(steps, captures)
+
+
+def _add_edit(steps: list[Any], op: EditOp) -> None:
+    """Neighbouring edits of one head share a run of it."""
+    last = steps[-1] if steps else None
+    if not isinstance(op.target, HeadSite):
+        steps.append(FunctionStep(op))
+    elif isinstance(last, HeadStep) and last.fits(op.target):
+        last.add(op)
+    else:
+        steps.append(HeadStep(op))
+
+
+def _add_head_read(steps: list[Any], op: Op) -> None:
+    """Reads of a head see its last run at this place, or one of their own."""
+    run = next(
+        (step for step in reversed(steps) if isinstance(step, HeadStep) and step.fits(op.target)), None
+    )
+    if run is None:
+        steps.append(HeadStep(op))
+    else:
+        run.add(op)
+
+
+def _lone_capture(steps: Sequence[Any], captures: list[Capture]) -> Callable[[Tensor], Tensor] | None:
+    """The commonest program, one cache at one site, is the cache's own function: nothing stands between.
+
+    Where a checkpoint recomputes, it stores the same value once more.
+    """
+    if steps or len(captures) != 1 or not captures[0].detached or captures[0].view is not None:
+        return None
+    record = captures[0].record
+    record.detached = True  # type: ignore[attr-defined]
+    return record
