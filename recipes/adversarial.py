@@ -115,7 +115,7 @@ def study(o: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         victims_of(o, model, ())  # a victim that is not there is said before anything is computed
     with clock.bars, clock.step("features and groups"):
         head, mds = head_of(model, o["model"], pairs, o["head"], cache=cache_dir("modality"), epochs=o["epochs"],
-                            features=o["features"], seed=seed, progress=clock.bar)  # fmt: skip
+                            features=o["features"], seed=seed, progress=show)  # fmt: skip
         model.attach(head, at=["image.embed"], name="sae")
         groups, rule = groups_of(mds)
     if o["matched"] and o["matched"] > smallest(mds):

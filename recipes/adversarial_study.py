@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from adversarial_defence import GROUPS, Made
 from adversarial_samples import HARMFUL, TYPED, Samples
 from jaxtyping import Bool
-from modality_study import encode, unit
+from modality_study import encode, kept_head, unit
 from torch import Tensor
 
 import mmhooks as mm
@@ -20,28 +19,24 @@ from mmhooks.analysis.inference import benjamini_hochberg
 from mmhooks.analysis.judges import RuleJudge, names
 from mmhooks.analysis.repeated import repeated_difference, repeated_rate
 from mmhooks.analysis.results import plain
+from mmhooks.utils.digest import digest
 
 
 def head_of(model: Any, name: str, pairs: Any, source: str | None, *, cache: Path, epochs: int, features: int,
-            seed: int, progress: Any) -> tuple[Any, Any]:  # fmt: skip
+            seed: int, progress: bool) -> tuple[Any, Any]:  # fmt: skip
     """The head (mini's own, a given one, or one trained here and kept) and its MDS on the pairs."""
     encoded = encode(model, name, pairs, cache, batch=128, progress=progress)
     if source is None and name == "mini":
         source = "mini/sae"
     if source is None:
-        image, text = unit(encoded.image), unit(encoded.text)
-        told = f"{epochs} {features} {seed}".encode() + image.numpy().tobytes() + text.numpy().tobytes()
-        folder = cache / f"attack-sae-{blake2b(told, digest_size=10).hexdigest()}"
-        if not (folder / "config.json").exists():
-            torch.manual_seed(seed)
-            head = mm.TopKSAE(image.shape[1], features, min(32, features // 4))
-            mm.train_head(head, image, text, epochs=epochs, seed=seed)
-            head.save(folder)
-        source = str(folder)
-    head = mm.load_head(source)
-    with torch.no_grad():
-        latents = [head.encode(head.prepare(x)) for x in (encoded.image, encoded.text)]
-    return head, mm.mds(*latents, head=head.id, data=pairs.fingerprint)
+        image, text = (unit(encoded.vectors(side)) for side in ("image", "text"))
+        torch.manual_seed(seed)
+        untrained = mm.TopKSAE(image.shape[1], features, min(32, features // 4))
+        folder = cache / f"attack-sae-{digest(epochs, features, seed, image, text)[:20]}"
+        head = kept_head(folder, untrained, image, text, epochs=epochs, seed=seed)
+    else:
+        head = mm.load_head(source)
+    return head, mm.mds(encoded.store, head=head)
 
 
 class Bench:

@@ -56,7 +56,9 @@ def run(options: Options) -> Results:
             fit, judged = split(people, seed)
         with clock.step("encoders"):
             model = mm.load(options.model, pretrained=options.pretrained)
-            encoded = encode(model, options.model, pairs, cache, batch=options.batch, progress=clock.bar)
+            encoded = encode(
+                model, options.model, pairs, cache, batch=options.batch, progress=not options.quiet
+            )
             template, scale = template_of(options.template, pairs), float(model.logit_scale.detach().exp())
             prompts = prompt_labels(model, PROMPTS, [template])
             inputs = Inputs(encoded, Split.of(fit), Split.of(judged), prompts, scale)
@@ -64,12 +66,15 @@ def run(options: Options) -> Results:
             out_of = {s.row for s in judged}
             known = [row for row in range(len(pairs)) if row not in out_of]
             sources = {
-                kind: head_source(getattr(options, kind), kind, options.model) for kind in ("sae", "ncl")
+                "sae": head_source(options.sae, "sae", options.model),
+                "ncl": head_source(options.ncl, "ncl", options.model),
             }
+            if options.ncl == "none":
+                del sources["ncl"]
             heads = load_heads(
                 encoded, known, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
             )
-            groups = score_groups(heads, encoded, pairs, known, options, cache, clock.bar)
+            groups = score_groups(heads, encoded, pairs, known, options, cache)
         settings = settings_of(heads, groups)
         masking, live = {}, {}
         for setting in settings:

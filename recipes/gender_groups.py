@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from gender_options import Options
 from gender_samples import from_drawings
 from gender_study import GROUPS, Setting
 from gender_styles import is_corpus
-from modality_study import Encoded, Progress, encode
+from modality_study import Encoded, encode
 
 import mmhooks as mm
 
@@ -23,7 +22,6 @@ def score_groups(
     known: Sequence[int],
     options: Options,
     cache: Path,
-    bar: Progress,
 ) -> dict[str, Any]:
     """MDS and groups of every head, over pairs that are not judged (``known``).
 
@@ -34,16 +32,11 @@ def score_groups(
         drawings = mm.data.pairs("mini")
         people = {s.row for s in from_drawings(drawings) if s.heldout}
         known = [row for row in range(len(drawings)) if row not in people]
-        pairs = drawings
-        encoded = encode(encoded.model, options.model, drawings, cache, batch=options.batch, progress=bar)
-    return {kind: _groups(head, encoded, known, pairs.fingerprint) for kind, head in heads.items()}
-
-
-def _groups(head: Any, encoded: Encoded, rows: Sequence[int], data: str) -> Any:
-    at = torch.as_tensor(list(rows))
-    with torch.no_grad():
-        image, text = (head.encode(head.prepare(x[at])) for x in (encoded.image, encoded.text))
-    return mm.mds(image, text, head=head, data=data)
+        encoded = encode(
+            encoded.model, options.model, drawings, cache, batch=options.batch, progress=not options.quiet
+        )
+    store = encoded.store.rows(list(known))
+    return {kind: mm.mds(store, head=head) for kind, head in heads.items()}
 
 
 def group_sizes(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:

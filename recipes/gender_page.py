@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gender_samples import CLASSES
-from gender_study import GROUPS, MAIN, SIDES, Setting, vectors
+from gender_study import GROUPS, MAIN, SIDES, Setting
 from gender_tables import (
     audit_table,
     effect_table,
@@ -145,7 +145,7 @@ def show(
     """The carriers with the pictures and texts that activate them most, of all data."""
     latents = {}
     for side in SIDES:
-        x = vectors(encoded, side)
+        x = encoded.vectors(side)
         latents[side] = setting.head.encode(setting.head.prepare(x)).detach()
     best = {side: mm.top_activating(latents[side], m=8) for side in SIDES}
     counts = {side: (latents[side] > 0).sum(0) for side in SIDES}

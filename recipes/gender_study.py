@@ -90,11 +90,7 @@ class Inputs:
 
     def masked(self, setting: Setting, side: str, rows: Int[Tensor, " n"]) -> Masked:
         """One side of the pairs in these rows, to be masked by the setting's head."""
-        return Masked(setting.head, vectors(self.encoded, side)[rows])
-
-
-def vectors(encoded: Encoded, side: str) -> Float[Tensor, "n d"]:
-    return encoded.image if side == "image" else encoded.text
+        return Masked(setting.head, self.encoded.vectors(side, rows))
 
 
 def classifiers(setting: Setting, inputs: Inputs, side: str) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -100,8 +100,8 @@ def experiment(
 ) -> dict[str, Any]:
     """Masks each group live, checks it against :func:`by_hand`, and sets it beside random sets of its size."""
     at = torch.as_tensor(list(rows))
-    x = s.encoded.image[at], s.encoded.text[at]
-    f = (s.image[at], s.text[at]) if s.head is not None else (None, None)
+    x = s.encoded.vectors("image", at), s.encoded.vectors("text", at)
+    f = (None, None) if s.head is None else (s.latents("image", at), s.latents("text", at))
     alive = torch.nonzero(~mds.dead).flatten()
     everything = mm.FeatureSet(alive.tolist(), len(mds.R), head=mds.groups[0].head)
     with Live(s, inputs) as live:

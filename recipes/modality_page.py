@@ -52,6 +52,7 @@ from mmhooks.report.figures import (
 )
 from mmhooks.report.style import draw
 from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import rich_text
 from mmhooks.utils.files import write_text
 
 
@@ -278,3 +279,37 @@ def save_all(
     paths = save_plots(plots, out)
     write_text(out / "tables.md", markdown(results, found))
     return [*paths, out / "tables.md", page(results, found, shown, plots, hero).save(out / "index.html")]
+
+
+def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], paths: Sequence[Path]) -> None:
+    """The tables and statements on the screen, then where everything lies."""
+    from rich.table import Table as Grid
+
+    for made in (control_table, table1, table2, mask_table):
+        table = made(results)
+        grid = Grid(
+            title=rich_text(table.caption),
+            title_justify="left",
+            caption=rich_text(table.note),
+            caption_justify="left",
+        )
+        for i, column in enumerate(table.columns):
+            grid.add_column(rich_text(column), justify="left" if i in table.text_columns else "right")
+        for row in table.cells():
+            lines = (
+                "\n".join(p for p in (c.text, c.interval, f"paper {c.paper}" if c.paper else "") if p)
+                for c in row
+            )
+            shown = (f"{line} ≠" if c.differs else line for line, c in zip(lines, row, strict=True))
+            grid.add_row(*(rich_text(line, lines=True) for line in shown))
+        console.print(grid)
+        console.print()
+    for claim in found:
+        console.print(rich_text(claim.sentence()))
+    env = results["environment"]
+    console.print()
+    console.print(
+        rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most, {env['threads']} threads")
+    )
+    for path in paths:
+        console.print(rich_text(f"  {path}"))

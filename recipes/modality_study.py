@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from modality_page import Shown
 from modality_tables import GROUPS
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.analysis.intervals import bootstrap, bootstrap_difference, from_draws
+from mmhooks.analysis.intervals import bootstrap, bootstrap_difference
+from mmhooks.analysis.mds import MDSResult
+from mmhooks.analysis.measures import Measures
+from mmhooks.analysis.monosemanticity import textual_monosemanticity, visual_monosemanticity
 from mmhooks.analysis.results import correlation
+from mmhooks.analysis.similarity import EmbedSimResult
+from mmhooks.analysis.top import TopActivating
+from mmhooks.models.provenance import weights_hash
 from mmhooks.report import Estimate
-from mmhooks.utils.files import written_aside
+from mmhooks.utils.digest import digest
 
-Progress = Callable[[str, int], Callable[[int], None]]
+SIDES = ("image", "text")
+SITES = ("image.embed", "text.embed")
+TOP = 8  # samples of a feature that are shown
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A model's raw embeddings of all pairs, row by row."""
+    """A model, and its embeddings of all pairs in a store, row by row.
+
+    Attributes:
+        store: with the sites ``image.embed`` and ``text.embed``.
+    """
 
     model: Any = field(repr=False)
-    name: str = ""
-    image: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
-    text: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    name: str
+    store: mm.Store
+
+    def vectors(self, side: str, rows: Any = slice(None)) -> Float[Tensor, "n d"]:
+        """The embeddings of one side, "image" or "text", of all pairs or of those in ``rows``."""
+        return self.store[f"{side}.embed"][rows]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -43,46 +55,29 @@ class Subject:
     name: str
     encoded: Encoded
     head: Any = None  # None: the embedding's own coordinates
-    image: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)  # latents
-    text: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["abs", "relu"]:
+        """What counts as activation: coordinates have a sign, latents have none."""
         return "abs" if self.head is None else "relu"
 
-
-def encode(model: Any, name: str, pairs: Any, cache: Path, *, batch: int, progress: Progress) -> Encoded:
-    """Raw ``image.embed`` and ``text.embed`` of all pairs, through the hooked model, once: a second run reads them."""
-    path = cache / f"{weights_hash(model)}-{pairs.fingerprint}-{len(pairs)}.safetensors"
-    if path.exists():
-        stored = load_file(path)
-        return Encoded(model, name, stored["image"], stored["text"])
-    images, texts = [], []
-    step = progress(f"encoding with {name}", len(pairs))
-    for rows in batches(len(pairs), batch):
-        chosen = [pairs[i] for i in rows]
-        pixels = torch.stack([model.preprocess(p.image) for p in chosen])
-        tokens = model.tokenizer([p.text for p in chosen])
-        with torch.no_grad():
-            _, acts = model.run_with_cache(images=pixels, texts=tokens, sites=["image.embed", "text.embed"])
-        images.append(acts["image.embed"].float().cpu())
-        texts.append(acts["text.embed"].float().cpu())
-        step(len(rows))
-    found = Encoded(model, name, torch.cat(images), torch.cat(texts))
-    cache.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        save_file({"image": found.image, "text": found.text}, aside)
-    return found
+    @torch.no_grad()
+    def latents(self, side: str, rows: Any) -> Float[Tensor, "n k"]:
+        """The head's latents of the pairs in ``rows``, or the embeddings themselves."""
+        x = self.encoded.vectors(side, rows)
+        return x if self.head is None else self.head.encode(self.head.prepare(x))
 
 
-def weights_hash(model: Any) -> str:
-    """A short hash of the weights and the preprocessing: embeddings of other weights are never reused."""
-    digest = blake2b(digest_size=10)
-    for key, tensor in sorted(model.model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    digest.update(repr(getattr(model.preprocess, "transforms", model.preprocess.__class__)).encode())
-    return digest.hexdigest()
+def encode(model: Any, name: str, pairs: Any, cache: Path, *, batch: int, progress: bool) -> Encoded:
+    """Runs the hooked model once over all pairs, into a store under ``cache``; a second run opens it.
+
+    The store's folder is named by what decides its rows, so embeddings of other weights, transforms or pairs are
+    never read in their place. A run that was broken off goes on where it stopped.
+    """
+    made_by = digest(model.preprocess, model.tokenizer, what=f"transforms of {name}")[:16]
+    folder = cache / f"{weights_hash(model.model)}-{made_by}-{pairs.fingerprint}-{batch}"
+    store = mm.extract(model, pairs, SITES, folder, batch_size=batch, progress=progress)
+    return Encoded(model, name, store)
 
 
 def batches(n: int, size: int) -> Iterable[range]:
@@ -93,37 +88,27 @@ def unit(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-@torch.no_grad()
-def subject(name: str, encoded: Encoded, head: Any = None) -> Subject:
-    """The latents of a head over stored embeddings (the encoder never runs twice), or the embeddings themselves."""
-    if head is None:
-        return Subject(name, encoded, None, encoded.image, encoded.text)
-    image, text = (head.encode(head.prepare(x)) for x in (encoded.image, encoded.text))
-    return Subject(name, encoded, head, image, text)
-
-
 def train_heads(
     encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path
-) -> list[Any]:
+) -> dict[str, Any]:
     """An SAE and an NCL head for a model that comes without; kept for the next run."""
-    image, text = unit(encoded.image[rows]), unit(encoded.text[rows])
+    image, text = (unit(encoded.vectors(side, list(rows))) for side in SIDES)
     d = image.shape[1]
-    sae, ncl = mm.TopKSAE(d, n, min(32, n // 4)), mm.NCL(d, n)
-    heads = []
-    for kind, head in (("sae", sae), ("ncl", ncl)):
-        key = blake2b(
-            json.dumps([kind, d, n, epochs, seed]).encode()
-            + image.numpy().tobytes()
-            + text.numpy().tobytes(),
-            digest_size=10,
-        ).hexdigest()
-        folder = cache / f"{kind}-{key}"
-        if not (folder / "config.json").exists():
-            torch.manual_seed(seed)
-            mm.train_head(head, image, text, epochs=epochs, seed=seed)
-            head.save(folder)
-        heads.append(mm.load_head(str(folder)))
-    return heads
+    heads = {"sae": mm.TopKSAE(d, n, min(32, n // 4)), "ncl": mm.NCL(d, n)}
+    made_by = digest(d, n, epochs, seed, image, text)[:20]
+    return {
+        kind: kept_head(cache / f"{kind}-{made_by}", head, image, text, epochs=epochs, seed=seed)
+        for kind, head in heads.items()
+    }
+
+
+def kept_head(folder: Path, head: Any, image: Tensor, text: Tensor, *, epochs: int, seed: int) -> Any:
+    """The head that ``folder`` holds; where it holds none, ``head`` is trained and saved there."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(seed)
+        mm.train_head(head, image, text, epochs=epochs, seed=seed)
+        head.save(folder)
+    return mm.load_head(str(folder))
 
 
 def load_heads(
@@ -140,65 +125,48 @@ def load_heads(
 
     Args:
         rows: pairs that a head may be trained on.
-        sources: by kind a name, directory or Hub id; empty: train it; "none": leave it out.
+        sources: by kind a name, directory or Hub id; empty: train it.
     """
     trained: dict[str, Any] = {}
     if not all(sources.values()):
-        made = train_heads(encoded, rows, n=n, epochs=epochs, seed=seed, cache=cache)
-        trained = dict(zip(("sae", "ncl"), made, strict=True))
-    return {
-        kind: mm.load_head(source) if source else trained[kind]
-        for kind, source in sources.items()
-        if source != "none"
-    }
+        trained = train_heads(encoded, rows, n=n, epochs=epochs, seed=seed, cache=cache)
+    return {kind: mm.load_head(source) if source else trained[kind] for kind, source in sources.items()}
 
 
 # -- measures --------------------------------------------------------------------------------------------------
 
 
-def measure(
+def measure_subject(
     s: Subject,
-    embeddings: dict[str, Tensor],
+    judges: dict[str, Tensor],
     heldout: Sequence[int],
     *,
-    data: str,
     top_m: int,
     seed: int,
     draws: int,
-) -> tuple[dict[str, Any], Any]:
-    """Everything of Tables 1 and 2 and Figure 1 for one model, as JSON, and the MDS result with its groups."""
-    head = "" if s.head is None else s.head.id
-    mds = mm.mds(s.image, s.text, kind=s.kind, head=head, data=data)
-    latents = {"image": s.image, "text": s.text}
-    if s.head is None:
-        latents = {k: v.abs() for k, v in latents.items()}
-    sims = {k: mm.embed_sim(latents[k], embeddings[k], m=top_m, seed=seed) for k in latents}
-    wins = {k: mm.win_rate(latents[k], embeddings[k], m=top_m, seed=seed) for k in latents}
+) -> tuple[dict[str, Any], Measures]:
+    """Everything of Tables 1 and 2 and Figure 1 for one model, as JSON, and all measures of it.
+
+    Args:
+        judges: by side, another model's embeddings of all pairs: how alike they are.
+        heldout: rows of pairs that no training saw, on which the scores are repeated.
+    """
+    store = s.encoded.store
+    found = mm.measure(
+        store, head=s.head, image=SITES[0], text=SITES[1], embeddings=judges, kind=s.kind, m=top_m, seed=seed,
+        progress=False,
+    )  # fmt: skip
+    again = mm.mds(store.rows(list(heldout)), head=s.head or "", image=SITES[0], text=SITES[1], kind=s.kind)
+    mds, sims, wins = found.mds, found.embed_sim, found.win_rate
     groups: dict[str, Any] = dict(zip(GROUPS, mds.groups, strict=True))
-    alive = torch.nonzero(~mds.dead).flatten()
-    scores = mds.R
-    heldout_mds = mm.mds(s.image[list(heldout)], s.text[list(heldout)], kind=s.kind, head=head, data=data)
-    spread = float(scores[alive].std(unbiased=False))
-    found = {
-        "n_features": len(scores),
-        "alive": len(alive),
+    told = {
+        "n_features": len(mds.R),
+        "alive": int((~mds.dead).sum()),
         "dead": int(mds.dead.sum()),
         "rare": int(mds.rare.sum()),
         "kind": s.kind,
-        "head": head,
-        "mds": {
-            "mu": mean_of(scores[alive], seed).to_json(),
-            "sigma": Estimate(
-                spread,
-                spread * (1 - 1.96 / math.sqrt(2 * max(len(alive) - 1, 1))),
-                spread * (1 + 1.96 / math.sqrt(2 * max(len(alive) - 1, 1))),
-                len(alive),
-            ).to_json(),
-            "scores": [None if math.isnan(x) else round(x, 6) for x in scores.tolist()],
-            "ratio_of_means": finite(mds.ratio_of_means[alive].mean()),
-            "shuffled_r": finite(mds.shuffled_r),
-            "heldout_r": finite(correlation(scores, heldout_mds.R)),
-        },
+        "head": "" if s.head is None else s.head.id,
+        "mds": _scores(mds, again, seed),
         "embed_sim": {k: mean_of(v.values, seed).to_json() for k, v in sims.items()}
         | {
             "excluded": {k: v.excluded for k, v in sims.items()},
@@ -209,7 +177,7 @@ def measure(
         },
         "win_rate": {k: mean_of(v.values, seed).to_json() for k, v in wins.items()}
         | {"gap": gap(wins["image"].values, wins["text"].values, seed).to_json()},
-        "monosemanticity": monosemanticity(sims, groups, alive, seed, draws),
+        "monosemanticity": _monosemanticity(sims, groups, seed, draws),
         "groups": {
             g: {
                 "size": len(members),
@@ -218,27 +186,33 @@ def measure(
             for g, members in groups.items()
         },
     }
-    return found, mds
+    return told, found
 
 
-def monosemanticity(
-    sims: dict[str, Any], groups: dict[str, Any], alive: Int[Tensor, " a"], seed: int, draws: int
+def _scores(mds: MDSResult, again: MDSResult, seed: int) -> dict[str, Any]:
+    """The scores of all features, mean and spread of the alive ones, and how far two controls agree with them."""
+    alive = mds.R[~mds.dead]
+    spread = float(alive.std(unbiased=False))
+    error = 1.96 / math.sqrt(2 * max(len(alive) - 1, 1))
+    return {
+        "mu": mean_of(alive, seed).to_json(),
+        "sigma": Estimate(spread, spread * (1 - error), spread * (1 + error), len(alive)).to_json(),
+        "scores": [None if math.isnan(x) else round(x, 6) for x in mds.R.tolist()],
+        "ratio_of_means": finite(mds.ratio_of_means[~mds.dead].mean()),
+        "shuffled_r": finite(mds.shuffled_r),
+        "heldout_r": finite(correlation(mds.R, again.R)),
+    }
+
+
+def _monosemanticity(
+    sims: dict[str, EmbedSimResult], groups: Mapping[str, mm.FeatureSet], seed: int, draws: int
 ) -> dict[str, Any]:
     """Table 2, with the same difference between random groups of the same sizes."""
-    out: dict[str, Any] = {}
-    generator = torch.Generator().manual_seed(seed)
-    a, b = len(groups["ImgD"]), len(groups["TextD"])
-    for modality, (own, foreign), sign in (
-        ("image", ("ImgD", "TextD"), 1.0),
-        ("text", ("TextD", "ImgD"), -1.0),
-    ):
-        values = sims[modality].values
-        out[modality] = gap(values[groups[own].indices], values[groups[foreign].indices], seed).to_json()
-        control = []
-        for _ in range(draws):
-            order = alive[torch.randperm(len(alive), generator=generator)]
-            control.append(sign * float(values[order[:a]].nanmean() - values[order[a : a + b]].nanmean()))
-        out[f"random_{modality}"] = range_of(control).to_json()
+    imgd, textd, out = groups["ImgD"], groups["TextD"], {}
+    for side, contrast in (("image", visual_monosemanticity), ("text", textual_monosemanticity)):
+        found = contrast(sims[side], imgd, textd, draws=draws, seed=seed)
+        out[side] = Estimate.of(found.estimate).to_json()
+        out[f"random_{side}"] = Estimate.of(found.control).to_json()
     return out
 
 
@@ -257,22 +231,12 @@ def gap(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Esti
     return Estimate.of(bootstrap_difference(one, other, seed=seed))
 
 
-def range_of(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % range of repeated draws."""
-    known = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
-    if not len(known):
-        return Estimate(math.nan, n=0)
-    return Estimate.of(from_draws(float(known.mean()), known, len(known)))
-
-
 # -- features to show ------------------------------------------------------------------------------------------
 
 
-def show(s: Subject, mds: Any, pairs: Any, *, each: int, seed: int, top: int = 8) -> list[Shown]:
+def show(s: Subject, found: Measures, pairs: Any, *, each: int, seed: int, top: int = TOP) -> list[Shown]:
     """``each`` features a group, drawn at random among those active on at least ``top`` samples of the group's side."""
-    image, text = (s.image, s.text) if s.head is not None else (s.image.abs(), s.text.abs())
-    best_image, best_text = mm.top_activating(image, m=top), mm.top_activating(text, m=top)
-    out = []
+    mds, out = found.mds, []
     for group, members in zip(GROUPS, mds.groups, strict=True):
         sides = {"ImgD": [mds.image_counts], "TextD": [mds.text_counts]}.get(
             group, [mds.image_counts, mds.text_counts]
@@ -280,30 +244,23 @@ def show(s: Subject, mds: Any, pairs: Any, *, each: int, seed: int, top: int = 8
         able = [k for k in members if all(int(c[k]) >= top for c in sides)] or list(members)
         order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed)).tolist()
         for k in (able[i] for i in order[:each]):
-            pictures = [(pairs[i].image, pairs[i].text) for i in samples(best_image, k)]
-            texts = [(pairs.texts[i], v) for i, v in distinct(best_text, k, pairs.texts)]
-            out.append(
-                Shown(
-                    s.name,
-                    k,
-                    group,
-                    float(mds.R[k]),
-                    int(mds.image_counts[k]),
-                    int(mds.text_counts[k]),
-                    pictures,
-                    texts,
-                )
-            )
+            pictures = [(pairs[i].image, pairs[i].text) for i in samples(found.top["image"], k, top)]
+            texts = [(pairs.texts[i], v) for i, v in distinct(found.top["text"], k, pairs.texts, top)]
+            counts = int(mds.image_counts[k]), int(mds.text_counts[k])
+            out.append(Shown(s.name, k, group, float(mds.R[k]), *counts, pictures, texts))
     return out
 
 
-def samples(best: Any, feature: int) -> list[int]:
-    return best.indices[feature, : int(best.count[feature])].tolist()
+def samples(best: TopActivating, feature: int, top: int = TOP) -> list[int]:
+    """Rows of the samples that activate a feature most, at most ``top``."""
+    return best.indices[feature, : min(int(best.count[feature]), top)].tolist()
 
 
-def distinct(best: Any, feature: int, texts: Sequence[str]) -> list[tuple[int, float]]:
+def distinct(
+    best: TopActivating, feature: int, texts: Sequence[str], top: int = TOP
+) -> list[tuple[int, float]]:
     """Top texts without repeats of the same words."""
     seen: dict[str, tuple[int, float]] = {}
-    for i, value in zip(samples(best, feature), best.values[feature].tolist(), strict=False):
+    for i, value in zip(samples(best, feature, top), best.values[feature].tolist(), strict=False):
         seen.setdefault(texts[i], (i, value))
     return list(seen.values())

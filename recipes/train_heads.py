@@ -17,7 +17,7 @@ import torch
 import typer
 from jaxtyping import Float
 from mini_corpus import Corpus
-from modality_study import encode, weights_hash
+from modality_study import encode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_mini import embed
@@ -28,6 +28,7 @@ from mmhooks.data.splits import split_of
 from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, fidelity
 from mmhooks.heads.sae_objective import SAEObjective
 from mmhooks.models import zoo
+from mmhooks.models.provenance import weights_hash
 from mmhooks.utils.files import written_aside
 
 KINDS = ("sae", "ncl")
@@ -77,7 +78,7 @@ def vectors(name: str, corpus: Path, seed: int) -> Vectors:
     each other do (docs/heads.md).
     """
     model, drawings = mm.load(name), Corpus(corpus)
-    path = cache_dir("heads") / f"{weights_hash(model)}-{len(drawings.rows)}-{seed}.safetensors"
+    path = cache_dir("heads") / f"{weights_hash(model.model)}-{len(drawings.rows)}-{seed}.safetensors"
     held_out = [drawings.where("heldout_pictures"), drawings.where("heldout_concepts")]
     if not path.exists():
         rows, dice = drawings.where("train"), random.Random(seed)
@@ -117,9 +118,8 @@ def measured(head: Head, image: Tensor, text: Tensor) -> dict[str, float]:
 def groups(head: Head, name: str) -> dict[str, float]:
     """MDS of the head over OpenMoji, as recipes/modality.py computes it, and the sizes of its groups."""
     pairs = mm.data.pairs("mini")
-    encoded = encode(mm.load(name), name, pairs, cache_dir("modality"), batch=256,
-                     progress=lambda label, total: lambda done: None)  # fmt: skip
-    mds = mm.mds(*(head.encode(head.prepare(x)) for x in (encoded.image, encoded.text)))
+    encoded = encode(mm.load(name), name, pairs, cache_dir("modality"), batch=256, progress=False)
+    mds = mm.mds(encoded.store, head=head)
     sizes = {group.name: len(group) for group in mds.groups}
     return {"pairs": len(pairs), "mu": mds.mu, "sigma": mds.sigma, "dead": int(mds.dead.sum()), **sizes}
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ from mmhooks.models import mini
 
 N = 60
 EVIL = '<img src=x onerror="alert(1)"> a | b $x$'
-OPTIONS = {
-    "model": "mini", "pretrained": None, "declip": "mini-declip", "sae": "train", "ncl": "train", "limit": None,
-    "seed": 0, "top_m": 5, "image_embedder": "efficientnet-lite0", "text_embedder": "minilm", "features": 64,
-    "epochs": 4, "draws": 6, "each": 2, "evaluate": 600, "batch": 32, "skip_bad": False, "command": "test",
-}  # fmt: skip
+SMALL = modality.Options(
+    declip="mini-declip", sae="train", ncl="train", top_m=5, features=64, epochs=4, draws=6, each=2, batch=32, quiet=True,
+)  # fmt: skip
 
 
 def random_clip(name: str = "mini", **_: Any) -> mm.HookedCLIP:
@@ -69,8 +68,8 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.setattr(mm, "load", random_clip)
     patch.setattr(modality, "judge", judge)
     out = tmp_path_factory.mktemp("run") / "modality"
-    options = OPTIONS | {"data": f"{folder}/", "out": str(out)}
-    yield modality.study(options, quiet=True), out, options
+    options = replace(SMALL, data=f"{folder}/", out=out)
+    yield modality.run(options), out, options
     patch.undo()
 
 
@@ -82,7 +81,8 @@ def test_everything_is_written(run: Any) -> None:
         (out / "results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON")
     )
     assert list(stored["models"]) == ["CLIP", "DeCLIP", "CLIP+NCL", "CLIP+SAE"]
-    assert stored["models"] == json.loads(json.dumps(results["models"]))
+    assert stored == results.found
+    assert results.paths[0] == out / "results.json" and {p.name for p in results.paths} == names
     assert stored["data"]["n"] == N and stored["data"]["heldout"] == N // 5
 
 
@@ -129,11 +129,10 @@ def test_random_masks_have_the_groups_size(run: Any, monkeypatch: pytest.MonkeyP
     sizes: list[int] = []
     real = modality_mask.by_hand
     monkeypatch.setattr(modality_mask, "by_hand", lambda s, x, f, g: sizes.append(len(g)) or real(s, x, f, g))
-    o = run[2] | {"draws": 3}
-    pairs = mm.data.pairs(o["data"])
-    encoded = modality_study.encode(random_clip(), "mini", pairs, tmp_path, batch=30, progress=bars)
-    s = modality_study.subject("CLIP", encoded)
-    mds = mm.mds(s.image, s.text, kind="abs")
+    pairs = mm.data.pairs(run[2].data)
+    encoded = modality_study.encode(random_clip(), "mini", pairs, tmp_path, batch=30, progress=False)
+    s = modality_study.Subject("CLIP", encoded)
+    mds = mm.mds(encoded.store, kind="abs", image="image.embed", text="text.embed")
     inputs = modality_mask.prepare(encoded.model, pairs, range(12))
     modality_mask.experiment(s, mds, pairs, range(12), inputs, draws=3, seed=0, step=lambda n: None)
     wanted = [len(g) for g in mds.groups for _ in range(2)] + [len(g) for g in mds.groups for _ in range(6)]
@@ -146,7 +145,7 @@ def test_by_hand_is_the_written_formula() -> None:
     sae = mm.TopKSAE(8, 20, 4)
     x = torch.randn(5, 8) * 3
     f = sae.encode(x / x.norm(dim=-1, keepdim=True)).detach()
-    s = modality_study.Subject("s", modality_study.Encoded(None), sae)
+    s = modality_study.Subject("s", None, sae)  # type: ignore[arg-type]
     group = mm.FeatureSet([int(k) for k in f[0].nonzero().flatten()[:2]], 20)
     got = modality_mask.by_hand(s, x, f, group)
     for row in range(5):
@@ -169,10 +168,6 @@ def test_first_hits_is_retrievals_first_rank(words: list[str]) -> None:
         assert modality_mask.first_hits(image, text, same[:, None] == same) == pytest.approx(want)
 
 
-def bars(label: str, total: int) -> Any:
-    return lambda done: None
-
-
 def test_second_run_reads_its_cache_and_gives_the_same(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -181,9 +176,9 @@ def test_second_run_reads_its_cache_and_gives_the_same(
     def forbidden(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("done again, though it was kept")
 
-    monkeypatch.setattr(modality_study.mm, "train_head", forbidden)
+    monkeypatch.setattr(mm, "train_head", forbidden)
     monkeypatch.setattr(torch, "stack", guard_pixels(torch.stack))
-    again = modality.study(options | {"out": str(tmp_path)}, quiet=True)
+    again = modality.run(replace(options, out=tmp_path))
     assert again["models"] == first["models"] and again["claims"] == first["claims"]
 
 
@@ -198,10 +193,37 @@ def guard_pixels(real: Any) -> Any:
     return stack
 
 
-def test_other_weights_never_meet_an_old_cache() -> None:
-    a, b = random_clip("mini"), random_clip("mini-declip")
-    assert modality_study.weights_hash(a) == modality_study.weights_hash(random_clip("mini"))
-    assert modality_study.weights_hash(a) != modality_study.weights_hash(b)
+def test_embeddings_are_those_of_the_model_row_by_row(run: Any, tmp_path: Path) -> None:
+    model, pairs = random_clip(), mm.data.pairs(run[2].data)
+    encoded = modality_study.encode(model, "mini", pairs, tmp_path, batch=32, progress=False)
+    rows = [3, 40, 7]
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([model.preprocess(pairs[i].image) for i in rows]))
+        text = model.encode_text(model.tokenizer([pairs.texts[i] for i in rows]))
+    assert torch.allclose(encoded.vectors("image", rows), image, atol=1e-5)
+    assert torch.allclose(encoded.vectors("text", rows), text, atol=1e-5)
+    assert encoded.store.ids == list(pairs.ids) and encoded.vectors("image").shape == (N, 256)
+
+
+def test_other_weights_transforms_or_pairs_never_meet_an_old_cache(run: Any, tmp_path: Path) -> None:
+    pairs = mm.data.pairs(run[2].data).select(range(8))
+
+    def folder(model: mm.HookedCLIP, pairs: Any = pairs) -> Path:
+        found = modality_study.encode(model, "mini", pairs, tmp_path, batch=8, progress=False).store.folder
+        assert found is not None
+        return found
+
+    one = folder(random_clip("mini"))
+    assert one == folder(random_clip("mini"))  # the same weights, whoever holds them
+    grey = random_clip("mini")
+    real = grey.preprocess
+    grey.preprocess = lambda image: real(image.convert("L").convert("RGB"))
+    others = [
+        folder(random_clip("mini-declip")),
+        folder(grey),
+        folder(random_clip("mini"), pairs.select(range(4))),
+    ]
+    assert len({one, *others}) == 4
 
 
 def test_page_and_tables_escape_captions(run: Any) -> None:
