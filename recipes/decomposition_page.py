@@ -27,6 +27,7 @@ from mmhooks.report import (
 from mmhooks.report.figures import Strip, picture_strips
 from mmhooks.report.style import LIGHT, Palette, draw
 from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import rich_text
 from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -298,3 +299,13 @@ def save_all(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]], o
     head = f"# What attention heads of {escaped(data['model'])} say\n\n{source}\n\n"
     write_text(out / "tables.md", head + "\n\n".join(t.markdown() for t in tables(results)) + "\n")
     return [*paths, out / "tables.md", page(results, plots).save(out / "index.html")]
+
+
+def report(console: Any, results: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """The tables on the screen, then where everything lies."""
+    for table in tables(results):
+        console.print(rich_text(table.markdown(), lines=True))
+        console.print()
+    console.print(rich_text(f"{results['environment']['seconds']:.0f} s"))
+    for path in paths:
+        console.print(rich_text(f"  {path}"))

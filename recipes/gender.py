@@ -74,7 +74,7 @@ def run(options: Options) -> Results:
             heads = load_heads(
                 encoded, known, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
             )
-            groups = score_groups(heads, encoded, pairs, known, options, cache)
+            groups = score_groups(heads, encoded, known, options, cache)
         settings = settings_of(heads, groups)
         masking, live = {}, {}
         for setting in settings:

@@ -18,7 +18,6 @@ import mmhooks as mm
 def score_groups(
     heads: Mapping[str, Any],
     encoded: Encoded,
-    pairs: Any,
     known: Sequence[int],
     options: Options,
     cache: Path,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from spurious_options import Options
 from torch import Tensor
 
 GROUPS = ("land animal, land", "land animal, water", "water animal, land", "water animal, water")
@@ -96,6 +97,29 @@ class Study:
     names: tuple[list[str], list[str]]
     shares: Float[Tensor, " 4"]  # of the groups where heads are chosen: the correlation
     attribution: str
+
+
+def load_splits(preprocess: Any, options: Options) -> list[Study]:
+    """Splits of the drawn animals, or the one split that a data set has.
+
+    Raises:
+        DataError: a data set that is not of this shape.
+    """
+    if options.data == "mini":
+        seeds = range(options.seed, options.seed + options.splits)
+        return [
+            drawn(
+                preprocess, n=options.limit, correlation=options.correlation, scale=options.scale, seed=seed
+            )
+            for seed in seeds
+        ]
+    one, other = (text.strip() for text in options.classes.split(",", 1))
+    return [
+        real(
+            preprocess, options.data, label=options.label, place=options.place, names=(one, other),
+            limit=options.limit, seed=options.seed,
+        )
+    ]  # fmt: skip
 
 
 def drawn(preprocess: Any, *, n: int, correlation: float, scale: float, seed: int) -> Study:

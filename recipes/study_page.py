@@ -80,15 +80,10 @@ def write_study(
     plots: Mapping[str, Plot],
     notes: Sequence[str],
     attribution: str,
-) -> list[Path]:
-    """Writes everything under ``out`` and returns the paths. ``claims``: verdict, claim, what was measured."""
-    from mmhooks.analysis.results import plain
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(
-        json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    paths = [out / "results.json", *save_plots(plots, out)]
+) -> Results:
+    """Writes everything under ``out``. ``claims``: verdict, claim, what was measured."""
+    written = write_results(out, results)  # first: hours of work do not hang on a figure
+    paths = save_plots(plots, out)
     lines = "\n".join(
         f"- **{VERDICTS[verdict]}**: {markdown(claim, code=True)}; {markdown(measured, code=True)}"
         for verdict, claim, measured in claims
@@ -115,7 +110,8 @@ def write_study(
         Section("How it was made", [*shown, TableBlock(_settings(results))]),
     ]
     page = Page(title, sections, lead, "mmhooks · study", [attribution])
-    return [*paths, out / "tables.md", page.save(out / "index.html")]
+    others = [*paths, out / "tables.md", page.save(out / "index.html")]
+    return Results(written.found, (*written.paths, *others))
 
 
 def save_plots(plots: Mapping[str, Plot], out: Path) -> list[Path]:
@@ -150,7 +146,11 @@ def show(
 
 def _settings(results: Mapping[str, Any]) -> Table:
     env = results["environment"]
-    rows = [[str(name), str(value)] for name, value in results["settings"].items()]
+    rows = [
+        [name, "–" if value is None else str(value)]
+        for name, value in results["settings"].items()
+        if name not in ("out", "quiet")  # which decide nothing
+    ]
     rows.append(
         [
             "time and memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import decomposition
 import pytest
 from decomposition import app
 from typer.testing import CliRunner
@@ -51,10 +52,22 @@ def test_another_model_with_random_weights(tmp_path):
     own.write_text(
         "\n".join(f"{c} {t}" for c in ("red", "blue", "green") for t in ("dog", "cat", "hat", "cup"))
     )
-    found = run(
-        tmp_path / "out", "--model", "ViT-B-32", "--limit", "8", "--pool", str(own), "--direct", "--layers", "1",
-        "--texts", "3", "--each", "2",
-    )  # fmt: skip
+    out = tmp_path / "out"
+    found = decomposition.run(
+        decomposition.Options(
+            model="ViT-B-32",
+            limit=8,
+            pool=str(own),
+            live=False,
+            layers=1,
+            texts=3,
+            each=2,
+            out=out,
+            quiet=True,
+        )
+    )
+    assert found.found == json.loads((out / "results.json").read_text())
+    assert {p.name for p in found.paths} == {p.name for p in out.iterdir()}
     assert len(found["text_span"]["heads"]) == 12 and found["labels"]["kinds"] is None
     assert all(live is None for live in found["ablations"]["live"])
 

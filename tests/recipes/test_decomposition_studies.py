@@ -19,6 +19,8 @@ import segmentation_data  # noqa: E402
 import spurious  # noqa: E402
 import spurious_data  # noqa: E402
 import spurious_judge  # noqa: E402
+import spurious_trials  # noqa: E402
+from study_page import Results  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", grounds.GROUNDS)
@@ -144,7 +146,7 @@ def test_contrast_finds_the_head_that_the_background_moves():
     outputs[:, 0, 1, 0] = 5 * animals.float()
     texts = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])
     scenes = SimpleNamespace(animals=animals, places=places)
-    assert spurious.by_contrast(outputs, [4, 5], scenes, texts) == [(5, 2)]
+    assert spurious_trials.by_contrast(outputs, [4, 5], scenes, texts) == [(5, 2)]
 
 
 def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
@@ -159,11 +161,11 @@ def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
     outputs = 0.01 * torch.randn(40, 1, 2, 256, generator=torch.Generator().manual_seed(0))
     outputs[:, 0, 0] += torch.linspace(-1, 1, 40)[:, None] * red
     outputs[:, 0, 1] += torch.linspace(-1, 1, 40)[:, None] * beach
-    named, order, reach = spurious.by_text_span(texts, embedded, outputs, [5], ["place"])
+    named, order, reach = spurious_trials.by_text_span(texts, embedded, outputs, [5], ["place"])
     assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and 0.8 < reach <= 1
     (tmp_path / "plain.txt").write_text("a beach\n")
     with pytest.raises(DataError, match="no kinds"):
-        spurious.by_text_span(
+        spurious_trials.by_text_span(
             mm.data.text_pool(str(tmp_path / "plain.txt")), embedded[:1], outputs, [5], ["place"]
         )
 
@@ -178,15 +180,18 @@ def test_a_claim_that_does_not_hold_says_so():
     assert spurious_judge.compared("TextSpan", [0], right, groups, random, 0)[0][0] == "open"
 
 
-def written(out) -> dict:
+def written(found: Results) -> dict:
+    """What ``results.json`` holds, which is what the run returned; every file is one that it names."""
+    out = found.paths[0].parent
     assert {p.suffix for p in out.iterdir()} == {".json", ".md", ".png", ".html"}
-    return json.loads((out / "results.json").read_text())
+    assert set(found.paths) == set(out.iterdir())
+    assert json.loads((out / "results.json").read_text()) == found.found
+    return found.found
 
 
 @pytest.mark.slow
 def test_segmentation_on_mini_beats_what_knows_no_text(tmp_path):
-    segmentation.study(limit=80, out=tmp_path / "s", quiet=True)
-    found = written(tmp_path / "s")
+    found = written(segmentation.run(segmentation.Options(limit=80, out=tmp_path / "s", quiet=True)))
     verdicts = {
         claim.split(" beat ")[1].removesuffix(" on mIoU"): verdict for verdict, claim, _ in found["claims"]
     }
@@ -196,13 +201,17 @@ def test_segmentation_on_mini_beats_what_knows_no_text(tmp_path):
 @pytest.mark.slow
 def test_whole_studies_on_another_model(tmp_path):
     """ViT-B/32 with random weights: no claim, but everything runs and is written."""
-    segmentation.study("ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
-    assert written(tmp_path / "s")["n"] == 8
+    small = segmentation.Options(model="ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
+    assert written(segmentation.run(small))["n"] == 8
     pool = tmp_path / "pool.txt"
     pool.write_text("# place\na beach\na forest\nthe sea\n# colour\nred things\nblue things\n")
-    options = {"limit": 8, "draws": 2, "layers": 1, "batch": 8, "splits": 2, "pool": str(pool), "quiet": True}
-    spurious.study("ViT-B-32", **options, out=tmp_path / "p")  # type: ignore[arg-type]
-    assert written(tmp_path / "p")["n"] == {"choose": 16, "judge": 16}
+    found = spurious.run(
+        spurious.Options(
+            model="ViT-B-32", limit=8, draws=2, layers=1, batch=8, splits=2, pool=str(pool), out=tmp_path / "p",
+            quiet=True,
+        )
+    )  # fmt: skip
+    assert written(found)["n"] == {"choose": 16, "judge": 16}
 
 
 @pytest.mark.slow
