@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from adversarial_options import Options
 from adversarial_samples import Samples
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,6 +18,7 @@ from mmhooks.analysis.align import align, samples_of
 from mmhooks.analysis.groups import groups_of
 from mmhooks.analysis.mds import GROUPS
 from mmhooks.analysis.pixels import psnr
+from mmhooks.analysis.victims import EndpointVictim
 
 DRAWN = (*GROUPS, "random")
 DEFENCES = (*DRAWN, "all")
@@ -112,6 +114,62 @@ class Defence:
             psnr(made.pictures[:n], s.attack).tolist(),
             made.linf[:n].tolist(),
         )
+
+
+def check_matched(matched: int | None, mds: Any) -> None:
+    """Refuses more features a sample than every group has."""
+    if matched and matched > smallest(mds):
+        raise mm.errors.MMHooksError(f"--matched {matched}: the smallest group has {smallest(mds)} features")
+
+
+def calibrated(model: Any, mds: Any, benches: Sequence[Any], options: Options) -> dict[str, Any]:
+    """:func:`half_way` on samples of another seed. An endpoint's answers cost something: where there are other
+    victims, it is only asked about the samples that are reported."""
+    free = [b for b in benches if not isinstance(b.victim, EndpointVictim)]
+    return half_way(
+        model, mds, free or benches, steps=options.steps, lr=options.lr, seed=options.seed + 1,
+        progress=not options.quiet,
+    )  # fmt: skip
+
+
+def defend(
+    defence: Defence,
+    model: Any,
+    samples: Samples,
+    mds: Any,
+    benches: Sequence[Any],
+    untouched: Sequence[int],
+    *,
+    repeats: int,
+) -> tuple[list[dict[str, Any]], dict[str, Made]]:
+    """Asks every victim before and after every defence; the benches keep the answers.
+
+    Returns:
+        Numbers of every defence and draw, and by defence the first draw, whose pictures are shown, and described
+        where they carry no trigger.
+    """
+    steps = defence.steps
+    keep = sorted({max(1, steps // 4), max(1, steps // 2), steps})
+    numbers: list[dict[str, Any]] = []
+    first: dict[str, Made] = {}
+    for bench in benches:
+        bench.untreated()
+    for made in defence.run(model, samples, mds, repeats=repeats, keep=keep, untouched=untouched):
+        for bench in benches:
+            bench.defended(made)
+        numbers.append(
+            {
+                "defence": made.defence,
+                "draw": made.draw,
+                "strong": made.strong,
+                "loss": made.loss,
+                "psnr": finite_mean(made.psnr),
+                "linf": finite_mean(made.linf),
+            }
+        )
+        if made.draw == 0 and not made.strong:
+            first[made.defence] = made
+    return numbers, first
 
 
 def half_way(

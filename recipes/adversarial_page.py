@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mmhooks.report import (
 from mmhooks.report.style import draw
 from mmhooks.report.tables import Cell
 from mmhooks.utils.escape import markdown as escaped
-from mmhooks.utils.escape import one_line
+from mmhooks.utils.escape import one_line, rich_text
 from mmhooks.utils.files import write_text
 
 PAPER = {"benign": 0.10, "unaligned": 0.80, "ImgD": 0.50, "TextD": 0.25, "CrossD": 0.30, "random": 0.65}
@@ -357,3 +357,11 @@ def save_all(
         footer=(results["data"]["attribution"], f"{results['environment']['seconds']:.0f} s"),
     )  # fmt: skip
     return [*paths, out / "tables.md", page.save(out / "index.html")]
+
+
+def report(console: Any, paths: Sequence[Path]) -> None:
+    """The tables on the screen, then where everything lies."""
+    tables = next(path for path in paths if path.name == "tables.md")
+    console.print(rich_text(tables.read_text(), lines=True))
+    for path in paths:
+        console.print(rich_text(f"  {path}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from adversarial_defence import GROUPS, Made
+from adversarial_options import Options
 from adversarial_samples import HARMFUL, TYPED, Samples
 from jaxtyping import Bool
 from modality_study import encode, kept_head, unit
@@ -22,17 +23,16 @@ from mmhooks.analysis.results import plain
 from mmhooks.utils.digest import digest
 
 
-def head_of(model: Any, name: str, pairs: Any, source: str | None, *, cache: Path, epochs: int, features: int,
-            seed: int, progress: bool) -> tuple[Any, Any]:  # fmt: skip
+def head_of(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
     """The head (mini's own, a given one, or one trained here and kept) and its MDS on the pairs."""
-    encoded = encode(model, name, pairs, cache, batch=128, progress=progress)
-    if source is None and name == "mini":
-        source = "mini/sae"
+    encoded = encode(model, options.model, pairs, cache, batch=128, progress=not options.quiet)
+    source = options.head or ("mini/sae" if options.model == "mini" else None)
     if source is None:
         image, text = (unit(encoded.vectors(side)) for side in ("image", "text"))
+        n, epochs, seed = options.features, options.epochs, options.seed
         torch.manual_seed(seed)
-        untrained = mm.TopKSAE(image.shape[1], features, min(32, features // 4))
-        folder = cache / f"attack-sae-{digest(epochs, features, seed, image, text)[:20]}"
+        untrained = mm.TopKSAE(image.shape[1], n, min(32, n // 4))
+        folder = cache / f"attack-sae-{digest(epochs, n, seed, image, text)[:20]}"
         head = kept_head(folder, untrained, image, text, epochs=epochs, seed=seed)
     else:
         head = mm.load_head(source)

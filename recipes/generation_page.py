@@ -10,6 +10,7 @@ from generation_study import GROUPS, MEASURES
 from PIL.Image import Image
 from torch import Tensor
 
+from mmhooks.cli.say import say
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
 from mmhooks.report.style import Palette, draw
 from mmhooks.report.tables import Cell
@@ -47,12 +48,12 @@ def grid(
         axis.imshow(one)
         axis.axis("off")
 
-    def say(text: str, x: float, y: float, **options: Any) -> None:
+    def write_at(text: str, x: float, y: float, **options: Any) -> None:
         options = {"color": palette.ink, "va": "center"} | options
         figure.text(x / wide, 1 - y / high, terminal(text, lines=True), parse_math=False, fontdict=options)
 
     middle = top + len(strips) * cell / 2
-    say(
+    write_at(
         f"toward\n{_lines(case['reference'])}",
         0.75,
         middle - 0.65,
@@ -61,13 +62,13 @@ def grid(
         color=palette.soft,
     )
     show(picture.convert("RGB"), 0.15, middle - 0.6, 1.2)
-    say(f"prompt: {_cut(case['prompt'], int(10 * (wide - left)) - 8)}", left + 0.05, 0.18, weight="bold")
-    say("strength", left - 0.1, top - 0.16, ha="right", color=palette.soft)
+    write_at(f"prompt: {_cut(case['prompt'], int(10 * (wide - left)) - 8)}", left + 0.05, 0.18, weight="bold")
+    write_at("strength", left - 0.1, top - 0.16, ha="right", color=palette.soft)
     for column, strength in enumerate(strengths):
-        say(f"{strength:g}", left + (column + 0.5) * cell, top - 0.16, ha="center", color=palette.soft)
+        write_at(f"{strength:g}", left + (column + 0.5) * cell, top - 0.16, ha="center", color=palette.soft)
     for row, (group, pictures) in enumerate(strips.items()):
         colour = palette.ink if group == "CrossD" else palette.group(group)
-        say(group, left - 0.1, top + (row + 0.5) * cell, ha="right", weight="bold", color=colour)
+        write_at(group, left - 0.1, top + (row + 0.5) * cell, ha="right", weight="bold", color=colour)
         for column, one in enumerate(pictures):
             show(
                 one.permute(1, 2, 0).numpy(),
@@ -130,9 +131,10 @@ def table(found: Mapping[str, Any], title: str, strength: float) -> Table:
     return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title, note=note)
 
 
-def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], out: Path) -> None:
-    """``tables.md``, PNG figures and ``index.html``; ``shows``: strips of a mode and their reference."""
-    strengths, sections = results["strengths"], []
+def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], out: Path) -> list[Path]:
+    """Writes PNG figures, ``tables.md`` and ``index.html``, and returns the paths; ``shows``: strips of a mode and
+    their reference."""
+    strengths, sections, paths = results["strengths"], [], []
     markdown = ["# Interpolation by modality", ""]
     for mode, by_space in results["modes"].items():
         strips, picture = shows[mode]
@@ -156,7 +158,8 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
                 ("curves", lines, "Measures by strength, with 95 % intervals over prompts"),
             ):  # fmt: skip
                 light, dark = draw(make, alt=f"{title}: {caption[0].lower()}{caption[1:]}")
-                (out / f"{kind}-{name}.png").write_bytes(light.data)
+                paths.append(out / f"{kind}-{name}.png")
+                paths[-1].write_bytes(light.data)
                 plots.append(Plot(light, dark, caption=caption))
             numbers = table(found, title, strengths[-1])
             said = [v["sentence"] for v in found["verdicts"].values()]
@@ -189,4 +192,17 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
         f"conditioner move toward a reference picture. Features are scored on {results['data_pairs']:,} pairs."
     )
     footer = [results["command"], f"Data: {results['data']}, {results['licence']}. {results['attribution']}"]
-    Page("Interpolation by modality", sections, lead, "mmhooks", footer).save(out / "index.html")
+    page = Page("Interpolation by modality", sections, lead, "mmhooks", footer).save(out / "index.html")
+    return [*paths, out / "tables.md", page]
+
+
+def report(results: Mapping[str, Any], out: Path) -> None:
+    """What holds and what is not possible, on the screen; then where the page lies."""
+    for mode, by_space in results["modes"].items():
+        for space, found in by_space.items():
+            say(f"{mode}, {space}: groups by {found['rule']}")
+            for verdict in found["verdicts"].values():
+                say(f"{mode}, {space}: {verdict['sentence']}")
+    for mode, why in results["impossible"].items():
+        say(f"{mode}: not possible here: {why}")
+    say(f"{out / 'index.html'}, {results['seconds']:.0f} s")

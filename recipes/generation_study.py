@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from generation_options import Options
 from jaxtyping import Float, UInt8
 from PIL.Image import Image
 from torch import Tensor
@@ -121,14 +122,37 @@ class Judge:
 Curves = dict[str, dict[str, dict[str, Float[Tensor, "strengths n"]]]]
 
 
-def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: str, *, strengths: tuple[float, ...],
-          seeds: int, shown: int | None, quiet: bool) -> tuple[Curves, dict[str, dict[str, Tensor]], int]:  # fmt: skip
+@dataclass(frozen=True)
+class Interpolated:
+    """What a mode gave.
+
+    Attributes:
+        settings: the spaces that were edited. curves: measures by space and group, strength by strength.
+        strips: the pictures of one case by space and group. shown: which case that is.
+    """
+
+    settings: list[Setting]
+    curves: Curves
+    strips: dict[str, dict[str, Tensor]]
+    shown: int
+
+
+def interpolate(
+    painter: Painter,
+    settings: list[Setting],
+    cases: list[Case],
+    strengths: tuple[float, ...],
+    options: Options,
+) -> Interpolated:
     """Every setting, group, strength and seed: per case means over seeds, and the pictures of one case.
 
-    The case is ``shown``, or the one that moved most, over all settings and groups at the largest strength.
+    The case is ``options.shown``, or the one that moved most, over all settings and groups at the largest strength.
     """
+    seeds, shown, quiet = options.seeds, options.shown, options.quiet
     prompts = [case.prompt for case in cases]
-    judges = Judge(judge, painter(prompts, seeds), painter([case.reference for case in cases], seeds))
+    judges = Judge(
+        options.image_embedder, painter(prompts, seeds), painter([case.reference for case in cases], seeds)
+    )
     starts = [painter(prompts, seed) for seed in range(seeds)]
     still = torch.stack([judges(s, s)["quality"] for s in starts]).mean(0)
     at_zero = {m: still if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
@@ -164,7 +188,29 @@ def study(painter: Painter, settings: list[Setting], cases: list[Case], judge: s
     chosen = {
         s: {g: torch.stack([p[shown] for p in strip]) for g, strip in by.items()} for s, by in strips.items()
     }
-    return curves, chosen, shown
+    return Interpolated(settings, curves, chosen, shown)
+
+
+def numbers_of(found: Interpolated) -> dict[str, Any]:
+    """What ``results.json`` holds of a mode, by space."""
+    return {
+        s.name: {
+            "rule": s.rule,
+            "sizes": s.sizes,
+            "edited": {g: len(features) for g, features in s.groups.items()},
+            "mu": s.mds.mu,
+            "sigma": s.mds.sigma,
+            "thresholds": s.mds.thresholds,
+            "shuffled_r": s.mds.shuffled_r,
+            "shown": found.shown,
+            "curves": {
+                g: {measure: [bootstrap(row) for row in rows] for measure, rows in by.items()}
+                for g, by in found.curves[s.name].items()
+            },
+            "verdicts": verdicts(found.curves[s.name]),
+        }
+        for s in found.settings
+    }
 
 
 def _bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:

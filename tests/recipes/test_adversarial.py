@@ -325,6 +325,11 @@ def test_a_victim_that_is_not_there_is_said_first(tmp_path):
     assert result.exit_code == 1 and "no LLaVA checkpoint" in result.output
 
 
+def test_an_endpoint_without_an_address_is_one_sentence(tmp_path):
+    result = CliRunner().invoke(adversarial.app, ["--victim", "endpoint:gpt", "--out", str(tmp_path)])
+    assert result.exit_code == 1 and "endpoint:MODEL@URL, got 'endpoint:gpt'" in result.output
+
+
 def test_more_features_than_a_group_has_are_refused(tmp_path):
     told = ["--model", "mini", "--limit", "8", "--matched", "900", "--victim", "clip", "--out", str(tmp_path)]
     result = CliRunner().invoke(adversarial.app, told)
@@ -349,8 +354,14 @@ def test_real_sizes(tmp_path):
     from test_llava import llava_1_5
 
     llava_1_5(tmp_path / "llava")
-    found = run(
-        tmp_path / "out", "--model", "ViT-B-32", "--victim", "clip", "--victim", str(tmp_path / "llava")
-    )
+    out = tmp_path / "out"
+    found = adversarial.run(
+        adversarial.Options(
+            model="ViT-B-32", victim=["clip", str(tmp_path / "llava")], limit=8, steps=2, repeats=2, calibration=8,
+            attack_steps=3, cost=3, epochs=4, out=out, quiet=True,
+        )
+    )  # fmt: skip
+    assert json.loads((out / "results.json").read_text()) == found.found
+    assert set(found.paths) == set(out.iterdir())
     assert found["head"]["features"] == 1024
     assert [v["n"] for v in found["victims"].values()] == [8, 8]

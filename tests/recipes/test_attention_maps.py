@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import attention_maps as recipe
+import attention_maps_pictures
 import pytest
 import torch
 from PIL import Image
@@ -47,9 +48,12 @@ def test_prompts(pipeline, tmp_path):
 def test_known_drawings(pipeline, tmp_path):
     listed = {"drawings": [{"name": name} for name in ("red panda", "kite", "house")]}
     (pipeline / "drawings.json").write_text(json.dumps(listed))
-    done = run("--pipeline", pipeline, "--steps", 2, "--out", tmp_path, "--template", "a {}", "--batch", 2)
-    assert done.exit_code == 0, done.output
+    found = recipe.run(
+        recipe.Options(pipeline=str(pipeline), steps=2, out=tmp_path, template="a {}", batch=2)
+    )
     result = json.loads((tmp_path / "results.json").read_text())
+    assert result == found.found
+    assert set(found.paths) == {p for p in tmp_path.rglob("*") if p.is_file()}
     assert result["prompts"] == ["a red panda", "a kite", "a house"]
     assert set(result["games"]) == {"object", "another picture's heat", 'the word "a"'}
     assert result["verdict"] in (tmp_path / "results.md").read_text()
@@ -64,7 +68,7 @@ def test_verdict(right):
         picture.paste("red", (0, 0, 6, 6))
         heat = torch.zeros(4, 4)
         heat[(0, 0) if right or n < 4 else (3, 3)] = 1
-        drawn.append(recipe.Drawn("a kite", picture, {"kite": heat}))
-    games = recipe.play(drawn)
+        drawn.append(attention_maps_pictures.Drawn("a kite", picture, {"kite": heat}))
+    games = attention_maps_pictures.play(drawn)
     assert games["object"].chance == pytest.approx(36 / 256)
-    assert ("not more often" in recipe.verdict(games)) != right
+    assert ("not more often" in attention_maps_pictures.verdict(games)) != right

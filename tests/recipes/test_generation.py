@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import generation
+import generation_settings
 import generation_study as study
 import pytest
 import torch
@@ -28,23 +29,23 @@ class _Pairs:
 
 
 def test_cases_are_of_different_texts_that_the_pipeline_draws() -> None:
-    cases = generation.choose_cases(_Pairs(), {"cat", "dog", "owl", "sun"}, 2, "a {}", seed=0)
+    cases = generation_settings.choose_cases(_Pairs(), {"cat", "dog", "owl", "sun"}, 2, "a {}", seed=0)
     said = [c.prompt for c in cases] + [c.reference for c in cases]
     assert sorted(said) == ["a cat", "a dog", "a owl", "a sun"]
     for case in cases:
         assert _Pairs.texts[case.picture.getpixel((0, 0))[0]] == case.reference.removeprefix("a ")
     with pytest.raises(MMHooksError, match="3 prompts and references need 6"):
-        generation.choose_cases(_Pairs(), None, 3, "{}", seed=0)
+        generation_settings.choose_cases(_Pairs(), None, 3, "{}", seed=0)
 
 
 def test_groups_are_cut_to_one_size_and_matched() -> None:
     alive = mm.FeatureSet(range(50), 60)
     groups = {"ImgD": mm.FeatureSet(range(5), 60), "TextD": mm.FeatureSet(range(5, 12), 60),
               "CrossD": mm.FeatureSet(range(12, 50), 60)}  # fmt: skip
-    cut = generation.same_size(groups, alive, whole=False, seed=0)
+    cut = generation_settings.same_size(groups, alive, whole=False, seed=0)
     assert {len(g) for g in cut.values()} == {5}
     assert all(set(cut[k]) <= set(groups[k]) for k in groups) and set(cut["random"]) <= set(alive)
-    whole = generation.same_size(groups, alive, whole=True, seed=0)
+    whole = generation_settings.same_size(groups, alive, whole=True, seed=0)
     assert [len(whole[g]) for g in study.GROUPS] == [5, 7, 38, 7]
 
 
@@ -92,11 +93,13 @@ def test_verdicts_follow_the_papers_claim() -> None:
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
-    options = ["--limit", "1500", "--pairs", "3", "--seeds", "1", "--strength", "0.9", "--steps", "3", "--epochs", "2",
-               "--quiet", "--out", str(tmp_path)]  # fmt: skip
-    done = CliRunner().invoke(generation.app, options)
-    assert done.exit_code == 0, done.output
+    done = generation.run(
+        generation.Options(
+            limit=1500, pairs=3, seeds=1, strength=[0.9], steps=3, epochs=2, quiet=True, out=tmp_path
+        )
+    )
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results == done.found and set(done.paths) == set(tmp_path.iterdir())
     assert "256 dimensions" in results["impossible"]["naive"]
     for space, found in results["modes"]["projected"].items():
         assert set(found["curves"]) == set(study.GROUPS)
@@ -170,7 +173,7 @@ def test_equal_widths_end_to_end(tmp_path: Path) -> None:
 def test_unknown_mode_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(generation.app, ["--mode", "unclipped", "--out", str(tmp_path / "x")])
     assert done.exit_code == 1
-    assert "--mode is one of naive, projected, unclip; came 'unclipped'" in done.output
+    assert "--mode is one of naive, projected, unclip; got 'unclipped'" in done.output
 
 
 def test_too_many_prompts_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,16 @@ from typer.testing import CliRunner
 
 from mmhooks.errors import DataError
 
-STUDIES = ("gender", "modality")
+STUDIES = (
+    "gender",
+    "modality",
+    "decomposition",
+    "segmentation",
+    "spurious",
+    "generation",
+    "attention_maps",
+    "adversarial",
+)
 # Names and defaults that scripts of users rely on: a change here breaks them.
 KNOWN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "study_options.json").read_text())
 
