@@ -34,7 +34,7 @@ def run(options: Options) -> Results:
     from study_page import write_results
 
     import mmhooks as mm
-    from mmhooks.analysis.results import Table
+    from mmhooks.analysis.results import Records
     from mmhooks.cli.say import say, say_lines
     from mmhooks.utils.escape import markdown
     from mmhooks.utils.files import write_text
@@ -60,7 +60,7 @@ def run(options: Options) -> Results:
     ]
     if not options.prompt:
         games = play(drawn)
-        table = Table([{"heat of": name, **game.table()[0]} for name, game in games.items()])
+        table = Records([{"heat of": name, **game.table()[0]} for name, game in games.items()])
         results |= {"games": games, "verdict": verdict(games)}
         lines += ["", verdict(games), "", table.markdown()]
     page = out / "results.md"

@@ -11,9 +11,8 @@ from gender_study import GROUPS, SIDES, Inputs, Setting, Split, summary_of
 from jaxtyping import Float
 from torch import Tensor
 
-from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.resampling import bootstrap_ratio, cluster_numbers, paired_test
-from mmhooks.analysis.results import plain
+from mmhooks.analysis.results import Estimate, plain
 from mmhooks.analysis.zero_masked import CosineLabels, classified
 
 

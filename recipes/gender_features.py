@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.analysis.inference import benjamini_hochberg
-from mmhooks.analysis.intervals import Estimate, from_draws
+from mmhooks.analysis.intervals import from_draws
 from mmhooks.analysis.resampling import bootstrap_ratio, paired_test, resampled_sums
-from mmhooks.analysis.results import plain
+from mmhooks.analysis.results import Estimate, plain
 from mmhooks.analysis.zero_masked import CosineLabels, Masked, single_ablations
 
 TOP = 16  # "most active features" of Figure 5

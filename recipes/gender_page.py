@@ -41,6 +41,7 @@ from mmhooks.report import (
     Tile,
     Tiles,
     fixed,
+    interval,
     percent,
 )
 from mmhooks.report.figures import Effect, mask_effects, picture_strips
@@ -235,7 +236,7 @@ def page(
 
 def _interval(d: Mapping[str, Any], factor: float = 100, digits: int = 1) -> str:
     e = Estimate.from_json({k: (None if d[k] is None else factor * d[k]) for k in ("value", "low", "high")})
-    return e.interval(digits)
+    return interval(e, digits)
 
 
 def _made(results: Mapping[str, Any]) -> list[Block]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from modality_paper import Claim, agreement
 
-from mmhooks.report import Estimate, fixed, signed
+from mmhooks.report import Estimate, fixed, interval, signed
 
 # Table 6: probability of the original gender: none, without ImgD, TextD, random
 TABLE6 = {
@@ -70,7 +70,7 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
                 f"(Table 6: {TABLE6[side][group]} against {TABLE6[side][other]}).",
                 f"{fixed(here['groups'][group]['probability']['value'])} against "
                 f"{fixed(here['groups'][other]['probability']['value'])}, paired difference {signed(contrast.value)} "
-                f"{contrast.interval()}, p = {here['contrast']['p']:.3g}.",
+                f"{interval(contrast)}, p = {here['contrast']['p']:.3g}.",
             )
         )
         cell = here["groups"][group]
@@ -99,7 +99,7 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
                 f"{leader} lose more from removing {group} than the other gender's (Table 7: women "
                 f"{TABLE7['woman'][side]}, men {TABLE7['man'][side]}).",
                 f"women {_percent(by['woman'])}, men {_percent(by['man'])}; difference {fixed(difference.value, 1)} "
-                f"{difference.interval(1)}.",
+                f"{interval(difference, 1)}.",
             )
         )
     r = _estimate(results["figure5"]["woman"]["correlation"])
@@ -107,7 +107,7 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
         Claim(
             agreement(r, 1.0),
             "Women's pictures with a larger share of ImgD among their most active features are more feminine (Figure 5).",
-            f"rank correlation of that share with the probability of “woman” is {signed(r.value)} {r.interval()} "
+            f"rank correlation of that share with the probability of “woman” is {signed(r.value)} {interval(r)} "
             f"over {r.n:,} pictures.",
         )
     )
@@ -120,7 +120,7 @@ def _estimate(d: Mapping[str, Any]) -> Estimate:
 
 def _percent(d: Mapping[str, Any]) -> str:
     e = _estimate(d["relative"])
-    return f"{fixed(e.value, 1)} % {e.interval(1)}".rstrip()
+    return f"{fixed(e.value, 1)} % {interval(e, 1)}".rstrip()
 
 
 def _p(p: float | None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.controls import size_matched
 from mmhooks.analysis.inference import benjamini_hochberg
-from mmhooks.analysis.intervals import Estimate, from_draws
+from mmhooks.analysis.intervals import from_draws
 from mmhooks.analysis.mds import GROUPS
 from mmhooks.analysis.resampling import (
     beyond_random,
@@ -25,7 +25,7 @@ from mmhooks.analysis.resampling import (
     paired_test,
     resampled_sums,
 )
-from mmhooks.analysis.results import plain
+from mmhooks.analysis.results import Estimate, plain
 from mmhooks.analysis.zero_masked import (
     CosineLabels,
     Masked,

@@ -17,8 +17,9 @@ from torchvision.transforms.functional import to_tensor
 
 import mmhooks as mm
 from mmhooks.analysis.embedders import image_embedder
-from mmhooks.analysis.intervals import Estimate, bootstrap
+from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.mds import GROUPS as MODALITIES
+from mmhooks.analysis.results import Estimate
 from mmhooks.data.progress import rate_bar
 
 GROUPS = (*MODALITIES, "random")

@@ -177,4 +177,4 @@ def labels(texts: Sequence[str]) -> Tensor:
 
 
 def estimates(result: Any) -> dict[str, Estimate]:
-    return {f"R@{k}": Estimate.of(e) for k, e in result.image_to_text.items()}
+    return {f"R@{k}": e for k, e in result.image_to_text.items()}

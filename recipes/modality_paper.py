@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmhooks.report import Estimate, signed
+from mmhooks.report import Estimate, fixed, interval, signed
 
 MODELS = ("CLIP", "DeCLIP", "CLIP+NCL", "CLIP+SAE")
 MODALITIES = ("image", "text")
@@ -115,7 +115,7 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
         if model in gaps and "CLIP" in gaps:
             change = difference(gaps[model], gaps["CLIP"])
             verdict = agreement(change, 1.0)
-            text = f"|Δ| is {gaps[model].text()} against {gaps['CLIP'].text()} of CLIP {_pm(change)}."
+            text = f"|Δ| is {fixed(gaps[model].value)} against {fixed(gaps['CLIP'].value)} of CLIP {_pm(change)}."
             out.append(
                 Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text)
             )
@@ -132,7 +132,7 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
 
 
 def _pm(e: Estimate) -> str:
-    return f"(difference {signed(e.value)}, 95 % interval {e.interval()})"
+    return f"(difference {signed(e.value)}, 95 % interval {interval(e)})"
 
 
 def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]:
@@ -141,7 +141,8 @@ def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]
         return []
     rival = max((m for m in found if m != winner), key=lambda m: found[m].value)
     change = difference(found[winner], found[rival])
-    text = f"{winner} {found[winner].text()}, the best of the others is {rival} with {found[rival].text()} {_pm(change)}."
+    best, second = fixed(found[winner].value), fixed(found[rival].value)
+    text = f"{winner} {best}, the best of the others is {rival} with {second} {_pm(change)}."
     return [Claim(agreement(change, 1.0), claim, text)]
 
 
@@ -167,7 +168,7 @@ def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Cla
     out: list[Claim] = []
     if "CLIP" in mu:
         lean = difference(mu["CLIP"], Estimate(0.5, 0.5, 0.5))
-        text = f"its mean score is {mu['CLIP'].text()} {mu['CLIP'].interval()}."
+        text = f"its mean score is {fixed(mu['CLIP'].value)} {interval(mu['CLIP'])}."
         out.append(
             Claim(
                 agreement(lean, -1.0), "CLIP's scores lean to the text side, mean below .5 (Figure 1).", text
@@ -175,7 +176,7 @@ def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Cla
         )
     if "CLIP" in sigma and "DeCLIP" in sigma:
         wider = difference(sigma["DeCLIP"], sigma["CLIP"])
-        text = f"σ is {sigma['DeCLIP'].text()} against {sigma['CLIP'].text()} {_pm(wider)}."
+        text = f"σ is {fixed(sigma['DeCLIP'].value)} against {fixed(sigma['CLIP'].value)} {_pm(wider)}."
         out.append(
             Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text)
         )

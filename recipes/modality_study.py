@@ -211,8 +211,8 @@ def _monosemanticity(
     imgd, textd, out = groups["ImgD"], groups["TextD"], {}
     for side, contrast in (("image", visual_monosemanticity), ("text", textual_monosemanticity)):
         found = contrast(sims[side], imgd, textd, draws=draws, seed=seed)
-        out[side] = Estimate.of(found.estimate).to_json()
-        out[f"random_{side}"] = Estimate.of(found.control).to_json()
+        out[side] = found.estimate.to_json()
+        out[f"random_{side}"] = found.control.to_json()
     return out
 
 
@@ -223,12 +223,12 @@ def finite(x: Any) -> float | None:
 
 def mean_of(values: Float[Tensor, " n"], seed: int) -> Estimate:
     """Mean over features with a 95 % bootstrap interval; NaN features are left out of n."""
-    return Estimate.of(bootstrap(values, seed=seed))
+    return bootstrap(values, seed=seed)
 
 
 def gap(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Estimate:
     """Mean of one minus mean of the other, both resampled; n counts both."""
-    return Estimate.of(bootstrap_difference(one, other, seed=seed))
+    return bootstrap_difference(one, other, seed=seed)
 
 
 # -- features to show ------------------------------------------------------------------------------------------

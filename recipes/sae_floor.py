@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from train_heads import Vectors, groups, measured, plan_of, train, vectors
 
-from mmhooks.analysis.results import Table
+from mmhooks.analysis.results import Records
 from mmhooks.heads import Head, TopKSAE
 
 SHIPPED = "shipped plan"
@@ -114,9 +114,9 @@ def row(name: str, data: Vectors, plan: dict[str, Any]) -> tuple[dict[str, Any],
     }, head
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
+def table(rows: dict[str, dict[str, Any]]) -> Records:
     """One line a row; texts are split by whether their concept was in training."""
-    out = Table()
+    out = Records()
     for label, r in rows.items():
         held, best, mds = r["held_out"], r["bounds"], r["mds"]
         out.append(

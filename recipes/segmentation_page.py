@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from segmentation_data import Sample
 
-from mmhooks.report import Cell, Estimate, Plot, Table
+from mmhooks.report import Cell, Plot, Table
 from mmhooks.report.style import draw
 from mmhooks.utils.escape import one_line
 
@@ -38,10 +38,7 @@ def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
 def table(kind: str, scores: Sequence[Any]) -> Table:
     """The scores of every method, over the pictures on one kind of ground."""
     best = {what: max(getattr(s, what).value for s in scores) for what in ("pixel_accuracy", "miou", "map")}
-    rows = [
-        [s.name, *(Cell.of(Estimate.of(e := getattr(s, w)), best=e.value == best[w]) for w in best)]
-        for s in scores
-    ]
+    rows = [[s.name, *(Cell.of(e := getattr(s, w), best=e.value == best[w]) for w in best)] for s in scores]
     caption = f"Segmentation of {len(scores[0].ious)} pictures" + (
         "" if kind == "all" else f", {kind} grounds"
     )

@@ -16,16 +16,16 @@ def counted(counts: Sequence[int], kind: str = "") -> str:
 
 
 def accuracy_table(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
-    from mmhooks.report import Cell, Estimate, Table
+    from mmhooks.report import Cell, Table
 
     groups = list(report["plain"]["groups"])
     rows: list[list[Any]] = []
     for name, r in report.items():
-        cells = [Cell.of(Estimate.of(r[k])) for k in ("average", "worst")]
+        cells = [Cell.of(r[k]) for k in ("average", "worst")]
         label = name if name == "plain" else f"attention heads by {name}"
-        rows.append([label, *cells, *(Cell.of(Estimate.of(r["groups"][g])) for g in groups)])
+        rows.append([label, *cells, *(Cell.of(r["groups"][g]) for g in groups)])
         if name in randoms:
-            worst = Cell.of(Estimate.of(randoms[name]))
+            worst = Cell.of(randoms[name])
             rows.append(["as many random ones", "–", worst, *("–" for _ in groups)])
     return Table(["Ablated", "Average", "Worst group", *groups], rows, "Accuracy")
 

@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 from mmhooks.analysis.decompose import Decomposition
 from mmhooks.analysis.decompose_data import Inputs, MeanDecomposition, batches, check_means, decompositions
 from mmhooks.analysis.given import Model, Vectors, check_batch, check_directions, check_model
-from mmhooks.analysis.intervals import Estimate, wilson
+from mmhooks.analysis.intervals import wilson
 from mmhooks.analysis.origin import Origin, origin_of
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.data.progress import rate_bar
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.hooks.edits import Edit, Mean
@@ -241,9 +241,9 @@ class AblationResult(Result):
     live: tuple[Estimate | None, ...]
     n: int
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """One row an ablation."""
-        return Table(
+        return Records(
             {
                 "ablated": name,
                 "before": self.before.value,

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmhooks.analysis.checks import check_finite
-from mmhooks.analysis.intervals import Estimate, wilson
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import wilson
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import HookDidNotFire, MMHooksError, ShapeMismatch
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.steps import chosen_steps, halves
@@ -228,9 +228,9 @@ class PointingGame(Result):
     centre: Estimate
     energy: float
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         row = {"n": self.rate.n, "hits": self.rate.value, "low": self.rate.low, "high": self.rate.high}
-        return Table([row | {"chance": self.chance, "centre": self.centre.value, "energy": self.energy}])
+        return Records([row | {"chance": self.chance, "centre": self.centre.value, "energy": self.energy}])
 
 
 def pointing_game(heat: Float[Tensor, "n h w"], masks: Bool[Tensor, "n2 H W"]) -> PointingGame:

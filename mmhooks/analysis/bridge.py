@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from mmhooks.analysis.checks import CHUNK_BYTES, check_shapes
 from mmhooks.analysis.entries import Columns, Latents, check_latents, rise
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch, WrongHead
 
@@ -40,8 +40,8 @@ class BridgeResult(Result):
     strongest: list[tuple[int, int, float, float, float]] = field(repr=False)
     n_pairs: int = 0
 
-    def table(self) -> Table:
-        return Table(
+    def table(self) -> Records:
+        return Records(
             {"image feature": i, "text feature": j, "bridge": b, "co-activation": c, "cosine": cosine}
             for i, j, b, c, cosine in self.strongest
         )

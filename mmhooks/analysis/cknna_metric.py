@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.cknna import cknna
-from mmhooks.analysis.intervals import Estimate
+from mmhooks.analysis.results import Estimate
 
 
 class CKNNA(Metric):

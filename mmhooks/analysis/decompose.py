@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmhooks.analysis.given import Model, Vectors, check_batch, check_directions, check_model
 from mmhooks.analysis.origin import Origin, origin_of
-from mmhooks.analysis.results import Table
+from mmhooks.analysis.results import Records
 from mmhooks.errors import MMHooksError, NoExactSum, ShapeMismatch, UnknownSite
 from mmhooks.models.clip import HookedCLIP
 from mmhooks.models.frozen import Frozen
@@ -91,13 +91,13 @@ class Decomposition:
             if value is not None
         }
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """Mean shares, a row a block."""
         shares = {name: value.mean(0) for name, value in self.shares().items()}
         return shares_table(shares)
 
 
-def shares_table(shares: dict[str, Tensor]) -> Table:
+def shares_table(shares: dict[str, Tensor]) -> Records:
     """Rows "initial", each block's attention and MLP with its strongest head, "pool"."""
     rows = [
         {"part": "initial", "attention": "", "mlp": "", "all": float(shares["initial"]), "strongest head": ""}
@@ -119,7 +119,7 @@ def shares_table(shares: dict[str, Tensor]) -> Table:
         rows.append(
             {"part": "pool", "attention": "", "mlp": "", "all": float(shares["pool"]), "strongest head": ""}
         )
-    return Table(rows)
+    return Records(rows)
 
 
 @overload

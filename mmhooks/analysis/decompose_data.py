@@ -14,7 +14,7 @@ from torch import Tensor
 from mmhooks.analysis.decompose import Decomposition, decompose_batch, shares_table
 from mmhooks.analysis.given import Model, Vectors, check_batch, check_model, check_tower
 from mmhooks.analysis.origin import Origin, origin_of
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.data.loading import Decoder, loader, works
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream
@@ -53,7 +53,7 @@ class MeanDecomposition(Result):
             self.initial + self.heads.sum((0, 1)) + self.mlps.sum(0) + (0 if self.pool is None else self.pool)
         )
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """Mean shares, a row a block."""
         return shares_table(self.shares)
 

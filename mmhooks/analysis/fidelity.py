@@ -20,9 +20,8 @@ from mmhooks.analysis.cknna import cknna
 from mmhooks.analysis.fidelity_metric import Choices, FidelitySums, Kept
 from mmhooks.analysis.geometry import Density
 from mmhooks.analysis.grouped import Grouped
-from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.passes import batch_size, share
-from mmhooks.analysis.results import Result, Table, plain
+from mmhooks.analysis.results import Estimate, Records, Result, plain
 from mmhooks.analysis.stability import Stability, stability
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
@@ -131,13 +130,13 @@ class FidelityResult(Result):
     def _mean(self, name: str) -> float:
         return sum(getattr(m, name).value for m in self.modalities) / len(self.modalities)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """One row a modality."""
-        return Table(m.row() for m in self.modalities)
+        return Records(m.row() for m in self.modalities)
 
-    def kept(self) -> Table:
+    def kept(self) -> Records:
         """One row a modality, task and k: rates before and after, agreement and KL."""
-        rows = Table()
+        rows = Records()
         for m in self.modalities:
             for task, found in (("retrieval", m.retrieval), ("zero-shot", m.zero_shot)):
                 if found is None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.intervals import Estimate, bootstrap, wilson
-from mmhooks.analysis.results import plain
+from mmhooks.analysis.intervals import bootstrap, wilson
+from mmhooks.analysis.results import Estimate, plain
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.fidelity import Sums, sums
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torchmetrics import Metric
 
 from mmhooks.analysis.checks import check_pair
-from mmhooks.analysis.intervals import Estimate
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from mmhooks.analysis.density_metric import FeatureDensity
 from mmhooks.analysis.entries import Latents
 from mmhooks.analysis.gap_metric import ModalityMeans
 from mmhooks.analysis.grouped import Grouped
-from mmhooks.analysis.intervals import Estimate, bootstrap, from_draws
+from mmhooks.analysis.intervals import bootstrap, from_draws
 from mmhooks.analysis.passes import BATCH, ActivationStore, Side, batch_size, latent_rows, share, vector_rows
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
@@ -31,9 +31,9 @@ class ModalityGap(Result):
     gap: Estimate
     pair_cosine: Estimate
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         rows = {"modality gap": self.gap, "cosine of pairs": self.pair_cosine}
-        return Table(
+        return Records(
             {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in rows.items()
         )
 
@@ -62,9 +62,9 @@ class Density(Result):
         place = ((alive.log10() + decades) * per_decade + 1e-9).floor().clamp(0, steps - 1).long()
         return edges, torch.bincount(place, minlength=steps).tolist()
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         e = self.l0
-        return Table(
+        return Records(
             [{"L0": e.value, "low": e.low, "high": e.high, "dead": self.dead, "samples": self.n_samples}]
         )
 

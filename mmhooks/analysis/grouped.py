@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torchmetrics import Metric
 
-from mmhooks.analysis.intervals import Estimate
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
 
 M = TypeVar("M", bound=Metric)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.errors import MMHooksError
 from mmhooks.utils.json_files import describe_json, read_json
 
@@ -53,8 +53,8 @@ class HeadLabels(Result):
         shares = self.share(*kinds, top=top)
         return sorted((h for h, s in shares.items() if s >= at_least), key=lambda h: -shares[h])
 
-    def table(self, top: int = 5) -> Table:
-        rows = Table()
+    def table(self, top: int = 5) -> Records:
+        rows = Records()
         for head, texts in self.texts.items():
             row = {"head": head, "texts": "; ".join(texts[:top])}
             if self.kinds is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmhooks.analysis.mds import MDSResult
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.errors import MMHooksError, WrongHead
 from mmhooks.hooks.features import FeatureSet, as_feature_set
 
@@ -27,10 +27,10 @@ class FeatureTests(Result):
     tested: int
     level: float
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         found = int(self.significant.sum())
         share = found / self.tested if self.tested else math.nan
-        return Table([{"tested": self.tested, "q <": self.level, "found": found, "share": share}])
+        return Records([{"tested": self.tested, "q <": self.level, "found": found, "share": share}])
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class PermutationTest(Result):
     minus: tuple[str, int]
     draws: int
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         name = f"{self.plus[0]} − {self.minus[0]}"
         features = f"{self.plus[1]} / {self.minus[1]}"
-        return Table(
+        return Records(
             [{"contrast": name, "difference": self.difference, "p": self.p, "features": features, "draws": self.draws}]
         )  # fmt: skip
 

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, its interval, and how many features or samples it rests on.
-
-    ``low`` and ``high`` are NaN where n is too small to say (fewer than two).
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    level: float = 0.95
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
 
 
 def bootstrap_means(

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.entries import Latents
-from mmhooks.analysis.intervals import Estimate, bootstrap
+from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.mds_metric import MDS, Kind, divide
 from mmhooks.analysis.passes import BATCH, ActivationStore, data_id, latent_rows, share
-from mmhooks.analysis.results import Result, Table, correlation
+from mmhooks.analysis.results import Estimate, Records, Result, correlation
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
@@ -72,10 +72,10 @@ class MDSResult(Result):
     def alive(self) -> Bool[Tensor, " n"]:
         return ~self.dead
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """One row a group, then all alive features with the shuffled control."""
         shared = {"pairs": self.n_pairs, "head": self.head, "data": self.data}
-        rows = Table()
+        rows = Records()
         for name, members in zip(("all alive", *GROUPS), (None, *self.groups), strict=True):
             mask = self.alive if members is None else members.mask
             estimate = bootstrap(self.R[mask])

@@ -22,7 +22,6 @@ from mmhooks.analysis.gap_metric import ModalityMeans
 from mmhooks.analysis.geometry import gap_of
 from mmhooks.analysis.grouped import Grouped
 from mmhooks.analysis.inference import differs_from_half, permutation_test
-from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.mds_metric import MDS, activation
 from mmhooks.analysis.measures import Measures
 from mmhooks.analysis.monosemanticity import textual_monosemanticity, visual_monosemanticity
@@ -38,6 +37,7 @@ from mmhooks.analysis.passes import (
     share,
     vector_rows,
 )
+from mmhooks.analysis.results import Estimate
 from mmhooks.analysis.similarity import check_kind, check_sizes, embed_sim_of, win_rate_of
 from mmhooks.analysis.stored import samples_of
 from mmhooks.analysis.top_metric import TopSamples

@@ -8,10 +8,9 @@ from typing import Any
 from mmhooks.analysis.bridge import BridgeResult
 from mmhooks.analysis.geometry import Density, ModalityGap
 from mmhooks.analysis.inference import FeatureTests, PermutationTest
-from mmhooks.analysis.intervals import Estimate
 from mmhooks.analysis.mds import GROUPS, MDSResult
 from mmhooks.analysis.monosemanticity import GroupContrast, MonosemanticityResult
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.similarity import EmbedSimResult, WinRateResult
 from mmhooks.analysis.top import TopActivating
 
@@ -55,7 +54,7 @@ class Measures(Result):
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """One row a number: value, interval, what n counts."""
         rows = [_row("MDS μ", "both", self.mds.mu_estimate, "features")]
         rows.append(_row("MDS μ", "both", self.mds_over_samples, "pairs"))
@@ -71,11 +70,11 @@ class Measures(Result):
             rows.append(_row("modality gap", "both", self.gap.gap, "pairs"))
             rows.append(_row("cosine of pairs", "both", self.gap.pair_cosine, "pairs"))
         rows += [_row("CKNNA", what, estimate, "batches") for what, estimate in self.cknna.items()]
-        return Table(rows)
+        return Records(rows)
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, Records]:
         """All tables by title, in reading order."""
-        features = Table(
+        features = Records(
             {
                 "side": side,
                 "dead": found.dead,
@@ -92,15 +91,15 @@ class Measures(Result):
             "Modality dominance": self.mds.table(),
             "R differs from one half": self.dominance.table(),
             "Features": features,
-            "EmbedSim of groups": Table(
+            "EmbedSim of groups": Records(
                 {"kind": kind, **row} for kind, c in self.contrasts.items() for row in c.table()
             ),
-            "Permutation tests": Table(
+            "Permutation tests": Records(
                 {"kind": kind, **row} for kind, t in self.permutations.items() for row in t.table()
             ),
-            "Strongest bridges": Table() if self.bridge is None else self.bridge.table(),
-            "Skipped": Table({"measure": name, "why": why} for name, why in self.skipped.items()),
-            "Seconds": Table({"stage": name, "seconds": value} for name, value in self.seconds.items()),
+            "Strongest bridges": Records() if self.bridge is None else self.bridge.table(),
+            "Skipped": Records({"measure": name, "why": why} for name, why in self.skipped.items()),
+            "Seconds": Records({"stage": name, "seconds": value} for name, value in self.seconds.items()),
         }
         return {title: table for title, table in tables.items() if table}
 

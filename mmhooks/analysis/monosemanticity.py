@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mmhooks.analysis.checks import check_rows
 from mmhooks.analysis.controls import size_matched
-from mmhooks.analysis.intervals import Estimate, bootstrap_difference
+from mmhooks.analysis.intervals import bootstrap_difference
 from mmhooks.analysis.monosemanticity_metric import MonoSemanticity
 from mmhooks.analysis.passes import BATCH, ActivationStore, Side, latent_rows, share, vector_rows
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.similarity import EmbedSimResult
 from mmhooks.errors import ShapeMismatch, WrongHead
 from mmhooks.heads.base import Head
@@ -42,9 +42,9 @@ class GroupContrast(Result):
         """The difference lies outside the central range of the random ones."""
         return not self.control.low <= self.estimate.value <= self.control.high
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         e, c = self.estimate, self.control
-        return Table(
+        return Records(
             [
                 {
                     "contrast": f"{self.plus[0]} − {self.minus[0]}",
@@ -69,9 +69,9 @@ class MonosemanticityResult(Result):
     estimate: Estimate
     n_samples: int = field(default=0)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         e = self.estimate
-        return Table(
+        return Records(
             [{"MS": e.value, "low": e.low, "high": e.high, "features": e.n, "samples": self.n_samples}]
         )
 

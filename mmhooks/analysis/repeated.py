@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmhooks.analysis.intervals import Estimate, bootstrap, wilson
-from mmhooks.analysis.results import Result
+from mmhooks.analysis.intervals import bootstrap, wilson
+from mmhooks.analysis.results import Estimate, Result
 from mmhooks.errors import ShapeMismatch
 
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmhooks.analysis.intervals import Estimate, from_draws
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import from_draws
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import NotFinite, ShapeMismatch
 
 EXACT = 12  # up to so many clusters, every pattern of signs is tried
@@ -34,9 +34,9 @@ class PairedTest(Result):
     clusters: int
     exact: bool
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         d = self.difference
-        return Table(
+        return Records(
             [{"difference": d.value, "low": d.low, "high": d.high, "p": self.p, "n": d.n, "clusters": self.clusters}]
         )  # fmt: skip
 

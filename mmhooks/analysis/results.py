@@ -1,13 +1,13 @@
-"""What all results share: a table of rows that prints as Markdown, and a JSON file."""
+"""What all results share: numbers with intervals, rows that print as Markdown, and a JSON file."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,60 @@ from torch import Tensor
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.utils.escape import markdown
 
+Side = Literal["above", "below", "undecided"]
 
-class Table(list[dict[str, Any]]):
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its interval, and how many features or samples it rests on.
+
+    ``low`` and ``high`` are NaN where there is no interval (n < 2); ``n`` is None where the count is not known.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int | None = None
+    level: float = 0.95
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
+    def side(self, of: float = 0.0) -> Side:
+        """On which side of ``of`` the whole interval lies; ``"undecided"`` where it contains it.
+
+        >>> Estimate(.2, .1, .3).side(), Estimate(.2, -.1, .3).side()
+        ('above', 'undecided')
+        """
+        if not self.has_interval:
+            return "undecided"
+        if self.low > of:
+            return "above"
+        return "below" if self.high < of else "undecided"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON without NaN: what is not known is ``null``."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, d: Mapping[str, Any]) -> Estimate:
+        """The inverse of :meth:`to_json`."""
+        numbers = {k: (math.nan if d.get(k) is None else d[k]) for k in ("value", "low", "high")}
+        return cls(**numbers, n=d.get("n"), level=d.get("level", 0.95))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
+
+
+class Records(list[dict[str, Any]]):
     """Rows as dicts with the same keys.
 
-    >>> print(Table([{"group": "ImgD", "size": 3}]).markdown())
+    >>> print(Records([{"group": "ImgD", "size": 3}]).markdown())
     | group | size |
     |:--|:--|
     | ImgD | 3 |

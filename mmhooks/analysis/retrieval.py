@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_pair
-from mmhooks.analysis.intervals import Estimate, wilson
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import wilson
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import ShapeMismatch
 
 
@@ -31,9 +31,9 @@ class RetrievalResult(Result):
     image_ranks: Int[Tensor, " n"] = field(repr=False)
     text_ranks: Int[Tensor, " n"] = field(repr=False)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         directions = {"image to text": self.image_to_text, "text to image": self.text_to_image}
-        return Table(
+        return Records(
             {
                 "direction": name,
                 "k": k,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmhooks.analysis.decompose_data import Inputs, batches
 from mmhooks.analysis.given import Model, Vectors, check_batch, check_model
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.analysis.top_metric import TopSamples
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
@@ -65,8 +65,8 @@ class SecondOrder(Result):
         """Rows of the ``k`` neurons with the largest effects."""
         return self.size.argsort(descending=True)[:k].tolist()
 
-    def table(self, k: int = 10) -> Table:
-        return Table(
+    def table(self, k: int = 10) -> Records:
+        return Records(
             {
                 "neuron": self.neurons[i],
                 "size": float(self.size[i]) / self.reference,

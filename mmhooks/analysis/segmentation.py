@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mmhooks.analysis.intervals import Estimate, bootstrap
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import bootstrap
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import NotFinite, ShapeMismatch
 
 
@@ -92,9 +92,9 @@ def average_precision(scores: Float[Tensor, "n k"], right: Bool[Tensor, "n k"]) 
     return ((precision * hits).sum(1) / hits.sum(1)).float()
 
 
-def scores_table(scores: list[SegmentationScores]) -> Table:
+def scores_table(scores: list[SegmentationScores]) -> Records:
     """One row a method."""
-    return Table(
+    return Records(
         {
             "method": s.name,
             "pixel accuracy": str(s.pixel_accuracy),

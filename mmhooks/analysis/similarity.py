@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmhooks.analysis.intervals import Estimate, bootstrap
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import bootstrap
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.top import TopActivating
 from mmhooks.errors import MMHooksError, ShapeMismatch
 
@@ -48,11 +48,11 @@ class EmbedSimResult(Result):
     eps: float
     seed: int
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         """One row for each of the three forms."""
         gap = self.s_plus - self.s_minus
         forms = {"primary": gap / abs(self.s_minus), "difference": gap, "paper": self.paper}
-        return Table(
+        return Records(
             {"form": name, "EmbedSim": e.value, "low": e.low, "high": e.high, "features": e.n, "m": self.m,
              "S-": self.s_minus, "excluded pairs": self.excluded if name == "paper" else 0}
             for name, e in ((name, bootstrap(values, seed=self.seed)) for name, values in forms.items())
@@ -71,9 +71,9 @@ class WinRateResult(Result):
     pool: int
     seed: int
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         e = self.estimate
-        return Table(
+        return Records(
             [
                 {
                     "form": self.kind,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_finite
-from mmhooks.analysis.intervals import Estimate, wilson
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import wilson
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.text_span import TextSpan
 from mmhooks.errors import ShapeMismatch
 
@@ -24,9 +24,9 @@ class ReconstructionAccuracy(Result):
     full: Estimate
     by_texts: dict[int, Estimate]
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         rows = {**{f"{k} texts": e for k, e in self.by_texts.items()}, "all of each head": self.full}
-        return Table(
+        return Records(
             {"heads rebuilt from": k, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n}
             for k, e in rows.items()
         )

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.analysis.moments_metric import HeadMoments, merged
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.analysis.text_span import TextSpan, text_span
 from mmhooks.errors import ShapeMismatch
 
@@ -37,8 +37,8 @@ class SpanOverlap(Result):
     first: tuple[float, ...]
     n_subsets: int
 
-    def table(self) -> Table:
-        return Table(
+    def table(self) -> Records:
+        return Records(
             {
                 "head": head,
                 "same texts": self.texts[i],

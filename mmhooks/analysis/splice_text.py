@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_finite
-from mmhooks.analysis.intervals import Estimate, bootstrap
+from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.lasso import nonnegative_lasso
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch, WrongOrigin
 from mmhooks.utils.indexing import as_places, one_place
@@ -92,9 +92,9 @@ class SparseTextCode(Result):
             "nk,nkd->nd", self.codes.values.float(), self.dictionary[self.codes.indices.long()]
         )
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         rows: dict[str, Estimate] = {"cosine": bootstrap(self.cosine), "L0": bootstrap(self.l0)}
-        return Table(
+        return Records(
             {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in rows.items()
         )
 

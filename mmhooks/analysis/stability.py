@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.analysis.intervals import Estimate, bootstrap
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.intervals import bootstrap
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import NoDecoder, ShapeMismatch
 from mmhooks.heads.base import Head
 
@@ -30,7 +30,7 @@ class Stability(Result):
     values: Float[Tensor, " n"] = field(repr=False)
     partner: Int[Tensor, " n"] = field(repr=False)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         e = self.mean
         row = {
             "matched cosine": e.value,
@@ -39,7 +39,7 @@ class Stability(Result):
             "chance": self.chance,
             "features": e.n,
         }
-        return Table([row | {f"above {t}": float((self.values > t).float().mean()) for t in (0.7, 0.9)}])
+        return Records([row | {f"above {t}": float((self.values > t).float().mean()) for t in (0.7, 0.9)}])
 
 
 def stability(one: Head, other: Head, *, seed: int = 0) -> Stability:

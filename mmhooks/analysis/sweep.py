@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmhooks.analysis.interpretability import embed_sim
 from mmhooks.analysis.mds_metric import MDS
-from mmhooks.analysis.results import Result, Table, plain
+from mmhooks.analysis.results import Records, Result, plain
 from mmhooks.data.progress import track
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
@@ -57,8 +57,8 @@ class SweepResult(Result):
     judge: str
     pairs: tuple[int, int]
 
-    def table(self) -> Table:
-        return Table(self.rows)
+    def table(self) -> Records:
+        return Records(self.rows)
 
 
 def make_head(

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from mmhooks.analysis.checks import check_finite
 from mmhooks.analysis.head_labels import HeadLabels
 from mmhooks.analysis.moments_metric import HeadMoments
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.errors import ShapeMismatch
 
 Selection = Literal["unit", "paper"]
@@ -55,9 +55,9 @@ class TextSpan(Result):
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_json().items() if k not in ("mean", "bases")}
 
-    def table(self, top: int = 5) -> Table:
+    def table(self, top: int = 5) -> Records:
         """One row a head: its variance, the share that all its texts span, and the first ``top`` of them."""
-        return Table(
+        return Records(
             {
                 "head": name,
                 "variance": variance,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmhooks.analysis.checks import CHUNK_BYTES, check_finite
 from mmhooks.analysis.passes import ActivationStore, Side, latent_rows
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Records, Result
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
@@ -40,8 +40,8 @@ class TopActivating(Result):
         place = one_index(feature, len(self.count), "features")
         return self.indices[place, : int(self.count[place])]
 
-    def table(self) -> Table:
-        return Table(
+    def table(self) -> Records:
+        return Records(
             {"feature": k, "samples": int(self.count[k]), "strongest": float(self.values[k, 0]) if c else 0.0}
             for k, c in enumerate(self.count.tolist())
         )

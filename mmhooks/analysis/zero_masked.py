@@ -24,9 +24,9 @@ from torch.nn.functional import normalize
 
 from mmhooks.analysis.checks import check_finite
 from mmhooks.analysis.embed_texts import embed_texts
-from mmhooks.analysis.intervals import Estimate, from_draws
+from mmhooks.analysis.intervals import from_draws
 from mmhooks.analysis.resampling import bootstrap_ratio, resampled_sums
-from mmhooks.analysis.results import Result, Table
+from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import MMHooksError, NoDecoder, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.hooks.features import FeatureSet, as_feature_set
@@ -197,9 +197,9 @@ class Classified(Result):
     own: Float[Tensor, " n"] = field(repr=False)
     right: Float[Tensor, " n"] = field(repr=False)
 
-    def table(self) -> Table:
+    def table(self) -> Records:
         rows = {"all": (self.accuracy, self.probability), **self.by_class}
-        return Table(
+        return Records(
             {"class": name, "n": a.n, "accuracy": a.value, "low": a.low, "high": a.high, "mean p": p.value}
             for name, (a, p) in rows.items()
         )

@@ -8,6 +8,7 @@ True
 
 from __future__ import annotations
 
+from mmhooks.analysis.results import Estimate
 from mmhooks.report.blocks import (
     Block,
     Details,
@@ -22,7 +23,7 @@ from mmhooks.report.blocks import (
     Tile,
     Tiles,
 )
-from mmhooks.report.numbers import Estimate, fixed, percent, signed
+from mmhooks.report.numbers import fixed, interval, percent, signed
 from mmhooks.report.page import Page
 from mmhooks.report.tables import Cell, Table
 
@@ -44,6 +45,7 @@ __all__ = [
     "Tile",
     "Tiles",
     "fixed",
+    "interval",
     "percent",
     "signed",
 ]

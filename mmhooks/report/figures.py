@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
-from mmhooks.report.numbers import Estimate, fixed
+from mmhooks.report.numbers import fixed
 from mmhooks.report.style import LIGHT, Palette
 from mmhooks.utils.escape import one_line
 
@@ -208,7 +209,7 @@ def beside_paper(
     for i, (axis, (title, entries)) in enumerate(zip(axes, panels.items(), strict=True)):
         axis.axvline(0, color=palette.line, linewidth=1)
         for y, (_, estimate, paper) in enumerate(entries):
-            if estimate.interval():
+            if estimate.has_interval:
                 axis.plot((estimate.low, estimate.high), (y, y), color=palette.text, linewidth=2, alpha=0.6)
             axis.plot(estimate.value, y, "o", color=palette.text, markersize=7)
             if paper is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmhooks.analysis.measures import Measures
-from mmhooks.analysis.results import Table
+from mmhooks.analysis.results import Records
 from mmhooks.report.figures import GROUPS, Histogram, mds_histograms
 from mmhooks.report.numbers import fixed
 from mmhooks.report.style import LIGHT, Palette, draw
@@ -49,9 +49,9 @@ def markdown(result: Measures, figures: Mapping[str, str] | None = None) -> str:
         **{f"alike ({side}) by": judge for side, judge in result.judges.items()},
         **result.settings,
     }
-    lines = ["# Measures", "", Table({"": k, "value": str(v)} for k, v in about.items()).markdown(), ""]
+    lines = ["# Measures", "", Records({"": k, "value": str(v)} for k, v in about.items()).markdown(), ""]
     for title, table in result.tables().items():
-        lines += [f"## {escaped(title)}", "", Table(table).markdown(), ""]
+        lines += [f"## {escaped(title)}", "", Records(table).markdown(), ""]
     if figures:
         lines += ["## Figures", ""]
         for name, caption in figures.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
-from mmhooks.report.numbers import Estimate, fixed
+from mmhooks.report.numbers import fixed, interval
 from mmhooks.utils.escape import markdown
 
 
@@ -35,8 +36,8 @@ class Cell:
         best: bool = False,
     ) -> Cell:
         return cls(
-            estimate.text(digits, plus=plus),
-            estimate.interval(digits),
+            fixed(estimate.value, digits, plus=plus),
+            interval(estimate, digits),
             "" if paper is None else fixed(paper, digits, plus=plus),
             differs,
             best,

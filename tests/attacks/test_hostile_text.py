@@ -125,7 +125,7 @@ def test_markdown_shows_every_text_as_it_is(rounds):
 
 
 def test_tables_keep_their_rows_and_columns(rounds):
-    from mmhooks.analysis.results import Table as Rows
+    from mmhooks.analysis.results import Records as Rows
     from mmhooks.report import Cell, Table
     from mmhooks.utils.escape import one_line
 

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
 from mmhooks.report.figures import (
     GROUPS,
@@ -21,7 +22,6 @@ from mmhooks.report.figures import (
     mds_histograms,
     picture_strips,
 )
-from mmhooks.report.numbers import Estimate
 from mmhooks.report.style import DARK, LIGHT, draw
 
 RNG = np.random.default_rng(0)

@@ -31,6 +31,7 @@ from mmhooks.report import (
     Tile,
     Tiles,
     fixed,
+    interval,
     percent,
 )
 
@@ -177,4 +178,4 @@ def test_estimate_survives_json_and_takes_sides(value: float, down: float, up: f
 
 def test_estimate_without_interval_decides_nothing() -> None:
     e = Estimate(3.0)
-    assert e.side() == "undecided" and e.interval() == "" and e.to_json()["low"] is None
+    assert e.side() == "undecided" and interval(e) == "" and e.to_json()["low"] is None
