@@ -147,7 +147,7 @@ def _emoji_drawings(node_modules: Path) -> list[Drawing]:
         icons = json.loads((pack / "icons.json").read_text())
         chars = {slug: code for code, slug in json.loads((pack / "chars.json").read_text()).items()}
         for slug, icon in icons["icons"].items():
-            code = _codepoints(chars[slug]) if slug in chars else ""
+            code = plain_codepoints(chars[slug]) if slug in chars else ""
             name = names.get(code) or by_letters.get(slug.replace("-", "")) or _spoken(slug)
             known = name in keywords
             if source.style == "fxemoji" and not known:
@@ -176,19 +176,20 @@ def _emoji_names(emojibase: Path) -> tuple[dict[str, str], dict[str, tuple[str, 
     """Codepoints -> name, and name -> keywords, of every emoji and its skin tones."""
     from emoji import EMOJI_DATA
 
-    spoken = {_codepoints("-".join(f"{ord(c):x}" for c in char)): data["en"].strip(":").replace("_", " ").lower()
+    spoken = {plain_codepoints("-".join(f"{ord(c):x}" for c in char)): data["en"].strip(":").replace("_", " ").lower()
               for char, data in EMOJI_DATA.items()}  # fmt: skip
     names, keywords = dict(spoken), {}
     for entry in json.loads((emojibase / "en" / "data.json").read_text()):
         tags = tuple(entry.get("tags", ()))
         for item in (entry, *entry.get("skins", ())):
-            code = _codepoints(item["hexcode"])
+            code = plain_codepoints(item["hexcode"])
             label = names.setdefault(code, item["label"].lower())
             keywords[label] = tags
     return names, keywords
 
 
-def _codepoints(code: str) -> str:
+def plain_codepoints(code: str) -> str:
+    """One spelling of an emoji's code, without the mark that asks for colours."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 

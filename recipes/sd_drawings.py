@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from mini_corpus import SIZE, Corpus, _codepoints, hash_of
+from mini_corpus import SIZE, Corpus, hash_of, plain_codepoints
 from torch import Tensor
 
 from mmhooks.models import mini, zoo
@@ -89,7 +89,7 @@ def codepoints(name: str) -> str:
 
     for char, data in EMOJI_DATA.items():
         if data["en"].strip(":").replace("_", " ").lower() == name:
-            return _codepoints("-".join(f"{ord(c):x}" for c in char))
+            return plain_codepoints("-".join(f"{ord(c):x}" for c in char))
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -212,3 +213,53 @@ def test_command_shows_pairs(tmp_path: Path) -> None:
     assert code == 0 and text.startswith("1 pairs") and "a black square" in text
     code, text = cli("pairs", f"{tmp_path}/nowhere/")
     assert code == 1 and text.startswith("mmhooks: ")
+
+
+def underscored_imports(source: str, ours: set[str]) -> list[str]:
+    """Underscored names that ``source`` takes from one of ``ours``, by importing them or as ``module._name``."""
+    tree = ast.parse(source)
+    taken, modules = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module in ours):
+            taken += [f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
+            modules |= {a.asname or a.name for a in node.names if f"{node.module}.{a.name}" in ours}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name for alias in node.names if alias.name in ours}
+    return taken + [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr)
+        if isinstance(node.value, ast.Name) and node.value.id in modules
+    ]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def test_no_module_takes_an_underscored_name_of_another() -> None:
+    files = [*(ROOT / "mmhooks").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    ours = {name.removeprefix("recipes.").removesuffix(".__init__") for name in names.values()}
+    found = {
+        names[p]: bad for p in files if (bad := underscored_imports(p.read_text(encoding="utf-8"), ours))
+    }
+    assert not found, f"give these names a public one: {found}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from a.b import _c",
+        "from a.b import c, _c as d",
+        "from .b import _c",
+        "def f():\n    from a.b import _c",
+        "from a import b\nb._c()",
+        "from a import b as d\nd._c",
+        "import top\ntop._c",
+    ],
+)
+def test_every_way_to_take_an_underscored_name_is_found(source: str) -> None:
+    assert underscored_imports(source, {"a", "a.b", "top"})
+    assert not underscored_imports(source.replace("_c", "c"), {"a", "a.b", "top"})
+    assert not underscored_imports(source.replace("_c", "__c__"), {"a", "a.b", "top"})

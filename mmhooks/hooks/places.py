@@ -219,6 +219,12 @@ class Places:
         ]
 
 
+def joined(parts: Iterable[Planned]) -> Planned:
+    """The operations of several plans, one after the other, and what they were made for."""
+    parts = list(parts)
+    return [op for ops, _ in parts for op in ops], [b for _, bindings in parts for b in bindings]
+
+
 def _everywhere(places: Iterable[Place]) -> list[Place]:
     """The places, and those that get the same tensor: what is edited in one and not in the other is two models."""
     return [one for place in places for one in (place, *place.beside)]

@@ -13,8 +13,26 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mmhooks.errors import ShapeMismatch
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.steps import Guidance, now
+
+
+def layer_of(name: str) -> int:
+    """The first number in a site's name.
+
+    Raises:
+        MMHooksError: there is none.
+
+    >>> layer_of("image.blocks.3.attn.z")
+    3
+    """
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if number is None:
+        raise MMHooksError(
+            f"site {name!r} belongs to no layer: expected a number in its name, as in image.blocks.3.resid_post; "
+            "ask for the layer at sites of blocks alone"
+        )
+    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +50,12 @@ class Hook:
     tokens: int | None = 1
 
     def layer(self) -> int:
-        """The number in the name, as TransformerLens's HookPoint.layer()."""
-        return next(int(part) for part in self.name.split(".") if part.isdigit())
+        """The number in the name, as TransformerLens's HookPoint.layer().
+
+        Raises:
+            MMHooksError: a site outside the layers.
+        """
+        return layer_of(self.name)
 
     @property
     def step(self) -> int | None:

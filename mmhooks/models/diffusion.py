@@ -14,6 +14,7 @@ from torch import nn
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.hooks.context import CacheContext
 from mmhooks.hooks.dispatch import registry
+from mmhooks.hooks.places import joined
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
@@ -29,7 +30,7 @@ from mmhooks.models.denoising import (
 )
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.hf_text import add_clip_text
-from mmhooks.models.hooked import HookedModel, _joined
+from mmhooks.models.hooked import HookedModel
 from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
 from mmhooks.models.unet_sites import add_cross_attention
 
@@ -166,7 +167,7 @@ class HookedDiffusion(HookedModel):
         )
 
         def plan() -> Any:
-            return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
         return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
 

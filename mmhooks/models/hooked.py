@@ -15,7 +15,7 @@ from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.context import CacheContext, HookContext
 from mmhooks.hooks.dispatch import TapRegistry, registry
 from mmhooks.hooks.edits import Edit
-from mmhooks.hooks.places import HookFn, Places, Planned
+from mmhooks.hooks.places import HookFn, Places, Planned, joined
 from mmhooks.hooks.program import EditOp, GradOp
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
@@ -189,7 +189,7 @@ class HookedModel:
                 parts.append(self.places.plan_mask(mask))
             parts += [self.places.plan_hook(pattern, fn, EditOp) for pattern, fn in forward]
             parts += [self.places.plan_hook(pattern, fn, GradOp) for pattern, fn in backward]
-            return _joined(parts)
+            return joined(parts)
 
         return HookContext(plan, strict=strict, around=self._around)
 
@@ -214,7 +214,7 @@ class HookedModel:
         )
 
         def plan() -> Planned:
-            return _joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
 
         return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
 
@@ -284,7 +284,3 @@ def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
                 f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}"
             )
     return pairs
-
-
-def _joined(parts: Sequence[Planned]) -> Planned:
-    return [op for ops, _ in parts for op in ops], [b for _, bindings in parts for b in bindings]

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
+from mmhooks.hooks.program import layer_of
 from mmhooks.models.interop_tree import Hooked, flowing, plant
 
 # TransformerLens's names inside a block, where ours differ: blocks.3.attn.hook_result, blocks.3.ln1.hook_normalized.
@@ -32,10 +33,7 @@ class SitePoint(HookPoint):
         Raises:
             MMHooksError: a site outside the blocks.
         """
-        found = next((int(part) for part in str(self.name).split(".") if part.isdigit()), None)
-        if found is None:
-            raise MMHooksError(f"site {self.name!r} belongs to no layer: its name has no number")
-        return found
+        return layer_of(str(self.name))
 
 
 class LensView(HookedRootModule):

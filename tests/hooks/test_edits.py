@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import mmhooks as mm
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
+from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import feature_index
 from mmhooks.hooks.steps import moment
 
@@ -241,3 +242,9 @@ def test_inplace_models_are_cached_as_they_were():
     with torch.no_grad():
         _, cache = model.run_with_cache(torch.randn(1, 3, 64, 64), sites=["visual.bn1"])
     assert (cache["visual.bn1"] < 0).any()
+
+
+def test_the_layer_of_a_hook_is_the_number_in_its_name():
+    assert Hook("image.blocks.3.attn.z").layer() == 3
+    with pytest.raises(MMHooksError, match=r"image\.embed.*no layer"):
+        Hook("image.embed").layer()
