@@ -102,7 +102,7 @@ def permutation_test(
     permuted among their members.
 
     NaN are left out. p counts the permutations that differ at least as much, in either direction, and the
-    observed one.
+    observed one; it is NaN, of no permutation, where a group has fewer than two features with a value.
 
     Raises:
         WrongHead: groups of another number of features, or that share some.
@@ -122,7 +122,7 @@ def permutation_test(
     known = ~values.isnan()
     one, other = (values[g.mask & known].double().numpy() for g in (plus, minus))
     sizes = ((plus.name, len(one)), (minus.name, len(other)))
-    if min(len(one), len(other)) < 1 or len(one) + len(other) < 3:
+    if min(len(one), len(other)) < 2:
         return PermutationTest(math.nan, math.nan, *sizes, 0)
     outcome = permuted(
         (one, other),

@@ -404,4 +404,6 @@ def test_permutation_of_groups():
     assert exact.draws == 10 and exact.p == pytest.approx(min(1, 2 * min(tails) / 10))
     with pytest.raises(WrongHead, match="share 10 features"):
         permutation_test(values, one, one)
-    assert math.isnan(permutation_test(values, one, FeatureSet([], 50)).p)
+    for few in (FeatureSet([], 50), FeatureSet([49], 50)):  # of one feature, nothing can be permuted
+        found = permutation_test(values, one, few)
+        assert math.isnan(found.p) and found.draws == 0

@@ -182,6 +182,12 @@ def test_second_run_reads_its_cache_and_gives_the_same(
     assert again["models"] == first["models"] and again["claims"] == first["claims"]
 
 
+def test_the_fewest_pairs_are_enough(run: Any, tmp_path: Path) -> None:
+    """Groups of a feature or none: no test of theirs, and everything else is measured."""
+    found = modality.run(replace(run[2], limit=8, top_m=3, draws=2, out=tmp_path))
+    assert found["data"]["n"] == 8 and list(found["models"]) == list(run[0]["models"])
+
+
 def guard_pixels(real: Any) -> Any:
     """torch.stack that refuses more pixels than the held-out pairs need: the encoder must not see all pairs."""
 
