@@ -183,7 +183,7 @@ def test_second_run_reads_its_cache_and_gives_the_same(
 
 
 def test_the_fewest_pairs_are_enough(run: Any, tmp_path: Path) -> None:
-    """Groups of a feature or none: no test of theirs, and everything else is measured."""
+    """The least data that the study takes goes through every step."""
     found = modality.run(replace(run[2], limit=8, top_m=3, draws=2, out=tmp_path))
     assert found["data"]["n"] == 8 and list(found["models"]) == list(run[0]["models"])
 
