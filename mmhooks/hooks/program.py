@@ -205,10 +205,16 @@ class Capture:
     def __init__(self, op: CaptureOp) -> None:
         self.view, self.record, self.detached = op.target.site.view, op.act, op.detached
 
-    def __call__(self, raw: Tensor) -> None:
+    def __call__(self, raw: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint recomputes what is kept already
-        self.record(raw if self.view is None else self.view.show(raw))
+            return raw  # a checkpoint recomputes what is kept already
+        if self.view is None:
+            self.record(raw)
+            return raw
+        value = self.view.show(raw)
+        self.record(value)
+        # With its graph, the value that is kept has to be the one that flows on, or no gradient would reach it.
+        return raw if self.detached or not value.requires_grad else self.view.back(raw, value)
 
 
 class Program:
@@ -224,7 +230,7 @@ class Program:
         for step in self.steps:
             value = step(value)
         for capture in self.captures:
-            capture(value)
+            value = capture(value)
         return value
 
 

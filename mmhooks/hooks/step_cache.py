@@ -50,18 +50,19 @@ class StepCache(Mapping[str, Tensor]):
                     f"guidance={self._guidance!r} keep none"
                 )
                 return value
-            kept = value
+            chosen = None
             if self._guidance != "both":
                 for half, rows in halves(len(value), name) or ():
                     if half == self._guidance:
-                        kept, at = value[rows], Moment(at.step, half)
+                        chosen, at = rows, Moment(at.step, half)
             if at in seen and not recomputes():
                 self.repeated[name] = None
             seen.add(at)
             part = self._parts.get(at)
             if part is None:
                 part = self._parts[at] = ActivationCache(**self._options)
-            part.recorder(name, binding, axis)(kept)
+            binding.fired = True
+            part.store(name, value, axis, chosen)
             return value
 
         return record
@@ -89,7 +90,22 @@ class StepCache(Mapping[str, Tensor]):
                 values[name] = self[name]
             elif step in kept:
                 values[name] = kept[step]
-        return ActivationCache()._with(values)
+        new = ActivationCache(detach=self._options.get("detach", True))._with(values)
+        for at, part in self._parts.items():
+            if at.step in (step, None):
+                new.take_gradients(part)
+        return new
+
+    def grad(self, name: str) -> Tensor:
+        """The gradient at a site after ``backward()``, in the layout of ``cache[name]``.
+
+        Raises:
+            UnknownSite, MMHooksError: as :meth:`~mmhooks.hooks.cache.ActivationCache.grad`.
+        """
+        kept = self._of(name, ActivationCache.grad)
+        return (
+            kept[None] if None in kept else torch.stack([kept[step] for step in self.steps if step in kept])
+        )
 
     def now(self, name: str) -> Tensor:
         """The value of the step that is going on: with it, ``mm.Patch(cache)`` patches step by step."""
@@ -134,14 +150,16 @@ class StepCache(Mapping[str, Tensor]):
         """Shapes at the sites, of one step."""
         return {name: shape for part in self._parts.values() for name, shape in part.shapes.items()}
 
-    def _of(self, name: str) -> dict[int | None, Tensor]:
+    def _of(
+        self, name: str, read: Callable[[ActivationCache, str], Tensor] = ActivationCache.__getitem__
+    ) -> dict[int | None, Tensor]:
         """Step -> value; a text encoder's two calls are put together as the U-Net gets them."""
         if name not in self:
             raise UnknownSite(name, self, where="this cache")
         found: dict[int | None, dict[str, Tensor]] = {}
         for at, part in self._parts.items():
             if name in part:
-                found.setdefault(at.step, {})[at.half or ""] = part[name]
+                found.setdefault(at.step, {})[at.half or ""] = read(part, name)
         return {
             step: torch.cat([by_half[half] for half in HALVES])
             if all(half in by_half for half in HALVES)
@@ -153,9 +171,7 @@ class StepCache(Mapping[str, Tensor]):
         new = StepCache(guidance=which)
         for at, part in self._parts.items():
             if at.half == "both":
-                index = HALVES.index(which)
-                values = {name: value.chunk(2)[index] for name, value in part.items()}
-                new._parts[Moment(at.step, which)] = part._with(values)
+                new._parts[Moment(at.step, which)] = part.half(HALVES.index(which))
             elif at.half in (which, None):
                 new._parts[at] = part
         if not new._parts:
