@@ -22,8 +22,10 @@ from mmhooks.data.pair_set import Pairs
 from mmhooks.data.progress import track
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models.foreign_code import no_foreign_code
+from mmhooks.models.placement import input_dtype
 from mmhooks.utils.faults import first_line
 from mmhooks.utils.files import written_aside
+from mmhooks.utils.modes import evaluating
 
 Embed = Callable[[Sequence[Any]], Tensor]
 TEXT_NAMES = ("minilm",)
@@ -263,7 +265,8 @@ def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
 
     def embed(pictures: Sequence[Any]) -> Tensor:
         pixels = torch.stack([transform(picture.convert("RGB")) for picture in pictures])  # type: ignore[operator]
-        pixels = pixels.to(device, memory_format=torch.channels_last)
-        return any_model.forward_head(any_model.forward_features(pixels), pre_logits=True)
+        pixels = pixels.to(device, input_dtype(model), memory_format=torch.channels_last)
+        with evaluating(model):  # batch statistics would make a vector depend on its batch
+            return any_model.forward_head(any_model.forward_features(pixels), pre_logits=True)
 
     return embed
