@@ -127,7 +127,8 @@ class ActivationCache(Mapping[str, Tensor]):
         if value.requires_grad:
             self._gradients[name] = _Gradient(value, keep)
         kept = keep(value)
-        self._values[name] = kept.clone() if self._copy and kept is value else kept
+        shared = kept is value or (rows is not None and chosen is None)  # some rows are a view
+        self._values[name] = kept.clone() if self._copy and shared else kept
 
     # -- reading ---------------------------------------------------------------------------------------
 

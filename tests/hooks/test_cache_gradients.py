@@ -151,9 +151,9 @@ def test_a_head_s_latents(model, images, sae):
     site = "image.embed.sae.latents"
     with model.caching([site, "image.embed"], detach=False) as cache, model.hooks(mm.Zero([0], at=site)):
         loss(model.encode_image(images)).backward()
-    torch.testing.assert_close(
-        cache.grad(site), cache.grad("image.embed") @ sae.W_dec.T, atol=1e-6, rtol=1e-4
-    )
+    scale = model.encode_image(images).norm(dim=1, keepdim=True)  # the head reads unit vectors
+    wanted = scale * (cache.grad("image.embed") @ sae.W_dec.T)
+    torch.testing.assert_close(cache.grad(site), wanted.detach(), atol=1e-6, rtol=1e-4)
 
 
 FAULTS = ["detached", "no_grad", "inference", "frozen", "no backward", "cut off", "not kept"]
