@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import CHUNK_BYTES, check_shapes
+from mmhooks.analysis.checks import CHUNK_BYTES, check_numbers, check_shapes
 from mmhooks.analysis.entries import Columns, Latents, check_latents, rise
 from mmhooks.analysis.results import Records, Result
 from mmhooks.data.rows import SparseRows
@@ -90,6 +90,9 @@ class Bridge(Metric):
             ShapeMismatch: sides of different shape, or another width. NotFinite: NaN or infinity.
         """
         start = int(self.n_pairs)
+        for side, given in (("image", image), ("text", text)):
+            if not isinstance(given, SparseRows):
+                check_numbers(given, f"{side} latents")
         check_shapes(tuple(image.shape), tuple(text.shape))
         check_latents(image, self.n_features, "image latents", start=start)
         check_latents(text, self.n_features, "text latents", start=start)

@@ -3,18 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mmhooks.errors import NotFinite, ShapeMismatch
 
 CHUNK_BYTES = 64 * 2**20  # temporary memory that a measure may take beside its input
 
 
+def check_numbers(x: Any, what: str, *, ndim: int = 2) -> None:
+    """Raises ShapeMismatch unless ``x`` is a dense tensor of floating-point numbers with ``ndim`` dimensions.
+
+    Integers are refused too: which of them are counts, indices or a mask is for the caller to say.
+    """
+    if not isinstance(x, Tensor):
+        raise ShapeMismatch(
+            f"{what}: expected a tensor, got a {type(x).__name__}; torch.as_tensor(...) makes one of an array or a list"
+        )
+    shape = tuple(x.shape)
+    if x.ndim != ndim or 0 in shape[1:]:
+        raise ShapeMismatch(
+            f"{what}: expected {ndim} dimensions, none of width 0, got shape {shape}: one row a sample"
+        )
+    if not x.is_floating_point() or x.layout != torch.strided or x.is_meta:
+        kind = "on the meta device, without values" if x.is_meta else f"{x.dtype}, {x.layout}"
+        raise ShapeMismatch(
+            f"{what}: expected a dense tensor of floating-point numbers, got {kind}; convert it: .float(), .to_dense()"
+        )
+
+
+def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int = 0) -> Float[Tensor, "n d"]:
+    """Rows of unit norm, in fp32 (in double where ``x`` is), however large or small they are.
+
+    Raises:
+        NotFinite: a row of zeros, which has no direction; names the first ones, counted from ``start``.
+
+    >>> unit_rows(torch.tensor([[3e30, 4e30], [3e-30, 4e-30]]))
+    tensor([[0.6000, 0.8000],
+            [0.6000, 0.8000]])
+    """
+    x = x.detach()
+    plain = x if x.dtype == torch.float64 else x.float()
+    unit, norm = normalize(plain, dim=1), plain.norm(dim=1)
+    odd = ~((norm > 1e-12) & norm.isfinite())  # what normalize cannot do: squares that are lost or overflow
+    if bool(odd.any()):
+        rows = x[odd].double()
+        largest = rows.abs().amax(1, keepdim=True)
+        if bool((largest == 0).any()):
+            zeros = odd.nonzero().flatten()[(largest == 0).flatten()]
+            raise NotFinite(
+                f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, the first are rows "
+                f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find what makes them"
+            )
+        unit[odd] = normalize(rows / largest, dim=1).to(unit)
+    return unit
+
+
 def check_finite(x: Float[Tensor, "n d"], what: str, *, start: int = 0) -> None:
-    """Raises NotFinite unless every number is finite: how many are not, and where the first ones stand."""
+    """Raises NotFinite unless every number is finite: how many are not, and where the first ones stand; ShapeMismatch
+    for what is no table of numbers at all."""
+    check_numbers(x, what)
     for begin, part in chunks(x):
         finite = torch.isfinite(part)
         if bool(finite.all()):
@@ -33,6 +85,8 @@ def check_pair(
     image: Float[Tensor, "n k"], text: Float[Tensor, "m k2"], what: str = "latents", *, start: int = 0
 ) -> None:
     """Raises ShapeMismatch unless both sides have the same rows and columns, NotFinite for NaN in either."""
+    check_numbers(image, f"image {what}")
+    check_numbers(text, f"text {what}")
     check_shapes(tuple(image.shape), tuple(text.shape), what)
     check_finite(image, f"image {what}", start=start)
     check_finite(text, f"text {what}", start=start)
@@ -50,6 +104,8 @@ def check_shapes(image: tuple[int, ...], text: tuple[int, ...], what: str = "lat
 
 def check_rows(latents: Float[Tensor, "n k"], embeddings: Float[Tensor, "m d"]) -> None:
     """Raises ShapeMismatch unless there is one embedding a sample, NotFinite for NaN in either."""
+    check_numbers(latents, "latents")
+    check_numbers(embeddings, "embeddings")
     if len(latents) != len(embeddings):
         raise ShapeMismatch(
             f"latents of {len(latents)} samples but embeddings of {len(embeddings)}: one row a sample in both"

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmhooks.analysis.checks import check_finite
 from mmhooks.errors import ShapeMismatch
 
 _AT_ONCE = 1 << 24  # inner products in memory at a time
@@ -25,12 +26,15 @@ def cknna(one: Float[Tensor, "b d"], other: Float[Tensor, "b2 d2"], *, k: int = 
     column sums with L's row sums: nothing of size B x B is kept, where the plain form multiplies such matrices.
 
     Raises:
+        NotFinite: NaN or infinity in either.
         ShapeMismatch: sides of different length, or too few samples for ``k`` neighbours (at least ``k + 1`` and 4).
 
     >>> x = torch.randn(50, 8)
     >>> round(cknna(x, 3 * x), 4)
     1.0
     """
+    check_finite(one, "one side")
+    check_finite(other, "the other side")
     b = len(one)
     if len(other) != b or k < 1 or b < max(4, k + 1):
         raise ShapeMismatch(

@@ -10,17 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmhooks.analysis.checks import check_numbers
 from mmhooks.analysis.cknna import cknna
 from mmhooks.analysis.fidelity_metric import Choices, FidelitySums, Kept
 from mmhooks.analysis.geometry import Density
 from mmhooks.analysis.grouped import Grouped
-from mmhooks.analysis.passes import batch_size, share
+from mmhooks.analysis.passes import ActivationStore, batch_size, share
 from mmhooks.analysis.results import Estimate, Records, Result, plain
 from mmhooks.analysis.stability import Stability, stability
 from mmhooks.errors import MMHooksError, ShapeMismatch
@@ -204,6 +206,9 @@ def fidelity(
     >>> found.image.l0.value <= 4, found.text.retrieval.candidates
     (True, 100)
     """
+    for what, given in (("image", image), ("text", text)):
+        if not isinstance(given, (str, Path, ActivationStore)) and (given is not None or what == "image"):
+            check_numbers(given, f"{what} vectors")
     device = next(head.parameters()).device
     rows = [part for part in ready(head, *paired(image, text, sites), device) if part is not None]
     if (classes is None) != (labels is None):

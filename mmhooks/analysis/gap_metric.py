@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import check_pair
+from mmhooks.analysis.checks import check_pair, unit_rows
 from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
 
@@ -59,7 +58,11 @@ class ModalityMeans(Metric):
         check_pair(image, text, "embeddings", start=int(self.n_pairs))
         if image.shape[1] != self.dim:
             raise ShapeMismatch(f"embeddings of width {image.shape[1]}, expected {self.dim}")
-        image, text = (normalize(x.detach().float(), dim=1) for x in (image, text))
+        start = int(self.n_pairs)
+        image, text = (
+            unit_rows(image, "image embeddings", start=start),
+            unit_rows(text, "text embeddings", start=start),
+        )
         cosine = (image * text).sum(1).double()
         device = self.image_sum.device
         self.image_sum += image.sum(0, dtype=torch.float64).to(device)

@@ -9,17 +9,24 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_pair
+from mmhooks.analysis.checks import check_numbers, check_pair, unit_rows
 from mmhooks.analysis.density_metric import FeatureDensity
 from mmhooks.analysis.entries import Latents
 from mmhooks.analysis.gap_metric import ModalityMeans
 from mmhooks.analysis.grouped import Grouped
 from mmhooks.analysis.intervals import bootstrap, from_draws
-from mmhooks.analysis.passes import BATCH, ActivationStore, Side, batch_size, latent_rows, share, vector_rows
+from mmhooks.analysis.passes import (
+    BATCH,
+    ActivationStore,
+    Side,
+    batch_size,
+    is_table,
+    latent_rows,
+    share,
+    vector_rows,
+)
 from mmhooks.analysis.results import Estimate, Records, Result
-from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
 
@@ -91,12 +98,15 @@ def modality_gap(
     >>> round(modality_gap(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)).gap.value, 4)
     1.4142
     """
-    if not isinstance(image_emb, Tensor):
+    if not is_table(image_emb):
         return gap_of(_means_of_store(image_emb, image, text), len(image_emb))
     if text_emb is None:
         raise ShapeMismatch("image embeddings came without text embeddings: give both sides, or a store")
     check_pair(image_emb, text_emb, "embeddings")
-    one, other = (normalize(x.detach().cpu().float(), dim=1) for x in (image_emb, text_emb))
+    if not len(image_emb):
+        raise ShapeMismatch("the modality gap needs pairs of embeddings, got none")
+    one = unit_rows(image_emb.cpu(), "image embeddings").float()
+    other = unit_rows(text_emb.cpu(), "text embeddings").float()
     apart, n = one - other, len(one)
     value = float(apart.mean(0).norm())
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +160,11 @@ def density(
     >>> density(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).values
     tensor([1., 0.], dtype=torch.float64)
     """
-    if isinstance(latents, (Tensor, SparseRows)):
+    if is_table(latents):
+        if isinstance(latents, Tensor):
+            check_numbers(latents, "latents")
+        if not len(latents):
+            raise ShapeMismatch("density needs samples, got none")
         metric = FeatureDensity(latents.shape[1], seed=seed)
         metric.update(latents)
         return metric.result()

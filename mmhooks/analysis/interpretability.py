@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_rows
-from mmhooks.analysis.passes import ActivationStore, Side
+from mmhooks.analysis.checks import check_rows, unit_rows
+from mmhooks.analysis.passes import ActivationStore, Side, is_table
 from mmhooks.analysis.similarity import (
     EmbedSimResult,
     Samples,
@@ -113,7 +112,7 @@ def _samples(
     side: Side,
     site: str | None,
 ) -> Samples:
-    if not isinstance(latents, Tensor):
+    if not is_table(latents):
         return stored_samples(
             latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
         )
@@ -122,7 +121,7 @@ def _samples(
     check_rows(latents, embeddings)
     n = len(latents)
     check_sizes(m, min_samples, n)
-    unit = normalize(embeddings.detach().cpu().float(), dim=1)
+    unit = unit_rows(embeddings.cpu()).float()
     drawn = random_pool(n, pool, seed)
     return Samples(
         unit,

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmhooks.analysis.checks import check_numbers
 from mmhooks.analysis.entries import Latents
 from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.mds_metric import MDS, Kind, divide
-from mmhooks.analysis.passes import BATCH, ActivationStore, data_id, latent_rows, share
+from mmhooks.analysis.passes import BATCH, ActivationStore, data_id, is_table, latent_rows, share
 from mmhooks.analysis.results import Estimate, Records, Result, correlation
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
@@ -133,10 +134,15 @@ def mds(
     >>> mds(image, text).R
     tensor([0.8750,    nan], dtype=torch.float64)
     """
-    if not isinstance(image_latents, (Tensor, SparseRows)):
+    if not is_table(image_latents):
         return _of_store(image_latents, kind, head, data, min_fires, seed, image, text, progress)
     if text_latents is None:
         raise ShapeMismatch("image latents came without text latents: give both sides, or a store")
+    for side, given in (("image", image_latents), ("text", text_latents)):
+        if not isinstance(given, SparseRows):
+            check_numbers(given, f"{side} latents")
+    if not len(image_latents):
+        raise ShapeMismatch("the Modality Dominance Score needs pairs, got none")
     name = head if isinstance(head, str) else head.id
     metric = MDS(image_latents.shape[1], kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
     if isinstance(image_latents, Tensor):

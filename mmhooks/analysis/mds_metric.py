@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import check_pair, check_shapes
+from mmhooks.analysis.checks import check_numbers, check_pair, check_shapes
 from mmhooks.analysis.entries import Latents, check_latents, count, sums
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import MMHooksError
@@ -102,6 +102,9 @@ class MDS(Metric):
         elif isinstance(image, Tensor) and isinstance(text, Tensor):
             check_pair(image, text, start=start)
             check_latents(image[:0], self.n_features)
+        else:
+            for side, given in (("image", image), ("text", text)):
+                check_numbers(given, f"{side} latents")
         if len(image) == 0:
             return
         generator = torch.Generator().manual_seed(self.seed + start)

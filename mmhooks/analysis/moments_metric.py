@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import check_finite, chunks
+from mmhooks.analysis.checks import check_finite, check_numbers, chunks
 from mmhooks.errors import ShapeMismatch
 
 
@@ -48,6 +48,7 @@ class HeadMoments(Metric):
         Raises:
             ShapeMismatch: other heads or another width. NotFinite: NaN or infinity.
         """
+        check_numbers(outputs, "head outputs", ndim=3)
         if outputs.shape[1:] != (self.heads, self.dim):
             raise ShapeMismatch(
                 f"outputs of {outputs.shape[1]} heads x {outputs.shape[2]}, expected {self.heads} x {self.dim}"

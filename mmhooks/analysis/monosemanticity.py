@@ -14,7 +14,7 @@ from mmhooks.analysis.checks import check_rows
 from mmhooks.analysis.controls import size_matched
 from mmhooks.analysis.intervals import bootstrap_difference
 from mmhooks.analysis.monosemanticity_metric import MonoSemanticity
-from mmhooks.analysis.passes import BATCH, ActivationStore, Side, latent_rows, share, vector_rows
+from mmhooks.analysis.passes import BATCH, ActivationStore, Side, is_table, latent_rows, share, vector_rows
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.similarity import EmbedSimResult
 from mmhooks.errors import ShapeMismatch, WrongHead
@@ -148,7 +148,7 @@ def monosemanticity(
     >>> monosemanticity(latents, x).values
     tensor([1., 0.], dtype=torch.float64)
     """
-    if not isinstance(latents, Tensor):
+    if not is_table(latents):
         rows = latent_rows(latents, side, head, site)
         vectors = vector_rows(latents, f"{side}.embed" if embeddings is None else embeddings)
         metric = MonoSemanticity(rows.n_features, vectors.width, seed=seed)
@@ -158,6 +158,8 @@ def monosemanticity(
     if not isinstance(embeddings, Tensor):
         raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
     check_rows(latents, embeddings)
+    if not len(latents):
+        raise ShapeMismatch("MonoSemanticity needs samples, got none")
     metric = MonoSemanticity(latents.shape[1], embeddings.shape[1], seed=seed).to(latents.device)
     metric.update(latents, embeddings)
     return metric.result()

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.checks import chunks
+from mmhooks.analysis.checks import chunks, unit_rows
 from mmhooks.analysis.entries import Columns, Latents, check_samples, rise
 from mmhooks.analysis.intervals import bootstrap
 from mmhooks.data.rows import SparseRows
@@ -81,10 +80,11 @@ class MonoSemanticity(Metric):
         if len(latents) == 0:
             return
         if isinstance(latents, SparseRows):
-            self._add_entries(latents, normalize(embeddings.detach().cpu().float(), dim=1))
+            self._add_entries(latents, unit_rows(embeddings.cpu().double(), start=int(self.n_samples)))
         else:
             for begin, part in chunks(latents):
-                unit = normalize(embeddings[begin : begin + len(part)].detach().float(), dim=1)
+                vectors = embeddings[begin : begin + len(part)].double()
+                unit = unit_rows(vectors, start=int(self.n_samples) + begin)
                 self._add_table(rise(part), unit.to(part.device))
         self.n_samples = self.n_samples + len(latents)
 
@@ -105,19 +105,21 @@ class MonoSemanticity(Metric):
         )
 
     def _add_table(self, a: Tensor, unit: Tensor) -> None:
+        # In double: a feature that fires for one sample has a weight of 0 to the last digit, or a value made of
+        # rounding. Sums of what lies above the batch's own minimum: a large common offset would eat the digits.
+        a = a.double()
         low, high, rows = a.amin(0), a.amax(0), len(a)
-        # Sums of what lies above the batch's own minimum: a large common offset would eat the digits.
         above = a - low
-        floor, height = low.double(), above.sum(0, dtype=torch.float64)
+        floor, height = low, above.sum(0)
         unit_sum = unit.sum(0, dtype=torch.float64)
         self._add(
             total=height + rows * floor,
-            squares=above.square().sum(0, dtype=torch.float64) + 2 * floor * height + rows * floor.square(),
-            weighted=(above.T @ unit.to(above.dtype)).double() + floor[:, None] * unit_sum,
+            squares=above.square().sum(0) + 2 * floor * height + rows * floor.square(),
+            weighted=above.T @ unit + floor[:, None] * unit_sum,
             unit_sum=unit_sum,
             unit_squares=unit.double().square().sum(),
             low=floor,
-            high=high.double(),
+            high=high,
         )
 
     def _add(self, *, low: Tensor, high: Tensor, **sums: Tensor) -> None:

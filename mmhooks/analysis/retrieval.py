@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_pair
+from mmhooks.analysis.checks import check_pair, unit_rows
 from mmhooks.analysis.intervals import wilson
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import ShapeMismatch
@@ -75,7 +74,8 @@ def retrieval(
         raise ShapeMismatch(
             f"retrieval needs pairs, ks >= 1 and a label a pair: {n} pairs, ks = {tuple(ks)}, {labels}"
         )
-    image, text = (normalize(x.detach().float(), dim=1) for x in (image_emb, text_emb))
+    image, text = unit_rows(image_emb, "image embeddings"), unit_rows(text_emb, "text embeddings")
+    text = text.to(image)
     if same is not None:
         same = same.to(image.device)
     forward, backward = _ranks(image, text, same), _ranks(text, image, same)

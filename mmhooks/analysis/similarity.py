@@ -18,6 +18,9 @@ from mmhooks.errors import MMHooksError, ShapeMismatch
 
 SimKind = Literal["primary", "difference", "paper"]
 WinKind = Literal["expectation", "paper"]
+# Cosines nearer than that are equal: a pair of top samples meets itself in the random pool, through another product of
+# matrices, and would win or lose by its rounding.
+TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,12 @@ def win_rate_of(
     if kind == "expectation":
         random_cosines = _upper(unit[samples.pool][None])[0].sort().values
         for rows, cosines, valid in _top_cosines(unit, top):
-            below = torch.searchsorted(random_cosines, cosines.contiguous(), right=False) / len(
-                random_cosines
-            )
+            below = torch.searchsorted(random_cosines, cosines - TIE, right=False) / len(random_cosines)
             values[rows] = (below * valid).sum(1) / valid.sum(1).clamp_min(1)
     else:
         for rows, cosines, valid in _top_cosines(unit, top):
             other = _upper(unit[samples.control(rows)])
-            values[rows] = ((cosines > other) & valid).sum(1) / valid.sum(1).clamp_min(1)
+            values[rows] = ((cosines > other + TIE) & valid).sum(1) / valid.sum(1).clamp_min(1)
     values[~enough] = math.nan
     m = top.indices.shape[1]
     return WinRateResult(values, bootstrap(values, seed=seed), top.count, kind, m, len(samples.pool), seed)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from mmhooks.analysis.checks import unit_rows
 from mmhooks.analysis.entries import Latents, check_samples
 from mmhooks.analysis.similarity import (
     EmbedSimResult,
@@ -70,7 +70,7 @@ class _Similarity(TopSamples):
             raise ShapeMismatch(f"similarity needs the embeddings of the samples, {self.width} numbers each")
         start = int(self.n_samples) if start is None else start
         check_samples(latents, vectors, self.n_features, self.width, start=start)
-        unit = normalize(vectors.detach().float(), dim=1)
+        unit = unit_rows(vectors, start=start).float()
         self._add(latents, unit, start)
         self.unit_sum += unit.sum(0, dtype=torch.float64)
         self.unit_squares += unit.double().square().sum()

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmhooks.analysis.checks import check_finite
 from mmhooks.analysis.intervals import bootstrap
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.errors import NoDecoder, ShapeMismatch
@@ -69,7 +70,9 @@ def _directions(head: Head) -> Float[Tensor, "n d"]:
     rows = getattr(head, "W_dec", None)
     if not head.has_decoder or rows is None:
         raise NoDecoder(f"head {head.name!r} ({head.kind}) has no decoder rows to compare")
-    return normalize(rows.detach().cpu().float(), dim=1)
+    rows = rows.detach().cpu().float()
+    check_finite(rows, f"decoder rows of head {head.name!r}")
+    return normalize(rows, dim=1)
 
 
 def _match(few: Float[Tensor, "n d"], many: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:

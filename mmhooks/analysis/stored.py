@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from mmhooks.analysis.checks import unit_rows
 from mmhooks.analysis.passes import (
     BATCH,
     ActivationStore,
@@ -73,7 +73,7 @@ def samples_of(
         s_minus = _mean_cosine_of(vectors, n)
     control = random_samples(n, m, range(len(top.indices)), seed)
     needed = torch.cat([top.indices.clamp_min(0).flatten(), drawn, control.flatten()]).unique()
-    unit = normalize(vectors[needed].cpu(), dim=1)
+    unit = unit_rows(vectors[needed].cpu()).float()
     rows = torch.where(top.indices >= 0, torch.searchsorted(needed, top.indices.clamp_min(0)), -1)
     pool_rows, control_rows = torch.searchsorted(needed, drawn), torch.searchsorted(needed, control)
     size = n if s_minus is not None else len(drawn)
@@ -92,7 +92,7 @@ def _mean_cosine_of(vectors: VectorRows, n: int) -> float:
     total = torch.zeros(vectors.width, dtype=torch.float64)
     squares = 0.0
     for begin in range(0, n, BATCH):
-        unit = normalize(vectors[begin : begin + BATCH].cpu(), dim=1).double()
+        unit = unit_rows(vectors[begin : begin + BATCH].cpu(), start=begin).float().double()
         total += unit.sum(0)
         squares += float(unit.square().sum())
     return (float(total.square().sum()) - squares) / (n * n - n)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.analysis.checks import check_finite
+from mmhooks.analysis.checks import check_finite, check_numbers
 from mmhooks.analysis.head_labels import HeadLabels
 from mmhooks.analysis.moments_metric import HeadMoments
 from mmhooks.analysis.results import Records, Result
@@ -223,7 +223,9 @@ def leading_space(
 def _moments(head_outputs: Tensor | HeadMoments) -> HeadMoments:
     if isinstance(head_outputs, HeadMoments):
         return head_outputs
-    outputs = head_outputs[:, None] if head_outputs.ndim == 2 else head_outputs
+    several = isinstance(head_outputs, Tensor) and head_outputs.ndim == 3
+    check_numbers(head_outputs, "head outputs", ndim=3 if several else 2)
+    outputs = head_outputs if several else head_outputs[:, None]
     moments = HeadMoments(outputs.shape[1], outputs.shape[2]).to(outputs.device)
     moments.update(outputs)
     return moments
@@ -238,6 +240,7 @@ def _check(
     selection: str,
     heads: Sequence[str] | None,
 ) -> None:
+    check_numbers(embeddings, "text embeddings")
     if embeddings.shape[1] != moments.dim:
         raise ShapeMismatch(
             f"text embeddings are {embeddings.shape[1]} wide, head outputs {moments.dim}: both must lie in the joint "

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.checks import CHUNK_BYTES, check_finite
-from mmhooks.analysis.passes import ActivationStore, Side, latent_rows
+from mmhooks.analysis.passes import ActivationStore, Side, is_table, latent_rows
 from mmhooks.analysis.results import Records, Result
 from mmhooks.data.rows import SparseRows
 from mmhooks.errors import ShapeMismatch
@@ -71,7 +71,7 @@ def top_activating(
     """
     if m < 1:
         raise ShapeMismatch(f"m must be at least 1, came {m}")
-    if not isinstance(latents, Tensor):
+    if not is_table(latents) or not isinstance(latents, Tensor):
         from mmhooks.analysis.stored import top_of
         from mmhooks.analysis.top_metric import TopSamples
 

@@ -1,0 +1,55 @@
+"""Measures on tensors that are not what they should be: equal to a loop in float64, or refused in our own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("measure_faults.py")
+MEASURES = ("mds", "density", "top", "embed_sim", "win_rate", "monosemanticity", "retrieval", "gap", "moments", "cknna",
+            "fidelity", "bridge", "text_span")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """In a process of its own: the types that tests check would refuse most of it first, users have no such checks."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_what_is_accepted_equals_a_loop_in_float64(found, measure):
+    wrong = []
+    for what, row in found[measure].items():
+        if what.startswith("refused"):
+            continue
+        if "got" not in row:
+            wrong.append((what, row))
+        elif "wanted" in row and row["got"] != pytest.approx(row["wanted"], rel=1e-3, abs=2e-6, nan_ok=True):
+            wrong.append((what, row["got"], row["wanted"]))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_rest_is_refused(found, measure):
+    wrong = {
+        what: row
+        for what, row in found[measure].items()
+        if what.startswith("refused") and "refused" not in row
+    }
+    assert not wrong, wrong
