@@ -127,6 +127,8 @@ class ActivationCache(Mapping[str, Tensor]):
         if value.requires_grad:
             self._gradients[name] = _Gradient(value, keep)
         kept = keep(value)
+        if kept is value and value.requires_grad:
+            value.retain_grad()  # cache[name].grad, as of any tensor
         shared = kept is value or (rows is not None and chosen is None)  # some rows are a view
         self._values[name] = kept.clone() if self._copy and shared else kept
 
