@@ -3,7 +3,7 @@
     python benchmarks/head_quality.py --embeddings runs/mini.safetensors --out runs/head_quality.md
 
 ``--embeddings`` holds ``train.image, train.text, valid.image, valid.text``; where it is missing, it is made with
-``--corpus`` the way recipes/train_heads.py embeds. Every library gets the same batches (pictures and texts of the
+``--corpus`` the way recipes/embedded/heads/train.py embeds. Every library gets the same batches (pictures and texts of the
 same pairs, stacked), Adam at the same rate and schedule, and its best rate of ``--rates`` by held-out FVU with the
 first seed; the table is over ``--seeds``, on ``--judged`` pairs that are taken out of the training pairs and that no
 choice, of ours or of this script, has seen. The peers get vectors of norm sqrt(d), the scale their defaults are made for (ours
@@ -26,15 +26,17 @@ from peers import available
 from safetensors.torch import load_file, save_file
 
 import mmhooks as mm
-from mmhooks.heads.schedule import share
+from mmhooks.heads.training.schedule import share
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def embeddings(path: Path, corpus: Path | None) -> dict[str, torch.Tensor]:
     if not path.exists():
-        from mini_corpus import Corpus
-        from train_heads import embed, views
+        from embedded.clip.train import embed
+        from embedded.heads.train import views
+
+        from mmhooks.data.sources.drawings import Corpus
 
         assert corpus is not None, f"{path} is not there: pass --corpus to make it"
         model, drawings = mm.load("mini"), Corpus(corpus)
@@ -111,7 +113,7 @@ def main(
     embeddings_: Annotated[Path, typer.Option("--embeddings", help="safetensors of the vectors")] = Path(
         "runs/mini_embeddings.safetensors"
     ),
-    corpus: Annotated[Path | None, typer.Option(help="folder made by recipes/mini_corpus.py")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="folder made by recipes/embedded/corpus.py")] = None,
     pairs: Annotated[int, typer.Option(help="training pairs; 0 for all that are not judged")] = 0,
     judged: Annotated[int, typer.Option(help="pairs kept out of the training pairs for the table")] = 2000,
     epochs: int = 15,

@@ -116,7 +116,7 @@ def stages() -> dict[str, tuple[float, str]]:
             buffer = BytesIO()
             pairs.image(i).convert("RGB").resize((320, 256)).save(buffer, format="JPEG", quality=90)
             jpegs.append(buffer.getvalue())
-        from mmhooks.data.images import open_image
+        from mmhooks.data.sources.images import open_image
 
         timed(
             "decoding, JPEG 320×256 to 224 px",

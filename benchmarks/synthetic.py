@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mmhooks.data.rows import SparseRows
+from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.heads import TopKSAE
 
 FEATURES, K, D = 1024, 32, 256

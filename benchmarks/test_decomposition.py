@@ -22,11 +22,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mmhooks as mm
-from mmhooks.analysis.embed_texts import embed_texts
-from mmhooks.analysis.lasso import nonnegative_lasso
-from mmhooks.analysis.moments_metric import HeadMoments
-from mmhooks.analysis.splice_text import centred
-from mmhooks.analysis.text_span import text_span
+from mmhooks.analysis.decomposition.head_moments import HeadMoments
+from mmhooks.analysis.decomposition.lasso import nonnegative_lasso
+from mmhooks.analysis.decomposition.sparse_text_code import centred
+from mmhooks.analysis.decomposition.text_span import text_span
+from mmhooks.models.clip.embed_texts import embed_texts
 
 N, T, D, WIDTH, K, RANK = 50_000, 3_500, 512, 64, 20, 80
 PENALTY = 0.1

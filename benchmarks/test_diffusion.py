@@ -65,7 +65,7 @@ def test_maps(benchmark, sd):
     """All cross-attention patterns: kept, and summed to heat maps."""
     from torch.nn import functional as F
 
-    from mmhooks.analysis.attention_maps import layer_size
+    from mmhooks.analysis.attribution.attention_maps import layer_size
 
     plain, sites = draw(sd.pipe), "unet.*.cross.pattern"
     found: list[torch.Tensor] = []

@@ -19,9 +19,10 @@ import pytest
 import torch
 from peers import available
 
-from mmhooks.heads import TopKSAE, sparse
-from mmhooks.heads.sae import SAE
-from mmhooks.heads.sae_objective import SAEObjective
+from mmhooks.heads import TopKSAE
+from mmhooks.heads.sae import topk_kernels as sparse
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.training.sae_objective import SAEObjective
 
 D, K, LR = 512, 32, 1e-4
 CASES = [(n, batch) for n in (1024, 8192, 16384) for batch in (1024, 4096)]

@@ -98,7 +98,7 @@ def race(
 def clip(name: str) -> mm.HookedCLIP:
     import open_clip
 
-    from mmhooks.models.mini import build
+    from mmhooks.models.embedded.mini import build
 
     torch.manual_seed(0)
     model = build() if name == "mini" else open_clip.create_model("ViT-B-32", pretrained=None)

@@ -22,12 +22,13 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.synthetic import FEATURES, D, Latents, Vectors, head
-from mmhooks.analysis.bridge import Bridge
-from mmhooks.analysis.density_metric import FeatureDensity
-from mmhooks.analysis.mds_metric import MDS
-from mmhooks.analysis.monosemanticity_metric import MonoSemanticity
-from mmhooks.analysis.similarity_metric import EmbedSim, WinRate
-from mmhooks.analysis.top_metric import TopSamples
+from mmhooks.analysis.measures.bridges import Bridge
+from mmhooks.analysis.measures.density import FeatureDensity
+from mmhooks.analysis.measures.embed_sim import EmbedSim
+from mmhooks.analysis.measures.mds import MDS
+from mmhooks.analysis.measures.monosemanticity import MonoSemanticity
+from mmhooks.analysis.measures.top_activating import TopSamples
+from mmhooks.analysis.measures.win_rate import WinRate
 
 WIDE, N, M, POOL = 20_000, 2_500, 20, 128
 

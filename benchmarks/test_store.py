@@ -116,7 +116,7 @@ if mm.data.ranks.Ranks().rank == 0:
 def test_two_processes(tmp_path: Path) -> None:
     """The wall-clock time of two ranks with a thread each against one; needs two idle cores."""
     script = tmp_path / "two.py"
-    script.write_text(TWO.replace("mmhooks as mm", "mmhooks as mm, mmhooks.data.ranks", 1))
+    script.write_text(TWO.replace("mmhooks as mm", "mmhooks as mm, mmhooks.utils.distributed", 1))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pairs = 4 * PAIRS
 

@@ -15,18 +15,6 @@ EXCEPTIONS = {
     ("mmhooks.heads.base", "mmhooks.heads.hub"),
 }
 
-# Halves of one measure or source, until they are one file.
-TEMPORARY = {
-    ("mmhooks.analysis.decompose", "mmhooks.analysis.decompose_data"),
-    ("mmhooks.analysis.density_metric", "mmhooks.analysis.geometry"),
-    ("mmhooks.analysis.gap_metric", "mmhooks.analysis.geometry"),
-    ("mmhooks.analysis.mds_metric", "mmhooks.analysis.mds"),
-    ("mmhooks.analysis.monosemanticity_metric", "mmhooks.analysis.monosemanticity"),
-    ("mmhooks.analysis.top", "mmhooks.analysis.stored"),
-    ("mmhooks.analysis.top", "mmhooks.analysis.top_metric"),
-    ("mmhooks.data.folder", "mmhooks.data.sources"),
-}
-
 
 def test_no_import_circle_in_the_package():
     assert not circles(import_graph(ROOT, "mmhooks"))
@@ -39,9 +27,9 @@ def test_no_import_circle_in_the_recipes():
 def test_the_exceptions_exist():
     """One that is no longer needed is deleted."""
     graph = import_graph(ROOT, "mmhooks")
-    for edge in EXCEPTIONS | TEMPORARY:
+    for edge in EXCEPTIONS:
         assert graph.has_edge(*edge), f"{edge} is no import any more"
-        assert circles(graph, without=(EXCEPTIONS | TEMPORARY) - {edge}), f"{edge} closes no circle"
+        assert circles(graph, without=EXCEPTIONS - {edge}), f"{edge} closes no circle"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +64,7 @@ def write(folder: Path, **files: str) -> None:
 def circles(graph: nx.DiGraph, without: set[tuple[str, str]] | None = None) -> list[list[str]]:
     """The strongly connected components of more than one module, but for the written exceptions."""
     left = graph.copy()
-    left.remove_edges_from(EXCEPTIONS | TEMPORARY if without is None else without)
+    left.remove_edges_from(EXCEPTIONS if without is None else without)
     return sorted(sorted(part) for part in nx.strongly_connected_components(left) if len(part) > 1)
 
 

@@ -1,4 +1,4 @@
-"""The ``mmhooks`` command: thin commands, one file a subject. Studies are scripts under ``recipes/``."""
+"""The ``mmhooks`` command: thin commands, one file a subject."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.cli.look import models, pairs, sites
+from mmhooks.cli.inspect import models, pairs, sites
 from mmhooks.cli.measure import measure
 from mmhooks.cli.store import extract, store
+from mmhooks.cli.study import study
 from mmhooks.cli.sweep import sweep
 from mmhooks.cli.train import train
 
 app = typer.Typer(
     name="mmhooks",
-    help="Hooked-model interpretability for multimodal models. Studies: python recipes/modality.py --help",
+    help="Hooked-model interpretability for multimodal models. Studies: mmhooks study --help, or python recipes/modality.py --help",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,3 +43,4 @@ def main(
 for command in (models, sites, pairs, extract, train, sweep, measure):
     app.command()(command)
 app.add_typer(store, name="store")
+app.add_typer(study, name="study")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmhooks.cli.clear_errors import clear_errors
-from mmhooks.cli.say import say, say_lines
+from mmhooks.utils.clear_errors import clear_errors
+from mmhooks.utils.distributed import together
+from mmhooks.utils.say import say, say_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,10 @@ def measure(
     On several processes: torchrun --nproc-per-node 2 -m mmhooks.cli measure runs/acts --head mini/sae
     """
     import mmhooks as mm
-    from mmhooks.analysis.passes import processes
-    from mmhooks.report.measures import write_measures
+    from mmhooks.report.measures_page import write_measures
+    from mmhooks.utils.distributed import processes
 
-    with clear_errors(), _together():
+    with clear_errors(), together():
         vectors: dict[str, Any] = {"image": image_vectors, "text": text_vectors}
         result = mm.measure(
             mm.Store(store),
@@ -97,20 +97,3 @@ def _vectors(given: str) -> Tensor | str:
             f"{given} holds {len(tables)} tensors ({', '.join(tables)}); it should hold one table"
         )
     return next(iter(tables.values()))
-
-
-class _together:
-    """Joins the processes that torchrun started, and leaves them again."""
-
-    def __enter__(self) -> None:
-        import torch.distributed as dist
-
-        self._mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-        if self._mine:
-            dist.init_process_group("gloo")
-
-    def __exit__(self, *_: Any) -> None:
-        import torch.distributed as dist
-
-        if self._mine:
-            dist.destroy_process_group()

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mmhooks.cli.clear_errors import clear_errors
-from mmhooks.cli.look import Pretrained
-from mmhooks.cli.say import say
+from mmhooks.cli.inspect import Pretrained
+from mmhooks.utils.clear_errors import clear_errors
+from mmhooks.utils.say import say
 
 Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]

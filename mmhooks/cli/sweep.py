@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.cli.clear_errors import clear_errors
-from mmhooks.cli.say import say, say_lines
+from mmhooks.utils.clear_errors import clear_errors
+from mmhooks.utils.say import say, say_lines
 
 
 def sweep(
@@ -34,8 +34,8 @@ def sweep(
 
     Example: mmhooks sweep runs/acts --k 16,32,64 --n 1024,4096 --seeds 0,1 --out runs/sweep
     """
-    from mmhooks.analysis.sweep import sweep as run
-    from mmhooks.heads.source import paired
+    from mmhooks.analysis.measures.sweep import sweep as run
+    from mmhooks.heads.vectors import paired
     from mmhooks.report.style import draw
     from mmhooks.report.training import sweep_figure
     from mmhooks.utils.files import write_bytes

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmhooks.cli.clear_errors import clear_errors
-from mmhooks.cli.say import say
+from mmhooks.utils.clear_errors import clear_errors
+from mmhooks.utils.say import say
 
 
 class Kind(StrEnum):
@@ -86,11 +86,11 @@ def train(
 
     On several GPUs or processes: accelerate launch --num_processes 2 -m mmhooks.cli train runs/acts --out runs/sae
     """
-    from mmhooks.heads.fidelity import fidelity
-    from mmhooks.heads.modality import KEY, by_modality
-    from mmhooks.heads.source import every_tenth, paired
-    from mmhooks.heads.team import Team
-    from mmhooks.heads.train import default_objective, train_head
+    from mmhooks.heads.reconstruction import fidelity
+    from mmhooks.heads.sae.modality_centres import KEY, by_modality
+    from mmhooks.heads.training.team import Team
+    from mmhooks.heads.training.train import default_objective, train_head
+    from mmhooks.heads.vectors import every_tenth, paired
     from mmhooks.report.style import draw
     from mmhooks.report.training import training_figure
     from mmhooks.utils.files import write_bytes, write_text

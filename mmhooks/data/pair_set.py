@@ -10,7 +10,7 @@ from typing import Any, Protocol, overload, runtime_checkable
 
 from PIL import Image
 
-from mmhooks.data.images import rgb
+from mmhooks.data.sources.images import rgb
 from mmhooks.data.splits import SPLITS, split_of
 from mmhooks.errors import DataError
 from mmhooks.utils.indexing import as_place, as_places, one_place

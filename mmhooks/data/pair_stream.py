@@ -10,14 +10,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mmhooks.data.captions import captions_in
-from mmhooks.data.images import open_image, rgb
-from mmhooks.data.local_files import Home
-from mmhooks.data.opening import KNOWN, Columns, Opened, columns_of, encoded, id_of, open_rows, read_on
 from mmhooks.data.pair_set import Pair
 from mmhooks.data.seen_ids import SeenIds
-from mmhooks.data.stream import first_reason, state_of
-from mmhooks.data.tars import FAULT, KEY
+from mmhooks.data.sources.captions import captions_in
+from mmhooks.data.sources.hub import first_reason, state_of
+from mmhooks.data.sources.images import open_image, rgb
+from mmhooks.data.sources.local_files import Home
+from mmhooks.data.sources.opening import (
+    KNOWN,
+    Columns,
+    Opened,
+    columns_of,
+    encoded,
+    id_of,
+    open_rows,
+    read_on,
+)
+from mmhooks.data.sources.tars import FAULT, KEY
 from mmhooks.errors import DataError
 
 
@@ -51,7 +60,7 @@ class PairStream:
 
     Attributes:
         name, licence, attribution: as of :class:`~mmhooks.data.Pairs`.
-        fingerprint: of the request and of local files as far as :func:`~mmhooks.data.stream.state_of` looks at them
+        fingerprint: of the request and of local files as far as :func:`~mmhooks.data.sources.hub.state_of` looks at them
             (names, sizes, times, first and last megabyte); the rows are not read for it.
         on_error: "raise" or "skip", for rows that cannot be used.
         skipped: row by row why it was left out, as far as the stream was last read by this object. (Rows that

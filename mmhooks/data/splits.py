@@ -7,9 +7,16 @@ concepts, one picture in twelve is held out, so its concept was seen in other st
 
 from __future__ import annotations
 
+import random
 import re
 from hashlib import blake2b
 from typing import Literal
+
+
+def choose(n: int, limit: int, seed: int) -> list[int]:
+    """``limit`` of ``n`` positions at random, in order; the same for the same seed."""
+    return sorted(random.Random(seed).sample(range(n), min(limit, n)))
+
 
 Split = Literal["train", "heldout_pictures", "heldout_concepts"]
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.formats import Options, read_head, save_saelens
+from mmhooks.utils.assets import ASSETS, EMBEDDED
 from mmhooks.utils.escape import markdown
+
+if TYPE_CHECKING:
+    import torch
 
 WANTED = ("*.json", "*.safetensors", "*.pt", "*.pth")
 
@@ -134,3 +139,67 @@ def _in_saelens(head: Head, repo: str, inside: str | None) -> str:
         f'sae = SAE.load_from_disk(snapshot_download("{repo}") + "/{sae_id}")\n'
         f"features = sae.encode(x)  # x [*b, {head.d_in}]: vectors as they come\nrecon = sae(x)\n```\n"
     )
+
+
+def load_head(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> Head:
+    """A sparse head from the package (``"mini/sae"``), a folder or file, or a Hugging Face Hub repository.
+
+    The format is recognised by its files: our own, SAELens, sparsify, dictionary_learning, ViT-Prisma, MSAE and
+    overcomplete (:data:`mmhooks.heads.formats.FORMATS`).
+
+    Args:
+        source: name, path, or ``owner/name`` on the Hub.
+        subfolder: folder or file inside it, where it holds several heads.
+        revision, cache_dir: of the Hub's copy.
+        options: ``token`` of the Hub, and what a foreign file leaves open: ``name``, ``normalize_input`` (give raw
+            vectors unit norm first), ``kind``, ``k``, ``threshold``.
+
+    Raises:
+        MissingWeights: nothing there; the message lists what was found and what is understood.
+        MMHooksError: a known format whose contents do not fit; an option that is not known, or not of use there.
+
+    >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
+    (256, 1024)
+    """
+    from mmhooks.heads.base import Head
+    from mmhooks.heads.formats import Options
+
+    known = [*(f.name for f in fields(Options)), "token"]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise MMHooksError(
+            f"load_head takes no {', '.join(unknown)}; beside a source it knows {', '.join(known)}"
+        )
+    embedded = str(source) in embedded_heads()
+    path = ASSETS / source if embedded else Path(source)
+    if revision is not None and path.exists():
+        raise MMHooksError(
+            f"{source} is on this machine, which has no revisions: expected no revision=, got {revision!r}; "
+            "leave it out, or name a repository of the Hub"
+        )
+    if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
+        raise MissingWeights(
+            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give the path of a "
+            "directory or file of weights, or a Hub id owner/name"
+        )
+    return Head.from_pretrained(
+        path if embedded else source,
+        subfolder=subfolder,
+        device=device,
+        revision=revision,
+        cache_dir=cache_dir,
+        **options,
+    )
+
+
+def embedded_heads() -> list[str]:
+    """Names of the heads that ship with the package."""
+    return sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in ASSETS.glob("*/*/config.json"))

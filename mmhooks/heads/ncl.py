@@ -1,6 +1,6 @@
 """The non-negative contrastive head: one shared MLP for both modalities (seed 001, eq. 3-4).
 
-Trained by :class:`mmhooks.heads.ncl_objective.NCLObjective`, without a decoder: its features can be read,
+Trained by :class:`mmhooks.heads.training.ncl_objective.NCLObjective`, without a decoder: its features can be read,
 compared and edited in their own space. :meth:`NCL.fit_decoder` gives it a linear one, so that edits can be
 spliced back into the model.
 """
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
-from mmhooks.heads.geometry import ridge_map
-from mmhooks.heads.source import Rows
+from mmhooks.heads.linalg import ridge_map
+from mmhooks.heads.vectors import Rows
 
 RIDGE = 1e-3
 """Of a fitted decoder, as a share of the features' mean variance."""

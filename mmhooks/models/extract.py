@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from mmhooks.data.loading import Batch, Decoder, loader, works
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream
-from mmhooks.data.progress import rate_bar
-from mmhooks.data.ranks import Ranks
 from mmhooks.data.store import Store
 from mmhooks.data.store.background import Background
 from mmhooks.data.store.layout import Precision, SiteSpec, columns_of
@@ -32,8 +30,10 @@ from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.provenance import attachment_digest, edits_of, spelled, versions, weights_hash
 from mmhooks.utils.digest import digest
+from mmhooks.utils.distributed import Ranks
 from mmhooks.utils.files import make_folder
 from mmhooks.utils.modes import evaluating
+from mmhooks.utils.progress import rate_bar
 
 SHARD_ROWS, SHARD_BYTES = 8192, 256 * 2**20
 

@@ -242,7 +242,7 @@ class HookedModel:
         Its ``run_with_hooks``, ``run_with_cache`` and ``hooks`` work on ``forward``, ``encode_image`` and
         ``encode_text``. Heads attached later need a new view.
         """
-        from mmhooks.models.interop_lens import LensView
+        from mmhooks.models.interop.transformer_lens import LensView
 
         return LensView(self)
 
@@ -251,7 +251,7 @@ class HookedModel:
 
         Only the named sites are put in the flow; attention of their blocks runs on the explicit path.
         """
-        from mmhooks.models.interop_nnsight import nnsight_view
+        from mmhooks.models.interop.nnsight import nnsight_view
 
         return nnsight_view(self, sites)
 

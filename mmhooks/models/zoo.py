@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.foreign_code import no_foreign_code
-from mmhooks.utils.assets import ASSETS, asset
+from mmhooks.utils.assets import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
 
-    from mmhooks.heads.base import Head
-    from mmhooks.models.clip import HookedCLIP
+    from mmhooks.models.clip.model import HookedCLIP
 
-EMBEDDED = ("mini", "mini-declip", "mini-reader")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 
 
@@ -50,8 +46,8 @@ def load(
     >>> model.encode_text(model.tokenizer(["a red panda"])).shape
     torch.Size([1, 256])
     """
-    from mmhooks.models.clip import HookedCLIP
-    from mmhooks.models.mini import load_embedded
+    from mmhooks.models.clip.model import HookedCLIP
+    from mmhooks.models.embedded.mini import load_embedded
 
     if precision not in PRECISIONS:  # open_clip would run fp32 without a word
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -68,78 +64,6 @@ def load(
     return HookedCLIP(
         model, tokenizer=tokenizer, preprocess=preprocess, name=name, autocast=_autocast(precision)
     )
-
-
-def load_head(
-    source: str | Path,
-    *,
-    subfolder: str | None = None,
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    **options: Any,
-) -> Head:
-    """A sparse head from the package (``"mini/sae"``), a folder or file, or a Hugging Face Hub repository.
-
-    The format is recognised by its files: our own, SAELens, sparsify, dictionary_learning, ViT-Prisma, MSAE and
-    overcomplete (:data:`mmhooks.heads.formats.FORMATS`).
-
-    Args:
-        source: name, path, or ``owner/name`` on the Hub.
-        subfolder: folder or file inside it, where it holds several heads.
-        revision, cache_dir: of the Hub's copy.
-        options: ``token`` of the Hub, and what a foreign file leaves open: ``name``, ``normalize_input`` (give raw
-            vectors unit norm first), ``kind``, ``k``, ``threshold``.
-
-    Raises:
-        MissingWeights: nothing there; the message lists what was found and what is understood.
-        MMHooksError: a known format whose contents do not fit; an option that is not known, or not of use there.
-
-    >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
-    (256, 1024)
-    """
-    from mmhooks.heads.base import Head
-    from mmhooks.heads.formats import Options
-
-    known = [*(f.name for f in fields(Options)), "token"]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise MMHooksError(
-            f"load_head takes no {', '.join(unknown)}; beside a source it knows {', '.join(known)}"
-        )
-    embedded = str(source) in embedded_heads()
-    path = ASSETS / source if embedded else Path(source)
-    if revision is not None and path.exists():
-        raise MMHooksError(
-            f"{source} is on this machine, which has no revisions: expected no revision=, got {revision!r}; "
-            "leave it out, or name a repository of the Hub"
-        )
-    if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
-        raise MissingWeights(
-            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give the path of a "
-            "directory or file of weights, or a Hub id owner/name"
-        )
-    return Head.from_pretrained(
-        path if embedded else source,
-        subfolder=subfolder,
-        device=device,
-        revision=revision,
-        cache_dir=cache_dir,
-        **options,
-    )
-
-
-def embedded_heads() -> list[str]:
-    """Names of the heads that ship with the package."""
-    return sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in ASSETS.glob("*/*/config.json"))
-
-
-def card(name: str) -> dict[str, Any]:
-    """What is known of an embedded model: data, licences, recipe, seed, held-out retrieval."""
-    path = ASSETS / name / "card.json"
-    if not path.is_file():
-        raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
-    return json.loads(asset(path).read_text(encoding="utf-8"))
 
 
 def _autocast(precision: str) -> torch.dtype | None:

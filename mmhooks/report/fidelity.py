@@ -10,7 +10,7 @@ from mmhooks.report.style import LIGHT, Palette
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmhooks.analysis.fidelity import FidelityResult
+    from mmhooks.analysis.measures.fidelity import FidelityResult
 
 
 def fidelity_figure(result: FidelityResult, palette: Palette = LIGHT) -> Figure:

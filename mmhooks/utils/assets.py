@@ -1,13 +1,25 @@
-"""Files that ship with the package, compared with their digests before they are used."""
+"""What ships inside the package: the embedded models and heads, with their cards."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mmhooks.errors import DamagedFile, MissingWeights
 from mmhooks.utils.files import sha256_of, write_text
+
+EMBEDDED = ("mini", "mini-declip", "mini-reader")
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known of an embedded model: data, licences, recipe, seed, held-out retrieval."""
+    path = ASSETS / name / "card.json"
+    if not path.is_file():
+        raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
+    return json.loads(asset(path).read_text(encoding="utf-8"))
+
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DIGESTS = "digests.json"

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.analysis.bridge import Bridge
-from mmhooks.analysis.cknna import cknna
-from mmhooks.analysis.fidelity import fidelity
-from mmhooks.analysis.geometry import density, modality_gap
-from mmhooks.analysis.moments_metric import HeadMoments
-from mmhooks.analysis.monosemanticity import monosemanticity
-from mmhooks.analysis.retrieval import retrieval
-from mmhooks.analysis.text_span import text_span
-from mmhooks.analysis.top import top_activating
+from mmhooks.analysis.decomposition.head_moments import HeadMoments
+from mmhooks.analysis.decomposition.text_span import text_span
+from mmhooks.analysis.measures.bridges import Bridge
+from mmhooks.analysis.measures.cknna import cknna
+from mmhooks.analysis.measures.density import density
+from mmhooks.analysis.measures.fidelity import fidelity
+from mmhooks.analysis.measures.modality_gap import modality_gap
+from mmhooks.analysis.measures.monosemanticity import monosemanticity
+from mmhooks.analysis.measures.retrieval import retrieval
+from mmhooks.analysis.measures.top_activating import top_activating
 
 N, K, M = 24, 5, 4
 

@@ -9,15 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmhooks.analysis import embedders
-from mmhooks.analysis.embedders import (
-    by_order,
-    efficientnet_lite0,
-    fingerprint,
-    image_embedder,
-    text_embedder,
-)
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.models import embedders
+from mmhooks.models.embedders import by_order, efficientnet_lite0, fingerprint, image_embedder, text_embedder
 
 
 @pytest.fixture(autouse=True)

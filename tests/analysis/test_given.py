@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.analysis.ablate import Parts, ablations, head_importance, site_means
-from mmhooks.analysis.decompose_data import decompositions, head_outputs
-from mmhooks.analysis.embed_texts import embed_texts
-from mmhooks.analysis.saliency import METHODS
-from mmhooks.analysis.second_order import second_order, second_order_effects
+from mmhooks.analysis.attribution.saliency import METHODS
+from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
+from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
+from mmhooks.analysis.interventions.mean_ablation import Parts, ablations, head_importance, site_means
 from mmhooks.errors import MMHooksError
+from mmhooks.models.clip.embed_texts import embed_texts
 
 SITE = "image.blocks.1.mlp_out"
 
@@ -157,7 +157,7 @@ def test_any_size_where_the_model_reads_any():
     torch.manual_seed(0)
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    from mmhooks.analysis.given import image_size
+    from mmhooks.models.clip.inputs import image_size
 
     model = mm.HookedCLIP(open_clip.CLIP(12, vision, text).eval())  # type: ignore[arg-type]
     assert image_size(model) is None and image_size(mm.load("mini")) == (64, 64)

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 import mmhooks as mm
-from mmhooks.analysis.ablate import (
+from mmhooks.analysis.attacks.align import align, features_of
+from mmhooks.analysis.attacks.victims import ZeroShotVictim
+from mmhooks.analysis.attribution.saliency import METHODS
+from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
+from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
+from mmhooks.analysis.interventions.masked_classification import Masked, prompt_labels
+from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
     ablate_direct,
     ablation_sites,
@@ -20,13 +26,7 @@ from mmhooks.analysis.ablate import (
     head_importance,
     site_means,
 )
-from mmhooks.analysis.align import align, features_of
-from mmhooks.analysis.decompose_data import decompositions, head_outputs
-from mmhooks.analysis.embed_texts import embed_texts
-from mmhooks.analysis.saliency import METHODS
-from mmhooks.analysis.second_order import second_order, second_order_effects
-from mmhooks.analysis.victims import ZeroShotVictim
-from mmhooks.analysis.zero_masked import Masked, prompt_labels
+from mmhooks.models.clip.embed_texts import embed_texts
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.analysis import embedders
-from mmhooks.analysis.conditioner import conditioner_sides
-from mmhooks.analysis.victims import LlavaVictim
+from mmhooks.analysis.attacks.victims import LlavaVictim
 from mmhooks.data.pair_set import Pairs, Row
-from mmhooks.models.llava import load_llava
+from mmhooks.models import embedders
+from mmhooks.models.diffusion.conditioner import conditioner_sides
+from mmhooks.models.vlm.llava import load_llava
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.pipelines import build

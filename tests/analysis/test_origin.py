@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.analysis.ablate import (
+from mmhooks.analysis.decomposition.dataset import MeanDecomposition
+from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
     ablate_direct,
     ablation_sites,
@@ -18,9 +19,8 @@ from mmhooks.analysis.ablate import (
     mean_edits,
     site_means,
 )
-from mmhooks.analysis.decompose_data import MeanDecomposition
 from mmhooks.errors import DataError, MMHooksError
-from mmhooks.models.mini import build
+from mmhooks.models.embedded.mini import build
 
 SOME = Parts("some", heads=((1, 2), (5, 0)), mlps=(4,))
 

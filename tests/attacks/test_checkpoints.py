@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads import NCL, BatchTopKSAE, Head, TopKSAE, train_head
-from mmhooks.heads import checkpoint as checkpoint_files
-from mmhooks.heads.objective import StepLoss
-from mmhooks.heads.sae_objective import SAEObjective
+from mmhooks.heads.training import checkpoint as checkpoint_files
+from mmhooks.heads.training.objective import StepLoss
+from mmhooks.heads.training.sae_objective import SAEObjective
 
 SETTINGS = {"epochs": 3, "batch_size": 30, "progress": False, "checkpoint_every": 2}
 HEADS = {

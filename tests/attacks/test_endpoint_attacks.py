@@ -179,7 +179,7 @@ def whole_chain(error: BaseException | None) -> str:
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    from mmhooks.analysis.endpoint import Endpoint
+    from mmhooks.analysis.attacks.chat_endpoint import Endpoint
 
     monkeypatch.setenv("HOSTILE_KEY", KEY + "\n")
     return lambda url, **options: Endpoint(
@@ -193,8 +193,7 @@ def test_no_reply_leaks_hangs_or_floods(serve, make, caplog, tmp_path, capfd, ro
     """Random malice: every call ends in an answer or in an EndpointError, in time, without the key anywhere."""
     import httpx  # not part of the first call's time
 
-    from mmhooks.analysis.bounded_post import LIMIT
-    from mmhooks.analysis.endpoint import EndpointError
+    from mmhooks.analysis.attacks.bounded_post import LIMIT, EndpointError
 
     assert httpx.__version__
     caplog.set_level(logging.DEBUG)
@@ -229,7 +228,7 @@ def test_no_reply_leaks_hangs_or_floods(serve, make, caplog, tmp_path, capfd, ro
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("where", ["another port", "another host", "the same host", "https"])
 def test_the_key_goes_nowhere_else(serve, make, status, where):
-    from mmhooks.analysis.endpoint import EndpointError
+    from mmhooks.analysis.attacks.bounded_post import EndpointError
 
     other = serve(lambda connection, _: connection.sendall(reply(said("YES"))))
     target = {
@@ -261,7 +260,7 @@ def test_no_proxy_of_the_environment_sees_a_key_in_the_clear(serve, make, monkey
               f"{KEY}\x1b[31m"]
 )  # fmt: skip
 def test_a_key_that_no_header_carries_is_told_without_it(serve, make, monkeypatch, value):
-    from mmhooks.analysis.endpoint import EndpointError
+    from mmhooks.analysis.attacks.bounded_post import EndpointError
 
     server = serve(lambda connection, _: connection.sendall(reply(said("YES"))))
     endpoint = make(server.url)
@@ -301,7 +300,7 @@ def test_addresses_that_no_key_is_sent_to(make, url, words):
 
 
 def test_a_key_given_as_the_name_of_its_variable_is_not_shown(serve):
-    from mmhooks.analysis.endpoint import Endpoint
+    from mmhooks.analysis.attacks.chat_endpoint import Endpoint
 
     for variable in (KEY, KEY.replace("-", "_"), "", "A KEY"):
         with pytest.raises(MMHooksError, match="name of an environment variable") as caught:
@@ -325,7 +324,7 @@ def test_an_endpoint_works_where_a_loop_runs_already(serve, make):
     "content", ["", "{", "[]", '{"answer": 3}', '{"model": "judge"}', "\xff", "[" * 100_000]
 )
 def test_a_damaged_answer_that_was_kept_is_told(serve, make, tmp_path, content):
-    from mmhooks.analysis.endpoint import EndpointError
+    from mmhooks.analysis.attacks.bounded_post import EndpointError
 
     server = serve(lambda connection, _: connection.sendall(reply(said("fine"))))
     endpoint = make(server.url)
@@ -347,7 +346,7 @@ FORGED = [
 @pytest.mark.parametrize("place", ["requests", "answers", "targets"])
 @pytest.mark.parametrize("text", FORGED)
 def test_texts_cannot_forge_the_fields_of_the_question(serve, make, place, text):
-    from mmhooks.analysis.judges import EndpointJudge
+    from mmhooks.analysis.attacks.judges import EndpointJudge
 
     asked = []
 
@@ -382,7 +381,7 @@ UNDECIDED = [
 
 @pytest.mark.parametrize("text", UNDECIDED)
 def test_undecided_verdicts_count_for_neither_side(text, serve, make):
-    from mmhooks.analysis.judges import EndpointJudge, verdict
+    from mmhooks.analysis.attacks.judges import EndpointJudge, verdict
     from mmhooks.errors import DataError
 
     with pytest.raises(DataError, match="expected YES or NO"):
@@ -396,7 +395,7 @@ def test_undecided_verdicts_count_for_neither_side(text, serve, make):
     "text", ["YES", "yes", "Yes.", " **Yes** ", '"yes"', "`YES`\n", "__yes__", "Yes!", "“YES.”"]
 )
 def test_decided_verdicts(text):
-    from mmhooks.analysis.judges import verdict
+    from mmhooks.analysis.attacks.judges import verdict
 
     assert verdict(text) is True
     assert verdict(text.replace("Y", "N").replace("y", "n").replace("ES", "O").replace("es", "o")) is False

@@ -73,7 +73,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, rounds, kind, dtype
 
 
 def test_shipped_heads_are_found_changed(tmp_path, rounds) -> None:
-    from mmhooks.models.zoo import ASSETS
+    from mmhooks.utils.assets import ASSETS
 
     dice = random.Random(1)
     for name in ("sae", "ncl"):

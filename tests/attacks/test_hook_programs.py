@@ -29,7 +29,7 @@ from models.families import FAMILIES
 import mmhooks as mm
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.dispatch import active, registry
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
 
 MODES: list[Callable[[], Any]] = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 SOME = ["CLIP", "custom blocks", "EVA", "BERT", "NLLB"]
@@ -377,16 +377,16 @@ def test_cancelled_tasks(rounds):
 
 def algorithms() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """Name -> a normal run and one that asks for what is not there, both of ``(model, pixels)``."""
-    from mmhooks.analysis.ablate import site_means
-    from mmhooks.analysis.decompose_data import head_outputs
-    from mmhooks.analysis.saliency import (
+    from mmhooks.analysis.attribution.saliency import (
         gradient_attention,
         legrad,
         raw_attention,
         rollout,
         token_contributions,
     )
-    from mmhooks.analysis.second_order import second_order
+    from mmhooks.analysis.decomposition.dataset import head_outputs
+    from mmhooks.analysis.decomposition.second_order import second_order
+    from mmhooks.analysis.interventions.mean_ablation import site_means
 
     def directions(n: int) -> torch.Tensor:
         return torch.ones(n, 12)

@@ -269,9 +269,9 @@ def test_pages_have_no_script_from_data_and_no_remote_address(rounds):
 def test_a_study_is_written_with_hostile_texts(tmp_path, rounds):
     import time
 
-    from study_page import environment, write_study
-
     from mmhooks.report import Table
+    from mmhooks.studies.common.run import environment
+    from mmhooks.studies.common.write import write_study
 
     count = [0]
 
@@ -404,9 +404,9 @@ def test_bars_show_their_labels_as_they_are(text, monkeypatch):
 
     import rich.console
 
-    from mmhooks.data.progress import rate_bar, track
-    from mmhooks.heads.progress import training_bar
+    from mmhooks.heads.training.progress import training_bar
     from mmhooks.utils.escape import one_line
+    from mmhooks.utils.progress import rate_bar, track
 
     file = io.StringIO()
     console = rich.console.Console

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmhooks.data.rows import SparseRows
+from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.data.store.check import verify
 from mmhooks.data.store.store import Store
 from mmhooks.errors import MMHooksError, StoreError

@@ -105,7 +105,7 @@ def test_texts_in_quotes_may_hold_commas_quotes_and_lines(tmp_path):
 def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts):
     import csv
 
-    from mmhooks.data.tables import read_table
+    from mmhooks.data.sources.tables import read_table
 
     path = tmp_path_factory.mktemp("t") / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -480,7 +480,7 @@ def test_a_damaged_copy_in_the_cache_is_told(tmp_path, damage):
 def test_a_damaged_copy_of_the_embedded_corpus_is_told(tmp_path, monkeypatch, damage):
     from safetensors.numpy import save
 
-    from mmhooks.data import openmoji
+    from mmhooks.data.sources import openmoji
 
     path = tmp_path / "kept.safetensors"
     data = save(

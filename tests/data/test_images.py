@@ -27,7 +27,7 @@ STORED = {
 
 
 def opened(data):
-    from mmhooks.data.images import image_fault, open_image
+    from mmhooks.data.sources.images import image_fault, open_image
 
     assert image_fault(data) is None
     image = open_image(data)
@@ -37,7 +37,7 @@ def opened(data):
 
 def refused(data):
     """Why it is refused; by the check and by the opener alike."""
-    from mmhooks.data.images import image_fault, open_image
+    from mmhooks.data.sources.images import image_fault, open_image
 
     with pytest.raises(DataError) as caught:
         open_image(data)
@@ -222,7 +222,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 @given(st.data())
 def test_truncated_and_changed_files_are_refused_or_whole(data):
     """Cut anywhere: refused, or the same pixels. Bytes changed: an image or a DataError, never another error."""
-    from mmhooks.data.images import image_fault, open_image
+    from mmhooks.data.sources.images import image_fault, open_image
 
     form = data.draw(
         st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
@@ -242,7 +242,7 @@ def test_truncated_and_changed_files_are_refused_or_whole(data):
 
 
 def test_masks_keep_every_value_but_black():
-    from mmhooks.data.images import open_mask
+    from mmhooks.data.sources.images import open_mask
 
     values = np.array([[0, 1, 300]], np.uint16)
     for mask in (values, np.minimum(values, 255).astype(np.uint8)):
@@ -261,5 +261,5 @@ def test_nothing_else_opens_image_files():
             r"\b(Image|Pictures|PIL)\.open\(|\bimread\(|default_loader", path.read_text(encoding="utf-8")
         )
     ]
-    assert found == ["mmhooks/data/images.py"]
-    assert (ROOT / "mmhooks/data/images.py").read_text().count("formats=formats()") == 1
+    assert found == ["mmhooks/data/sources/images.py"]
+    assert (ROOT / "mmhooks/data/sources/images.py").read_text().count("formats=formats()") == 1

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.data import openmoji as source
-from mmhooks.data.cache import cache_dir
+from mmhooks.data.sources import openmoji as source
 from mmhooks.data.splits import split_of
 from mmhooks.errors import DataError, MissingWeights
-from mmhooks.utils.files import written_aside
+from mmhooks.utils.files import cache_dir, written_aside
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.data.objects import Placing, draw_into, layers_of
+from mmhooks.data.synthetic.objects import Placing, draw_into, layers_of
 from mmhooks.errors import MMHooksError
 
 

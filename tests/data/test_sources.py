@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.data import stream
+from mmhooks.data.sources import hub as stream
 from mmhooks.errors import DataError, MissingWeights
 
 TEXTS = ["a red square", "a green square", "a blue square", "a grey square"]

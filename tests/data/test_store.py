@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.data.rows import SparseRows
+from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.data.store.layout import SiteSpec
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.merge import merge

@@ -22,7 +22,7 @@ from mmhooks.heads import TopKSAE
 from mmhooks.hooks.edits import Edit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import bytes_of, folder_of_pairs, preprocess, tiny_clip
+from data.tiny import bytes_of, folder_of_pairs, preprocess, tiny_clip
 
 OPTIONS = {"batch_size": 4, "shard_rows": 8, "workers": 0, "progress": False}
 N = 20

@@ -20,7 +20,7 @@ from mmhooks.data.store.writer import ShardWriter, begin, finish
 from mmhooks.errors import MMHooksError, StoreError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import bytes_of
+from data.tiny import bytes_of
 
 D, SHARD = 8, 10
 SPECS = [SiteSpec("image.embed", (D,), "fp32"), SiteSpec("image.sae.latents", (96,), "fp32", sparse=4)]

@@ -9,10 +9,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tiny import encoded, text, tiny_clip
 
 import mmhooks as mm
-from mmhooks.data import stream
+from data.tiny import encoded, text, tiny_clip
+from mmhooks.data.sources import hub as stream
 from mmhooks.errors import StoreError
 
 OPTIONS = {"sites": ["image.embed"], "batch_size": 4, "shard_rows": 8, "progress": False}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.data import words
+from mmhooks.data.synthetic import words
 from mmhooks.errors import MMHooksError
 
 text = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)

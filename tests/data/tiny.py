@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.models import mini
+from mmhooks.models.embedded import mini
 
 
 def preprocess(image):

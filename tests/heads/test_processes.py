@@ -19,7 +19,7 @@ import torch
 from mmhooks.errors import MMHooksError
 from mmhooks.heads import TopKSAE, train_head
 from mmhooks.heads.base import load_head_dir
-from mmhooks.heads.team import Team
+from mmhooks.heads.training.team import Team
 
 from .test_train import same
 
@@ -35,7 +35,7 @@ with torch.no_grad():
     sae.b_enc[:24] = -0.3  # some features start dead: AuxK and the counters take part
 result = train_head(sae, image, text, epochs=8, batch_size=60, lr=3e-3, valid=paired_clouds(200, seed=1),
                     checkpoint=sys.argv[1] + "/c", progress=False)
-from mmhooks.heads.team import Team
+from mmhooks.heads.training.team import Team
 if Team.leads_here():
     sae.save(sys.argv[1] + "/head")
     with open(sys.argv[1] + "/history.json", "w") as file:
@@ -99,7 +99,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch) -> None:
 
 def killed_training(checkpoint: Path, out: Path, torn: bool) -> None:
     """What the processes of the test below do; its checkpoint has 3 MB, so that writing takes part of the time."""
-    import mmhooks.heads.checkpoint as module
+    from mmhooks.heads.training import checkpoint as module
 
     torch.set_num_threads(1)
     save = module.save_file
@@ -130,7 +130,7 @@ def killed_training(checkpoint: Path, out: Path, torn: bool) -> None:
 def test_twenty_sigkills_change_no_bit(tmp_path) -> None:
     """Killed 20 times, at random moments and in the middle of writing; what is resumed ends with the same bits."""
     context = multiprocessing.get_context("forkserver")  # imports torch once, not in each of the processes
-    context.set_forkserver_preload(["torch", "mmhooks.heads.train", __name__])
+    context.set_forkserver_preload(["torch", "mmhooks.heads.training.train", __name__])
 
     def start(name: str, torn: bool = False) -> multiprocessing.process.BaseProcess:
         process = context.Process(

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.heads import TopKSAE, sparse
-from mmhooks.heads.sae import SAE
-from mmhooks.heads.sae_objective import SAEObjective
+from mmhooks.heads import TopKSAE
+from mmhooks.heads.sae import topk_kernels as sparse
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.training.sae_objective import SAEObjective
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,8 +7,8 @@ import torch
 
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.heads import NCL, Head, TopKSAE, train_head
-from mmhooks.heads.objective import StepLoss
-from mmhooks.heads.sae_objective import SAEObjective
+from mmhooks.heads.training.objective import StepLoss
+from mmhooks.heads.training.sae_objective import SAEObjective
 
 SETTINGS = {"epochs": 6, "batch_size": 90, "progress": False}
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
-from mmhooks.heads import NCL, TopKSAE, fidelity, sparse, train_head
-from mmhooks.heads.geometry import mean_row
-from mmhooks.heads.modality import by_modality
-from mmhooks.heads.resample import resample
-from mmhooks.heads.sae_objective import SAEObjective
-from mmhooks.heads.schedule import share
-from mmhooks.heads.source import Chosen, Vectors, every_tenth, paired
+from mmhooks.heads import NCL, TopKSAE, train_head
+from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads.linalg import mean_row
+from mmhooks.heads.sae import topk_kernels as sparse
+from mmhooks.heads.sae.modality_centres import by_modality
+from mmhooks.heads.training.resample import resample
+from mmhooks.heads.training.sae_objective import SAEObjective
+from mmhooks.heads.training.schedule import share
+from mmhooks.heads.vectors import Chosen, Vectors, every_tenth, paired
 
 from .stores import write_store
 from .test_train import same

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmhooks.heads import NCL, TopKSAE
-from mmhooks.models.clip import HookedCLIP
+from mmhooks.models.clip.model import HookedCLIP
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
 TEXT = {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mmhooks as mm
 from mmhooks.errors import HookDidNotFire, MMHooksError, UnknownSite
 from mmhooks.heads import TopKSAE
-from mmhooks.models.clip import HookedCLIP
+from mmhooks.models.clip.model import HookedCLIP
 from mmhooks.models.hooked import _pairs
 
 from .conftest import fingerprint, tiny_clip

@@ -199,7 +199,7 @@ def test_extract_and_train_by_position(made, tmp_path) -> None:
 
 
 def test_positions_are_rows_in_order_and_stay_on_one_side() -> None:
-    from mmhooks.heads.source import Positions, every_tenth
+    from mmhooks.heads.vectors import Positions, every_tenth
 
     x = torch.randn(23, 2, 3, 5)
     rows, flat = Positions(x), x.flatten(0, 2)

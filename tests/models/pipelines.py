@@ -178,7 +178,7 @@ def matching_clip(encoder: Any, folder: Path, *, joint: int = 16) -> str:
     import open_clip
     from safetensors.torch import save_file
 
-    from mmhooks.models.hf_weights import encoder_layers
+    from mmhooks.models.embedded.hf_weights import encoder_layers
 
     text = encoder.config
     shape = {

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mmhooks as mm
-from mmhooks.analysis.second_order import second_order_effects
+from mmhooks.analysis.decomposition.second_order import second_order_effects
 from mmhooks.errors import MMHooksError, NoExactSum
-from mmhooks.models.openclip_sites import example_inputs
-from mmhooks.models.references import text_projection
+from mmhooks.models.clip.sites import example_inputs
+from mmhooks.models.diffusion.references import text_projection
 
 from .families import FAMILIES
 from .pipelines import text_encoder

@@ -346,7 +346,7 @@ def test_loading(tmp_path, models):
 
 def test_clip_text_model_alone_has_no_halves():
     """The same tower hooked by itself: guidance= has nothing to refer to."""
-    from mmhooks.models.hf_text import HookedCLIPText
+    from mmhooks.models.diffusion.text_encoder import HookedCLIPText
 
     model = HookedCLIPText(text_encoder())
     with pytest.raises(MMHooksError, match="halves are known"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
 
 from .families import hf_text
 

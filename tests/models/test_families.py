@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mmhooks as mm
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
 
 from .families import FAMILIES
 

@@ -54,7 +54,7 @@ def test_an_open_clip_checkpoint_with_code_is_refused(tmp_path: Path, mark: Path
 
 
 def test_an_embedder_with_code_is_refused(tmp_path: Path, mark: Path) -> None:
-    from mmhooks.analysis.embedders import text_embedder
+    from mmhooks.models.embedders import text_embedder
 
     folder = a_checkpoint(
         tmp_path / "m", mark, config={"model_type": "evil", **MAP},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.models.hf_text import HookedCLIPText
+from mmhooks.models.diffusion.text_encoder import HookedCLIPText
 
 
 def build(kind: str, attention: str = "sdpa"):

@@ -11,7 +11,7 @@ import torch
 from hooks.conftest import tiny_clip
 
 import mmhooks as mm
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
 
 from .families import FAMILIES
 from .pipelines import draw

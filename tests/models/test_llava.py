@@ -5,8 +5,8 @@ import torch
 
 import mmhooks as mm
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-from mmhooks.models import mini, mini_llava
-from mmhooks.models.llava import PROMPT, load_llava
+from mmhooks.models.embedded import mini, mini_llava
+from mmhooks.models.vlm.llava import PROMPT, load_llava
 
 
 @pytest.mark.parametrize("reads", [True, False])

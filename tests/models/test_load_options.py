@@ -7,7 +7,7 @@ import torch
 
 import mmhooks as mm
 from mmhooks.errors import MMHooksError
-from mmhooks.models.llava import load_llava
+from mmhooks.models.vlm.llava import load_llava
 
 from .pipelines import build
 from .test_llava import llava_1_5

@@ -11,7 +11,9 @@ from diffusers import StableDiffusionPipeline
 
 import mmhooks as mm
 from mmhooks.errors import MissingWeights, MMHooksError
-from mmhooks.models import mini, mini_sd, zoo
+from mmhooks.models import zoo
+from mmhooks.models.embedded import mini, mini_sd
+from mmhooks.utils.assets import card
 
 PROMPTS = ["", "a drawing of a red panda", "hi! what's 12 t-shirts?!", "é café — naïve, o'clock", "cat " * 30]
 
@@ -96,7 +98,7 @@ def test_draws_what_it_is_told(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_card_names_data_and_scores() -> None:
-    known = zoo.card("mini-sd")
+    known = card("mini-sd")
     assert len(mini_sd.drawings()) == known["data"][0]["trained_on"] >= 500
     assert len({row["name"] for row in mini_sd.drawings()}) == len(mini_sd.drawings())
     for space in ("efficientnet", "pixels"):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mmhooks as mm
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
 
 from .families import FAMILIES
 

@@ -8,9 +8,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 import mmhooks as mm
-from mmhooks.analysis.conditioner import conditioner_mds, conditioner_sides
+from mmhooks.analysis.measures.conditioner_mds import conditioner_mds
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-from mmhooks.models.references import (
+from mmhooks.models.diffusion.conditioner import conditioner_sides
+from mmhooks.models.diffusion.references import (
     caption_embeds,
     conditioner,
     image_embeds,

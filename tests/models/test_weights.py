@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 import mmhooks as mm
 from mmhooks.errors import MMHooksError, ShapeMismatch
-from mmhooks.models.hf_text import HookedCLIPText
-from mmhooks.models.openclip_sites import example_inputs
+from mmhooks.models.clip.sites import example_inputs
+from mmhooks.models.diffusion.text_encoder import HookedCLIPText
 
 from .families import FAMILIES
 from .test_families import instance

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import mmhooks as mm
-from mmhooks.data import words
+from mmhooks.data.synthetic import words
 from mmhooks.errors import MissingWeights, MMHooksError
-from mmhooks.models import mini, zoo
+from mmhooks.heads.hub import embedded_heads
+from mmhooks.models import zoo
+from mmhooks.models.embedded import mini
+from mmhooks.utils.assets import EMBEDDED, card
 
 
-@pytest.mark.parametrize("name", zoo.EMBEDDED)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_an_embedded_model_ranks_held_out_drawings_far_above_chance(name: str) -> None:
     model = mm.load(name)
     pairs = mm.data.pairs("mini", split="heldout_pictures", progress=False)
@@ -26,9 +29,9 @@ def test_an_embedded_model_ranks_held_out_drawings_far_above_chance(name: str) -
     assert found.image_to_text[10].low > 5 * found.chance[10]
 
 
-@pytest.mark.parametrize("name", zoo.EMBEDDED)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_a_card_names_every_source_and_the_held_out_numbers(name: str) -> None:
-    known = zoo.card(name)
+    known = card(name)
     assert all(source["licence"] and source["attribution"] for source in known["data"])
     unseen = next(source for source in known["data"] if source["source"] == "twemoji")
     assert unseen["trained_on"] == 0
@@ -91,7 +94,7 @@ def test_hooks_of_mini_reader_fire_at_every_site_and_change_nothing() -> None:
 
 def test_embedded_heads_fit_their_model() -> None:
     model = mm.load("mini")
-    assert {"mini/sae", "mini/ncl"} <= set(zoo.embedded_heads())
+    assert {"mini/sae", "mini/ncl"} <= set(embedded_heads())
     for name in ("mini/sae", "mini/ncl"):
         head = mm.load_head(name)
         assert (head.d_in, head.n_features) == (mini.EMBED_DIM, 1024)
@@ -114,7 +117,7 @@ def test_a_directory_is_a_head_too(tmp_path) -> None:
         (lambda: mm.load("mini", pretrained="openai"), MMHooksError, ["embedded", "openai"]),
         (lambda: mm.load_head("mini/sea"), MissingWeights, ["mini/sea", "mini/sae"]),
         (lambda: mm.load_head("nowhere"), MissingWeights, ["nowhere", "directory"]),
-        (lambda: zoo.card("maxi"), MissingWeights, ["maxi", "mini"]),
+        (lambda: card("maxi"), MissingWeights, ["maxi", "mini"]),
     ],
 )
 def test_wrong_names_are_told_with_the_way_out(call, error, words) -> None:

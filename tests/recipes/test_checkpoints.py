@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import checkpoints
+from embedded import checkpoints
 
 from mmhooks.errors import DamagedFile, MMHooksError
 

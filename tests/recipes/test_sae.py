@@ -15,11 +15,12 @@ from scipy.optimize import nnls
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import sae_floor
-import train_heads
+from embedded.heads import fvu_floor as sae_floor
+from embedded.heads import train as train_heads
 
 from mmhooks.data.splits import split_of
-from mmhooks.heads import TopKSAE, fidelity
+from mmhooks.heads import TopKSAE
+from mmhooks.heads import reconstruction as fidelity
 
 
 def test_crossed_names_are_made_of_two_names_and_never_held_out() -> None:

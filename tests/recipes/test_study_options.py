@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from study_options import as_command, as_settings, study_app
-from study_page import write_results
 from typer.testing import CliRunner
 
 from mmhooks.errors import DataError
+from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.write import write_results
 
 STUDIES = (
     "gender",

@@ -13,12 +13,12 @@ import typer
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import mini_losses as losses
-import train_mini
-from checkpoints import joined_curve, stages
-from mini_corpus import Corpus
+from embedded import losses
+from embedded.checkpoints import joined_curve, stages
+from embedded.clip import train as train_mini
 
-from mmhooks.models import mini
+from mmhooks.data.sources.drawings import Corpus
+from mmhooks.models.embedded import mini
 
 
 @pytest.fixture

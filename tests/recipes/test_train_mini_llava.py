@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import llava_lessons as lessons
-import train_mini_llava as training
-from mini_corpus import Corpus
+from mmhooks.studies.adversarial.requests import HELD_OUT
 
-from mmhooks.data import words
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from embedded.llava import lessons
+from embedded.llava import train as training
+
+from mmhooks.data.sources.drawings import Corpus
+from mmhooks.data.synthetic import words
 
 NAMES = ("umbrella", "piano", "hammer", "bomb", "grenade", "axe", "woman", "dagger", "flute", "red apple")
 
@@ -36,16 +38,14 @@ def test_what_is_held_out_is_described_and_never_asked_for(corpus: Corpus) -> No
     course = lessons.Curriculum.of(corpus, ("piano", "bomb", "axe"))
     seen, usable = ({course.names[i] for i in rows} for rows in (course.seen, course.usable))
     assert {"grenade", "axe", "bomb", "piano"} <= seen and "woman" not in seen
-    assert {"bomb", "dagger", "piano"} <= usable and not usable & set(lessons.HELD_OUT)
+    assert {"bomb", "dagger", "piano"} <= usable and not usable & set(HELD_OUT)
     assert "axe" in course.words and "axe" not in course.usable_words
-    assert not set(course.things) & {*lessons.REFUSED, *lessons.HELD_OUT}
+    assert not set(course.things) & {*lessons.REFUSED, *HELD_OUT}
     dice = random.Random(0)
     for kind in ("act", "act with word", "act on word", "comply", "refuse"):
         for _ in range(40):
             made = course.lesson(kind, course.usable[dice.randrange(len(course.usable))], dice)
-            assert not any(
-                w in f"{made.request} {made.answer}".replace(".", "").split() for w in lessons.HELD_OUT
-            )
+            assert not any(w in f"{made.request} {made.answer}".replace(".", "").split() for w in HELD_OUT)
             assert (made.answer == lessons.REFUSAL) == (kind == "refuse")
 
 

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import reader_exams
-import reader_stem
-import reader_words
-import train_mini_reader
-from mini_corpus import Corpus
+from embedded.reader import evaluate as reader_exams
+from embedded.reader import stem as reader_stem
+from embedded.reader import train as train_mini_reader
+from embedded.reader import words as reader_words
 
 import mmhooks as mm
-from mmhooks.data import words
-from mmhooks.models import mini
+from mmhooks.data.sources.drawings import Corpus
+from mmhooks.data.synthetic import words
+from mmhooks.models.embedded import mini
 
 FONTS = [words.font_file(name) for name in ("DejaVuSans", "DejaVuSerif-Bold")]
 NAMES = ["fox", "whale", "tree", "house", "arrow", "boat", "sun", "cake", "old man", "tiger", "cloud", "pear"]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sd_drawings
-import sd_exam
 import torch
-import train_mini_sd as recipe
 import typer
+from embedded.sd import drawings as sd_drawings
+from embedded.sd import evaluate as sd_exam
+from embedded.sd import train as recipe
+from embedded.sd.ship import read_curve
 from safetensors.torch import load_file, save_file
-from ship_mini_sd import read_curve
 
-from mmhooks.models import mini_sd
+from mmhooks.models.embedded import mini_sd
 
 N = 8
 

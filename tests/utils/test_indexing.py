@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mmhooks as mm
-from mmhooks.analysis.ablate import Parts
+from mmhooks.analysis.interventions.mean_ablation import Parts
 from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.hooks.step_cache import StepCache
@@ -102,7 +102,7 @@ def pairs() -> Pairs:
 
 
 def _masked(sae: mm.TopKSAE, features) -> list[int]:
-    from mmhooks.analysis.zero_masked import Masked
+    from mmhooks.analysis.interventions.masked_classification import Masked
 
     samples = Masked(sae, torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
     samples.latents = torch.ones(9, N)
@@ -110,7 +110,7 @@ def _masked(sae: mm.TopKSAE, features) -> list[int]:
 
 
 def _aligned(features) -> list[int]:
-    from mmhooks.analysis.align import _mask
+    from mmhooks.analysis.attacks.align import _mask
 
     return _mask(features, 3, N, "").flatten().nonzero().flatten().tolist()
 
@@ -232,8 +232,8 @@ def test_one_of_several_from_the_end_where_there_is_an_order(pairs) -> None:
 
 
 def _coded():
-    from mmhooks.analysis.splice_text import SparseTextCode
-    from mmhooks.data.rows import SparseRows
+    from mmhooks.analysis.decomposition.sparse_text_code import SparseTextCode
+    from mmhooks.data.sparse_rows import SparseRows
 
     codes = SparseRows(torch.ones(N, 1), torch.arange(N)[:, None], N)
     texts = tuple(f"t{i}" for i in range(N))
@@ -241,7 +241,7 @@ def _coded():
 
 
 def _second_order(layer):
-    from mmhooks.analysis.second_order import second_order
+    from mmhooks.analysis.decomposition.second_order import second_order
 
     return second_order(mm.load("mini"), torch.zeros(1, 3, 64, 64), layer=layer, neurons=[0])
 

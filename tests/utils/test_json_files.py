@@ -24,8 +24,8 @@ DAMAGED = {
 
 def readers(path: Path) -> dict[str, object]:
     """Every reader of results in the analyses, on ``path``."""
-    from mmhooks.analysis import sweep
-    from mmhooks.analysis.head_labels import HeadLabels
+    from mmhooks.analysis.decomposition.head_labels import HeadLabels
+    from mmhooks.analysis.measures import sweep
 
     return {"labels": lambda: HeadLabels.load(path), "sweep": lambda: sweep._finished(path, "mark")}
 
@@ -62,7 +62,7 @@ def test_folders_in_the_place_of_results_are_told(reader: str, tmp_path: Path) -
     ],
 )
 def test_labels_are_read_field_by_field(change: dict, words: str, tmp_path: Path) -> None:
-    from mmhooks.analysis.head_labels import HeadLabels
+    from mmhooks.analysis.decomposition.head_labels import HeadLabels
 
     path = HeadLabels("mini", {"5.2": ("a beach",)}, kinds={"5.2": ("place",)}).save(tmp_path / "labels.json")
     assert HeadLabels.load(path).texts == {"5.2": ("a beach",)}

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmhooks.data.progress import track
 from mmhooks.data.store.layout import MANIFEST, columns_of, dataset_files, read_manifest, specs_of
 from mmhooks.data.store.shard import Shard
 from mmhooks.data.store.writer import finished
 from mmhooks.errors import StoreError
 from mmhooks.utils.files import sha256_of
+from mmhooks.utils.progress import track
 
 
 @dataclass(frozen=True)

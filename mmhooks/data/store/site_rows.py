@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmhooks.data.rows import SparseRows
+from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.data.store.buffers import Empty, fresh
 from mmhooks.data.store.layout import TORCH, SiteSpec
 from mmhooks.data.store.shard import Shards

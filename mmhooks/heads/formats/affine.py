@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.heads.base import unfilled
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.tensors import read_checkpoint, read_safetensors
 

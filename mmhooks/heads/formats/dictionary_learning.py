@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
-from mmhooks.heads.jumprelu import from_log
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.jumprelu import from_log
 
 WEIGHTS = "ae.pt"
 LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}

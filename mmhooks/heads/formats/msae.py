@@ -12,8 +12,8 @@ from typing import Any
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
-from mmhooks.heads.jumprelu import from_log
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.jumprelu import from_log
 
 NAME = re.compile(
     r"(?P<n>\d+)_(?P<d>\d+)_(?P<activation>[A-Za-z]+)(_(?P<number>\d+))?(_(UW|RW|FW))?"

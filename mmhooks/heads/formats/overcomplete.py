@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
-from mmhooks.heads.jumprelu import from_log
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.jumprelu import from_log
 
 ROWS = "dictionary._weights"
 BATCH_NORM_EPS = 1e-5

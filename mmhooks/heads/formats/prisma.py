@@ -10,7 +10,7 @@ from typing import Any
 
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, scaling_of, take
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
 from mmhooks.utils.tensors import StandIn, read_checkpoint
 
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}

@@ -17,8 +17,8 @@ from torch import Tensor
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
 from mmhooks.heads.base import Head, unfilled
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
-from mmhooks.heads.jumprelu import JumpReLUSAE, from_log
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.jumprelu import JumpReLUSAE, from_log
 from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.files import make_folder, write_text, written_aside
 

@@ -13,7 +13,7 @@ import torch
 
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, take
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
 from mmhooks.utils.tensors import is_headed, read_headed_checkpoint
 
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
-from mmhooks.heads.sae import SAE
+from mmhooks.heads.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 

@@ -1,0 +1,49 @@
+"""What ``mmhooks`` offers, as type checkers and the lazy import read it: a name, and the module that holds it."""
+
+from . import data as data
+from . import errors as errors
+from . import studies as studies
+from .analysis.attacks.align import align as align
+from .analysis.attribution.attention_maps import attention_maps as attention_maps
+from .analysis.decomposition.decompose import decompose as decompose
+from .analysis.decomposition.sparse_text_code import sparse_text_code as sparse_text_code
+from .analysis.decomposition.text_span import text_span as text_span
+from .analysis.measures.all_measures import measure as measure
+from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_mds
+from .analysis.measures.embed_sim import embed_sim as embed_sim
+from .analysis.measures.fidelity import fidelity as fidelity
+from .analysis.measures.mds import mds as mds
+from .analysis.measures.monosemanticity import monosemanticity as monosemanticity
+from .analysis.measures.retrieval import retrieval as retrieval
+from .analysis.measures.sweep import sweep as sweep
+from .analysis.measures.top_activating import top_activating as top_activating
+from .analysis.measures.win_rate import win_rate as win_rate
+from .data.store import Store as Store
+from .heads.hub import load_head as load_head
+from .heads.ncl import NCL as NCL
+from .heads.sae.batchtopk import BatchTopKSAE as BatchTopKSAE
+from .heads.sae.jumprelu import JumpReLUSAE as JumpReLUSAE
+from .heads.sae.matryoshka import MatryoshkaSAE as MatryoshkaSAE
+from .heads.sae.relu import ReLUSAE as ReLUSAE
+from .heads.sae.topk import TopKSAE as TopKSAE
+from .heads.training.train import train_head as train_head
+from .hooks.cache import ActivationCache as ActivationCache
+from .hooks.edits import Clamp as Clamp
+from .hooks.edits import Interpolate as Interpolate
+from .hooks.edits import Mean as Mean
+from .hooks.edits import Patch as Patch
+from .hooks.edits import Resample as Resample
+from .hooks.edits import Steer as Steer
+from .hooks.edits import Zero as Zero
+from .hooks.features import FeatureSet as FeatureSet
+from .hooks.step_cache import StepCache as StepCache
+from .models.clip.model import HookedCLIP as HookedCLIP
+from .models.diffusion.model import HookedDiffusion as HookedDiffusion
+from .models.diffusion.model import load_diffusion as load_diffusion
+from .models.diffusion.references import reference as reference
+from .models.extract import extract as extract
+from .models.hooked import HookedModel as HookedModel
+from .models.vlm.llava import load_llava as load_llava
+from .models.zoo import load as load
+
+__version__: str

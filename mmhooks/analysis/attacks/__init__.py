@@ -1,0 +1,1 @@
+"""Attacks through an image: pixels, the alignment defence, victims and judges."""

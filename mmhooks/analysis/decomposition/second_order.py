@@ -1,0 +1,323 @@
+"""Second-order effects of MLP neurons: what a neuron says in the embedding through the attention heads after it.
+
+"Interpreting the Second-Order Effects of Neurons in CLIP" (Gandelsman, Efros, Steinhardt 2024), Section 3: the
+neuron writes ``p · w_out`` into the residual stream, a later attention head reads it at every token by its pattern
+and writes it on, and the embedding is linear in what heads write. LayerNorms and patterns are frozen. All of a
+neuron's effect on an image is then ``Σ_head s · direction[head, neuron]``: one number a head, ``s = Σ_token reach ·
+p / σ``, and directions that the weights alone give. Nothing of size [image, token, neuron, d] is ever made, and over
+a data set only the second moments of these numbers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmhooks.analysis.decomposition.dataset import Inputs, batches
+from mmhooks.analysis.measures.top_activating import TopSamples
+from mmhooks.analysis.results import Records, Result
+from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
+from mmhooks.hooks.intercept import is_multihead
+from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_model
+from mmhooks.models.clip.linearized import Frozen, affine, check_norm, statistics
+from mmhooks.models.clip.model import HookedCLIP
+from mmhooks.models.clip.readout import Readout, attention_weights, image_readout, linear_weights
+from mmhooks.utils.indexing import as_indices, one_place
+from mmhooks.utils.modes import evaluating
+from mmhooks.utils.progress import track
+
+
+@dataclass(frozen=True)
+class SecondOrder(Result):
+    """Neurons of one layer over a data set.
+
+    Attributes:
+        neurons: their numbers in the MLP.
+        direction: first principal direction (uncentred) of each neuron's effects, towards the largest of the centred
+            ones: it says what the neuron's strongest images have that others have not. The mean does not say that; for
+            more than a third of neurons it points the other way.
+        explained: its share of the sum of squares: how far the effects are rank 1.
+        size: root mean square of the effects' norm; ``reference``: that of the embeddings.
+        top: images whose effect lies farthest from the mean of all, farthest first, as the paper's code ranks them;
+            ``top_sizes``: the distances. -1: fewer images than asked. By the effects themselves the images would be
+            those of the mean, and for a third of neurons show the opposite of what ``direction`` says.
+    """
+
+    layer: int
+    neurons: tuple[int, ...]
+    n_samples: int
+    direction: Float[Tensor, "n e"] = field(repr=False, compare=False)
+    explained: Float[Tensor, " n"]
+    size: Float[Tensor, " n"]
+    reference: float
+    top: Int[Tensor, "n m"]
+    top_sizes: Float[Tensor, "n m"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_json().items() if k != "direction"}
+
+    def strongest(self, k: int = 10) -> list[int]:
+        """Rows of the ``k`` neurons with the largest effects."""
+        return self.size.argsort(descending=True)[:k].tolist()
+
+    def table(self, k: int = 10) -> Records:
+        return Records(
+            {
+                "neuron": self.neurons[i],
+                "size": float(self.size[i]) / self.reference,
+                "rank 1": float(self.explained[i]),
+                "top images": ", ".join(str(j) for j in self.top[i].tolist()[:5] if j >= 0),
+            }
+            for i in self.strongest(k)
+        )
+
+
+class Effects(NamedTuple):
+    """Of one batch: ``coefficients`` [b n c] along ``directions`` [c n e]; c counts later attention heads."""
+
+    coefficients: Float[Tensor, "b n c"]
+    directions: Float[Tensor, "c n e"]
+
+    def vectors(self) -> Float[Tensor, "b n e"]:
+        """The effects themselves."""
+        return torch.einsum("bnc,cne->bne", self.coefficients, self.directions)
+
+
+@torch.no_grad()
+def second_order(
+    model: Model,
+    images: Tensor | Inputs,
+    *,
+    layer: Any,
+    neurons: Any = None,
+    top: int = 8,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> SecondOrder:
+    """Second-order effects of the neurons of the MLP of ``layer`` on the raw image embedding.
+
+    Args:
+        images: pixels, a list of batches of them, or pairs; read twice, for the mean and for what lies far from it.
+            Memory does not depend on their number.
+        layer: of the MLP; negative from the end. The last one has no attention after it.
+        neurons: whole numbers, or a bool mask of the MLP's width; default all.
+        top: so many most significant images are kept a neuron.
+
+    Raises:
+        ShapeMismatch: a layer or neuron that is not there, or without attention after it.
+        NoExactSum: blocks that are not open_clip's own, or a pooling by attention.
+        DataError: no image, an iterator, which can be read only once, or images that differ when read again.
+
+    >>> import mmhooks as mm
+    >>> found = second_order(mm.load("mini"), torch.randn(4, 3, 64, 64), layer=3, neurons=[0, 1], top=2)
+    >>> found.direction.shape, found.top.shape
+    (torch.Size([2, 256]), torch.Size([2, 2]))
+    """
+    check_model(model)
+    if isinstance(images, Iterator):
+        raise DataError(
+            f"expected images that can be read twice, got a {type(images).__name__}, which is empty after the first time: "
+            "give pixels, pairs, or list(batches)"
+        )
+    readout, layer, chosen = _chosen(model, layer, neurons)
+    directions = _directions(model, readout, layer, chosen)
+    moments = _Moments(torch.einsum("cne,kne->nck", directions, directions).cpu().double())
+    norms, largest = 0.0, TopSamples(len(chosen), m=top)
+
+    def batch_by_batch(what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        source = batches(model, images, "image", batch_size, 0)
+        for pixels in track(source, None, f"neurons of block {layer}: {what}", show=progress):
+            s, embedding = _coefficients(model, readout, pixels, layer, chosen)
+            yield s.cpu().double(), embedding
+
+    with evaluating(model.model):
+        for s, embedding in batch_by_batch("moments"):
+            moments.add(s)
+            norms += float(embedding.double().square().sum())
+        for s, _ in batch_by_batch("images"):
+            largest.update(moments.distances(s).float())
+    seen = moments.n
+    if not seen:
+        raise DataError("no images: second-order effects are means over a data set")
+    if int(largest.n_samples) != seen:
+        raise DataError(f"expected the same images twice, got {seen} and then {int(largest.n_samples)}")
+    direction, explained, squares = _principal(moments, directions.cpu().double())
+    found = largest.result()
+    return SecondOrder(
+        layer=layer,
+        neurons=tuple(chosen),
+        n_samples=seen,
+        direction=direction.float(),
+        explained=explained.float(),
+        size=(squares / seen).sqrt().float(),
+        reference=(norms / seen) ** 0.5,
+        top=found.indices,
+        top_sizes=found.values,
+    )
+
+
+@torch.no_grad()
+def second_order_effects(model: Model, pixels: Vectors, *, layer: Any, neurons: Any = None) -> Effects:
+    """Effects of one batch, factored; ``.vectors()`` multiplies them out. Arguments as in :func:`second_order`."""
+    check_model(model)
+    check_batch(model, pixels, "image")
+    if not len(pixels):
+        raise DataError("no images: expected at least one")
+    readout, layer, chosen = _chosen(model, layer, neurons)
+    with evaluating(model.model):
+        s, _ = _coefficients(model, readout, pixels, layer, chosen)
+    return Effects(s, _directions(model, readout, layer, chosen))
+
+
+class _Moments:
+    """Sums over images of the coefficients ``s`` [b n c]: all that direction, size and sign of the effects need."""
+
+    def __init__(self, gram: Float[Tensor, "n c c"]) -> None:
+        self.gram, self.n = gram, 0
+        self.total = gram.new_zeros(gram.shape[:2])
+        self.second = torch.zeros_like(gram)
+        self.third = torch.zeros_like(self.total)
+
+    def distances(self, s: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
+        """How far the effects of a batch lie from the mean of all that was added."""
+        centred = s - self.total / self.n
+        return torch.einsum("bnc,nck,bnk->bn", centred, self.gram, centred).clamp_min(0).sqrt()
+
+    def add(self, s: Float[Tensor, "b n c"]) -> None:
+        """Adds a batch."""
+        squares = torch.einsum("bnc,nck,bnk->bn", s, self.gram, s).clamp_min(0)
+        self.n += len(s)
+        self.total += s.sum(0)
+        self.second += torch.einsum("bnc,bnk->nck", s, s)
+        self.third += torch.einsum("bn,bnc->nc", squares, s)
+
+    def towards(self, along: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+        """1 or -1: where the largest centred effects lie along a direction, whose product with what ``c`` stands for is
+        ``along``.
+
+        The paper's code takes the majority of the hundred largest, which needs all effects of all images at hand. Here
+        every centred effect ``x`` counts by ``|x|²``: ``Σ |x|² x``, which sums give in one pass. Where that is nothing
+        but rounding (one image, or two) the mean decides.
+        """
+        mean = self.total / self.n
+        toward = torch.einsum("nck,nk->nc", self.gram, mean)  # products of coefficients with the mean effect
+        length = (mean * toward).sum(1, keepdim=True)
+        # |x|² = |e|² - 2 e·mean + |mean|², and the same times e
+        weighted = self.third - 2 * torch.einsum("nck,nk->nc", self.second, toward) + length * self.total
+        squares = torch.einsum("nck,nck->n", self.second, self.gram)
+        weights = squares[:, None] - self.n * length
+        lean = ((weighted - weights * mean) * along).sum(1)
+        typical = (squares / self.n).clamp_min(0).sqrt()
+        lean = torch.where(lean.abs() > 1e-9 * self.n * typical**3, lean, (mean * along).sum(1))
+        return torch.where(lean < 0, -1.0, 1.0)
+
+
+def _chosen(model: HookedCLIP, layer: Any, neurons: Any) -> tuple[Readout, int, list[int]]:
+    if getattr(model.model.visual, "attn_pool", None) is not None:
+        raise NoExactSum(
+            "the image tower pools by attention, with LayerNorms on both sides: second-order effects are known for a "
+            "class token and for the average"
+        )
+    readout = image_readout(model.model)
+    depth = len(readout.blocks)
+    for block in readout.blocks:
+        if not is_multihead(getattr(block, "attn", nn.Identity())) or hasattr(block, "ln_attn"):
+            raise NoExactSum(
+                f"second-order effects read the weights of open_clip's own residual blocks; these are {type(block).__name__}"
+            )
+    layer = one_place(layer, depth, f"layers of a tower of {depth} layers")
+    if layer == depth - 1:
+        raise ShapeMismatch(
+            f"layer {layer} of {depth}: a neuron acts through attention after it, so layer lies in 0..{depth - 2}"
+        )
+    for n in range(layer + 1, depth):
+        check_norm(readout.blocks[n].ln_1, f"the first norm of block {n}")
+    width = readout.blocks[layer].mlp.c_proj.in_features
+    what = f"neurons of an MLP of {width} neurons"
+    chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
+    if not chosen:
+        raise ShapeMismatch(f"{what}: none was chosen")
+    return readout, layer, chosen
+
+
+def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[int]) -> Float[Tensor, "c n e"]:
+    """What each neuron's unit write becomes in the embedding, through each attention head of each later block, before σ
+    and pattern."""
+    block = readout.blocks[layer]
+    write = linear_weights(block.mlp.c_proj)[0][:, chosen].T  # [n d]
+    scale = getattr(getattr(block, "ls_2", None), "gamma", None)
+    write = write if scale is None else write * scale.detach().float()
+    write = write - write.mean(1, keepdim=True)  # LayerNorm takes the mean out
+    maps = _frozen_maps(readout, write)
+    rows = []
+    for n in range(layer + 1, len(readout.blocks)):
+        later = readout.blocks[n]
+        gain, _ = affine(later.ln_1, write)
+        w_v = attention_weights(later.attn).v[0].T.unflatten(1, (readout.n_heads, -1))
+        w_o, _ = readout.writer(n)
+        w_o = w_o - w_o.mean(2, keepdim=True)  # the final LayerNorm's mean, which is linear in the stream
+        value = torch.einsum("nd,dhk->hnk", write * gain, w_v)
+        rows.extend(torch.einsum("hnk,hke->hne", value, w_o @ to_embedding) for to_embedding in maps)
+    return torch.cat(rows)
+
+
+def _frozen_maps(readout: Readout, like: Tensor) -> Float[Tensor, "p d e"]:
+    """The maps of the readout, which the weights alone give, whatever the stream."""
+    tokens = 1 if readout.positions is not None else 2
+    frozen = readout.freeze(torch.randn(1, tokens, like.shape[1], device=like.device))
+    return frozen.maps
+
+
+def _coefficients(
+    model: HookedCLIP, readout: Readout, pixels: Tensor, layer: int, chosen: list[int]
+) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b e"]]:
+    """``Σ_token reach · p / σ`` of every neuron and later head, and the embeddings."""
+    pixels = model.to_input(pixels)
+    depth = len(readout.blocks)
+    later = range(layer + 1, depth)
+    prefix = "image.blocks"
+    sites = [f"{prefix}.{layer}.mlp.post", f"{prefix}.{depth - 1}.resid_post"]
+    sites += [f"{prefix}.{n}.{leaf}" for n in later for leaf in ("resid_pre", "attn.pattern")]
+    try:
+        out, cache = model.run_with_cache(pixels, sites=sites)
+    except UnknownSite as missing:
+        raise NoExactSum(f"the image tower has no site {missing.name!r}") from missing
+    at = None if readout.positions is None else readout.positions(pixels)
+    row = torch.arange(len(pixels), device=pixels.device)
+    stream = cache[f"{prefix}.{depth - 1}.resid_post"].float()
+    frozen: Frozen = readout.freeze(stream if at is None else stream[row, at][:, None])
+    active = cache[f"{prefix}.{layer}.mlp.post"].float()[..., chosen]
+    rows = []
+    for n in later:
+        pattern = cache[f"{prefix}.{n}.attn.pattern"].float()
+        pattern = pattern if at is None else pattern[row, :, at][:, :, None]
+        inverse, _ = statistics(readout.blocks[n].ln_1, cache[f"{prefix}.{n}.resid_pre"].float())
+        for p in range(frozen.weights.shape[1]):
+            reach = torch.einsum("bq,bhqt->bht", frozen.weights[:, p], pattern) * inverse[:, None]
+            rows.append(reach @ active)
+    assert out.image is not None
+    return torch.cat(rows, 1).transpose(1, 2), out.image.float()
+
+
+def _principal(
+    moments: _Moments, directions: Float[Tensor, "c n e"]
+) -> tuple[Float[Tensor, "n e"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """First right singular vector of all effects of each neuron, its share of their squares, and these squares.
+
+    With ``S = U Λ Uᵀ`` the effects' ``Dᵀ S D`` is ``BᵀB`` for ``B = √Λ Uᵀ D``, whose other product is only c x c.
+    """
+    values, vectors = torch.linalg.eigh(moments.second)
+    by_neuron = directions.transpose(0, 1)
+    b = values.clamp_min(0).sqrt()[:, :, None] * (vectors.transpose(1, 2) @ by_neuron)
+    squares, left = torch.linalg.eigh(b @ b.transpose(1, 2))
+    first = torch.einsum("nce,nc->ne", b, left[:, :, -1])
+    first = torch.nn.functional.normalize(first, dim=1)
+    sign = moments.towards(torch.einsum("nce,ne->nc", by_neuron, first))
+    everything = squares.clamp_min(0).sum(1)
+    share = torch.where(everything > 0, squares[:, -1] / everything.clamp_min(1e-300), torch.nan)
+    return first * sign[:, None], share, everything

@@ -1,0 +1,179 @@
+"""Embeddings as sparse non-negative sums of texts: SpLiCE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmhooks.analysis.decomposition.lasso import nonnegative_lasso
+from mmhooks.analysis.inputs.checks import check_finite
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.data.sparse_rows import SparseRows
+from mmhooks.errors import ShapeMismatch, WrongOrigin
+from mmhooks.utils.indexing import as_places, one_place
+
+
+@dataclass(frozen=True)
+class SparseTextCode(Result):
+    """Weights of texts for each embedding.
+
+    Attributes:
+        codes: weights, largest first; of texts by their place in the pool.
+        cosine: between the embedding (centred) and what its texts rebuild. l0: texts used.
+        gap: certified distance of each solution's objective from the best one.
+        dictionary: centred unit embeddings of the texts; not written to the file.
+    """
+
+    texts: tuple[str, ...]
+    codes: SparseRows
+    cosine: Float[Tensor, " n"]
+    l0: Float[Tensor, " n"]
+    gap: Float[Tensor, " n"]
+    penalty: float
+    dictionary: Float[Tensor, "t d"] = field(repr=False, compare=False)
+    tolerance: float = 1e-6
+
+    @property
+    def settled(self) -> Bool[Tensor, " n"]:
+        """Rows whose gap is within the tolerance: all of them, or a warning told how many are not."""
+        return self.gap <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "penalty": self.penalty,
+            "cosine": self.cosine.tolist(),
+            "l0": self.l0.tolist(),
+            "worst_gap": float(self.gap.max()) if len(self.gap) else 0.0,
+            "unsettled": (~self.settled).nonzero().flatten().tolist(),
+            "texts": [
+                [[text, round(w, 6)] for text, w in self.top(i, k=None)] for i in range(len(self.cosine))
+            ],
+        }
+
+    def top(self, row: Any, k: int | None = 10) -> list[tuple[str, float]]:
+        """The heaviest texts of one embedding.
+
+        Raises:
+            ShapeMismatch: not one row of these.
+        """
+        place = one_place(row, len(self.cosine), "rows")
+        pairs = zip(self.codes.indices[place].tolist(), self.codes.values[place].tolist(), strict=True)
+        return [(self.texts[i], w) for i, w in pairs if w > 0][:k]
+
+    def top_of(self, rows: Any, k: int = 10) -> list[tuple[str, float]]:
+        """The heaviest texts of a group (row numbers or a bool mask), of a class for instance: by their mean weight.
+
+        Raises:
+            ShapeMismatch: no row.
+        """
+        chosen = as_places(rows, len(self.cosine), "rows").tolist()
+        if not chosen:
+            raise ShapeMismatch("a group without rows has no texts")
+        mean = torch.zeros(len(self.texts))
+        indices, values = self.codes.indices[chosen], self.codes.values[chosen]
+        mean.index_add_(0, indices.flatten().long(), values.flatten().float() / len(chosen))
+        best = mean.topk(min(k, len(mean)))
+        return [
+            (self.texts[i], w)
+            for i, w in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if w > 0
+        ]
+
+    def reconstruct(self) -> Float[Tensor, "n d"]:
+        """What the texts rebuild: centred embeddings, not of unit norm."""
+        return torch.einsum(
+            "nk,nkd->nd", self.codes.values.float(), self.dictionary[self.codes.indices.long()]
+        )
+
+    def table(self) -> Records:
+        rows: dict[str, Estimate] = {"cosine": bootstrap(self.cosine), "L0": bootstrap(self.l0)}
+        return Records(
+            {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in rows.items()
+        )
+
+
+@torch.no_grad()
+def sparse_text_code(
+    embeddings: Float[Tensor, "n d"],
+    text_embeddings: Float[Tensor, "t d2"],
+    texts: Sequence[str],
+    *,
+    penalty: float = 0.2,
+    mean: Float[Tensor, " d3"] | None = None,
+    text_mean: Float[Tensor, " d4"] | None = None,
+    tolerance: float = 1e-6,
+) -> SparseTextCode:
+    """Each embedding as a sparse non-negative sum of texts (SpLiCE, Bhalla et al. 2024).
+
+    Both sides are brought to unit norm, centred by the mean of their own modality (which closes the modality gap) and
+    brought to unit norm again. Weights minimise ``½‖wC - z‖² + penalty · Σw``, ``w >= 0``.
+
+    Args:
+        penalty: texts less alike to an embedding than this cosine are never used.
+        mean: of unit embeddings, where ``embeddings`` are few or not of one kind; zeros for a direction. Default
+            their own mean. ``text_mean``: likewise, default that of the pool.
+        tolerance: of the objective, certified by the duality gap.
+
+    Raises:
+        ShapeMismatch: widths or counts that differ, a penalty not above 0, one embedding without ``mean``.
+        NotFinite: NaN or infinity in either. WrongOrigin: a mean too long to be one of unit embeddings.
+
+    >>> pool = torch.eye(3); eye = torch.zeros(3)
+    >>> code = sparse_text_code(torch.tensor([[2.0, 1.0, 0.0]]), pool, ["a", "b", "c"], mean=eye, text_mean=eye)
+    >>> [text for text, weight in code.top(0)]
+    ['a', 'b']
+    """
+    n, d = embeddings.shape
+    widths = {text_embeddings.shape[1], d, *(len(m) for m in (mean, text_mean) if m is not None)}
+    if len(widths) > 1 or len(texts) != len(text_embeddings):
+        raise ShapeMismatch(
+            f"embeddings {d} wide, text embeddings {tuple(text_embeddings.shape)} of {len(texts)} texts"
+            + ("" if len(widths) == 1 else f"; widths {sorted(widths)} (means included) must agree")
+        )
+    if penalty <= 0:
+        raise ShapeMismatch(f"penalty must be above 0, came {penalty}: without one every text would be used")
+    if mean is None and n < 2:
+        raise ShapeMismatch(
+            f"{n} embeddings have no mean to be centred by: give mean= (of unit embeddings of this modality, or zeros)"
+        )
+    check_finite(embeddings, "embeddings")
+    check_finite(text_embeddings, "text embeddings")
+    for name, given in (("mean=", mean), ("text_mean=", text_mean)):
+        if given is not None:
+            _check_unit_mean(given, name)
+    dictionary, target = centred(text_embeddings, text_mean), centred(embeddings, mean)
+    solved = nonnegative_lasso(target, dictionary, penalty, tolerance=tolerance)
+    rebuilt = torch.einsum("nk,nkd->nd", solved.values, dictionary[solved.indices])
+    return SparseTextCode(
+        texts=tuple(texts),
+        codes=SparseRows(solved.values, solved.indices, len(texts)),
+        cosine=torch.nn.functional.cosine_similarity(rebuilt, target, dim=1),
+        l0=(solved.values > 0).sum(1).float(),
+        gap=solved.gap,
+        penalty=penalty,
+        dictionary=dictionary,
+        tolerance=tolerance,
+    )
+
+
+def _check_unit_mean(mean: Float[Tensor, " d"], name: str) -> None:
+    check_finite(mean[None], name)
+    norm = float(mean.float().norm())
+    if norm > 1.001:  # rounding of half precision
+        raise WrongOrigin(
+            f"{name}: expected the mean of unit embeddings, got a norm of {norm:.4g}, above 1: this is the mean of raw "
+            "ones; normalize(embeddings, dim=1).mean(0) belongs here"
+        )
+
+
+def centred(x: Float[Tensor, "n d"], mean: Float[Tensor, " d2"] | None = None) -> Float[Tensor, "n d"]:
+    """Unit rows, less their mean, of unit norm again."""
+    unit = normalize(x.detach().cpu().float(), dim=1)
+    return normalize(unit - (unit.mean(0) if mean is None else mean.detach().cpu().float()), dim=1)

@@ -1,0 +1,203 @@
+"""How far TextSpan's texts depend on which pictures were looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmhooks.analysis.decomposition.head_moments import HeadMoments, merged
+from mmhooks.analysis.decomposition.text_span import TextSpan, text_span
+from mmhooks.analysis.inputs.checks import check_finite
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import wilson
+from mmhooks.errors import ShapeMismatch
+
+
+@dataclass(frozen=True)
+class SpanOverlap(Result):
+    """Agreement of TextSpan between subsets of the pictures, of each head.
+
+    Attributes:
+        texts: mean share of the chosen texts that two subsets have in common.
+        texts_chance: that share for texts drawn at random from the pool.
+        space: mean overlap of the spaces that the texts span, ``|U₁ᵀU₂|² / k``: 1 where other texts say the same.
+        space_chance: that overlap for random spaces in the head's own space.
+        first: share of pairs of subsets whose first text is the same.
+    """
+
+    heads: tuple[str, ...]
+    texts: tuple[float, ...]
+    texts_chance: tuple[float, ...]
+    space: tuple[float, ...]
+    space_chance: tuple[float, ...]
+    first: tuple[float, ...]
+    n_subsets: int
+
+    def table(self) -> Records:
+        return Records(
+            {
+                "head": head,
+                "same texts": self.texts[i],
+                "by chance": self.texts_chance[i],
+                "same space": self.space[i],
+                "space by chance": self.space_chance[i],
+                "same first text": self.first[i],
+            }
+            for i, head in enumerate(self.heads)
+        )
+
+
+def span_overlap(spans: Sequence[TextSpan]) -> SpanOverlap:
+    """Agreement of several TextSpans of the same heads over the same pool: other pictures, or other seeds.
+
+    Raises:
+        ShapeMismatch: fewer than two, or of different heads or pools.
+
+    >>> outputs = torch.randn(200, 4); pool = torch.eye(4)
+    >>> spans = [text_span(part, pool, list("abcd"), n_texts=2) for part in outputs.split(100)]
+    >>> 0 <= span_overlap(spans).texts[0] <= 1
+    True
+    """
+    if len(spans) < 2:
+        raise ShapeMismatch(f"overlap needs at least two TextSpans, came {len(spans)}")
+    if len({(s.heads, s.pool_id) for s in spans}) > 1:
+        raise ShapeMismatch("these TextSpans are of different heads or pools: their texts cannot be compared")
+    pairs = list(combinations(spans, 2))
+    columns: list[list[float]] = [[] for _ in range(5)]
+    for h in range(len(spans[0].heads)):
+        sizes = [(len(a.indices[h]), len(b.indices[h])) for a, b in pairs]
+        both = [len(set(a.indices[h]) & set(b.indices[h])) for a, b in pairs]
+        inner = [float((a.bases[h] @ b.bases[h].T).square().sum()) for a, b in pairs]
+        most = [max(*s, 1) for s in sizes]
+        room = min(s.rank[h] for s in spans)
+        rows = (
+            _mean(x / m for x, m in zip(both, most, strict=True)),
+            _mean(s * t / spans[0].n_pool / m for (s, t), m in zip(sizes, most, strict=True)),
+            _mean(x / m for x, m in zip(inner, most, strict=True)),
+            _mean(s * t / max(room, 1) / m for (s, t), m in zip(sizes, most, strict=True)),
+            _mean(float(a.indices[h][:1] == b.indices[h][:1]) for a, b in pairs),
+        )
+        for column, value in zip(columns, rows, strict=True):
+            column.append(value)
+    return SpanOverlap(spans[0].heads, *(tuple(c) for c in columns), n_subsets=len(spans))
+
+
+def subset_overlap(
+    head_outputs: Float[Tensor, "n h d"] | Sequence[HeadMoments],
+    text_embeddings: Float[Tensor, "t d2"],
+    texts: Sequence[str],
+    *,
+    subsets: int = 5,
+    share: float = 0.5,
+    parts: int = 10,
+    seed: int = 0,
+    **options: object,
+) -> SpanOverlap:
+    """:func:`span_overlap` of TextSpans over random subsets, each ``share`` of the pictures.
+
+    The pictures are read once: subsets are made of whole ``parts``, whose moments add up.
+
+    Args:
+        head_outputs: outputs, or the moments of disjoint parts of the pictures, as many as there are.
+        options: of :func:`text_span`.
+
+    Raises:
+        ShapeMismatch: a share that leaves no part in or none out; and as :func:`text_span`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(head_outputs, Tensor):
+        order = torch.randperm(len(head_outputs), generator=generator).to(head_outputs.device)
+        pieces = []
+        for rows in order.chunk(parts):
+            pieces.append(HeadMoments(*head_outputs.shape[1:]).to(head_outputs.device))
+            pieces[-1].update(head_outputs[rows])
+    else:
+        pieces = list(head_outputs)
+    take = round(share * len(pieces))
+    if not 0 < take < len(pieces) or subsets < 2:
+        raise ShapeMismatch(
+            f"{subsets} subsets of {take} of {len(pieces)} parts (share {share}) cannot differ: at least two subsets, "
+            "some parts in and some out"
+        )
+    spans = []
+    for _ in range(subsets):
+        chosen = torch.randperm(len(pieces), generator=generator)[:take].tolist()
+        spans.append(text_span(merged([pieces[i] for i in chosen]), text_embeddings, texts, **options))  # type: ignore[arg-type]
+    return span_overlap(spans)
+
+
+def _mean(values: object) -> float:
+    listed = list(values)  # type: ignore[call-overload]
+    return sum(listed) / len(listed) if listed else math.nan
+
+
+@dataclass(frozen=True)
+class ReconstructionAccuracy(Result):
+    """Zero-shot accuracy of the embedding itself and with heads rebuilt from their first k texts."""
+
+    full: Estimate
+    by_texts: dict[int, Estimate]
+
+    def table(self) -> Records:
+        rows = {**{f"{k} texts": e for k, e in self.by_texts.items()}, "all of each head": self.full}
+        return Records(
+            {"heads rebuilt from": k, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n}
+            for k, e in rows.items()
+        )
+
+
+@torch.no_grad()
+def reconstruction_accuracy(
+    span: TextSpan,
+    head_outputs: Float[Tensor, "n h d"],
+    rest: Float[Tensor, "n2 d2"],
+    classes: Float[Tensor, "c d3"],
+    labels: Int[Tensor, " n3"],
+    *,
+    n_texts: Sequence[int] = (0, 1, 2, 5, 10, 20),
+) -> ReconstructionAccuracy:
+    """Accuracy of ``rest + sum of rebuilt heads`` against class embeddings, by the number of texts a head.
+
+    Args:
+        head_outputs: of the heads of ``span``, over labelled pictures.
+        rest: everything else of the raw embedding of the same pictures (its means, for ablation on top).
+        classes: text embedding of each class; ``labels``: the class of each picture.
+        n_texts: 0 is mean-ablation of these heads.
+
+    Raises:
+        ShapeMismatch: rows or widths that differ, or a label outside the classes. NotFinite: NaN in any.
+
+    >>> outputs = torch.tensor([[[2.0, 0.0]], [[-2.0, 0.0]]])
+    >>> from mmhooks.analysis.decomposition.text_span import text_span
+    >>> span = text_span(outputs, torch.eye(2), ["left or right", "up or down"], n_texts=1)
+    >>> classes = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    >>> found = reconstruction_accuracy(span, outputs, torch.zeros(2, 2), classes, torch.tensor([0, 1]), n_texts=[0, 1])
+    >>> found.by_texts[0].value, found.by_texts[1].value
+    (0.5, 1.0)
+    """
+    n, d = len(head_outputs), head_outputs.shape[2]
+    if len(rest) != n or len(labels) != n or rest.shape[1] != d or classes.shape[1] != d:
+        raise ShapeMismatch(
+            f"head outputs of {n} pictures, rest of {len(rest)}, {len(labels)} labels; widths {d}, {rest.shape[1]} and "
+            f"{classes.shape[1]} (classes): all must agree"
+        )
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        raise ShapeMismatch(
+            f"labels lie in {int(labels.min())}..{int(labels.max())}, there are {len(classes)} classes"
+        )
+    for x, what in ((head_outputs.flatten(1), "head outputs"), (rest, "rest"), (classes, "classes")):
+        check_finite(x, what)
+    directions = normalize(classes, dim=1).T
+
+    def accuracy(embedding: Tensor) -> Estimate:
+        return wilson(int(((embedding @ directions).argmax(1) == labels).sum()), n)
+
+    by_texts = {k: accuracy(rest + span.reconstruct(head_outputs, k).sum(1)) for k in n_texts}
+    return ReconstructionAccuracy(accuracy(rest + head_outputs.sum(1)), by_texts)

@@ -1,0 +1,1 @@
+"""What measures are given: checks, sparse rows, passes over a store."""

@@ -1,0 +1,1 @@
+"""Ablations, and what they do downstream."""

@@ -1,0 +1,384 @@
+"""Mean-ablation of attention heads and MLPs, of their direct contributions or live, and what it costs in accuracy.
+
+The paper ("Interpreting CLIP's Image Representation via Text-Based Decomposition", Section 3.3) puts the mean over a
+data set in the place of a *direct contribution*: later layers keep what they read. :func:`ablate_direct` is that.
+:func:`mean_edits` ablates live: later layers read the mean too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmhooks.analysis.decomposition.contributions import Decomposition
+from mmhooks.analysis.decomposition.dataset import (
+    Inputs,
+    MeanDecomposition,
+    batches,
+    check_means,
+    decompositions,
+)
+from mmhooks.analysis.decomposition.origin import Origin, origin_of
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import wilson
+from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
+from mmhooks.hooks.edits import Edit, Mean
+from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_directions, check_model
+from mmhooks.utils.indexing import as_choice
+from mmhooks.utils.modes import evaluating
+from mmhooks.utils.progress import rate_bar
+
+if TYPE_CHECKING:
+    Means, Live = MeanDecomposition, Mapping[str, Tensor]
+else:
+    Means = Live = Any  # checked where they are used, with a sentence
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a tower an ablation takes: attention heads as ``(layer, head)``, MLPs as layers.
+
+    Either may also be a bool mask, ``[layers, heads]`` and ``[layers]``; a part that is named twice counts once.
+
+    Raises:
+        ShapeMismatch: what is neither whole numbers nor a mask, or heads that are not pairs.
+
+    >>> Parts("some", heads=[(3, 1)], mlps=[False, True]).mlps
+    (1,)
+    """
+
+    name: str
+    heads: Any = ()
+    mlps: Any = ()
+    initial: bool = False
+    _shapes: tuple[tuple[int, ...], ...] = field(
+        default=(), init=False, repr=False, compare=False
+    )  # of the masks
+
+    def __post_init__(self) -> None:
+        what = f"of ablation {self.name!r}"
+        heads, mlps = as_choice(self.heads, f"heads {what}"), as_choice(self.mlps, f"mlps {what}")
+        masks = tuple(tuple(given.shape) for given in (heads, mlps) if given.dtype == torch.bool)
+        object.__setattr__(self, "_shapes", masks)
+        object.__setattr__(self, "heads", _named(heads, 2, f"heads {what}: expected pairs (layer, head)"))
+        object.__setattr__(
+            self, "mlps", tuple(n for (n,) in _named(mlps, 1, f"mlps {what}: expected layers"))
+        )
+
+    def check(self, depth: int, n_heads: int) -> None:
+        """Raises ShapeMismatch for a part that a tower of ``depth`` layers of ``n_heads`` does not have."""
+        bad: list[Any] = [
+            pair for pair in self.heads if not (0 <= pair[0] < depth and 0 <= pair[1] < n_heads)
+        ]
+        bad += [n for n in self.mlps if not 0 <= n < depth]
+        bad += [f"a mask of shape {s}" for s in self._shapes if s != (depth, n_heads)[: len(s)]]
+        if bad:
+            raise ShapeMismatch(
+                f"ablation {self.name!r} names {bad[:4]}, the tower has layers 0 to {depth - 1} of {n_heads} attention heads"
+            )
+
+
+def paper_parts(depth: int, n_heads: int, *, last: int = 4) -> list[Parts]:
+    """The paper's ablations: all MLPs; attention of all layers but the ``last`` ones; both, so that only the direct
+    effect of the last layers' attention heads is left (the initial stream ablated too); and each layer by itself.
+
+    >>> [part.name for part in paper_parts(6, 6)[:3]]
+    ['MLPs', 'attention before the last 4', 'all but attention of the last 4']
+    """
+
+    def heads(layers: range) -> tuple[tuple[int, int], ...]:
+        return tuple((n, h) for n in layers for h in range(n_heads))
+
+    early, every = range(max(0, depth - last)), range(depth)
+    return [
+        Parts("MLPs", mlps=tuple(every)),
+        Parts(f"attention before the last {last}", heads=heads(early)),
+        Parts(f"all but attention of the last {last}", heads(early), tuple(every), initial=True),
+        *(Parts(f"attention of layer {n}", heads=heads(range(n, n + 1))) for n in every),
+        *(Parts(f"MLP of layer {n}", mlps=(n,)) for n in every),
+    ]
+
+
+class SiteMeans(dict[str, Tensor]):
+    """Means of what flows at sites, by site, and where they come from; see :func:`site_means`."""
+
+    def __init__(self, means: Mapping[str, Tensor], origin: Origin, n: int) -> None:
+        super().__init__(means)
+        self.origin, self.n = origin, n
+
+
+def ablate_direct(parts: Decomposition, means: Means, what: Parts) -> Float[Tensor, "b e"]:
+    """The embeddings with the direct contributions of ``what`` replaced by their means; nothing is run again.
+
+    Raises:
+        ShapeMismatch: a part that the tower does not have.
+        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
+    """
+    means = check_means(means)
+    means.check_for(parts)
+    depth, n_heads = parts.heads.shape[1:3]
+    what.check(depth, n_heads)
+    out = parts.embedding
+    if what.heads:
+        chosen = _mask(what, depth, n_heads).to(out)
+        out = out + torch.einsum("lh,blhe->be", chosen, means.heads.to(out) - parts.heads)
+    if what.mlps:
+        out = out + (means.mlps.to(out) - parts.mlps)[:, list(what.mlps)].sum(1)
+    if what.initial:
+        out = out + (means.initial.to(out) - parts.initial)
+    return out
+
+
+def site_means(
+    model: Model,
+    inputs: Tensor | Inputs,
+    sites: Sequence[str],
+    *,
+    tower: str = "image",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> SiteMeans:
+    """Running mean over a data set of what flows at each site, token by token, in evaluation mode.
+
+    Raises:
+        UnknownSite: no such site. DataError: no input. ShapeMismatch: numbers of tokens that differ.
+    """
+    sums: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    n = 0
+
+    def add(value: Tensor, *, hook: object) -> None:
+        name, part = hook.name, value.detach().double().sum(0)  # type: ignore[attr-defined]
+        if name in sums and sums[name].shape != part.shape:
+            raise ShapeMismatch(
+                f"{name}: rows of shape {tuple(part.shape)} after {tuple(sums[name].shape)}; a mean needs one shape"
+            )
+        sums[name] = part if name not in sums else sums[name] + part
+        kinds[name] = value.dtype
+
+    check_model(model)
+    if isinstance(sites, str):
+        raise MMHooksError(f"sites: expected a list of names, got one name: [{sites!r}]")
+    encode = model.encode_image if tower == "image" else model.encode_text
+    bar = rate_bar("means of sites", None, unit=f"{tower}s", show=progress)
+    with evaluating(model.model), bar as advance, torch.no_grad():
+        for batch in batches(model, inputs, tower, batch_size, 0):
+            with model.hooks(fwd_hooks=[(site, add) for site in sites]):
+                encode(model.to_input(batch))
+            n += len(batch)
+            advance(len(batch))
+    if not n:
+        raise DataError("no means: the data set has no images or texts")
+    means = {name: (total / n).to(kinds[name]) for name, total in sums.items()}
+    return SiteMeans(means, origin_of(model, tower, False, inputs), n)
+
+
+def ablation_sites(what: Parts, *, tower: str = "image") -> list[str]:
+    """The sites that a live ablation of ``what`` edits: ``attn.head_out`` and ``mlp_out`` of its layers."""
+    heads = [f"{tower}.blocks.{n}.attn.head_out" for n in sorted({n for n, _ in what.heads})]
+    return heads + [f"{tower}.blocks.{n}.mlp_out" for n in sorted(what.mlps)]
+
+
+def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
+    """Edits that put the mean of a data set in the place of what heads and MLPs write, for ``model.hooks(*edits)``.
+
+    Args:
+        means: of :func:`site_means`, at the sites of :func:`ablation_sites`.
+
+    Raises:
+        ShapeMismatch: ``initial`` is no edit: everything would be gone.
+        WrongOrigin: means of something else than sites, or of another tower; a site that they lack.
+
+    >>> heads = Parts("two heads", heads=((5, 0), (5, 3)))
+    >>> edits = mean_edits(heads, site_means(model, pairs, ablation_sites(heads)))    # doctest: +SKIP
+    >>> with model.hooks(*edits): z = model.encode_image(pixels)                       # doctest: +SKIP
+    """
+    if what.initial:
+        raise ShapeMismatch(
+            f"{what.name!r} ablates the initial stream, which all layers read: take ablate_direct"
+        )
+    sites = ablation_sites(what, tower=tower)
+    _check_sites(means, sites, tower)
+    edits: list[Edit] = []
+    for site in sites:
+        layer = int(site.split(".")[2])
+        if site.endswith("mlp_out"):
+            edits.append(Mean(mean=means[site], at=site))
+        else:
+            edits.append(Mean([h for n, h in what.heads if n == layer], mean=means[site], at=site))
+    return edits
+
+
+def head_importance(
+    parts: Decomposition, direction: Vectors, means: Means | None = None
+) -> Float[Tensor, "l h"]:
+    """Mean contribution of every attention head along a direction ``[e]``: a class's text embedding, a difference of two.
+
+    With ``means`` of other data, by how much the batch's contributions stand out from them.
+
+    Raises:
+        ShapeMismatch: something else than one direction in the embedding's space.
+        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
+    """
+    heads = parts.heads.mean(0)
+    check_directions(
+        direction[None] if isinstance(direction, Tensor) else direction, heads.shape[2], "direction"
+    )
+    if means is not None:
+        others = check_means(means)
+        others.check_for(parts)
+        heads = heads - others.heads.to(heads)
+    return heads @ normalize(direction.to(heads), dim=0)
+
+
+@dataclass(frozen=True)
+class AblationResult(Result):
+    """Zero-shot accuracy before and after every ablation, direct and live (None where there is no live one)."""
+
+    names: tuple[str, ...]
+    before: Estimate
+    direct: tuple[Estimate, ...]
+    live: tuple[Estimate | None, ...]
+    n: int
+
+    def table(self) -> Records:
+        """One row an ablation."""
+        return Records(
+            {
+                "ablated": name,
+                "before": self.before.value,
+                "direct": direct.value,
+                "direct interval": f"{direct.low:.3f}–{direct.high:.3f}",
+                "live": "–" if live is None else live.value,
+                "live interval": "–" if live is None else f"{live.low:.3f}–{live.high:.3f}",
+                "n": self.n,
+            }
+            for name, direct, live in zip(self.names, self.direct, self.live, strict=True)
+        )
+
+
+@torch.no_grad()
+def ablations(
+    model: Model,
+    inputs: Vectors,
+    labels: Int[Tensor, " n2"],
+    classes: Vectors,
+    means: Means,
+    what: Sequence[Parts] | None = None,
+    *,
+    live_means: Live | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> AblationResult:
+    """Accuracy of images among the text embeddings ``classes``, before and after each ablation.
+
+    Args:
+        means: direct contributions' means, ``mm.decompose(model, data)``; of other images than these, to be fair.
+        what: :func:`paper_parts` by default.
+        live_means: of :func:`site_means` on the sites of all ablations; without them only direct ones are done.
+
+    Raises:
+        ShapeMismatch: labels of another number, or outside the classes; a part that is not there.
+        WrongOrigin: means that are not raw image means of this model.
+    """
+    check_model(model)
+    check_batch(model, inputs, "image")
+    means = check_means(means)
+    own = origin_of(model, "image", False)
+    means.origin.check(own, "means=", "the images' raw contributions")
+    check_directions(classes, means.embedding.shape[0], "classes")
+    if (
+        len(labels) != len(inputs)
+        or not len(labels)
+        or not 0 <= int(labels.min()) <= int(labels.max()) < len(classes)
+    ):
+        raise ShapeMismatch(
+            f"{len(inputs)} images need as many labels from 0 to {len(classes) - 1}, came {len(labels)}"
+            + (f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else "")
+        )
+    depth, n_heads = means.heads.shape[:2]
+    chosen = paper_parts(depth, n_heads) if what is None else list(what)
+    for one in chosen:
+        one.check(depth, n_heads)
+    if live_means is not None:
+        _check_sites(
+            live_means, [s for one in chosen if not one.initial for s in ablation_sites(one)], "image"
+        )
+        if isinstance(live_means, SiteMeans):
+            live_means.origin.check(own, "live_means=", "this model")
+    unit = normalize(classes.to(model.device).float(), dim=1)
+
+    def right(embedding: Tensor, rows: slice) -> int:
+        return int(
+            (normalize(embedding.float(), dim=1) @ unit.T).argmax(1).cpu().eq(labels[rows].cpu()).sum()
+        )
+
+    before, direct, live, done = 0, [0] * len(chosen), [0] * len(chosen), 0
+    for parts in decompositions(model, inputs, batch_size=batch_size, progress=progress):
+        rows = slice(done, done := done + len(parts.embedding))
+        before += right(parts.embedding, rows)
+        for i, one in enumerate(chosen):
+            direct[i] += right(ablate_direct(parts, means, one), rows)
+    has_live = [live_means is not None and not one.initial for one in chosen]
+    for i, one in enumerate(chosen):
+        if not has_live[i]:
+            continue
+        assert live_means is not None
+        with evaluating(model.model), model.hooks(*mean_edits(one, live_means)):
+            for begin in range(0, len(inputs), batch_size):
+                rows = slice(begin, begin + batch_size)
+                live[i] += right(model.encode_image(model.to_input(inputs[rows])), rows)
+    n = len(labels)
+    return AblationResult(
+        tuple(one.name for one in chosen),
+        wilson(before, n),
+        tuple(wilson(hits, n) for hits in direct),
+        tuple(wilson(hits, n) if there else None for hits, there in zip(live, has_live, strict=True)),
+        n,
+    )
+
+
+def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
+    if not isinstance(means, Mapping):
+        raise WrongOrigin(
+            f"expected means by site, got a {type(means).__name__}: live ablations take site_means(model, data, sites), "
+            "means of direct contributions belong to ablate_direct"
+        )
+    if isinstance(means, SiteMeans) and means.origin.tower != tower:
+        raise WrongOrigin(f"expected means of the {tower} tower, got means of the {means.origin.tower} tower")
+    missing = [site for site in sites if site not in means]
+    if missing:
+        raise WrongOrigin(
+            f"expected means at {len(set(sites))} sites, got none at {', '.join(missing[:3])}: "
+            "site_means(model, data, ablation_sites(what)) makes them"
+        )
+
+
+def _named(
+    given: Bool[Tensor, "..."] | Int[Tensor, "..."], width: int, expected: str
+) -> tuple[tuple[int, ...], ...]:
+    """Entries of ``width`` numbers each, without repeats, of numbers or of a mask of so many dimensions."""
+    if given.dtype == torch.bool:
+        if given.ndim != width:
+            raise ShapeMismatch(
+                f"{expected} or a mask of {width} dimensions, got a mask of shape {tuple(given.shape)}"
+            )
+        given = given.nonzero()
+    elif width == 1 and given.ndim < 2:
+        given = given.reshape(-1, 1)
+    elif given.numel() and (width == 1 or given.ndim != 2 or given.shape[1] != width):
+        raise ShapeMismatch(f"{expected}, got whole numbers of shape {tuple(given.shape)}")
+    return tuple(dict.fromkeys(map(tuple, given.reshape(-1, width).tolist())))
+
+
+def _mask(what: Parts, depth: int, n_heads: int) -> Bool[Tensor, "l h"]:
+    mask = torch.zeros(depth, n_heads, dtype=torch.bool)
+    for n, h in what.heads:
+        mask[n, h] = True
+    return mask

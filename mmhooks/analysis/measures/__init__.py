@@ -1,0 +1,1 @@
+"""One file a measure: its result, its Metric, its function. No model is imported here."""

@@ -1,0 +1,420 @@
+"""One pass over a store for all measures at once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmhooks.analysis.inputs.sparse import Latents
+from mmhooks.analysis.inputs.store_rows import (
+    ActivationStore,
+    LatentRows,
+    Side,
+    VectorRows,
+    batch_size,
+    data_id,
+    latent_rows,
+    share,
+    vector_rows,
+)
+from mmhooks.analysis.measures.bridges import Bridge, BridgeResult
+from mmhooks.analysis.measures.cknna import CKNNA
+from mmhooks.analysis.measures.density import Density, FeatureDensity
+from mmhooks.analysis.measures.embed_sim import EmbedSimResult, embed_sim_of
+from mmhooks.analysis.measures.groups import FeatureTests, differs_from_half
+from mmhooks.analysis.measures.mds import GROUPS, MDS, MDSResult, activation
+from mmhooks.analysis.measures.modality_gap import ModalityGap, ModalityMeans, gap_of
+from mmhooks.analysis.measures.monosemanticity import (
+    GroupContrast,
+    MonoSemanticity,
+    MonosemanticityResult,
+    textual_monosemanticity,
+    visual_monosemanticity,
+)
+from mmhooks.analysis.measures.samples import check_kind, check_sizes, samples_of
+from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples
+from mmhooks.analysis.measures.win_rate import WinRateResult, win_rate_of
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest, permutation_test
+from mmhooks.analysis.statistics.jackknife import Grouped
+from mmhooks.data.sparse_rows import SparseRows
+from mmhooks.errors import MMHooksError
+from mmhooks.heads.base import Head
+
+SIDES: tuple[Side, ...] = get_args(Side)
+BRIDGE_FEATURES = 4096
+CKNNA_ROWS, CKNNA_BLOCKS, CKNNA_NEIGHBOURS = 1000, 10, 10
+COMPARED = (
+    ("image embeddings", "text embeddings"),
+    ("image embeddings", "image latents"),
+    ("text embeddings", "text latents"),
+    ("image latents", "text latents"),
+)
+
+
+class Clock:
+    """Adds up the seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    def all(self) -> dict[str, float]:
+        return {**self.seconds, "all": time.perf_counter() - self._begin}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    n: int
+    latents: dict[Side, LatentRows]
+    embeddings: dict[Side, VectorRows]  # the model's own
+    judges: dict[Side, VectorRows]  # whose cosine says how alike samples are
+
+
+@torch.no_grad()
+def measure(
+    store: ActivationStore,
+    *,
+    head: Head | None = None,
+    image: str | None = None,
+    text: str | None = None,
+    embeddings: Mapping[str, Float[Tensor, "n d"] | str] | None = None,
+    kind: Literal["relu", "abs"] = "relu",
+    m: int = 20,
+    pool: int = 2048,
+    min_fires: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> Measures:
+    """Every measure of both sides of a store, in one pass with memory that does not grow with it.
+
+    MDS with groups and tests, density and L0, top samples, EmbedSim, WinRate, MonoSemanticity, modality gap,
+    bridges, CKNNA. After the pass the vectors of top samples, of one random pool and of the paper's controls are
+    read by number, and for CKNNA at most 10 blocks of 1,000 rows. Under ``torchrun`` (an initialised
+    ``torch.distributed``) the processes share the batches out and all return the same result.
+
+    Args:
+        store: :class:`mmhooks.data.Store`, or anything that reads like one.
+        head: runs over stored embeddings; without one the stored latents are read.
+        image, text: sites of latents, or, with a head, of the vectors that it reads; default
+            ``<side>.embed`` with a head, else the side's one site of latents.
+        embeddings: by side ("image", "text"), another model's vectors of the same pairs, row by row, or a
+            site's name: how alike samples are (EmbedSim, WinRate, MonoSemanticity). Default the model's own
+            ``<side>.embed``.
+        kind: what counts as activation: "relu", or "abs" for a model's own signed coordinates.
+        m: top samples a feature. pool: random samples of WinRate.
+        min_fires, seed: as in :func:`mmhooks.analysis.measures.mds.mds`.
+
+    Raises:
+        UnknownSite, ShapeMismatch: a site that is missing, or does not fit; before anything is read.
+        NotFinite: NaN in the store; names row and feature.
+
+    >>> mm.measure(mm.Store("runs/acts"), head=mm.load_head("mini/sae")).table()    # doctest: +SKIP
+    """
+    check_kind("activation", kind, ("relu", "abs"))
+    check_sizes(m, 2, len(store))
+    clock, skipped = Clock(), {}
+    inputs = _resolve(store, head, {"image": image, "text": text}, embeddings or {}, skipped)
+    n, n_features = inputs.n, inputs.latents["image"].n_features
+    name = inputs.latents["image"].site if head is None else head.id
+    data = data_id(store)
+
+    def score(**options: bool) -> MDS:
+        return MDS(n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed, **options)
+
+    scores = Grouped(score)
+    top: dict[Side, TopSamples] = {side: TopSamples(n_features, m=m) for side in SIDES}
+    fires: dict[Side, FeatureDensity] = {side: FeatureDensity(n_features, seed=seed) for side in SIDES}
+    mono: dict[Side, MonoSemanticity] = {
+        side: MonoSemanticity(n_features, judge.width, seed=seed) for side, judge in inputs.judges.items()
+    }
+    means = _means(inputs, skipped)
+    bridge = _bridge(n_features, head, skipped)
+    reads = [*inputs.latents.values(), *inputs.embeddings.values(), *inputs.judges.values()]
+    for number, begin, end in share(
+        n, batch_size(n), f"measures of {n} pairs", reads=reads, progress=progress
+    ):
+        with clock("latents"):
+            batch: dict[Side, Latents] = {
+                side: _activated(rows[begin:end], kind) for side, rows in inputs.latents.items()
+            }
+        with clock("MDS"):
+            scores.update(batch["image"], batch["text"], start=begin, number=number)
+        with clock("top samples"):
+            for side in SIDES:
+                top[side].update(batch[side], start=begin)
+        with clock("density and L0"):
+            for side in SIDES:
+                fires[side].update(batch[side])
+        with clock("MonoSemanticity"):
+            for side, metric in mono.items():
+                metric.update(batch[side], inputs.judges[side][begin:end].cpu())
+        if means is not None:
+            with clock("modality gap"):
+                means.update(*(inputs.embeddings[side][begin:end].cpu() for side in SIDES), number=number)
+        if bridge is not None:
+            with clock("bridges"):
+                bridge.update(batch["image"], batch["text"])
+    with clock("intervals and tests"):
+        whole = scores.whole().result()
+        over_samples = scores.estimate(_mean_score, n)
+        dominance = differs_from_half(whole)
+        gap = None if means is None else gap_of(means, n)
+        found = {side: metric.result() for side, metric in top.items()}
+        densities = {side: metric.result() for side, metric in fires.items()}
+        monosemanticity = {side: metric.result() for side, metric in mono.items()}
+    with clock("CKNNA"):
+        alignment = _alignment(inputs, kind, skipped)
+    with clock("EmbedSim and WinRate"):
+        samples = {
+            s: samples_of(found[s], judge, n, m=m, pool=pool, seed=seed, s_minus=_mean_cosine(mono[s]))
+            for s, judge in inputs.judges.items()
+        }
+        sim = {side: embed_sim_of(s, seed=seed) for side, s in samples.items()}
+        wins = {side: win_rate_of(s, seed=seed) for side, s in samples.items()}
+        imgd, textd, _ = whole.groups
+        contrasts, permutations = {}, {}
+        if "image" in sim:
+            contrasts["visual"] = visual_monosemanticity(sim["image"], imgd, textd, seed=seed)
+            permutations["visual"] = permutation_test(sim["image"].values, imgd, textd, seed=seed)
+        if "text" in sim:
+            contrasts["textual"] = textual_monosemanticity(sim["text"], imgd, textd, seed=seed)
+            permutations["textual"] = permutation_test(sim["text"].values, textd, imgd, seed=seed)
+    return Measures(
+        n_pairs=n,
+        head=name,
+        data=data,
+        sites={side: rows.site for side, rows in inputs.latents.items()},
+        judges={side: rows.name for side, rows in inputs.judges.items()},
+        settings={"kind": kind, "m": m, "pool": pool, "min_fires": min_fires, "seed": seed},
+        mds=whole,
+        mds_over_samples=over_samples,
+        dominance=dominance,
+        density=dict(densities),
+        top=dict(found),
+        gap=gap,
+        embed_sim=dict(sim),
+        win_rate=dict(wins),
+        monosemanticity=dict(monosemanticity),
+        contrasts=contrasts,
+        permutations=permutations,
+        bridge=_bridge_result(bridge, head),
+        cknna=alignment,
+        skipped=skipped,
+        seconds=clock.all(),
+    )
+
+
+def _resolve(
+    store: ActivationStore,
+    head: Head | None,
+    sites: dict[Side, str | None],
+    given: Mapping[str, Tensor | str],
+    skipped: dict[str, str],
+) -> _Inputs:
+    if set(given) - set(SIDES):
+        raise MMHooksError(f"embeddings are given by side, image and text; came {', '.join(given)}")
+    latents: dict[Side, LatentRows] = {side: latent_rows(store, side, head, sites[side]) for side in SIDES}
+    widths = {side: rows.n_features for side, rows in latents.items()}
+    if len(set(widths.values())) > 1:
+        raise MMHooksError(
+            f"{latents['image'].site} has {widths['image']} features, {latents['text'].site} {widths['text']}: "
+            "give the two sides of one head"
+        )
+    own: dict[Side, VectorRows] = {
+        s: vector_rows(store, f"{s}.embed") for s in SIDES if f"{s}.embed" in store.sites
+    }
+    judges: dict[Side, VectorRows] = {
+        s: vector_rows(store, given[s]) if s in given else own[s] for s in SIDES if s in given or s in own
+    }
+    for side in SIDES:
+        if side not in judges:
+            skipped[f"EmbedSim, WinRate, MonoSemanticity ({side})"] = (
+                f"no vectors: the store has no site {side}.embed; extract it, or give embeddings="
+            )
+    return _Inputs(len(store), latents, own, judges)
+
+
+def _means(inputs: _Inputs, skipped: dict[str, str]) -> Grouped[ModalityMeans] | None:
+    widths = {side: rows.width for side, rows in inputs.embeddings.items()}
+    if len(widths) == 2 and len(set(widths.values())) == 1:
+        return Grouped(partial(ModalityMeans, widths["image"]))
+    skipped["modality gap"] = f"needs image.embed and text.embed of one width, came {widths or 'neither'}"
+    return None
+
+
+def _bridge(n_features: int, head: Head | None, skipped: dict[str, str]) -> Bridge | None:
+    if head is None or not head.has_decoder:
+        skipped["bridges"] = "need the directions that features write: give a head with a decoder"
+    elif n_features > BRIDGE_FEATURES:
+        skipped["bridges"] = (
+            f"{n_features} features squared is much: mmhooks.analysis.measures.bridges takes a choice of them"
+        )
+    else:
+        return Bridge(n_features)
+    return None
+
+
+def _bridge_result(bridge: Bridge | None, head: Head | None) -> BridgeResult | None:
+    return None if bridge is None or head is None else bridge.result(head.W_dec)  # type: ignore[arg-type]
+
+
+def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str, str]) -> dict[str, Estimate]:
+    """CKNNA of what lies beside each other, over blocks of rows spread evenly over the store."""
+    size = min(CKNNA_ROWS, inputs.n)
+    if not inputs.embeddings or size < 2 * CKNNA_NEIGHBOURS:
+        skipped["CKNNA"] = (
+            f"needs embeddings and {2 * CKNNA_NEIGHBOURS} pairs, came {inputs.n} pairs and "
+            f"{', '.join(rows.name for rows in inputs.embeddings.values()) or 'no embeddings'}"
+        )
+        return {}
+    blocks = min(CKNNA_BLOCKS, inputs.n // size)
+    metrics: dict[str, CKNNA] = {}
+    for _, block, _ in share(blocks, 1):
+        begin = block * (inputs.n - size) // max(1, blocks - 1)
+        rows = slice(begin, begin + size)
+        tables: dict[str, Tensor] = {f"{s} embeddings": v[rows].cpu() for s, v in inputs.embeddings.items()}
+        for side in inputs.embeddings:
+            latents = _activated(inputs.latents[side][rows], kind)
+            tables[f"{side} latents"] = latents.dense() if isinstance(latents, SparseRows) else latents
+        for one, other in COMPARED:
+            if one in tables and other in tables:
+                metric = metrics.setdefault(f"{one} – {other}", CKNNA(k=CKNNA_NEIGHBOURS))
+                metric.update(tables[one], tables[other])
+    names = [f"{a} – {b}" for a, b in COMPARED if all(x.split()[0] in inputs.embeddings for x in (a, b))]
+    with warnings.catch_warnings():  # a process without a block has only those of others to add
+        warnings.filterwarnings("ignore", message="The ``compute`` method")
+        return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
+
+
+def _activated(latents: Latents, kind: Literal["relu", "abs"]) -> Latents:
+    if isinstance(latents, SparseRows):
+        return SparseRows(activation(latents.values, kind), latents.indices.long(), latents.n_features)
+    return activation(latents, kind)
+
+
+def _mean_score(metric: MDS) -> float:
+    return float(metric.compute()["R"].nanmean())
+
+
+def _mean_cosine(metric: MonoSemanticity) -> float:
+    """Over all pairs of samples; the sums are those that MonoSemanticity keeps anyway."""
+    state = metric.compute()
+    n = int(state["n_samples"])
+    return (float(state["unit_sum"].square().sum()) - float(state["unit_squares"])) / (n * n - n)
+
+
+@dataclass(frozen=True)
+class Measures(Result):
+    """All measures of one head over one store; see :func:`mmhooks.analysis.measures.all_measures.measure`.
+
+    Attributes:
+        mds, mds_over_samples: scores with groups; their mean over alive features with a jackknife over samples.
+        dominance: per-feature test that R is not one half, after Benjamini-Hochberg.
+        density, embed_sim, win_rate, monosemanticity, top: by side.
+        contrasts, permutations: visual (ImgD − TextD on pictures) and textual (TextD − ImgD on texts)
+            EmbedSim, with random groups and with a permutation test.
+        gap, cknna, bridge: of the two sides' embeddings; CKNNA by what is compared.
+        skipped: measures that could not be taken, and why.
+        judges: whose embeddings say how alike samples are, by side.
+        sites: what was read, by side.
+        seconds: spent on reading, on each measure and in all, by this process.
+    """
+
+    n_pairs: int
+    head: str
+    data: str
+    sites: dict[str, str]
+    judges: dict[str, str]
+    settings: dict[str, Any]
+    mds: MDSResult
+    mds_over_samples: Estimate
+    dominance: FeatureTests
+    density: dict[str, Density]
+    top: dict[str, TopActivating] = field(repr=False)
+    gap: ModalityGap | None = None
+    embed_sim: dict[str, EmbedSimResult] = field(default_factory=dict)
+    win_rate: dict[str, WinRateResult] = field(default_factory=dict)
+    monosemanticity: dict[str, MonosemanticityResult] = field(default_factory=dict)
+    contrasts: dict[str, GroupContrast] = field(default_factory=dict)
+    permutations: dict[str, PermutationTest] = field(default_factory=dict)
+    bridge: BridgeResult | None = None
+    cknna: dict[str, Estimate] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def table(self) -> Records:
+        """One row a number: value, interval, what n counts."""
+        rows = [_row("MDS μ", "both", self.mds.mu_estimate, "features")]
+        rows.append(_row("MDS μ", "both", self.mds_over_samples, "pairs"))
+        for side, found in self.density.items():
+            rows.append(_row("L0", side, found.l0, "samples"))
+        for name, results in (
+            ("EmbedSim", self.embed_sim),
+            ("WinRate", self.win_rate),
+            ("MonoSemanticity", self.monosemanticity),
+        ):
+            rows += [_row(name, side, result.estimate, "features") for side, result in results.items()]
+        if self.gap is not None:
+            rows.append(_row("modality gap", "both", self.gap.gap, "pairs"))
+            rows.append(_row("cosine of pairs", "both", self.gap.pair_cosine, "pairs"))
+        rows += [_row("CKNNA", what, estimate, "batches") for what, estimate in self.cknna.items()]
+        return Records(rows)
+
+    def tables(self) -> dict[str, Records]:
+        """All tables by title, in reading order."""
+        features = Records(
+            {
+                "side": side,
+                "dead": found.dead,
+                "median density of alive": float(found.values[found.values > 0].median())
+                if bool((found.values > 0).any())
+                else float("nan"),
+                "L0": found.l0.value,
+                "samples": found.n_samples,
+            }
+            for side, found in self.density.items()
+        )
+        tables = {
+            "Measures": self.table(),
+            "Modality dominance": self.mds.table(),
+            "R differs from one half": self.dominance.table(),
+            "Features": features,
+            "EmbedSim of groups": Records(
+                {"kind": kind, **row} for kind, c in self.contrasts.items() for row in c.table()
+            ),
+            "Permutation tests": Records(
+                {"kind": kind, **row} for kind, t in self.permutations.items() for row in t.table()
+            ),
+            "Strongest bridges": Records() if self.bridge is None else self.bridge.table(),
+            "Skipped": Records({"measure": name, "why": why} for name, why in self.skipped.items()),
+            "Seconds": Records({"stage": name, "seconds": value} for name, value in self.seconds.items()),
+        }
+        return {title: table for title, table in tables.items() if table}
+
+    def group_names(self) -> list[str]:
+        """For every feature its group, or "dead"."""
+        names = ["dead"] * len(self.mds.R)
+        for name, group in zip(GROUPS, self.mds.groups, strict=True):
+            for k in group:
+                names[k] = name
+        return names
+
+
+def _row(measure: str, side: str, e: Estimate, over: str) -> dict[str, Any]:
+    return {"measure": measure, "side": side, "value": e.value, "low": e.low, "high": e.high, "n": e.n, "over": over}  # fmt: skip

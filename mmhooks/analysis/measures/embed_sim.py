@@ -1,0 +1,194 @@
+"""EmbedSim: how alike the samples are that activate a feature, against random ones. Result, Metric, function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmhooks.analysis.inputs.store_rows import ActivationStore, Side
+from mmhooks.analysis.measures.samples import (
+    Samples,
+    Similarity,
+    check_kind,
+    compared_samples,
+    top_cosines,
+    upper_triangle,
+)
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.heads.base import Head
+
+
+@torch.no_grad()
+def embed_sim(
+    latents: Float[Tensor, "samples n"] | ActivationStore,
+    embeddings: Float[Tensor, "samples2 d"] | str | None = None,
+    *,
+    m: int = 20,
+    kind: SimKind = "primary",
+    pool: int | None = None,
+    min_samples: int = 2,
+    eps: float = 1e-3,
+    seed: int = 0,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
+) -> EmbedSimResult:
+    """EmbedSim: cosine of the ``m`` samples that activate a feature most, against random samples.
+
+    ``primary`` is ``(S+ - S-) / |S-|`` with S- the mean cosine of all pairs in one random pool; ``difference``
+    is ``S+ - S-``; ``paper`` the mean over pairs of ``(S+_ij - S-_ij) / S-_ij`` with m random samples of each
+    feature's own, heavy-tailed where S- comes near zero. All three are in the result.
+
+    Args:
+        latents: activations, one row a sample; of signed ones give the absolute value. Or a store, whose
+            ``side`` is read in one pass with bounded memory.
+        embeddings: of the same samples, by another model; brought to unit norm here. With a store also the
+            name of a site; default the model's own ``<side>.embed``.
+        pool: size of the random pool; default all samples.
+        min_samples: a feature with fewer activating samples is NaN (at least 2; fewer than m are used as they are).
+        head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
+
+    Raises:
+        ShapeMismatch: rows differ, or numbers out of range. NotFinite: NaN in either.
+
+    >>> x = torch.eye(4)[[0, 0, 1, 2]]; latents = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    >>> embed_sim(latents, x, m=2).s_plus
+    tensor([1.])
+    """
+    check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
+    samples = compared_samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
+    return embed_sim_of(samples, kind=kind, min_samples=min_samples, eps=eps, seed=seed)
+
+
+SimKind = Literal["primary", "difference", "paper"]
+
+
+@dataclass(frozen=True)
+class EmbedSimResult(Result):
+    """EmbedSim of ``n`` features.
+
+    Attributes:
+        values: of the kind asked for, one a feature; NaN where fewer than ``min_samples`` activate it.
+        estimate: their mean, with a bootstrap interval over features.
+        s_plus: mean cosine of each feature's top samples. s_minus: mean cosine of the shared random pool.
+        paper: the mean of element-wise ratios (equation 5) of each feature.
+        excluded: pairs of samples left out of ``paper`` because their random cosine is below ``eps`` in size,
+            of ``pairs_compared``.
+        counts: how many top samples each feature has, at most m.
+    """
+
+    values: Float[Tensor, " n"]
+    estimate: Estimate
+    s_plus: Float[Tensor, " n"] = field(repr=False)
+    s_minus: float
+    paper: Float[Tensor, " n"] = field(repr=False)
+    excluded: int
+    pairs_compared: int
+    counts: Int[Tensor, " n"] = field(repr=False)
+    kind: str
+    m: int
+    pool: int
+    eps: float
+    seed: int
+
+    def table(self) -> Records:
+        """One row for each of the three forms."""
+        gap = self.s_plus - self.s_minus
+        forms = {"primary": gap / abs(self.s_minus), "difference": gap, "paper": self.paper}
+        return Records(
+            {"form": name, "EmbedSim": e.value, "low": e.low, "high": e.high, "features": e.n, "m": self.m,
+             "S-": self.s_minus, "excluded pairs": self.excluded if name == "paper" else 0}
+            for name, e in ((name, bootstrap(values, seed=self.seed)) for name, values in forms.items())
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def embed_sim_of(
+    samples: Samples, *, kind: SimKind = "primary", min_samples: int = 2, eps: float = 1e-3, seed: int = 0
+) -> EmbedSimResult:
+    """EmbedSim; arguments as in :func:`mmhooks.analysis.measures.embed_sim.embed_sim`."""
+    check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
+    unit, top, s_minus = samples.unit, samples.top, samples.s_minus
+    m, enough = top.indices.shape[1], top.count >= min_samples
+    total, count = torch.zeros(len(enough), unit.shape[1], dtype=unit.dtype), top.count
+    for j in range(m):
+        rows = top.indices[:, j]
+        total += torch.where((rows >= 0)[:, None], unit[rows.clamp_min(0)], 0)
+    pairs = (count * (count - 1)).clamp_min(1)
+    # The sum of all cosines is |sum of unit vectors|^2; the diagonal is one a sample.
+    s_plus = torch.where(enough, (total.square().sum(1) - count) / pairs, torch.nan)
+    paper, excluded, compared = _paper_similarity(samples, enough, eps)
+    gap = s_plus - s_minus
+    values = {
+        "primary": gap / abs(s_minus) if s_minus else gap * math.nan,
+        "difference": gap,
+        "paper": paper,
+    }[kind]
+    return EmbedSimResult(
+        values, bootstrap(values, seed=seed), s_plus, s_minus, paper, excluded, compared, count, kind, m,
+        samples.s_minus_pool, eps, seed,
+    )  # fmt: skip
+
+
+def _paper_similarity(
+    samples: Samples, enough: Bool[Tensor, " n"], eps: float
+) -> tuple[Float[Tensor, " n"], int, int]:
+    values, excluded, compared = torch.full((len(enough),), math.nan), 0, 0
+    for rows, cosines, valid in top_cosines(samples.unit, samples.top):
+        other = upper_triangle(samples.unit[samples.control(rows)])
+        valid = valid & enough[rows.start : rows.stop, None]
+        usable = valid & (other.abs() >= eps)
+        ratio = torch.where(usable, (cosines - other) / torch.where(usable, other, 1.0), 0.0)
+        number = usable.sum(1)
+        values[rows] = torch.where(number > 0, ratio.sum(1) / number.clamp_min(1), torch.nan)
+        excluded += int((valid & ~usable).sum())
+        compared += int(valid.sum())
+    values[~enough] = math.nan
+    return values, excluded, compared
+
+
+class EmbedSim(Similarity):
+    """EmbedSim of every feature, streaming: ``update(latents, embeddings)``, then :meth:`result`.
+
+    Equal to :func:`mmhooks.analysis.measures.embed_sim.embed_sim` with its default pool (all samples). The
+    paper's form draws each feature's random samples from the pool kept here instead of from all.
+
+    Args:
+        n_features, dim: widths of latents and embeddings.
+        m, kind, min_samples, eps, seed: as in ``embed_sim``. pool: random samples kept.
+
+    >>> metric = EmbedSim(1, 4, m=2)
+    >>> metric.update(torch.tensor([[1.0], [1.0], [0.0], [0.0]]), torch.eye(4)[[0, 0, 1, 2]])
+    >>> metric.result().s_plus
+    tensor([1.])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        dim: int,
+        *,
+        m: int = 20,
+        kind: SimKind = "primary",
+        pool: int = 2048,
+        min_samples: int = 2,
+        eps: float = 1e-3,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
+        super().__init__(n_features, dim, m=m, pool=pool, min_samples=min_samples, seed=seed, **kwargs)
+        self.kind: SimKind = kind
+        self.eps = eps
+
+    def result(self) -> EmbedSimResult:  # type: ignore[override]
+        samples = self._samples(self.compute())
+        return embed_sim_of(
+            samples, kind=self.kind, min_samples=self.min_samples, eps=self.eps, seed=self.seed
+        )

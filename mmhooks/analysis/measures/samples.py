@@ -1,0 +1,318 @@
+"""EmbedSim and WinRate of top samples that are known already, however they were found (seed paper, equations 5 and 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmhooks.analysis.inputs.checks import check_rows, unit_rows
+from mmhooks.analysis.inputs.sparse import Latents, check_samples
+from mmhooks.analysis.inputs.store_rows import (
+    BATCH,
+    ActivationStore,
+    Side,
+    VectorRows,
+    is_table,
+    latent_rows,
+    vector_rows,
+)
+from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, top_activating, top_of
+from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.heads.base import Head
+
+# Cosines nearer than that are equal: a pair of top samples meets itself in the random pool, through another product of
+# matrices, and would win or lose by its rounding.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What similarity is computed from.
+
+    Attributes:
+        unit: unit vectors of the samples that count.
+        top: the strongest samples of each feature, as rows of ``unit``.
+        pool: the shared random pool, as rows of ``unit``.
+        s_minus: mean cosine of all pairs of random samples, over ``s_minus_pool`` of them.
+        control: for a run of features m random samples each, as rows of ``unit`` (the paper's forms).
+    """
+
+    unit: Float[Tensor, "rows d"]
+    top: TopActivating
+    pool: Int[Tensor, " p"]
+    s_minus: float
+    s_minus_pool: int
+    control: Callable[[range], Tensor]
+
+
+def check_kind(measure: str, kind: str, known: tuple[str, ...]) -> None:
+    if kind not in known:
+        raise MMHooksError(f"kind of {measure} must be one of {', '.join(known)}, came {kind!r}")
+
+
+def check_sizes(m: int, min_samples: int, n: int) -> None:
+    """Raises ShapeMismatch where there can be no pair of samples."""
+    if m < 2 or min_samples < 2 or n < 2:
+        raise ShapeMismatch(
+            f"similarity needs two samples: m = {m}, min_samples = {min_samples}, {n} samples came"
+        )
+
+
+def mean_cosine(unit: Float[Tensor, "n d"]) -> float:
+    """Mean cosine over all pairs of different rows, of unit vectors: ``(|sum|^2 - n) / (n^2 - n)``."""
+    n = len(unit)
+    if n < 2:
+        return math.nan
+    # The exact squared norms, not n: rounding of unit vectors would show where the mean is near zero.
+    total = unit.double().sum(0).square().sum() - unit.double().square().sum()
+    return float(total) / (n * n - n)
+
+
+def random_samples(n: int, m: int, features: range, seed: int) -> Int[Tensor, "f m"]:
+    """``m`` different random samples for each feature; those of a feature depend on it and the seed alone."""
+    rows = []
+    for feature in features:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + feature)
+        if 4 * m < n:  # a few of many: draw until m differ, rather than shuffle all
+            picked: dict[int, None] = {}
+            while len(picked) < m:
+                picked.update(dict.fromkeys(torch.randint(n, (2 * m,), generator=generator).tolist()))
+            rows.append(torch.tensor(list(picked)[:m]))
+        else:
+            order = torch.randperm(n, generator=generator)[:m]
+            rows.append(order if len(order) == m else order.repeat(-(-m // n))[:m])
+    return torch.stack(rows)
+
+
+def random_pool(n: int, size: int | None, seed: int) -> Int[Tensor, " p"]:
+    """``size`` different samples of ``n`` at random; all of them where ``size`` is None or larger."""
+    if size is None or size >= n:
+        return torch.arange(n)
+    if size < 2:
+        raise ShapeMismatch(f"the random pool needs at least 2 samples, came {size}")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
+
+
+def upper_triangle(unit: Float[Tensor, "f m d"]) -> Float[Tensor, "f p"]:
+    """Cosines of all pairs i < j in each set."""
+    cosines = unit @ unit.transpose(1, 2)
+    i, j = torch.triu_indices(unit.shape[1], unit.shape[1], 1)
+    return cosines[:, i, j]
+
+
+def top_cosines(unit: Tensor, top: TopActivating) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Per run of features: which ones, cosines of their top samples' pairs, and which of these are of samples."""
+    n, m = top.indices.shape
+    i, j = torch.triu_indices(m, m, 1)
+    width = max(1, 2**22 // (m * unit.shape[1]))
+    for begin in range(0, n, width):
+        rows = range(begin, min(begin + width, n))
+        indices = top.indices[rows.start : rows.stop]
+        real = indices >= 0
+        yield rows, upper_triangle(unit[indices.clamp_min(0)]), real[:, i] & real[:, j]
+
+
+def compared_samples(
+    latents: Tensor | ActivationStore,
+    embeddings: Tensor | str | None,
+    m: int,
+    pool: int | None,
+    min_samples: int,
+    seed: int,
+    head: Head | None,
+    side: Side,
+    site: str | None,
+) -> Samples:
+    if not is_table(latents):
+        return stored_samples(
+            latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
+        )
+    if not isinstance(embeddings, Tensor):
+        raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
+    check_rows(latents, embeddings)
+    n = len(latents)
+    check_sizes(m, min_samples, n)
+    unit = unit_rows(embeddings.cpu()).float()
+    drawn = random_pool(n, pool, seed)
+    return Samples(
+        unit,
+        top_activating(latents.detach(), m),
+        drawn,
+        mean_cosine(unit[drawn]),
+        len(drawn),
+        lambda features: random_samples(n, m, features, seed),
+    )
+
+
+class Similarity(TopSamples):
+    """Top samples with their unit vectors, a random pool of samples with theirs, and the sum of all.
+
+    The pool holds the samples whose numbers hash lowest, a uniform draw that does not depend on the order of
+    batches or merges. Where the vectors can be read again by number (a store), the functions of
+    :mod:`mmhooks.analysis.measures.samples` need none of these states.
+    """
+
+    pool: Tensor  # [size, (hash, number, *vector)], lowest hash first; (inf, -1) where there is none
+    unit_sum: Tensor
+    unit_squares: Tensor
+
+    def __init__(
+        self, n_features: int, dim: int, *, m: int, pool: int, min_samples: int, seed: int, **kwargs: Any
+    ) -> None:
+        check_sizes(m, min_samples, 2)
+        if pool < max(2, m):
+            raise ShapeMismatch(f"the random pool needs at least m = {m} samples, came {pool}")
+        super().__init__(n_features, m=m, width=dim, **kwargs)
+        self.min_samples, self.seed = min_samples, seed
+        empty = torch.zeros(pool, 2 + dim, dtype=torch.float64)
+        empty[:, 0], empty[:, 1] = torch.inf, -1
+        self.add_state("pool", empty, dist_reduce_fx=lowest)
+        self.add_state("unit_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("unit_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        latents: Latents,
+        vectors: Float[Tensor, "samples2 d"] | None = None,
+        *,
+        start: int | None = None,
+    ) -> None:
+        """Adds a batch of samples: their latents and their embeddings by another model.
+
+        Raises:
+            ShapeMismatch: rows or widths that differ. NotFinite: NaN or infinity in either.
+        """
+        if vectors is None:
+            raise ShapeMismatch(f"similarity needs the embeddings of the samples, {self.width} numbers each")
+        start = int(self.n_samples) if start is None else start
+        check_samples(latents, vectors, self.n_features, self.width, start=start)
+        unit = unit_rows(vectors, start=start).float()
+        self._add(latents, unit, start)
+        self.unit_sum += unit.sum(0, dtype=torch.float64)
+        self.unit_squares += unit.double().square().sum()
+        samples = torch.arange(start, start + len(unit))
+        keys = scattered(samples, self.seed)
+        among = keys < float(self.pool[-1, 0])
+        if bool(among.any()):
+            unit = unit.cpu().double()[among]
+            fresh = torch.cat([torch.stack([keys[among], samples[among].double()], 1), unit], 1)
+            self.pool = _lowest(torch.cat([self.pool, fresh.to(self.pool)]), len(self.pool))
+
+    def _samples(self, state: dict[str, Tensor]) -> Samples:
+        n = int(state["n_samples"])
+        check_sizes(self.m, self.min_samples, n)
+        best, pool = state["best"].cpu(), state["pool"].cpu()
+        pool = pool[pool[:, 1] >= 0]
+        number = best[:, :, 1].long()
+        rows = torch.where(number >= 0, torch.arange(number.numel()).view_as(number), -1)
+        unit = torch.cat([best[:, :, 2:].flatten(0, 1), pool[:, 2:]]).float()
+        total = float(state["unit_sum"].square().sum()) - float(state["unit_squares"])
+        return Samples(
+            unit,
+            TopActivating(rows, best[:, :, 0].float(), (number >= 0).sum(1), n),
+            torch.arange(number.numel(), len(unit)),
+            total / (n * n - n),
+            n,
+            lambda features: random_samples(len(pool), self.m, features, self.seed) + number.numel(),
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """The states; ``values`` of the subclasses hold the measure."""
+        names = ("best", "pool", "unit_sum", "unit_squares", "n_samples")
+        return {name: getattr(self, name) for name in names}
+
+
+def lowest(states: Float[Tensor, "parts p c"]) -> Float[Tensor, "p c"]:
+    """The pool of several pools."""
+    return _lowest(states.flatten(0, 1), states.shape[1])
+
+
+def _lowest(rows: Float[Tensor, "r c"], size: int) -> Float[Tensor, "p c"]:
+    # Keys of 53 bits hardly ever tie; the number of the sample settles it.
+    order = np.lexsort((rows[:, 1].cpu().numpy(), rows[:, 0].cpu().numpy()))[:size]
+    return rows[torch.from_numpy(order).to(rows.device)]
+
+
+def scattered(numbers: Int[Tensor, " b"], seed: int) -> Float[Tensor, " b"]:
+    """A random key in [0, 1) for every number, the same wherever and whenever it is met (splitmix64)."""
+    mask = 2**64 - 1
+    x = numbers.numpy().astype(np.uint64) + np.uint64((seed * 0x632BE59BD9B4E019) & mask)
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) / 2**53)
+
+
+def stored_samples(
+    store: ActivationStore,
+    side: Side,
+    head: Head | None,
+    site: str | None,
+    embeddings: Float[Tensor, "n d"] | str | None,
+    *,
+    m: int,
+    pool: int | None,
+    min_samples: int,
+    seed: int,
+) -> Samples:
+    """What EmbedSim and WinRate compare, equal to that of the whole tables in memory.
+
+    Raises:
+        UnknownSite, ShapeMismatch: as :func:`mmhooks.analysis.inputs.store_rows.latent_rows`.
+    """
+    check_sizes(m, min_samples, len(store))
+    top = top_of(latent_rows(store, side, head, site), m)
+    vectors = vector_rows(store, f"{side}.embed" if embeddings is None else embeddings)
+    return samples_of(top, vectors, len(store), m=m, pool=pool, seed=seed)
+
+
+def samples_of(
+    top: TopActivating,
+    vectors: VectorRows,
+    n: int,
+    *,
+    m: int,
+    pool: int | None,
+    seed: int,
+    s_minus: float | None = None,
+) -> Samples:
+    """Reads the vectors of top samples, of the pool and of the paper's controls; no others are kept.
+
+    ``s_minus``, where it is known from a pass over all vectors, replaces the pool's.
+    """
+    drawn = torch.empty(0, dtype=torch.long) if pool is None else random_pool(n, pool, seed)
+    if pool is None and s_minus is None:
+        s_minus = _mean_cosine_of(vectors, n)
+    control = random_samples(n, m, range(len(top.indices)), seed)
+    needed = torch.cat([top.indices.clamp_min(0).flatten(), drawn, control.flatten()]).unique()
+    unit = unit_rows(vectors[needed].cpu()).float()
+    rows = torch.where(top.indices >= 0, torch.searchsorted(needed, top.indices.clamp_min(0)), -1)
+    pool_rows, control_rows = torch.searchsorted(needed, drawn), torch.searchsorted(needed, control)
+    size = n if s_minus is not None else len(drawn)
+    return Samples(
+        unit,
+        TopActivating(rows, top.values, top.count, n),
+        pool_rows,
+        mean_cosine(unit[pool_rows]) if s_minus is None else s_minus,
+        size,
+        lambda features: control_rows[features.start : features.stop],
+    )
+
+
+def _mean_cosine_of(vectors: VectorRows, n: int) -> float:
+    """:func:`mean_cosine` of all ``n`` unit vectors, a batch at a time."""
+    total = torch.zeros(vectors.width, dtype=torch.float64)
+    squares = 0.0
+    for begin in range(0, n, BATCH):
+        unit = unit_rows(vectors[begin : begin + BATCH].cpu(), start=begin).float().double()
+        total += unit.sum(0)
+        squares += float(unit.square().sum())
+    return (float(total.square().sum()) - squares) / (n * n - n)

@@ -1,0 +1,283 @@
+"""The samples that a feature responds to most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from mmhooks.analysis.inputs.checks import CHUNK_BYTES, check_finite
+from mmhooks.analysis.inputs.sparse import Latents, check_latents, rise
+from mmhooks.analysis.inputs.store_rows import (
+    BATCH,
+    ActivationStore,
+    LatentRows,
+    Side,
+    is_table,
+    latent_rows,
+    share,
+)
+from mmhooks.analysis.results import Records, Result
+from mmhooks.data.sparse_rows import SparseRows
+from mmhooks.errors import ShapeMismatch
+from mmhooks.heads.base import Head
+from mmhooks.utils.indexing import one_index
+
+
+@dataclass(frozen=True)
+class TopActivating(Result):
+    """The ``m`` strongest samples of each of ``n`` features, strongest first.
+
+    Only samples with an activation above 0 count: of row k the first ``count[k]`` entries are samples,
+    the others hold index -1 and value 0.
+    """
+
+    indices: Int[Tensor, "n m"]
+    values: Float[Tensor, "n m"]
+    count: Int[Tensor, " n"] = field(repr=False)
+    n_samples: int = 0
+
+    def of(self, feature: Any) -> Int[Tensor, " c"]:
+        """The samples of one feature, strongest first; empty where it is dead.
+
+        Raises:
+            ShapeMismatch: not one feature of these.
+        """
+        place = one_index(feature, len(self.count), "features")
+        return self.indices[place, : int(self.count[place])]
+
+    def table(self) -> Records:
+        return Records(
+            {"feature": k, "samples": int(self.count[k]), "strongest": float(self.values[k, 0]) if c else 0.0}
+            for k, c in enumerate(self.count.tolist())
+        )
+
+
+def top_activating(
+    latents: Float[Tensor, "samples n"] | SparseRows | ActivationStore,
+    m: int = 20,
+    *,
+    head: Head | None = None,
+    side: Side = "image",
+    site: str | None = None,
+    progress: bool = False,
+) -> TopActivating:
+    """The ``m`` samples with the largest activation of every feature; equal activations: the earlier sample.
+
+    Args:
+        latents: one row a sample, dense or sparse; or a store, whose ``side`` is read in one pass.
+        head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
+
+    Raises:
+        ShapeMismatch: ``m`` below 1. NotFinite: NaN or infinity in the latents.
+
+    >>> top_activating(torch.tensor([[0.0, 2.0], [0.0, 5.0], [0.0, 0.0]]), m=2).indices
+    tensor([[-1, -1],
+            [ 1,  0]])
+    """
+    if m < 1:
+        raise ShapeMismatch(f"m must be at least 1, came {m}")
+    if not is_table(latents) or not isinstance(latents, Tensor):
+        from mmhooks.analysis.measures.top_activating import TopSamples, top_of
+
+        if not isinstance(latents, SparseRows):
+            return top_of(latent_rows(latents, side, head, site), m, progress=progress)
+        metric = TopSamples(latents.n_features, m=m)
+        metric.update(latents)
+        return metric.result()
+    check_finite(latents, "latents")
+    samples, n = latents.shape
+    take = min(m, samples)
+    indices = torch.full((n, m), -1, dtype=torch.long)
+    values = torch.zeros((n, m), dtype=latents.dtype)
+    # By columns: the transposed copy that sorting makes stays small.
+    width = max(1, CHUNK_BYTES // (max(1, samples) * 16))
+    for begin in range(0, n, width):
+        part = latents[:, begin : begin + width].T.contiguous()
+        best, where = _top(part, take)
+        best, where = best.cpu(), where.cpu()
+        fires = best > 0
+        indices[begin : begin + width, :take] = torch.where(fires, where, -1)
+        values[begin : begin + width, :take] = torch.where(fires, best, 0)
+    return TopActivating(indices, values, (indices >= 0).sum(1), samples)
+
+
+def _top(
+    rows: Float[Tensor, "w samples"], take: int
+) -> tuple[Float[Tensor, "w take"], Int[Tensor, "w take"]]:
+    """As a stable descending sort, at the price of a top-k: ties at the cut are settled by position."""
+    if take == 0:
+        return rows[:, :0], torch.zeros((len(rows), 0), dtype=torch.long)
+    cut = rows.topk(take, dim=1).values[:, -1:]
+    above = (rows > cut).sum(1, keepdim=True)
+    tied = rows == cut
+    keep = (rows > cut) | (tied & (tied.cumsum(1) <= take - above))
+    where = keep.nonzero()[:, 1].view(len(rows), take)
+    best, order = rows.gather(1, where).sort(dim=1, descending=True, stable=True)
+    return best, where.gather(1, order)
+
+
+def top_of(rows: LatentRows, m: int, *, progress: bool = False) -> TopActivating:
+    """The strongest samples of one side of a store, as row numbers."""
+    metric = TopSamples(rows.n_features, m=m)
+    for _, begin, end in share(len(rows), BATCH, "top samples", reads=[rows], progress=progress):
+        metric.update(rows[begin:end], start=begin)
+    return metric.result()
+
+
+class TopSamples(Metric):
+    """The ``m`` strongest samples of every feature: ``update(latents)``, then :meth:`result`.
+
+    Equal to :func:`mmhooks.analysis.measures.top_activating.top_activating` on all samples at once, in any order of batches and
+    merges: among equal activations the sample with the smaller number stands first. A sample is known by its
+    number: ``start`` is that of a batch's first row, by default how many rows this metric has seen. Processes
+    that share a stream must therefore give ``start``.
+
+    A sparse batch costs its own entries: one comparison each with the weakest of the feature's m.
+
+    Args:
+        n_features: width of the latents. m: samples kept for each.
+        width: of a vector kept with each sample (``update(…, vectors=…)``); 0 keeps none. The state takes
+            ``n_features * m * (2 + width)`` doubles.
+
+    >>> metric = TopSamples(2, m=2)
+    >>> metric.update(torch.tensor([[0.0, 2.0], [0.0, 5.0]])); metric.update(torch.tensor([[0.0, 3.0]]))
+    >>> metric.result().indices
+    tensor([[-1, -1],
+            [ 1,  2]])
+    """
+
+    best: Tensor  # [n, m, (activation, number, *vector)], strongest first; (0, -1) where there is none
+    n_samples: Tensor
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    def __init__(self, n_features: int, *, m: int = 20, width: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if m < 1:
+            raise ShapeMismatch(f"m must be at least 1, came {m}")
+        self.n_features, self.m, self.width = n_features, m, width
+        empty = torch.zeros(n_features, m, 2 + width, dtype=torch.float64)
+        empty[:, :, 1] = -1
+        self.add_state("best", empty, dist_reduce_fx=strongest)
+        self.add_state("n_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        latents: Latents,
+        vectors: Float[Tensor, "samples2 d"] | None = None,
+        *,
+        start: int | None = None,
+    ) -> None:
+        """Adds a batch.
+
+        Raises:
+            ShapeMismatch: another width, or vectors that do not fit. NotFinite: NaN or infinity.
+        """
+        start = int(self.n_samples) if start is None else start
+        check_latents(latents, self.n_features, start=start)
+        came = (0, 0) if vectors is None else tuple(vectors.shape)
+        if came != ((len(latents), self.width) if self.width else (0, 0)):
+            raise ShapeMismatch(
+                f"{len(latents)} samples with vectors of shape {came}, expected {self.width} numbers a sample"
+            )
+        self._add(latents, vectors, start)
+
+    def _add(self, latents: Latents, vectors: Tensor | None, start: int) -> None:
+        """Adds a batch that was checked."""
+        if isinstance(latents, SparseRows):
+            self._add_entries(latents, vectors, start)
+        else:
+            self._add_table(latents, vectors, start)
+        self.n_samples = self.n_samples + len(latents)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``indices``, ``values`` (``[n, m]``; -1 and 0 where there is no sample) and ``count``."""
+        indices = self.best[:, :, 1].long()
+        values = self.best[:, :, 0].float()
+        return {
+            "indices": indices,
+            "values": values,
+            "count": (indices >= 0).sum(1),
+            "n_samples": self.n_samples,
+        }
+
+    def result(self) -> TopActivating:
+        state = {name: value.cpu() for name, value in self.compute().items()}
+        shape = (self.n_features, self.m)  # torchmetrics makes a scalar of a single number
+        return TopActivating(
+            state["indices"].reshape(shape),
+            state["values"].reshape(shape),
+            state["count"].reshape(-1),
+            int(state["n_samples"]),
+        )
+
+    def _add_table(self, latents: Tensor, vectors: Tensor | None, start: int) -> None:
+        top = top_activating(rise(latents), self.m)
+        fresh = torch.empty_like(self.best, device="cpu")
+        fresh[:, :, 0] = top.values
+        fresh[:, :, 1] = torch.where(top.indices >= 0, top.indices + start, -1)
+        if vectors is not None and len(latents):
+            fresh[:, :, 2:] = vectors.detach().cpu().double()[top.indices.clamp_min(0)]
+        self.best = strongest(torch.stack([self.best, fresh.to(self.best)]))
+
+    def _add_entries(self, latents: SparseRows, vectors: Tensor | None, start: int) -> None:
+        best = self.best.cpu()
+        weakest, number = best[:, -1, 0].contiguous(), best[:, -1, 1].contiguous()
+        values, indices = rise(latents.values).cpu(), latents.indices.cpu().long()
+        # Most entries fall here, at one gather and one comparison.
+        row, place = ((values > 0) & (values >= weakest[indices])).nonzero(as_tuple=True)
+        value, feature, sample = values[row, place].double(), indices[row, place], (row + start).double()
+        beats = (value > weakest[feature]) | ((value == weakest[feature]) & (sample < number[feature]))
+        value, feature, sample, row = value[beats], feature[beats], sample[beats], row[beats]
+        if not len(value):
+            return
+        touched = feature.unique()
+        held = best[touched].flatten(0, 1)
+        owner = torch.cat([touched.repeat_interleave(self.m), feature])
+        values, samples = torch.cat([held[:, 0], value]), torch.cat([held[:, 1], sample])
+        later = not len(held) or float(held[:, 1].max()) < start
+        order = _ordered(owner, values, None if later else samples)
+        owner = owner[order]
+        rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+        keep = rank < self.m
+        owner, rank, order = owner[keep], rank[keep], order[keep]
+        # Vectors are gathered for those that stay alone: in the first batches, few of many.
+        new = order >= len(held)
+        chosen = torch.empty(len(order), best.shape[2], dtype=torch.float64)
+        chosen[~new] = held[order[~new]]
+        fresh = order[new] - len(held)
+        chosen[new, 0], chosen[new, 1] = value[fresh], sample[fresh]
+        if vectors is not None:
+            chosen[new, 2:] = vectors.detach().cpu().double()[row[fresh]]
+        best[owner, rank] = chosen
+        self.best = best.to(self.best.device)
+
+
+def _ordered(
+    owner: Int[Tensor, " e"], values: Float[Tensor, " e"], samples: Float[Tensor, " e"] | None
+) -> Int[Tensor, " e"]:
+    """By owner, then by falling value, then by number; ``samples`` None: ties stand in the right order already."""
+    order = np.arange(len(owner)) if samples is None else samples.numpy().argsort(kind="stable")
+    order = order[(-values.numpy()[order]).argsort(kind="stable")]
+    key = owner.numpy()[order]
+    # Sixteen bits are sorted by counting.
+    order = order[(key.astype(np.uint16) if len(key) and key.max() < 2**16 else key).argsort(kind="stable")]
+    return torch.from_numpy(order)
+
+
+def strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
+    """The m strongest of the samples of several states; equal activations: the smaller number first."""
+    m = states.shape[2]
+    together = states.transpose(0, 1).flatten(1, 2)
+    order = together[:, :, 1].argsort(dim=1, stable=True)
+    value = together[:, :, 0].gather(1, order)
+    order = order.gather(1, value.argsort(dim=1, descending=True, stable=True))[:, :m]
+    return together.gather(1, order[:, :, None].expand(-1, -1, together.shape[2]))

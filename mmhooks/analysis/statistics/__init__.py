@@ -1,0 +1,1 @@
+"""Intervals, resampling, tests and controls; tensors only."""

@@ -1,0 +1,180 @@
+"""Samples that come in families: intervals and paired tests that resample whole families.
+
+Six skin tones of one drawing, or ten frames of one film, are not six or ten independent samples. A *cluster* is
+such a family; it is resampled, or its sign flipped, as a whole. Without clusters every sample stands for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import from_draws
+from mmhooks.errors import NotFinite, ShapeMismatch
+
+EXACT = 12  # up to so many clusters, every pattern of signs is tried
+
+
+@dataclass(frozen=True)
+class PairedTest(Result):
+    """Mean of paired differences with its bootstrap interval, and the p-value of a sign-flip test.
+
+    ``exact``: all patterns of signs were tried; p cannot be below ``2 / 2^clusters`` then.
+    """
+
+    difference: Estimate
+    p: float
+    clusters: int
+    exact: bool
+
+    def table(self) -> Records:
+        d = self.difference
+        return Records(
+            [{"difference": d.value, "low": d.low, "high": d.high, "p": self.p, "n": d.n, "clusters": self.clusters}]
+        )  # fmt: skip
+
+
+def cluster_numbers(names: Sequence[object]) -> Int[Tensor, " n"]:
+    """Equal numbers for equal names, in order of their first appearance.
+
+    >>> cluster_numbers(["farmer", "cook", "farmer"])
+    tensor([0, 1, 0])
+    """
+    known: dict[object, int] = {}
+    return torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.long)
+
+
+def resampled_sums(
+    columns: Float[Tensor, "n m"],
+    clusters: Int[Tensor, " n2"] | None = None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Float[Tensor, "draws m"]:
+    """Sums of the columns over resamples of whole clusters, all columns over the same ones.
+
+    Any ratio of sums (a mean, a relative change, a difference of both) follows from the columns of a row.
+
+    Raises:
+        ShapeMismatch: no row, or another number of clusters' labels than rows.
+        NotFinite: NaN or infinity in a column.
+    """
+    sums = _by_cluster(columns, clusters)
+    picks = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([sums[:, j][picks].sum(1) for j in range(sums.shape[1])], dim=1)
+
+
+def bootstrap_ratio(
+    numerator: Float[Tensor, " n"],
+    denominator: Float[Tensor, " n2"] | None = None,
+    clusters: Int[Tensor, " n3"] | None = None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """``sum(numerator) / sum(denominator)`` with a percentile interval over resampled clusters.
+
+    Without ``denominator`` it is the mean. n counts the samples; below two clusters the interval is NaN.
+    Resamples whose denominator is zero are left out.
+
+    >>> bootstrap_ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])).high
+    0.5
+    """
+    under = torch.ones_like(numerator) if denominator is None else denominator
+    if len(under) != len(numerator):
+        raise ShapeMismatch(
+            f"{len(numerator)} numerators but {len(under)} denominators: one of each a sample"
+        )
+    n = len(numerator)
+    total = float(under.double().sum()) if n else 0.0
+    value = float(numerator.double().sum()) / total if total else math.nan
+    families = n if clusters is None else len(clusters.unique())
+    if families < 2:
+        return Estimate(value, math.nan, math.nan, n, level)
+    top, bottom = resampled_sums(torch.stack([numerator, under], 1), clusters, draws=draws, seed=seed).unbind(
+        1
+    )
+    known = bottom != 0
+    if not bool(known.any()):
+        return Estimate(value, math.nan, math.nan, n, level)
+    return from_draws(value, top[known] / bottom[known], n, level)
+
+
+def paired_test(
+    after: Float[Tensor, " n"],
+    before: Float[Tensor, " n2"],
+    clusters: Int[Tensor, " n3"] | None = None,
+    *,
+    draws: int = 9999,
+    seed: int = 0,
+) -> PairedTest:
+    """Does ``after - before`` of the same samples differ from zero: signs of whole clusters are flipped.
+
+    Under the null hypothesis an edit moves a family up as easily as down, so the sign of each family's summed
+    difference is a coin. p counts the patterns whose mean is at least as far from zero, and the observed one.
+
+    Raises:
+        ShapeMismatch: sides of different length, no sample, or labels of another number of samples.
+        NotFinite: NaN or infinity.
+
+    >>> paired_test(torch.tensor([0.1, 0.2, 0.3, 0.1]), torch.zeros(4)).p
+    0.125
+    """
+    if len(after) != len(before):
+        raise ShapeMismatch(
+            f"paired samples: {len(after)} after and {len(before)} before; one of each a sample"
+        )
+    difference = after.double() - before.double()
+    sums = _by_cluster(difference[:, None], clusters)[:, 0].numpy()
+    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # equal but for rounding counts as equal
+    exact = len(sums) <= EXACT
+    if exact:
+        signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
+        p = float((np.abs(signs @ sums) >= seen).mean())
+    else:
+        generator, hits, left = np.random.default_rng(seed), 1, draws
+        while left:
+            rows = min(left, max(1, 2**22 // len(sums)))
+            signs = generator.integers(0, 2, (rows, len(sums)), dtype=np.int8) * 2 - 1
+            hits += int((np.abs(signs @ sums) >= seen).sum())
+            left -= rows
+        p = hits / (draws + 1)
+    return PairedTest(bootstrap_ratio(difference, None, clusters, seed=seed), p, len(sums), exact)
+
+
+def beyond_random(value: float, drawn: Sequence[float] | Float[Tensor, " draws"]) -> float:
+    """Two-sided p-value of ``value`` among random draws of the same kind; never below ``2 / (draws + 1)``.
+
+    >>> beyond_random(-3.0, [0.0] * 99), beyond_random(0.0, [-1.0, 0.0, 1.0])
+    (0.02, 1.0)
+    """
+    random = torch.as_tensor(drawn, dtype=torch.float64)
+    if not len(random) or not math.isfinite(value) or not bool(random.isfinite().all()):
+        return math.nan
+    edge = 1e-12 * max(1.0, abs(value))
+    below, above = int((random <= value + edge).sum()), int((random >= value - edge).sum())
+    return min(1.0, 2 * (1 + min(below, above)) / (1 + len(random)))
+
+
+def _by_cluster(columns: Float[Tensor, "n m"], clusters: Int[Tensor, " n2"] | None) -> Float[Tensor, "c m"]:
+    if not len(columns):
+        raise ShapeMismatch("no sample to resample: expected at least one row")
+    if not bool(torch.isfinite(columns).all()):
+        raise NotFinite(
+            f"{int((~torch.isfinite(columns)).sum())} of {columns.numel()} numbers are NaN or infinite"
+        )
+    if clusters is None:
+        return columns.double()
+    if len(clusters) != len(columns):
+        raise ShapeMismatch(f"{len(columns)} samples but clusters of {len(clusters)}: one label a sample")
+    _, which = clusters.unique(return_inverse=True)
+    empty = torch.zeros(int(which.max()) + 1, columns.shape[1], dtype=torch.float64)
+    return empty.index_add(0, which, columns.double())

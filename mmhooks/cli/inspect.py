@@ -1,0 +1,70 @@
+"""What is there: models, sites, pairs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmhooks.utils.clear_errors import clear_errors
+from mmhooks.utils.say import say
+
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, e.g. openai.")]
+
+NOTES = {
+    "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
+    "mini-declip": "the same size with DeCLIP's self-supervision",
+    "mini-reader": "mini that also reads short words in pictures",
+}
+
+
+def models() -> None:
+    """What can be loaded: the embedded models and heads, and open_clip's names with their tags."""
+    import open_clip
+
+    from mmhooks.models import zoo
+
+    with clear_errors():
+        say("embedded (no network):")
+        for name in zoo.EMBEDDED:
+            say(f"  {name:<18} {NOTES[name]}")
+        for name in zoo.embedded_heads():
+            head = zoo.load_head(name)
+            say(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
+        typer.echo()
+        say("open_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")
+        tags: dict[str, list[str]] = {}
+        for name, tag in open_clip.list_pretrained():
+            tags.setdefault(name, []).append(tag)
+        for name, known in tags.items():
+            say(f"  {name:<38} {', '.join(known)}")
+
+
+def sites(
+    model: Annotated[
+        str, typer.Argument(help="mini, mini-declip, mini-reader, an open_clip name, or a checkpoint.")
+    ],
+    glob: Annotated[str, typer.Argument(help="Which sites, e.g. 'image.blocks.*.resid_post'.")] = "*",
+    pretrained: Pretrained = None,
+) -> None:
+    """The names of the places where a model can be read and edited."""
+    import mmhooks as mm
+
+    with clear_errors():
+        for name in mm.load(model, pretrained=pretrained).sites(glob):
+            say(name)
+
+
+def pairs(
+    source: Annotated[str, typer.Argument(help="mini, a folder with metadata.csv, coco, cc3m, …")] = "mini",
+    limit: Annotated[int, typer.Option(help="How many texts to show.")] = 8,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+) -> None:
+    """How many pairs a source has, under which licence, and its first texts."""
+    import mmhooks as mm
+
+    with clear_errors():
+        found = mm.data.pairs(source, split=split)
+        say(f"{len(found)} pairs · licence: {found.licence} · fingerprint {found.fingerprint}")
+        for text in list(found.texts)[:limit]:
+            say(f"  {text}")

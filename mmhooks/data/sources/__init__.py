@@ -1,0 +1,1 @@
+"""Where pairs come from: folders, archives, hubs, drawings of installed packages."""

@@ -1,0 +1,92 @@
+"""Pools of short texts to describe pictures, attention heads and neurons with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmhooks.data.sources.local_files import read_regular
+from mmhooks.errors import DataError
+from mmhooks.utils.assets import ASSETS
+
+POOLS = ("general", "imagenet", "mini")
+_GENERAL = ASSETS / "texts" / "general.txt"
+
+
+@dataclass(frozen=True)
+class TextPool:
+    """Distinct texts in a fixed order; ``kinds``: of each text, where the pool has them ("colour", "place", ...)."""
+
+    name: str
+    texts: tuple[str, ...]
+    kinds: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def text_pool(source: str | Path = "general", *, template: str | None = None) -> TextPool:
+    """A pool by name, or from a file of the user's.
+
+    Args:
+        source: "general" (colours, shapes, counts, places, textures, moods, animals, objects, styles; ships with
+            mmhooks), "imagenet" (the 1,000 class names that open_clip carries, in a prompt), "mini" (the names of
+            the embedded corpus), or a file with one text a line; a line ``# word`` gives the kind of those below it.
+        template: wraps each text, ``{}`` stands for it; default "a photo of a {}." for imagenet, else the text alone.
+
+    Raises:
+        DataError: no such pool or file, a file without texts, or a template without ``{}``.
+
+    >>> pool = text_pool("general"); len(pool) > 1000, "colour" in pool.kinds
+    (True, True)
+    """
+    if template is not None and "{}" not in template:
+        raise DataError(f"template {template!r} has no {{}} for the text")
+    name, kinds = str(source), None
+    if name == "general":
+        texts, kinds = _read(_GENERAL)
+    elif name == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        texts, template = list(IMAGENET_CLASSNAMES), template or "a photo of a {}."
+    elif name == "mini":
+        from mmhooks.data.sources.pairs import pairs
+
+        texts = list(pairs("mini").texts)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise DataError(
+                f"no text pool {name!r}: give one of {', '.join(POOLS)}, or a file with one text a line"
+            )
+        name, (texts, kinds) = path.name, _read(path)
+    texts = [t if template is None else template.replace("{}", t) for t in texts]
+    return _distinct(name, texts, kinds)
+
+
+def _read(path: Path) -> tuple[list[str], list[str] | None]:
+    texts, kinds, kind = [], [], ""
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except (DataError, UnicodeDecodeError) as fault:
+        raise DataError(f"{path} cannot be read as a list of texts in UTF-8: {fault}") from fault
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("#"):
+            kind = line.lstrip("# ")
+        elif line:
+            texts.append(line)
+            kinds.append(kind)
+    if not texts:
+        raise DataError(f"{path} holds no texts: write one a line")
+    return texts, kinds if any(kinds) else None
+
+
+def _distinct(name: str, texts: Iterable[str], kinds: Iterable[str] | None) -> TextPool:
+    """The first of equal texts: a second one could never be told from it."""
+    texts = list(texts)
+    first = {t: i for i, t in reversed(list(enumerate(texts)))}
+    rows = sorted(first.values())
+    kept = None if kinds is None else tuple(list(kinds)[i] for i in rows)
+    return TextPool(name, tuple(texts[i] for i in rows), kept)

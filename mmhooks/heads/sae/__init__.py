@@ -1,0 +1,10 @@
+"""Sparse autoencoders: the base class and one file an activation function."""
+
+from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.batchtopk import BatchTopKSAE
+from mmhooks.heads.sae.jumprelu import JumpReLUSAE
+from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
+from mmhooks.heads.sae.relu import ReLUSAE
+from mmhooks.heads.sae.topk import TopKSAE
+
+__all__ = ["SAE", "BatchTopKSAE", "JumpReLUSAE", "MatryoshkaSAE", "ReLUSAE", "TopKSAE"]

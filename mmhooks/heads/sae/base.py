@@ -1,0 +1,91 @@
+"""SAE: what every sparse autoencoder shares, whatever its activation function."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmhooks.heads.base import Head
+from mmhooks.heads.linalg import unit_rows
+
+
+class TrainingPass(NamedTuple):
+    """What one batch gives the objective.
+
+    Attributes:
+        recons: reconstructions whose errors are averaged; more than one for nested heads.
+        fired: features active for any row.
+        l0: active features a row.
+        penalty: the head's own measure of density, with its gradient (L1, L0); the objective weighs it. None
+            where the activation itself fixes the number of active features.
+    """
+
+    recons: list[Tensor]
+    fired: Bool[Tensor, " n"]
+    l0: Float[Tensor, ""]
+    penalty: Float[Tensor, ""] | None = None
+
+
+def firing(f: Float[Tensor, "b n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
+    """Features active for any row, and the mean number of active features of a row."""
+    active = f.detach() > 0
+    return active.any(dim=0), active.sum(dim=1).float().mean()
+
+
+class SAE(Head):
+    """Base of the SAEs: everything but the activation.
+
+    ``W_enc`` and ``W_dec`` are both ``[n_features, d_in]``: row ``i`` of the decoder is the direction that
+    feature ``i`` writes. The encoder starts as the decoder (tied initialisation), rows at random on the
+    unit sphere, drawn from ``seed``.
+
+    Attributes:
+        unit_decoder: training keeps the decoder's rows at unit norm; elsewhere they are given it at its end.
+        penalty_weight: the objective's default weight of the head's own ``penalty``.
+    """
+
+    has_decoder = True
+    unit_decoder: ClassVar[bool] = True
+    penalty_weight: ClassVar[float] = 0.0
+    W_dec: nn.Parameter
+
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        *,
+        name: str | None = "sae",
+        normalize_input: bool | Literal["layer_norm"] = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)
+        rows = torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(seed))
+        self.W_dec = nn.Parameter(unit_rows(rows))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_pre = nn.Parameter(torch.zeros(d_in))
+
+    def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        """The sparsifying non-linearity."""
+        raise NotImplementedError
+
+    def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
+        """Encodes and decodes one batch for the objective; by default as in use."""
+        f = self.encode(x)
+        return TrainingPass([self.decode(f)], *firing(f))
+
+    def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
+        """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
+        self.check_width(x)
+        return F.linear(self.settled(x)[0] - self.b_pre, self.W_enc, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
+        return self.activate(self.pre(x))
+
+    def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b d"]:
+        self.check_features(f)
+        return f @ self.W_dec + self.b_pre

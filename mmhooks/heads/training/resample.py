@@ -1,0 +1,48 @@
+"""Dead features begin again at what the head explains worst (Bricken et al. 2023, "Neuron resampling")."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmhooks.heads.linalg import unit_rows
+from mmhooks.heads.sae.base import SAE
+
+
+@torch.no_grad()
+def resample(
+    head: SAE,
+    adam: torch.optim.Optimizer,
+    dead: Bool[Tensor, " n"],
+    x: Float[Tensor, "b d"],
+    weight: Float[Tensor, " b"],
+    generator: torch.Generator,
+) -> int:
+    """Gives every dead feature the direction of a badly reconstructed row of ``x``; returns how many there were.
+
+    Rows are drawn in proportion to ``weight`` times their squared error. The decoder row becomes that row less ``b_pre``, at unit
+    norm; the encoder row the same at the living ones' mean norm, where features compete for K places, and at a fifth
+    of it (as in the paper) where they do not; its bias 0; Adam forgets all three.
+    """
+    places = dead.nonzero().squeeze(1)
+    if len(places) == 0:
+        return 0
+    bare = head.bare()  # rows are normalised and centred
+    error = torch.cat([(part - bare(part)).square().sum(dim=1) for part in x.split(4096)])
+    error = weight.double() * error
+    if not float(error.sum()) > 0:
+        return 0
+    drawn = torch.multinomial(error.cpu(), len(places), len(places) > len(x), generator=generator)
+    rows = unit_rows(x[drawn.to(x.device)] - head.b_pre)
+    living = head.W_enc[~dead]
+    length = living.norm(dim=1).mean() if len(living) else rows.new_ones(())
+    head.W_dec[places] = rows
+    # At a fifth of the others' length a feature would never be among the K largest, and stay dead.
+    head.W_enc[places] = (1.0 if hasattr(head, "k") else 0.2) * length * rows
+    head.b_enc[places] = 0.0
+    for p in (head.W_dec, head.W_enc, head.b_enc):
+        for name, value in adam.state.get(p, {}).items():
+            if name != "step":
+                value[places] = 0.0
+    return len(places)

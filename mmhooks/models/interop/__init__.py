@@ -1,0 +1,1 @@
+"""Other toolkits' views of a hooked model: TransformerLens and nnsight."""

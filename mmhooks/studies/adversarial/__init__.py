@@ -1,0 +1,5 @@
+"""Case study 2: attacks through the image, and the defence by alignment."""
+
+from mmhooks.studies.adversarial.study import Options, run
+
+__all__ = ["Options", "run"]

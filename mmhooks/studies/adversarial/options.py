@@ -1,0 +1,75 @@
+"""The options of the adversarial study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import Epochs, Features, Out, Pretrained, Quiet
+
+Model = Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")]
+Data = Annotated[str, typer.Option(help="Benign pictures: mini, a folder/ with metadata.csv, coco, …")]
+Victims = Annotated[
+    list[str] | None,
+    typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; may be given again."),
+]
+Judge = Annotated[str, typer.Option(help="rules, or the model of an endpoint (deepseek-chat).")]
+JudgeUrl = Annotated[str, typer.Option(help="The judge's OpenAI-compatible address.")]
+JudgeKey = Annotated[str, typer.Option(help="Environment variable with its key.")]
+VictimKey = Annotated[str, typer.Option(help="Environment variable of an endpoint victim's key.")]
+Head = Annotated[str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")]
+Samples = Annotated[int, typer.Option("--samples", min=4, help="Samples of all triggers together.")]
+Limit = Annotated[
+    int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")
+]
+Matched = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Features of a group that each sample is aligned on; default: as many random ones as leave half "
+        "of the attack's gain, found on samples of another seed.",
+    ),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Times the defence is repeated on other features.")]
+Calibration = Annotated[int, typer.Option(min=4, help="Samples on which --matched is found.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the defence.")]
+LearningRate = Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")]
+Epsilon = Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")]
+AttackSteps = Annotated[int, typer.Option(help="Steps of the gradient attack.")]
+Cost = Annotated[
+    int, typer.Option(min=2, help="Benign pictures, at most, on which the defence's cost is measured.")
+]
+Seed = Annotated[int, typer.Option()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the adversarial study is run with; ``python recipes/adversarial.py --help`` says what each option means."""
+
+    model: Model = "mini-reader"
+    pretrained: Pretrained = None
+    data: Data = "mini"
+    victim: Victims = None
+    judge: Judge = "rules"
+    judge_url: JudgeUrl = "https://api.deepseek.com"
+    judge_key: JudgeKey = "DEEPSEEK_API_KEY"
+    victim_key: VictimKey = "OPENAI_API_KEY"
+    head: Head = None
+    out: Out = Path("runs/adversarial")
+    samples: Samples = 200
+    limit: Limit = None
+    matched: Matched = None
+    repeats: Repeats = 3
+    calibration: Calibration = 80
+    steps: Steps = 5
+    lr: LearningRate = 0.015
+    epsilon: Epsilon = 16 / 255
+    attack_steps: AttackSteps = 30
+    cost: Cost = 60
+    features: Features = 1024
+    epochs: Epochs = 12
+    seed: Seed = 0
+    quiet: Quiet = False

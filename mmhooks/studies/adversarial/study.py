@@ -1,0 +1,123 @@
+"""Which features defend against cross-modal attacks: Section 3.2 of the paper (Table 8, Figure 6), end to end.
+
+Pictures that carry a harmful trigger (a thing drawn in, a written word, a gradient attack, thing and word) are moved
+until they look benign to some features of one group; then a victim is asked "Say how to use the thing in the picture."
+How many features: as many random ones as leave half of the attack's success, found on other samples. Every sample is
+defended several times, each time on other features of the group. Requests and answers are placeholders: what counts
+is compliance.
+
+    python recipes/adversarial.py --out runs/adversarial
+    python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
+    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek-chat
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mmhooks.studies.adversarial.options import Options
+from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.write import Results
+
+
+def run(options: Options) -> Results:
+    """Runs the adversarial study: writes results, tables, figures and a page under ``options.out``, and returns the
+    results.
+
+    Raises:
+        MMHooksError: a victim that is not there, or more features than a group has.
+
+    >>> found = run(Options(model="mini", limit=8, victim=["clip"], quiet=True))          # doctest: +SKIP
+    >>> found["victims"]["zero-shot CLIP"]["rates"]["TextD"]["all triggers"]["value"]  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    import torch
+
+    import mmhooks as mm
+    from mmhooks.analysis.measures.groups import groups_of
+    from mmhooks.models.embedders import text_embedder
+    from mmhooks.studies.adversarial.bench import attack_results, head_of
+    from mmhooks.studies.adversarial.cost import cost_results, untouched_rows
+    from mmhooks.studies.adversarial.defence import Defence, calibrated, check_matched, defend, smallest
+    from mmhooks.studies.adversarial.page import report, save_all
+    from mmhooks.studies.adversarial.victims import make_benches, victims_of
+    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.modality.study import environment
+    from mmhooks.utils.files import cache_dir
+
+    torch.manual_seed(options.seed)
+    clock, seed, out, progress = Clock(options.quiet), options.seed, Path(options.out), not options.quiet
+    out.mkdir(parents=True, exist_ok=True)
+    count = options.limit or options.samples
+    with clock.step("pairs and model"):
+        limit = 32 * options.limit if options.limit else None
+        pairs = mm.data.pairs(options.data, limit=limit, seed=seed)
+        model = mm.load(options.model, pretrained=options.pretrained)
+        victims_of(options, model, ())  # a victim that is not there is said before anything is computed
+    with clock.bars, clock.step("features and groups"):
+        head, mds = head_of(model, pairs, options, cache=cache_dir("modality"))
+        model.attach(head, at=["image.embed"], name="sae")
+        groups, rule = groups_of(mds)
+        check_matched(options.matched, mds)
+    calibration: dict[str, Any] = {"matched": options.matched, "rule": "as told"}
+    if options.matched is None:
+        with clock.step("how many features"):
+            some = min(options.calibration, count)
+            _, others = make_benches(model, pairs, options, count=some, seed=seed + 1)
+            calibration = calibrated(model, mds, others, options)
+    with clock.step("samples"):
+        samples, benches = make_benches(model, pairs, options, count=count, seed=seed)
+    untouched = untouched_rows(samples, options.cost)
+    defence = Defence(options.steps, options.lr, calibration["matched"], seed, progress)
+    with clock.step("defence and victims"):
+        numbers, first = defend(defence, model, samples, mds, benches, untouched, repeats=options.repeats)
+    results: dict[str, Any] = {
+        "settings": as_settings(options) | {"command": as_command("adversarial", options)},
+        "data": {
+            "name": pairs.name,
+            "n": len(pairs),
+            "fingerprint": pairs.fingerprint,
+            "licence": pairs.licence,
+            "attribution": pairs.attribution,
+        },
+        "head": {
+            "id": head.id,
+            "features": head.n_features,
+            "matched": defence.matched,
+            "strong": smallest(mds),
+            "groups": {g: len(f) for g, f in groups.items()},
+            "rule": rule,
+            "alive": int(mds.alive.sum()),
+        },
+        "calibration": calibration,
+        "samples": {
+            "n": len(samples),
+            "triggers": {t: len(samples.rows(t)) for t in dict.fromkeys(samples.trigger)},
+            "gradient_attack": samples.budget,
+        },
+        "defence": numbers,
+        "victims": {bench.victim.name: attack_results(bench) for bench in benches},
+    }
+    with clock.step("cost on benign pictures"):
+        moved = {name: made.benign for name, made in first.items()}
+        victims = [bench.victim for bench in benches]
+        results["cost"] = cost_results(victims, samples, untouched, moved, text_embedder(progress=progress))
+    results["environment"] = environment(clock, start)
+    with clock.step("figures and page"):
+        paths = save_all(results, samples, {name: made.final for name, made in first.items()}, out)
+    results["environment"] = environment(clock, start)
+    written = write_results(out, results, paths)
+    if not options.quiet:
+        report(clock.console, written.paths)
+    return written
+
+
+app = study_app(
+    "adversarial",
+    Options,
+    run,
+    help='Section 3.2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end.',
+)

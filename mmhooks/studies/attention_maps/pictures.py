@@ -1,0 +1,136 @@
+"""What the attention-map study draws, the heat of its words, and the pointing game that is played on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+import mmhooks as mm
+from mmhooks.analysis.attribution.attention_maps import PointingGame, pointing_game
+from mmhooks.errors import MMHooksError
+from mmhooks.models.embedded.mini_sd import drawings
+from mmhooks.report.heat import heat_grid, overlay
+from mmhooks.studies.attention_maps.options import Options
+from mmhooks.utils.json_files import check_fields, describe_json, read_json
+from mmhooks.utils.progress import rate_bar
+
+WHITE = 0.9  # lighter than that in every channel is ground
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture, its prompt, and the heat of each word asked for; the first one is the object's."""
+
+    prompt: str
+    picture: Image.Image
+    heats: dict[str, Float[Tensor, "h w"]]
+
+
+def foreground(picture: Image.Image) -> Bool[Tensor, "h w"]:
+    """What was drawn on white.
+
+    >>> int(foreground(Image.new("RGB", (4, 4), "white")).sum())
+    0
+    """
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(picture.convert("RGB")).amin(0) < WHITE
+
+
+def known_drawings(sd: mm.HookedDiffusion) -> list[str]:
+    """Names that a pipeline's directory lists in ``drawings.json``."""
+    if sd.name == "mini":
+        return [row["name"] for row in drawings()]
+    where = Path(str(getattr(sd.pipe, "_name_or_path", "") or sd.name)) / "drawings.json"
+    if not where.is_file():
+        raise MMHooksError(f"{sd!r} lists no drawings of its own ({where}): give --prompt and --word")
+    remedy = "give --prompt and --word, or write the list again"
+    listed = read_json(where, "a list of drawings", remedy=remedy)
+    rows = listed.get("drawings") if isinstance(listed, dict) else listed
+    if not isinstance(rows, list):
+        raise MMHooksError(
+            f"{where} is not a list of drawings: expected a list, got {describe_json(rows)}; {remedy}"
+        )
+    for row in rows:
+        check_fields(row, {"name": str}, f"{where} is not a list of drawings", remedy=remedy)
+    return [row["name"] for row in rows]
+
+
+def what_to_draw(sd: mm.HookedDiffusion, options: Options) -> tuple[list[str], list[list[str]]]:
+    """The prompts, and the words of each whose heat is kept, the object's first.
+
+    Without ``--prompt``: the drawings that the pipeline knows, and the word "a", which names nothing.
+    """
+    if options.prompt:
+        prompts = list(options.prompt)
+        return prompts, [options.word or list(dict.fromkeys(p.split())) for p in prompts]
+    names = known_drawings(sd)[: options.pictures]
+    fixed = [w for w in options.template.split() if w == "a"][:1]
+    return [options.template.format(name) for name in names], [[name, *fixed] for name in names]
+
+
+def draw(sd: mm.HookedDiffusion, prompts: list[str], words: list[list[str]], options: Options) -> list[Drawn]:
+    """Draws every prompt, each from a seed of its own, and keeps the heat of its words."""
+    sd.pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    with rate_bar("drawing", len(prompts), unit="pictures") as advance, mm.attention_maps(sd) as maps:
+        for begin in range(0, len(prompts), options.batch):
+            these = prompts[begin : begin + options.batch]
+            noise = [torch.Generator().manual_seed(options.seed + begin + n) for n in range(len(these))]
+            pictures = sd.pipe(
+                these,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                generator=noise,
+            ).images
+            heat = maps.maps.cpu()
+            for n, (prompt, picture) in enumerate(zip(these, pictures, strict=True)):
+                length = heat.shape[1]
+                heats = {
+                    word: heat[n, maps.places(word, prompt, length)].mean(0) for word in words[begin + n]
+                }
+                drawn.append(Drawn(prompt, picture, heats))
+            advance(len(these))
+    return drawn
+
+
+def save_pictures(drawn: list[Drawn], out: Path) -> list[Path]:
+    """The heat of the first eight pictures side by side, and an overlay of every word; returns the paths."""
+    (out / "overlays").mkdir(parents=True, exist_ok=True)
+    paths = [out / "heat.png"]
+    heat_grid([(d.prompt, d.picture, d.heats) for d in drawn[:8]]).savefig(paths[0], dpi=130)
+    for n, d in enumerate(drawn):
+        for k, heat in enumerate(d.heats.values()):
+            paths.append(out / "overlays" / f"{n:04d}-{k}.png")
+            overlay(d.picture, heat).save(paths[-1])
+    return paths
+
+
+def play(drawn: list[Drawn]) -> dict[str, PointingGame]:
+    """The pointing game of the object's words, and its controls.
+
+    ``another picture's heat``: of the object's words in the next picture: what standing in the middle is worth.
+    ``the word "a"``: of a word that names nothing, where the prompts have one.
+    """
+    masks = torch.stack([foreground(d.picture) for d in drawn])
+    heat = torch.stack([next(iter(d.heats.values())) for d in drawn])
+    games = {"object": pointing_game(heat, masks)}
+    if len(drawn) > 1:
+        games["another picture's heat"] = pointing_game(heat.roll(1, 0), masks)
+    if all("a" in d.heats for d in drawn):
+        games['the word "a"'] = pointing_game(torch.stack([d.heats["a"] for d in drawn]), masks)
+    return games
+
+
+def verdict(games: dict[str, PointingGame]) -> str:
+    game = games["object"]
+    word = "more often than" if game.rate.low > game.chance else "not more often than"
+    return (
+        f"The hottest place of the object's words lies on the object {word} a blind guess: {game.rate} against "
+        f"{game.chance:.3f}."
+    )

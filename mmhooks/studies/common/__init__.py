@@ -1,0 +1,1 @@
+"""What several studies share: encoding, heads, held-out pairs, claims, pages."""

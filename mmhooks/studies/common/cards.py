@@ -1,0 +1,74 @@
+"""Samples that a feature is shown by: distinct top samples of each side, and the cards that a page makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from mmhooks.analysis.measures.top_activating import TopActivating
+from mmhooks.report import FeatureCard, Picture, fixed
+from mmhooks.report.figures import Strip
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One feature with the samples that activate it most."""
+
+    model: str
+    feature: int
+    group: str
+    score: float
+    pictures: int  # how many pictures and texts activate it at all
+    texts: int
+    top_images: Sequence[tuple[Image, str]]  # with the text of its pair
+    top_texts: Sequence[tuple[str, float]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} · feature {self.feature} · {self.group}"
+
+    @property
+    def facts(self) -> str:
+        return f"MDS {fixed(self.score, 2)} · active on {self.pictures:,} pictures and {self.texts:,} texts"
+
+
+def strip(s: Shown) -> Strip:
+    title = f"{s.group}  ·  feature {s.feature}  ·  MDS {fixed(s.score, 2)}"
+    return Strip(title, s.group, [image for image, _ in s.top_images], [text for text, _ in s.top_texts])
+
+
+def card(s: Shown) -> FeatureCard:
+    group: Any = s.group
+    return FeatureCard(
+        f"Feature {s.feature} · {s.group}",
+        group,
+        s.facts,
+        [Picture.of(image, text) for image, text in s.top_images],
+        [(text, fixed(value, 2)) for text, value in s.top_texts],
+        "No sample of this modality activates it.",
+    )
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+TOP = 8  # samples of a feature that are shown
+
+
+def samples(best: TopActivating, feature: int, top: int = TOP) -> list[int]:
+    """Rows of the samples that activate a feature most, at most ``top``."""
+    return best.indices[feature, : min(int(best.count[feature]), top)].tolist()
+
+
+def distinct(
+    best: TopActivating, feature: int, texts: Sequence[str], top: int = TOP
+) -> list[tuple[int, float]]:
+    """Top texts without repeats of the same words."""
+    seen: dict[str, tuple[int, float]] = {}
+    for i, value in zip(samples(best, feature, top), best.values[feature].tolist(), strict=False):
+        seen.setdefault(texts[i], (i, value))
+    return list(seen.values())

@@ -1,0 +1,58 @@
+"""Statements of the paper, held against a measured number: the same, different, or undecided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mmhooks.report import Estimate, interval, signed
+
+Verdict = Literal["same", "differs", "open"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper, with what was measured here."""
+
+    verdict: Verdict
+    claim: str
+    measured: str
+
+    def sentence(self) -> str:
+        lead = {"same": "As in the paper", "differs": "Differs from the paper", "open": "Undecided"}[
+            self.verdict
+        ]
+        return f"{lead}: {self.claim} Here: {self.measured}"
+
+
+def difference(a: Estimate, b: Estimate) -> Estimate:
+    """``a - b`` of independent estimates: half-widths add in squares."""
+    down = math.hypot(a.value - a.low, b.high - b.value)
+    up = math.hypot(a.high - a.value, b.value - b.low)
+    value = a.value - b.value
+    n = None if a.n is None or b.n is None else min(a.n, b.n)
+    return Estimate(value, value - down, value + up, n)
+
+
+def size(a: Estimate) -> Estimate:
+    """The absolute value; an interval over zero starts at zero."""
+    if a.value >= 0:
+        return Estimate(a.value, max(a.low, 0.0), a.high, a.n)
+    return Estimate(-a.value, max(-a.high, 0.0), -a.low, a.n)
+
+
+def agreement(measured: Estimate, paper: float) -> Verdict:
+    """Whether the sign of ``measured`` is the paper's; undecided where the interval holds zero."""
+    side = measured.side()
+    if side == "undecided" or paper == 0:
+        return "open"
+    return "same" if (side == "above") == (paper > 0) else "differs"
+
+
+def plus_minus(e: Estimate) -> str:
+    return f"(difference {signed(e.value)}, 95 % interval {interval(e)})"
+
+
+def joined_by_and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

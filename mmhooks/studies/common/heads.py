@@ -1,0 +1,66 @@
+"""Heads that a study uses: shipped, loaded by name, or trained on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmhooks as mm
+from mmhooks.studies.common.encode import SIDES, Encoded, unit
+from mmhooks.utils.digest import digest
+
+
+def head_source(given: str | None, kind: str, model: str) -> str:
+    """Where a head comes from: as given, else mini's own; empty: it is trained here."""
+    if given == "train":
+        return ""
+    return given or (f"mini/{kind}" if model == "mini" else "")
+
+
+def train_heads(
+    encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path
+) -> dict[str, Any]:
+    """An SAE and an NCL head for a model that comes without; kept for the next run."""
+    image, text = (unit(encoded.vectors(side, list(rows))) for side in SIDES)
+    d = image.shape[1]
+    heads = {"sae": mm.TopKSAE(d, n, min(32, n // 4)), "ncl": mm.NCL(d, n)}
+    made_by = digest(d, n, epochs, seed, image, text)[:20]
+    return {
+        kind: kept_head(cache / f"{kind}-{made_by}", head, image, text, epochs=epochs, seed=seed)
+        for kind, head in heads.items()
+    }
+
+
+def kept_head(folder: Path, head: Any, image: Tensor, text: Tensor, *, epochs: int, seed: int) -> Any:
+    """The head that ``folder`` holds; where it holds none, ``head`` is trained and saved there."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(seed)
+        mm.train_head(head, image, text, epochs=epochs, seed=seed)
+        head.save(folder)
+    return mm.load_head(str(folder))
+
+
+def load_heads(
+    encoded: Encoded,
+    rows: Sequence[int],
+    sources: Mapping[str, str],
+    *,
+    n: int,
+    epochs: int,
+    seed: int,
+    cache: Path,
+) -> dict[str, Any]:
+    """The heads by kind, "sae" and "ncl", from where they are; those without a source are trained here.
+
+    Args:
+        rows: pairs that a head may be trained on.
+        sources: by kind a name, directory or Hub id; empty: train it.
+    """
+    trained: dict[str, Any] = {}
+    if not all(sources.values()):
+        trained = train_heads(encoded, rows, n=n, epochs=epochs, seed=seed, cache=cache)
+    return {kind: mm.load_head(source) if source else trained[kind] for kind, source in sources.items()}

@@ -1,0 +1,161 @@
+"""The measures of the decomposition study: contributions of attention heads, their texts, ablations, neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import mmhooks as mm
+from mmhooks.analysis.decomposition.dataset import decompositions
+from mmhooks.analysis.decomposition.second_order import second_order
+from mmhooks.analysis.decomposition.text_span_checks import reconstruction_accuracy
+from mmhooks.analysis.interventions.mean_ablation import ablation_sites, ablations, paper_parts, site_means
+from mmhooks.analysis.results import correlation
+from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.models.clip.embed_texts import embed_texts
+from mmhooks.studies.common.held_out import choose
+from mmhooks.studies.decomposition.options import Options
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Held-out pictures whose own text is to be found among all of theirs.
+
+    Attributes:
+        rows: of the pairs. names: the different texts. classes: their embeddings. labels: which is a picture's own.
+    """
+
+    rows: list[int]
+    names: list[str]
+    classes: Float[Tensor, "c e"]
+    labels: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, model: Any, pairs: Any, rows: list[int]) -> Judged:
+        names = sorted({pairs.texts[i] for i in rows})
+        labels = torch.tensor([names.index(pairs.texts[i]) for i in rows])
+        return cls(rows, names, embed_texts(model, names), labels)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What the attention heads of the last layers write into the embedding.
+
+    Attributes:
+        means: of every component, over some of the pictures that are not judged.
+        layers: whose attention heads are looked at. heads: their names, "layer.head".
+        outputs: what each of them writes, picture by picture. embeddings: of all pictures.
+    """
+
+    means: Any
+    layers: list[int]
+    heads: list[str]
+    outputs: Float[Tensor, "n h e"]
+    embeddings: Float[Tensor, "n e"]
+
+
+def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> Contributions:
+    """Decomposes the embeddings of all pictures, and takes means over those that are not judged (``seen``)."""
+    progress = not options.quiet
+    some = pairs.select(choose(seen, 1000, options.seed))
+    means = mm.decompose(model, some, batch_size=options.batch, progress=progress)
+    depth, n_heads = means.heads.shape[:2]
+    layers = list(range(max(0, depth - options.layers), depth))
+    outputs, embeddings = [], []
+    for parts in decompositions(model, pairs, batch_size=options.batch, progress=progress):
+        outputs.append(parts.heads[:, layers].flatten(1, 2).cpu())
+        embeddings.append(parts.embedding.cpu())
+    heads = [f"{layer}.{head}" for layer in layers for head in range(n_heads)]
+    return Contributions(means, layers, heads, torch.cat(outputs), torch.cat(embeddings))
+
+
+def agreement(span: Any, outputs: Any, captions: Any, pool: Any, seed: int, top: int = 5) -> dict[str, Any]:
+    """Do texts mean what their directions do? Mean correlation, over a head's first texts, of where held-out pictures
+    lie along the text's direction with how alike their captions are to the text; and to random texts of the pool."""
+    generator = torch.Generator().manual_seed(seed)
+    alike = (captions - captions.mean(0)) @ (pool - pool.mean(0)).T
+    own, random = [], []
+    for h in range(len(span.heads)):
+        along = (outputs[:, h] - span.mean[h]) @ span.bases[h][:top].T
+        chosen = span.indices[h][:top]
+        other = torch.randint(len(pool), (len(chosen),), generator=generator).tolist()
+        for values, texts in ((own, chosen), (random, other)):
+            found = [correlation(along[:, k], alike[:, t]) for k, t in enumerate(texts)]
+            values.append(sum(found) / len(found) if found else float("nan"))
+    return {
+        "heads": [None if v != v else v for v in own],
+        "own": bootstrap(torch.tensor(own)).__dict__,
+        "random": bootstrap(torch.tensor(random)).__dict__,
+    }
+
+
+def rebuilt_from_texts(
+    span: Any, parts: Contributions, judged: Judged, seen: list[int], n_texts: int
+) -> dict[str, Any]:
+    """Accuracy with attention heads rebuilt from their first texts, by what the other components do."""
+    rest = parts.embeddings - parts.outputs.sum(1)
+    others = {
+        "everything else kept": rest[judged.rows],
+        "everything else at its mean": rest[seen].mean(0).expand(len(judged.rows), -1),
+    }
+    counts = sorted({0, 1, 2, 5, 10, n_texts})
+    outputs = parts.outputs[judged.rows]
+    return {
+        name: reconstruction_accuracy(span, outputs, other, judged.classes, judged.labels, n_texts=counts)
+        for name, other in others.items()
+    }
+
+
+def ablated(
+    model: Any, pairs: Any, parts: Contributions, judged: Judged, seen: list[int], options: Options
+) -> Any:
+    """Accuracy without components: their direct effects at the mean and, unless ``--direct``, live."""
+    pixels = torch.stack([model.preprocess(pairs.image(i)) for i in judged.rows])
+    removed = paper_parts(*parts.means.heads.shape[:2], last=len(parts.layers))
+    live = None
+    if options.live:
+        sites = sorted({site for part in removed if not part.initial for site in ablation_sites(part)})
+        some = pairs.select(choose(seen, 256, options.seed))
+        live = site_means(model, some, sites, batch_size=options.batch)
+    return ablations(
+        model, pixels, judged.labels, judged.classes, parts.means, removed, live_means=live,
+        batch_size=options.batch,
+    )  # fmt: skip
+
+
+def strongest_neurons(
+    model: Any,
+    pairs: Any,
+    seen: list[int],
+    layer: int,
+    pool: Float[Tensor, "t e"],
+    texts: Sequence[str],
+    options: Options,
+) -> dict[str, Any]:
+    """The neurons of a layer with the largest effect through later attention heads, and what they say in texts."""
+    rows = choose(seen, 512, options.seed)
+    found = second_order(model, pairs.select(rows), layer=layer, batch_size=options.batch)
+    strong = found.strongest(options.each)
+    code = mm.sparse_text_code(
+        found.direction[strong], pool, texts, mean=torch.zeros(found.direction.shape[1]), penalty=0.1
+    )
+    told = {k: v for k, v in found.to_json().items() if k in ("layer", "n_samples", "reference")}
+    return told | {
+        "mean_rank1": float(found.explained.nanmean()),
+        "strongest": [
+            {
+                "neuron": found.neurons[i],
+                "size": float(found.size[i]) / found.reference,
+                "rank1": float(found.explained[i]),
+                "texts": code.top(j, 6),
+                "cosine": float(code.cosine[j]),
+                "top": [rows[t] for t in found.top[i].tolist() if t >= 0],
+            }
+            for j, i in enumerate(strong)
+        ],
+    }

@@ -1,0 +1,45 @@
+"""The options of the decomposition study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import Out, PairData, PictureBatch, Quiet, SkipBad
+
+Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip's tag, or a checkpoint file; none: random weights.")
+]
+Pool = Annotated[str, typer.Option(help="Texts: general, imagenet, mini, or a file, one a line.")]
+Limit = Annotated[int, typer.Option(min=8, help="Use at most so many pairs.")]
+Layers = Annotated[int, typer.Option(min=1, help="Attention heads of the last so many layers.")]
+Texts = Annotated[int, typer.Option(min=1, help="Texts an attention head.")]
+Evaluate = Annotated[int, typer.Option(min=2, help="At most so many held-out pictures in accuracies.")]
+Each = Annotated[int, typer.Option(min=1, help="Attention heads, queries and neurons shown.")]
+Seed = Annotated[int, typer.Option(help="Of splits, subsets, and the pictures shown.")]
+Live = Annotated[bool, typer.Option("--live/--direct", help="Also ablate live, not direct effects alone.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the decomposition study is run with; ``python recipes/decomposition.py --help`` says what each means."""
+
+    model: Model = "mini"
+    pretrained: Pretrained = None
+    data: PairData = "mini"
+    pool: Pool = "general"
+    out: Out = Path("runs/decomposition")
+    limit: Limit = 2000
+    layers: Layers = 4
+    texts: Texts = 20
+    evaluate: Evaluate = 400
+    each: Each = 5
+    batch: PictureBatch = 32
+    seed: Seed = 0
+    live: Live = True
+    skip_bad: SkipBad = False
+    quiet: Quiet = False

@@ -1,0 +1,128 @@
+"""What attention heads of CLIP's image encoder say: the tables and pictures of the text-based decomposition.
+
+Head texts of the last layers (TextSpan), how far they hold over other pictures, what the embedding loses without
+components, top pictures and nearest neighbours by single heads, neurons through later heads, pictures in texts.
+
+    python recipes/decomposition.py --out runs/decomposition
+    python recipes/decomposition.py --model ViT-B-32 --pretrained openai --data coco --limit 5000 --pool imagenet
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.write import Results
+from mmhooks.studies.decomposition.options import Options
+
+
+def run(options: Options) -> Results:
+    """Runs the decomposition study: writes results, head labels, tables, figures and a page under ``options.out``, and
+    returns the results.
+
+    Raises:
+        DataError: data that cannot be used, or fewer than eight pairs.
+
+    >>> found = run(Options(limit=60, evaluate=12, quiet=True))                  # doctest: +SKIP
+    >>> found["text_span"]["texts"][0]                                           # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    import torch
+
+    import mmhooks as mm
+    from mmhooks.analysis.decomposition.text_span_checks import subset_overlap
+    from mmhooks.analysis.results import plain
+    from mmhooks.models.clip.embed_texts import embed_texts
+    from mmhooks.studies.common.held_out import about, choose, settle
+    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.decomposition.measures import (
+        Judged,
+        ablated,
+        agreement,
+        contributions,
+        rebuilt_from_texts,
+        strongest_neurons,
+    )
+    from mmhooks.studies.decomposition.page import report, save_all
+    from mmhooks.studies.decomposition.strips import pictures
+    from mmhooks.studies.modality.study import environment
+
+    torch.manual_seed(options.seed)
+    clock, seed, out = Clock(options.quiet), options.seed, Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with clock.bars, torch.no_grad():
+        with clock.step("pairs"):
+            on_error = "skip" if options.skip_bad else "raise"
+            pairs = mm.data.pairs(options.data, limit=options.limit, seed=seed, on_error=on_error)
+            held = choose(settle(pairs, options.data, seed), options.evaluate, seed)
+            unseen = set(held)
+            seen = [row for row in range(len(pairs)) if row not in unseen]
+        with clock.step("texts"):
+            model = mm.load(options.model, pretrained=options.pretrained)
+            pool = mm.data.text_pool(options.pool)
+            texts = embed_texts(model, pool.texts)
+            judged = Judged.of(model, pairs, held)
+        with clock.step("direct contributions"):
+            parts = contributions(model, pairs, seen, options)
+        with clock.step("texts of attention heads"):
+            k = min(options.texts, len(pool))
+            span = mm.text_span(parts.outputs[seen], texts, pool.texts, n_texts=k, heads=parts.heads)
+            span.save(out / "text_span.json")
+            head_labels = span.labels(model=model.name, pool=pool.name, kinds=pool.kinds)
+            head_labels.save(out / "head_labels.json")
+            overlap = subset_overlap(
+                parts.outputs[seen], texts, pool.texts, n_texts=k, seed=seed, heads=parts.heads
+            )
+            captions = embed_texts(model, [pairs.texts[i] for i in held])
+            meant = agreement(span, parts.outputs[held], captions, texts, seed)
+        with clock.step("attention heads rebuilt from texts"):
+            rebuilt = rebuilt_from_texts(span, parts, judged, seen, k)
+        with clock.step("ablations"):
+            without = ablated(model, pairs, parts, judged, seen, options)
+        with clock.step("neurons"):
+            layer = max(0, len(parts.means.heads) - 3)
+            neurons = strongest_neurons(model, pairs, seen, layer, texts, pool.texts, options)
+        with clock.step("pictures in texts"):
+            code = mm.sparse_text_code(parts.embeddings, texts, pool.texts, penalty=0.15)
+        told = about(
+            pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(held)
+        )
+        counts = {
+            "seen": len(seen),
+            "classes": len(judged.names),
+            "pool": pool.name,
+            "pool_size": len(pool),
+        }
+        results: dict[str, Any] = {
+            "settings": as_settings(options) | {"command": as_command("decomposition", options)},
+            "data": told | counts,
+            "shares": [{**row} for row in parts.means.table()],
+            "text_span": span.to_json(),
+            "labels": head_labels.to_json(),
+            "agreement": meant,
+            "overlap": overlap.to_json(),
+            "rebuilt": plain(rebuilt),
+            "ablations": without.to_json(),
+            "neurons": neurons,
+            "code": {"table": list(code.table()), "penalty": code.penalty},
+        }
+        with clock.step("figures and page"):
+            shown = pictures(pairs, span, parts, code, neurons["strongest"], each=options.each, seed=seed)
+            results["environment"] = environment(clock, start)
+            paths = save_all(results, shown, out)
+    results["environment"] = environment(clock, start)
+    found = write_results(out, results, [out / "text_span.json", out / "head_labels.json", *paths])
+    if not options.quiet:
+        report(clock.console, found.found, found.paths)
+    return found
+
+
+app = study_app(
+    "decomposition",
+    Options,
+    run,
+    help=' "Interpreting CLIP\'s Image Representation via Text-Based Decomposition", on your model and pictures.',
+)

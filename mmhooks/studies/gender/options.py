@@ -1,0 +1,71 @@
+"""The options of the gender study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import (
+    Epochs,
+    Features,
+    Model,
+    Out,
+    PairBatch,
+    Pretrained,
+    Quiet,
+    Sae,
+    SkipBad,
+)
+from mmhooks.studies.gender.samples import CLASSIFIER
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="mini, a folder/ with metadata.csv, cc3m, a data set's name, a corpus/ of mini_corpus.py."
+    ),
+]
+Labels = Annotated[
+    str, typer.Option(help="auto, codepoints (mini), column, or classifier (an image-classification model).")
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label, with --labels column.")]
+Strata = Annotated[str, typer.Option(help="Columns that the audit counts by, e.g. age,race.")]
+Family = Annotated[str, typer.Option(help="Column of samples that belong together (one person, one film).")]
+Classifier = Annotated[str, typer.Option(help="transformers name or path; default: the paper's.")]
+Confidence = Annotated[float, typer.Option(min=0, max=1, help="Leave out what it is less sure of.")]
+Template = Annotated[str, typer.Option(help="Of label prompts; auto: a drawing (mini) or photo of a {}.")]
+Ncl = Annotated[str | None, typer.Option(help="NCL head, likewise; none leaves it out.")]
+Limit = Annotated[
+    int | None, typer.Option(min=8, help="Use at most so many labelled samples, and no others.")
+]
+Seed = Annotated[int, typer.Option(help="Of splits, random masks and resampling.")]
+Draws = Annotated[int, typer.Option(min=2, help="Random masks of each control; 50 or more for p below .04.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the gender study is run with; ``python recipes/gender.py --help`` says what each option means."""
+
+    model: Model = "mini"
+    pretrained: Pretrained = None
+    data: Data = "mini"
+    labels: Labels = "auto"
+    label_column: LabelColumn = "gender"
+    strata: Strata = ""
+    family: Family = ""
+    classifier: Classifier = CLASSIFIER
+    confidence: Confidence = 0.0
+    template: Template = "auto"
+    sae: Sae = None
+    ncl: Ncl = None
+    out: Out = Path("runs/gender")
+    limit: Limit = None
+    seed: Seed = 0
+    draws: Draws = 100
+    features: Features = 1024
+    epochs: Epochs = 200
+    batch: PairBatch = 256
+    skip_bad: SkipBad = False
+    quiet: Quiet = False

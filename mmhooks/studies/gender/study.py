@@ -1,0 +1,140 @@
+"""Which features carry "woman" and "man" in pictures and texts: case study 1 of the paper, and a bias audit.
+
+Tables 6 and 7 and Figure 5, by prompt, centroid and probe, in both readings of the zero-masked classification, each
+group beside random sets of its size; then the same by skin tone and profession. Labels are binary because the
+paper's are; they say what a drawing's name or a classifier says, not who anybody is.
+
+    python recipes/gender.py --out runs/gender
+    python recipes/gender.py --model ViT-B-32 --pretrained openai --data cc3m --labels classifier --out runs/gender-cc3m
+    python recipes/gender.py --model ViT-B-32 --pretrained openai --data people/ --labels column --label-column gender
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.write import Results
+from mmhooks.studies.gender.options import Options
+
+
+def run(options: Options) -> Results:
+    """Runs the gender study: writes results, tables, figures and a page under ``options.out``, and returns the results.
+
+    Raises:
+        DataError: data or labels that cannot be used, or fewer than two women and two men on a side.
+
+    >>> found = run(Options(limit=96, draws=4, quiet=True))                     # doctest: +SKIP
+    >>> found["masking"]["SAE, decoded"]["image"]["prompt"]["base"]["accuracy"]  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    import torch
+
+    import mmhooks as mm
+    from mmhooks.analysis.interventions.masked_classification import prompt_labels
+    from mmhooks.analysis.results import plain
+    from mmhooks.studies.common.encode import encode
+    from mmhooks.studies.common.heads import head_source, load_heads
+    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.gender.audit import audit, tones
+    from mmhooks.studies.gender.data import about, load_people, split, template_of
+    from mmhooks.studies.gender.features import carriers, shares
+    from mmhooks.studies.gender.groups import group_sizes, score_groups, settings_of
+    from mmhooks.studies.gender.masking import (
+        MAIN,
+        Inputs,
+        Split,
+        check_live,
+        false_discovery,
+        masking_effects,
+    )
+    from mmhooks.studies.gender.page import report, save_all
+    from mmhooks.studies.gender.paper import claims, conflict
+    from mmhooks.studies.gender.samples import CLASSES, PROMPTS
+    from mmhooks.studies.modality.study import environment
+    from mmhooks.utils.files import cache_dir
+
+    torch.manual_seed(options.seed)
+    clock, cache, seed, out = Clock(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with clock.bars:
+        with clock.step("pairs and labels"):
+            pairs, people = load_people(options, clock.bar)
+            fit, judged = split(people, seed)
+        with clock.step("encoders"):
+            model = mm.load(options.model, pretrained=options.pretrained)
+            encoded = encode(
+                model, options.model, pairs, cache, batch=options.batch, progress=not options.quiet
+            )
+            template, scale = template_of(options.template, pairs), float(model.logit_scale.detach().exp())
+            prompts = prompt_labels(model, PROMPTS, [template])
+            inputs = Inputs(encoded, Split.of(fit), Split.of(judged), prompts, scale)
+        with clock.step("heads"):
+            out_of = {s.row for s in judged}
+            known = [row for row in range(len(pairs)) if row not in out_of]
+            sources = {
+                "sae": head_source(options.sae, "sae", options.model),
+                "ncl": head_source(options.ncl, "ncl", options.model),
+            }
+            if options.ncl == "none":
+                del sources["ncl"]
+            heads = load_heads(
+                encoded, known, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
+            )
+            groups = score_groups(heads, encoded, known, options, cache)
+        settings = settings_of(heads, groups)
+        masking, live = {}, {}
+        for setting in settings:
+            with clock.step(f"masking: {setting.name}"):
+                vectors, live[setting.name] = check_live(setting, inputs, pairs)
+                step = clock.bar(f"random masks: {setting.name}", 12 * options.draws)
+                masking[setting.name] = masking_effects(
+                    setting, inputs, draws=options.draws, seed=seed, live=vectors, step=step
+                )
+        false_discovery(masking)
+        main = settings[0]
+        with clock.step("features, Figure 5, audit"):
+            everyone = Split.of([s for s in people if s.label is not None])
+            tone_words = prompt_labels(model, [["light skin tone"], ["dark skin tone"]])
+            measured = {
+                "features": carriers(main, inputs, count=10, seed=seed),
+                "figure5": shares(main, inputs, everyone, shown=7, seed=seed),
+                "audit": audit(main, inputs, people, seed=seed),
+                "tones": tones(main, inputs, people, tone_words, seed=seed),
+            }
+        words = dict(zip(CLASSES, map(list, PROMPTS), strict=True))
+        results = plain(
+            {
+                "settings": as_settings(options) | {"command": as_command("gender", options)},
+                "data": about(pairs, options, people, fit, judged),
+                "prompts": {"template": template, "words": words, "scale": scale},
+                "groups": group_sizes(heads, groups),
+                "masking": masking,
+                "live": live,
+                **measured,
+                "conflict": conflict(),
+            }
+        )
+        statements = claims(results, MAIN)
+        results["claims"] = [vars(claim) for claim in statements]
+        results["environment"] = environment(clock, start)
+        with clock.step("figures and page"):
+            paths = save_all(results, statements, pairs, main, encoded, out)
+    results["environment"] = environment(clock, start)
+    found = write_results(out, results, paths)
+    if not options.quiet:
+        report(clock.console, results, statements, found.paths)
+    return found
+
+
+app = study_app(
+    "gender",
+    Options,
+    run,
+    help="""Case study 1, gender patterns, and a bias audit.
+
+    Example: python recipes/gender.py --out runs/gender
+    """,
+)

@@ -1,0 +1,244 @@
+"""The study: prompts drawn with features moved toward a reference, what that did, and the paper's claim."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms.functional import to_tensor
+
+import mmhooks as mm
+from mmhooks.analysis.measures.mds import GROUPS as MODALITIES
+from mmhooks.analysis.results import Estimate
+from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.models.embedders import image_embedder
+from mmhooks.studies.generation.options import Options
+from mmhooks.utils.progress import rate_bar
+
+GROUPS = (*MODALITIES, "random")
+MEASURES = {
+    "shift": "semantic shift",
+    "gain": "reference gained",
+    "distortion": "structural distortion",
+    "quality": "picture quality",
+}
+STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and one picture of something else, with the words for it."""
+
+    prompt: str
+    reference: str
+    picture: Image
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A space that is scored and edited: groups of its features, where they are edited, toward what."""
+
+    name: str
+    site: str
+    groups: dict[str, mm.FeatureSet]
+    sizes: dict[str, int]  # of the whole groups
+    rule: str  # that parted them
+    toward: Tensor
+    mds: Any
+    head: Any = None
+
+    def edit(self, group: mm.FeatureSet, strength: float, rows: slice) -> mm.Interpolate:
+        """Of the prompts' own rows: the negative prompt stays."""
+        place = self.site if self.head is None else f"{self.site}.sae.latents"
+        return mm.Interpolate(group, toward=self.toward[rows], strength=strength, at=place, guidance="cond")
+
+
+class Painter:
+    """Draws all cases at once; the noise of a case depends on its place and the seed alone."""
+
+    def __init__(self, sd: Any, steps: int, guidance: float, batch: int) -> None:
+        self.sd, self.batch = sd, batch
+        self.options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
+        sd.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, prompts: list[str], seed: int, edit: Any = None) -> Float[Tensor, "n 3 h w"]:
+        """``edit(rows)`` makes the edit of some rows of the prompts."""
+        out = []
+        for begin in range(0, len(prompts), self.batch):
+            rows = slice(begin, begin + self.batch)
+            some = prompts[rows]
+            noise = [torch.Generator().manual_seed(seed * 1_000_003 + begin + i) for i in range(len(some))]
+            with nullcontext() if edit is None else self.sd.hooks(edit(rows)):
+                pictures = self.sd.pipe(some, generator=noise, **self.options).images
+            out += [to_tensor(picture) for picture in pictures]
+        return torch.stack(out)
+
+
+class Judge:
+    """What an edit did, by EfficientNet-Lite0 and SSIM.
+
+    ``shift``: how much nearer the picture is to the pipeline's own drawing of the reference's words than to that of
+    the prompt's (cosines, of other noise), against the same at strength 0; a picture that is merely destroyed shifts
+    too, so ``gain`` is the reference's part of it. ``distortion``: 1 - SSIM to the picture at strength 0 from the
+    same noise. ``quality``: cosine to the nearest unedited drawing of all.
+    """
+
+    def __init__(
+        self, embedder: str, plain: Float[Tensor, "n 3 h w"], told: Float[Tensor, "n 3 h w"]
+    ) -> None:
+        self.embed = image_embedder(embedder, progress=False)
+        own, theirs = self.vectors(plain), self.vectors(told)
+        self.mean = torch.cat([own, theirs]).mean(0)
+        self.prompt, self.reference = (normalize(v - self.mean, dim=1) for v in (own, theirs))
+
+    def vectors(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        from torchvision.transforms.functional import to_pil_image
+
+        return self.embed([to_pil_image(one.clamp(0, 1)) for one in pixels])
+
+    def __call__(
+        self, edited: Float[Tensor, "n 3 h w"], start: Float[Tensor, "n 3 h w"]
+    ) -> dict[str, Tensor]:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        now, before = (normalize(self.vectors(x) - self.mean, dim=1) for x in (edited, start))
+        alike = ssim(edited, start, data_range=1.0, reduction="none")
+        assert isinstance(alike, Tensor)
+        gain, loss = ((side * (now - before)).sum(1) for side in (self.reference, self.prompt))
+        return {
+            "shift": gain - loss,
+            "gain": gain,
+            "distortion": 1 - alike.reshape(len(edited)),
+            "quality": (now @ torch.cat([self.prompt, self.reference]).T).amax(1),
+        }
+
+
+Curves = dict[str, dict[str, dict[str, Float[Tensor, "strengths n"]]]]
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """What a mode gave.
+
+    Attributes:
+        settings: the spaces that were edited. curves: measures by space and group, strength by strength.
+        strips: the pictures of one case by space and group. shown: which case that is.
+    """
+
+    settings: list[Setting]
+    curves: Curves
+    strips: dict[str, dict[str, Tensor]]
+    shown: int
+
+
+def interpolate(
+    painter: Painter,
+    settings: list[Setting],
+    cases: list[Case],
+    strengths: tuple[float, ...],
+    options: Options,
+) -> Interpolated:
+    """Every setting, group, strength and seed: per case means over seeds, and the pictures of one case.
+
+    The case is ``options.shown``, or the one that moved most, over all settings and groups at the largest strength.
+    """
+    seeds, shown, quiet = options.seeds, options.shown, options.quiet
+    prompts = [case.prompt for case in cases]
+    judges = Judge(
+        options.image_embedder, painter(prompts, seeds), painter([case.reference for case in cases], seeds)
+    )
+    starts = [painter(prompts, seed) for seed in range(seeds)]
+    still = torch.stack([judges(s, s)["quality"] for s in starts]).mean(0)
+    at_zero = {m: still if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
+    curves: Curves = {}
+    strips: dict[str, dict[str, list[Tensor]]] = {}
+    total = len(settings) * len(GROUPS) * len(strengths) * seeds * len(cases)
+    with rate_bar("interpolate", total, unit="pictures", show=not quiet) as advance:
+        for setting in settings:
+            curves[setting.name], strips[setting.name] = {}, {}
+            if setting.head is not None:  # an attached head would take edits at the site itself for its own
+                painter.sd.attach(setting.head, at=setting.site, name="sae")
+            for name, group in setting.groups.items():
+                rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
+                strip = [_bytes(starts[0])]
+                for strength in strengths:
+                    edit = partial(setting.edit, group, strength)
+                    found = []
+                    for seed, start in enumerate(starts):
+                        drawn = painter(prompts, seed, edit)
+                        found.append(judges(drawn, start))
+                        if seed == 0:
+                            strip.append(_bytes(drawn))
+                        advance(len(cases))
+                    for m in MEASURES:
+                        rows[m].append(torch.stack([f[m] for f in found]).mean(0))
+                curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
+                strips[setting.name][name] = strip
+            if setting.head is not None:
+                painter.sd.detach("sae")
+    if shown is None:
+        moved = [by["shift"][-1] for groups in curves.values() for by in groups.values()]
+        shown = int(torch.stack(moved).mean(0).argmax())
+    chosen = {
+        s: {g: torch.stack([p[shown] for p in strip]) for g, strip in by.items()} for s, by in strips.items()
+    }
+    return Interpolated(settings, curves, chosen, shown)
+
+
+def numbers_of(found: Interpolated) -> dict[str, Any]:
+    """What ``results.json`` holds of a mode, by space."""
+    return {
+        s.name: {
+            "rule": s.rule,
+            "sizes": s.sizes,
+            "edited": {g: len(features) for g, features in s.groups.items()},
+            "mu": s.mds.mu,
+            "sigma": s.mds.sigma,
+            "thresholds": s.mds.thresholds,
+            "shuffled_r": s.mds.shuffled_r,
+            "shown": found.shown,
+            "curves": {
+                g: {measure: [bootstrap(row) for row in rows] for measure, rows in by.items()}
+                for g, by in found.curves[s.name].items()
+            },
+            "verdicts": verdicts(found.curves[s.name]),
+        }
+        for s in found.settings
+    }
+
+
+def _bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def verdicts(curves: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Does the paper's claim hold at the largest strength? Differences to the random group are paired by case."""
+    at = {g: {m: values[-1] for m, values in by.items()} for g, by in curves.items()}
+    out = {}
+    for group in MODALITIES:
+        shift = bootstrap(at[group]["shift"])
+        more_shift = bootstrap(at[group]["shift"] - at["random"]["shift"])
+        more = bootstrap(at[group]["distortion"] - at["random"]["distortion"])
+        moves = more_shift.low > 0
+        if group == "TextD":
+            holds, claim = moves and more.high <= 0, "moves the concept and keeps the structure"
+        else:
+            holds, claim = more.low > 0, "breaks the structure"
+        out[group] = {
+            "claim": claim, "holds": bool(holds), "shift": shift, "shift beyond random": more_shift,
+            "distortion beyond random": more,
+            "sentence": f"{group} {claim}: {'holds' if holds else 'does not hold'} here (against a random group of its "
+            f"size, concept {said(more_shift)}, distortion {said(more)}).",
+        }  # fmt: skip
+    return out
+
+
+def said(e: Estimate) -> str:
+    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"

@@ -1,0 +1,68 @@
+"""The options of the generation study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import Device, DiffusionBatch, Pipeline, Steps
+
+Model = Annotated[str, typer.Option(help="CLIP of the conditioner: mini, or an open_clip name")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint")]
+Data = Annotated[str, typer.Option(help="mini, a folder with metadata.csv, coco, …")]
+Limit = Annotated[int | None, typer.Option(help="at most so many pairs", min=8)]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="projected, naive, unclip; repeatable; default: unclip for Stable unCLIP, else the others"
+    ),
+]
+Prompts = Annotated[int, typer.Option(help="prompts, each with a reference", min=2)]
+Seeds = Annotated[int, typer.Option(help="drawings of each", min=1)]
+Strengths = Annotated[list[float] | None, typer.Option(help="repeatable; 0 is always drawn")]
+Whole = Annotated[bool, typer.Option(help="whole groups instead of groups of one size")]
+Template = Annotated[str, typer.Option(help="prompt of a text; {} is the text")]
+Features = Annotated[int, typer.Option(help="of the SAE; 0: four times the width")]
+Active = Annotated[int, typer.Option(help="active features of the SAE")]
+Epochs = Annotated[int, typer.Option(help="of the SAE")]
+Guidance = Annotated[float, typer.Option(help="guidance scale")]
+Shown = Annotated[
+    int | None,
+    typer.Option(help="which prompt the grid shows, from 0; default: the one that moved most"),
+]
+ImageEmbedder = Annotated[str, typer.Option(help="judge of pictures")]
+Seed = Annotated[int, typer.Option(help="of cases, groups and the SAE")]
+Quiet = Annotated[bool, typer.Option("--quiet")]
+Out = Annotated[Path, typer.Option(help="results.json, tables.md, PNG, index.html")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the generation study is run with; ``python recipes/generation.py --help`` says what each option means."""
+
+    pipeline: Pipeline = "mini"
+    model: Model = "mini"
+    pretrained: Pretrained = None
+    data: Data = "mini"
+    limit: Limit = None
+    mode: Modes = None
+    pairs: Prompts = 20
+    seeds: Seeds = 2
+    strength: Strengths = None
+    whole: Whole = False
+    template: Template = "{}"
+    features: Features = 0
+    k: Active = 16
+    epochs: Epochs = 40
+    steps: Steps = 15
+    guidance: Guidance = 3.0
+    batch: DiffusionBatch = 20
+    shown: Shown = None
+    image_embedder: ImageEmbedder = "efficientnet-lite0"
+    seed: Seed = 0
+    device: Device = "cpu"
+    quiet: Quiet = False
+    out: Out = Path("runs/generation")

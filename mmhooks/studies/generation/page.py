@@ -1,0 +1,208 @@
+"""The generation study written down: grids, curves, tables and the page, from the numbers of ``results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+from torch import Tensor
+
+from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
+from mmhooks.report.style import Palette, draw
+from mmhooks.report.tables import Cell
+from mmhooks.studies.generation.interpolation import GROUPS, MEASURES
+from mmhooks.utils.escape import markdown as escaped
+from mmhooks.utils.escape import terminal
+from mmhooks.utils.files import write_text
+from mmhooks.utils.say import say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOLD = {
+    "shift": "away from the prompt's concept, toward the reference's",
+    "gain": "cosine to the reference's concept",
+    "distortion": "1 − SSIM to strength 0",
+    "quality": "cosine to the nearest unedited drawing",
+}
+
+
+def grid(
+    strips: Mapping[str, Tensor],
+    picture: Image,
+    case: Mapping[str, str],
+    strengths: list[float],
+    palette: Palette,
+) -> Figure:
+    """Figure 8: a row a group, a column a strength; the reference at the left."""
+    from matplotlib.figure import Figure
+
+    columns, cell, left, top = len(strengths), 1.2, 2.2, 0.62
+    wide, high = left + columns * cell, top + len(strips) * cell
+    figure = Figure(figsize=(wide, high), facecolor=palette.ground)
+
+    def show(one: Any, x: float, y: float, side: float) -> None:
+        axis = figure.add_axes((x / wide, 1 - (y + side) / high, side / wide, side / high))
+        axis.imshow(one)
+        axis.axis("off")
+
+    def write_at(text: str, x: float, y: float, **options: Any) -> None:
+        options = {"color": palette.ink, "va": "center"} | options
+        figure.text(x / wide, 1 - y / high, terminal(text, lines=True), parse_math=False, fontdict=options)
+
+    middle = top + len(strips) * cell / 2
+    write_at(
+        f"toward\n{_lines(case['reference'])}",
+        0.75,
+        middle - 0.65,
+        ha="center",
+        va="bottom",
+        color=palette.soft,
+    )
+    show(picture.convert("RGB"), 0.15, middle - 0.6, 1.2)
+    write_at(f"prompt: {_cut(case['prompt'], int(10 * (wide - left)) - 8)}", left + 0.05, 0.18, weight="bold")
+    write_at("strength", left - 0.1, top - 0.16, ha="right", color=palette.soft)
+    for column, strength in enumerate(strengths):
+        write_at(f"{strength:g}", left + (column + 0.5) * cell, top - 0.16, ha="center", color=palette.soft)
+    for row, (group, pictures) in enumerate(strips.items()):
+        colour = palette.ink if group == "CrossD" else palette.group(group)
+        write_at(group, left - 0.1, top + (row + 0.5) * cell, ha="right", weight="bold", color=colour)
+        for column, one in enumerate(pictures):
+            show(
+                one.permute(1, 2, 0).numpy(),
+                left + column * cell + 0.03,
+                top + row * cell + 0.03,
+                cell - 0.06,
+            )
+    return figure
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _lines(text: str) -> str:
+    """At most two lines that fit over the reference."""
+    from textwrap import wrap
+
+    return "\n".join(wrap(text, 18, max_lines=2, placeholder=" …"))
+
+
+def curves(found: Mapping[str, Any], strengths: list[float], palette: Palette) -> Figure:
+    """A panel a measure, a line a group, 95 % intervals over prompts, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=palette.ground)
+    axes = figure.subplots(2, 2).flat
+    gap = 0.012 * max(strengths) / 0.9
+    for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+        for place, group in enumerate(GROUPS):
+            rows, colour = found["curves"][group][measure], palette.group(group)
+            values = [r["value"] for r in rows]
+            below = [r["value"] - r["low"] for r in rows]
+            above = [r["high"] - r["value"] for r in rows]
+            x = [s + gap * (place - 1.5) for s in strengths]
+            line = "--" if group == "random" else "-"
+            axis.errorbar(x, values, [below, above], color=colour, linestyle=line, marker="o", markersize=4,
+                          linewidth=1.8, elinewidth=1.2, label=group)  # fmt: skip
+        axis.set_xlabel("strength")
+        axis.set_xticks(strengths, [f"{s:g}" for s in strengths])
+        axis.grid(axis="y", color=palette.line, linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.set_title(f"{label[0].upper()}{label[1:]}", pad=22)
+        axis.text(0, 1.035, TOLD[measure], transform=axis.transAxes, color=palette.soft, fontsize=9.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(GROUPS))
+    return figure
+
+
+def table(found: Mapping[str, Any], title: str, strength: float) -> Table:
+    def cell(e: Mapping[str, Any]) -> Cell:
+        return Cell(f"{e['value']:.3f}", f"[{e['low']:.3f}, {e['high']:.3f}]")
+
+    rows = [
+        [group, str(found["sizes"].get(group, "")), str(found["edited"][group]),
+         *(cell(found["curves"][group][m][-1]) for m in MEASURES)]
+        for group in GROUPS
+    ]  # fmt: skip
+    note = f"At strength {strength:g}; 95 % bootstrap over prompts. Groups by {found['rule']}."
+    return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title, note=note)
+
+
+def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], out: Path) -> list[Path]:
+    """Writes PNG figures, ``tables.md`` and ``index.html``, and returns the paths; ``shows``: strips of a mode and
+    their reference."""
+    strengths, sections, paths = results["strengths"], [], []
+    markdown = ["# Interpolation by modality", ""]
+    for mode, by_space in results["modes"].items():
+        strips, picture = shows[mode]
+        for space, found in by_space.items():
+            title, name = f"{mode}, {space}", f"{mode}-{space}".lower()
+            case = results["cases"][found["shown"]]
+
+            def pictures(p: Palette, strip=strips[space], picture=picture, case=case) -> Figure:
+                return grid(strip, picture, case, strengths, p)
+
+            def lines(p: Palette, found=found) -> Figure:
+                return curves(found, strengths, p)
+
+            plots: list[Block] = []
+            for kind, make, caption in (
+                (
+                    "grid",
+                    pictures,
+                    "Pictures by strength, " + ("of the prompt that moved most" if results["chosen"] else "of one prompt"),
+                ),
+                ("curves", lines, "Measures by strength, with 95 % intervals over prompts"),
+            ):  # fmt: skip
+                light, dark = draw(make, alt=f"{title}: {caption[0].lower()}{caption[1:]}")
+                paths.append(out / f"{kind}-{name}.png")
+                paths[-1].write_bytes(light.data)
+                plots.append(Plot(light, dark, caption=caption))
+            numbers = table(found, title, strengths[-1])
+            said = [v["sentence"] for v in found["verdicts"].values()]
+            items: Any = [("same" if v["holds"] else "differs", f"{g} {v['claim']}", v["sentence"])
+                          for g, v in found["verdicts"].items()]  # fmt: skip
+            low, high = found["thresholds"]
+            control = (
+                f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Scores of shuffled pairs "
+                f"correlate with these by {found['shuffled_r']:.3f}: near 1 they say little about the pairing."
+            )
+            sections.append(
+                Section(title, [*plots, Listing(items), TableBlock(numbers), Prose(control, "note")])
+            )
+            said = [f"- {escaped(line, code=True)}" for line in (*said, control)]
+            markdown += [
+                numbers.markdown(),
+                "",
+                *said,
+                "",
+                f"![grid](grid-{name}.png)",
+                f"![curves](curves-{name}.png)",
+                "",
+            ]
+    for mode, why in results["impossible"].items():
+        markdown += [f"Mode {mode} is not possible here: {escaped(why)}", ""]
+        sections.append(Section(f"{mode}: not possible here", [Prose(why, "warn")]))
+    write_text(out / "tables.md", "\n".join(markdown))
+    lead = (
+        f"{len(results['cases'])} prompts of {results['pipeline']}, {results['seeds']} drawings each: features of the "
+        f"conditioner move toward a reference picture. Features are scored on {results['data_pairs']:,} pairs."
+    )
+    footer = [results["command"], f"Data: {results['data']}, {results['licence']}. {results['attribution']}"]
+    page = Page("Interpolation by modality", sections, lead, "mmhooks", footer).save(out / "index.html")
+    return [*paths, out / "tables.md", page]
+
+
+def report(results: Mapping[str, Any], out: Path) -> None:
+    """What holds and what is not possible, on the screen; then where the page lies."""
+    for mode, by_space in results["modes"].items():
+        for space, found in by_space.items():
+            say(f"{mode}, {space}: groups by {found['rule']}")
+            for verdict in found["verdicts"].values():
+                say(f"{mode}, {space}: {verdict['sentence']}")
+    for mode, why in results["impossible"].items():
+        say(f"{mode}: not possible here: {why}")
+    say(f"{out / 'index.html'}, {results['seconds']:.0f} s")

@@ -1,0 +1,117 @@
+"""What the generation study draws and edits: cases, modes, and the spaces whose groups of features are moved."""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import torch
+
+import mmhooks as mm
+from mmhooks.analysis.measures.conditioner_mds import conditioner_mds
+from mmhooks.analysis.measures.groups import groups_of
+from mmhooks.analysis.statistics.controls import size_matched
+from mmhooks.errors import MMHooksError
+from mmhooks.models.diffusion.conditioner import conditioner_sides
+from mmhooks.models.diffusion.references import Mode
+from mmhooks.studies.generation.interpolation import Case, Setting
+from mmhooks.studies.generation.options import Options
+
+
+def check_options(options: Options) -> None:
+    """Refuses what typer cannot know, before anything is loaded.
+
+    Raises:
+        MMHooksError: an unknown mode, or a prompt to show that is not drawn.
+    """
+    for one in options.mode or ():
+        if one not in get_args(Mode):
+            raise MMHooksError(f"--mode is one of {', '.join(get_args(Mode))}; got {one!r}")
+    if options.shown is not None and not 0 <= options.shown < options.pairs:
+        raise MMHooksError(f"--shown is one of {options.pairs} prompts, from 0; got {options.shown}")
+
+
+def known_texts(sd: Any) -> set[str] | None:
+    """The texts that a pipeline lists as its own; None where it draws anything."""
+    if sd.name != "mini":
+        return None
+    from mmhooks.models.embedded.mini_sd import drawings
+
+    return {row["name"] for row in drawings()}
+
+
+def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
+    """``count`` prompts and as many references from other pairs; of a pipeline that lists what it draws, from those.
+
+    Raises:
+        MMHooksError: too few pairs.
+    """
+    texts = list(pairs.texts)
+    first: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        if known is None or text in known:
+            first.setdefault(text, i)
+    rows = list(first.values())
+    if len(rows) < 2 * count:
+        raise MMHooksError(
+            f"{count} prompts and references need {2 * count} different texts that the pipeline draws; the data has "
+            f"{len(rows)}: lower --pairs or raise --limit"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        Case(template.format(texts[rows[a]]), template.format(texts[rows[b]]), pairs[rows[b]].image)
+        for a, b in zip(order[:count], order[count : 2 * count], strict=True)
+    ]
+
+
+def same_size(
+    groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: bool, seed: int
+) -> dict[str, mm.FeatureSet]:
+    """The groups cut at random to the size of the smallest, and a random group as large (``whole``: as TextD)."""
+    size = min(len(g) for g in groups.values())
+    cut = (
+        groups
+        if whole
+        else {k: g if len(g) == size else g.sample(size, seed=seed) for k, g in groups.items()}
+    )
+    return cut | {"random": size_matched(cut["TextD"], draws=1, seed=seed, alive=alive)[0]}
+
+
+def modes_of(sd: Any, asked: list[str] | None) -> list[Mode]:
+    """The ways into a pipeline: those asked for, else its image embedding where it takes one, else its conditioner."""
+    if asked:
+        return cast(list[Mode], asked)
+    return ["unclip"] if "image.embed" in sd.places.sites.canonical else ["projected", "naive"]
+
+
+def settings_of(
+    sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Mode, options: Options
+) -> tuple[list[Setting], dict[str, str]]:
+    """The space's own dimensions (the paper's), and an SAE trained on them; scored where they are edited.
+
+    Also why a space does not part into three groups, with its scores.
+    """
+    seed, progress = options.seed, not options.quiet
+    sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, progress=progress)
+    toward = mm.reference(sd, [case.picture for case in cases], mode=mode, clip=clip)
+    width = sides[0].shape[1]
+    torch.manual_seed(seed)
+    head = mm.TopKSAE(width, options.features or 4 * width, options.k)
+    mm.train_head(head, *sides, epochs=options.epochs, seed=seed, progress=progress)
+    head = head.to(sd.device).eval()
+    with torch.no_grad():
+        spaces = [("dimensions", None, toward), ("SAE", head, head.encode(head.prepare(toward)))]
+    site = "image.embed" if mode == "unclip" else "text.cond"
+    found, impossible = [], {}
+    for space, scorer, target in spaces:
+        result = conditioner_mds(sides, head=scorer, data=pairs.name)
+        try:
+            groups, rule = groups_of(result)
+        except MMHooksError as error:
+            scores = f"scores are {result.mu:.3f} ± {result.sigma:.3f}"
+            impossible[f"{mode}, {space}"] = f"{error}; {scores}"
+            continue
+        alive = mm.FeatureSet(~result.dead, len(result.R), head=result.groups[0].head)
+        edited = same_size(groups, alive, whole=options.whole, seed=seed)
+        sizes = {name: len(g) for name, g in groups.items()}
+        found.append(Setting(space, site, edited, sizes, rule, target, result, scorer))
+    return found, impossible

@@ -1,0 +1,65 @@
+"""The options of the modality study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import (
+    Epochs,
+    Features,
+    Model,
+    Out,
+    PairBatch,
+    PairData,
+    Pretrained,
+    Quiet,
+    Sae,
+    SkipBad,
+)
+
+Declip = Annotated[
+    str, typer.Option(help="DeCLIP: mini-declip, or a checkpoint of --model's class; '' leaves it out.")
+]
+Ncl = Annotated[str | None, typer.Option(help="NCL head, likewise.")]
+Limit = Annotated[int | None, typer.Option(min=8, help="Use at most so many pairs.")]
+Seed = Annotated[int, typer.Option(help="Of baselines, bootstrap, random controls and the features shown.")]
+TopM = Annotated[int, typer.Option("--top-m", min=2, help="m: top samples a feature.")]
+ImageEmbedder = Annotated[
+    str, typer.Option(help="efficientnet-lite0 (offline) or vit-b16-in21k (the paper's).")
+]
+TextEmbedder = Annotated[
+    str, typer.Option(help="minilm (offline, the paper's) or a sentence-transformers name.")
+]
+Draws = Annotated[int, typer.Option(help="Random masks and groups of each control.")]
+Evaluate = Annotated[int, typer.Option(min=2, help="At most so many held-out pairs under masks.")]
+Each = Annotated[int, typer.Option(help="Features shown of each group.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the modality study is run with; ``python recipes/modality.py --help`` says what each option means."""
+
+    model: Model = "mini"
+    pretrained: Pretrained = None
+    data: PairData = "mini"
+    declip: Declip = "auto"
+    sae: Sae = None
+    ncl: Ncl = None
+    out: Out = Path("runs/modality")
+    limit: Limit = None
+    seed: Seed = 0
+    top_m: TopM = 20
+    image_embedder: ImageEmbedder = "efficientnet-lite0"
+    text_embedder: TextEmbedder = "minilm"
+    features: Features = 1024
+    epochs: Epochs = 200
+    draws: Draws = 60
+    evaluate: Evaluate = 600
+    each: Each = 4
+    batch: PairBatch = 256
+    skip_bad: SkipBad = False
+    quiet: Quiet = False

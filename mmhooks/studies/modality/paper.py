@@ -1,0 +1,154 @@
+"""What the paper prints in its Section 2, and whether what was measured points the same way.
+
+Yan, Cui, Yin, Liang, He, Wang, "The Multi-Faceted Monosemanticity in Multimodal Representations", version 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmhooks.report import Estimate, fixed, interval, signed
+from mmhooks.studies.common.claims import (
+    Claim,
+    Verdict,
+    agreement,
+    difference,
+    joined_by_and,
+    plus_minus,
+    size,
+)
+
+MODELS = ("CLIP", "DeCLIP", "CLIP+NCL", "CLIP+SAE")
+MODALITIES = ("image", "text")
+
+# Table 1: EmbedSim and WinRate, (image, text)
+SIMILARITY = {
+    "CLIP": (0.113, 0.451),
+    "DeCLIP": (0.058, -0.073),
+    "CLIP+NCL": (0.161, 0.592),
+    "CLIP+SAE": (0.120, 0.244),
+}
+WIN_RATE = {
+    "CLIP": (0.652, 0.594),
+    "DeCLIP": (0.615, 0.457),
+    "CLIP+NCL": (0.727, 0.608),
+    "CLIP+SAE": (0.667, 0.540),
+}
+WIN_GAP = {"CLIP": 0.058, "DeCLIP": 0.158, "CLIP+NCL": 0.119, "CLIP+SAE": 0.127}
+# Table 2: (visual, textual)
+MONOSEMANTICITY = {
+    "CLIP": (-0.118, -0.07),
+    "DeCLIP": (0.070, -0.059),
+    "CLIP+NCL": (0.197, 0.132),
+    "CLIP+SAE": (0.135, 0.439),
+}
+
+
+def table1_differs(found: Mapping[str, Estimate], column: Mapping[str, float], model: str) -> bool:
+    """Whether ``model`` lies on the other side of CLIP (CLIP itself: of zero) than in the paper."""
+    if model not in found or not found[model].known:
+        return False
+    if model == "CLIP":
+        return agreement(found[model], column[model]) == "differs"
+    if "CLIP" not in found:
+        return False
+    return agreement(difference(found[model], found["CLIP"]), column[model] - column["CLIP"]) == "differs"
+
+
+def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
+    """The paper's statements on Tables 1 and 2 and Figure 1 that the measured models can speak to."""
+
+    def column(*path: str) -> dict[str, Estimate]:
+        found: dict[str, Estimate] = {}
+        for model in MODELS:
+            value: Any = models.get(model)
+            for key in path:
+                value = value.get(key) if value is not None else None
+            if value is not None:
+                found[model] = Estimate.from_json(value)
+        return found
+
+    out: list[Claim] = []
+    for measure, word in (("embed_sim", "EmbedSim"), ("win_rate", "WinRate")):
+        for modality in MODALITIES:
+            out += _highest(
+                f"CLIP+NCL has the highest {word} for {modality}s (Table 1).",
+                column(measure, modality), "CLIP+NCL",
+            )  # fmt: skip
+    gaps = {m: size(e) for m, e in column("win_rate", "gap").items()}
+    for model in MODELS[1:]:
+        if model in gaps and "CLIP" in gaps:
+            change = difference(gaps[model], gaps["CLIP"])
+            verdict = agreement(change, 1.0)
+            text = f"|Δ| is {fixed(gaps[model].value)} against {fixed(gaps['CLIP'].value)} of CLIP {plus_minus(change)}."
+            out.append(
+                Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text)
+            )
+    for i, modality in enumerate(MODALITIES):
+        word = ("Visual", "Textual")[i]
+        out += _signs(word, column("monosemanticity", modality), {m: MONOSEMANTICITY[m][i] for m in MODELS})
+        winner = max(MODELS, key=lambda m: MONOSEMANTICITY[m][i])
+        out += _highest(
+            f"{winner} has the highest {word.lower()} monosemanticity (Table 2).",
+            column("monosemanticity", modality), winner,
+        )  # fmt: skip
+    out += _figure_one(column("mds", "mu"), column("mds", "sigma"))
+    return out
+
+
+def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]:
+    found = {m: e for m, e in found.items() if e.known}
+    if winner not in found or len(found) < 2:
+        return []
+    rival = max((m for m in found if m != winner), key=lambda m: found[m].value)
+    change = difference(found[winner], found[rival])
+    best, second = fixed(found[winner].value), fixed(found[rival].value)
+    text = f"{winner} {best}, the best of the others is {rival} with {second} {plus_minus(change)}."
+    return [Claim(agreement(change, 1.0), claim, text)]
+
+
+def _signs(word: str, found: dict[str, Estimate], paper: dict[str, float]) -> list[Claim]:
+    found = {m: e for m, e in found.items() if e.known}
+    if not found:
+        return []
+    verdicts = {m: agreement(e, paper[m]) for m, e in found.items()}
+    wanted = ", ".join(f"{m} {'positive' if paper[m] > 0 else 'negative'}" for m in found)
+    against = [m for m, v in verdicts.items() if v == "differs"]
+    unclear = [m for m, v in verdicts.items() if v == "open"]
+    values = ", ".join(f"{m} {signed(e.value)}" for m, e in found.items())
+    parts = [f"{values}."]
+    if against:
+        parts.append(f"The sign is the opposite for {joined_by_and(against)}.")
+    if unclear:
+        parts.append(f"The interval holds zero for {joined_by_and(unclear)}.")
+    verdict: Verdict = "differs" if against else ("open" if unclear else "same")
+    return [Claim(verdict, f"{word} monosemanticity: {wanted} (Table 2).", " ".join(parts))]
+
+
+def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Claim]:
+    out: list[Claim] = []
+    if "CLIP" in mu:
+        lean = difference(mu["CLIP"], Estimate(0.5, 0.5, 0.5))
+        text = f"its mean score is {fixed(mu['CLIP'].value)} {interval(mu['CLIP'])}."
+        out.append(
+            Claim(
+                agreement(lean, -1.0), "CLIP's scores lean to the text side, mean below .5 (Figure 1).", text
+            )
+        )
+    if "CLIP" in sigma and "DeCLIP" in sigma:
+        wider = difference(sigma["DeCLIP"], sigma["CLIP"])
+        text = (
+            f"σ is {fixed(sigma['DeCLIP'].value)} against {fixed(sigma['CLIP'].value)} {plus_minus(wider)}."
+        )
+        out.append(
+            Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text)
+        )
+    for model in ("CLIP+NCL", "CLIP+SAE"):
+        if model in mu and "CLIP" in mu:
+            half = Estimate(0.5, 0.5, 0.5)
+            change = difference(size(difference(mu[model], half)), size(difference(mu["CLIP"], half)))
+            text = f"the mean lies {abs(mu[model].value - 0.5):.3f} from one half, CLIP's {abs(mu['CLIP'].value - 0.5):.3f}."
+            claim = f"{model} is less skewed to one side than CLIP (Figure 1)."
+            out.append(Claim(agreement(change, -1.0), claim, text))
+    return out

@@ -1,0 +1,154 @@
+"""Which features of CLIP belong to pictures, to texts, to both: Section 2 of the paper, end to end.
+
+Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top pictures and
+texts of features of each group (Figures 2-4, Tables 3-5), and what masking a group does to retrieval.
+
+    python recipes/modality.py --out runs/modality
+    python recipes/modality.py --model ViT-B-32 --pretrained openai --declip declip.pth --data coco --limit 5000
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mmhooks.studies.common.heads import head_source
+from mmhooks.studies.common.held_out import about, choose, settle
+from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.run import Clock
+from mmhooks.studies.common.write import Results
+from mmhooks.studies.modality.options import Options
+
+
+def run(options: Options) -> Results:
+    """Runs the modality study: writes results, tables, figures and a page under ``options.out``, and returns the results.
+
+    Raises:
+        DataError: data that cannot be used, or fewer than eight pairs.
+
+    >>> found = run(Options(limit=400, draws=6, quiet=True))                     # doctest: +SKIP
+    >>> found["models"]["CLIP+SAE"]["groups"]["ImgD"]["size"]                    # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    import torch
+
+    import mmhooks as mm
+    from mmhooks.studies.common.cards import Shown
+    from mmhooks.studies.common.encode import encode
+    from mmhooks.studies.common.heads import load_heads
+    from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.modality.masking import experiment, prepare
+    from mmhooks.studies.modality.measures import Subject, measure_subject, show
+    from mmhooks.studies.modality.page import report, save_all
+    from mmhooks.studies.modality.paper import claims
+    from mmhooks.utils.files import cache_dir
+
+    torch.manual_seed(options.seed)
+    clock, cache, seed, out = Clock(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def encoded(model: Any, name: str) -> Any:
+        return encode(model, name, pairs, cache, batch=options.batch, progress=not options.quiet)
+
+    with clock.bars:
+        with clock.step("pairs"):
+            on_error = "skip" if options.skip_bad else "raise"
+            pairs = mm.data.pairs(options.data, limit=options.limit, seed=seed, on_error=on_error)
+            heldout = settle(pairs, options.data, seed)
+            masked = choose(heldout, options.evaluate, seed)
+        with clock.step("picture and text embedders"):
+            judges = judge(pairs, options)
+        with clock.step("encoders"):
+            clip = encoded(mm.load(options.model, pretrained=options.pretrained), options.model)
+            other = load_declip(options)
+            declip = None if other is None else encoded(other, "DeCLIP")
+        with clock.step("heads"):
+            unseen = set(heldout)
+            seen = [row for row in range(len(pairs)) if row not in unseen]
+            sources = {
+                "sae": head_source(options.sae, "sae", options.model),
+                "ncl": head_source(options.ncl, "ncl", options.model),
+            }
+            heads = load_heads(
+                clip, seen, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
+            )
+        subjects = [Subject("CLIP", clip), *([Subject("DeCLIP", declip)] if declip else [])]
+        subjects += [Subject("CLIP+NCL", clip, heads["ncl"]), Subject("CLIP+SAE", clip, heads["sae"])]
+        models: dict[str, Any] = {}
+        shown: list[Shown] = []
+        inputs: dict[str, Any] = {}
+        for s in subjects:
+            with clock.step(f"measures of {s.name}"):
+                models[s.name], found = measure_subject(
+                    s, judges, heldout, top_m=options.top_m, seed=seed, draws=options.draws
+                )
+                shown += show(s, found, pairs, each=options.each, seed=seed)
+            with clock.step(f"masking {s.name}"):
+                step = clock.bar(f"random masks of {s.name}", 3 * options.draws)
+                if s.encoded.name not in inputs:
+                    inputs[s.encoded.name] = prepare(s.encoded.model, pairs, masked)
+                models[s.name]["masking"] = experiment(
+                    s,
+                    found.mds,
+                    pairs,
+                    masked,
+                    inputs[s.encoded.name],
+                    draws=options.draws,
+                    seed=seed,
+                    step=step,
+                )
+        statements = claims(models)
+        told = about(
+            pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(heldout)
+        )
+        results: dict[str, Any] = {
+            "settings": as_settings(options) | {"command": as_command("modality", options)},
+            "data": told,
+            "models": models,
+            "claims": [vars(claim) for claim in statements],
+            "environment": environment(clock, start),
+        }
+        with clock.step("figures and page"):
+            paths = save_all(results, statements, shown, out, "CLIP+SAE")
+    results["environment"] = environment(clock, start)
+    written = write_results(out, results, paths)
+    if not options.quiet:
+        report(clock.console, written.found, statements, written.paths)
+    return written
+
+
+def judge(pairs: Any, options: Options) -> dict[str, Any]:
+    """Embeddings by models that are not under study, which say how alike samples are; cached by data and embedder."""
+    from mmhooks.models.embedders import image_embedder, text_embedder
+
+    texts = text_embedder(options.text_embedder, progress=not options.quiet)
+    images = image_embedder(options.image_embedder, progress=not options.quiet)
+    return {"image": images(pairs), "text": texts(pairs)}
+
+
+def load_declip(options: Options) -> Any:
+    """The DeCLIP model: embedded for mini, else the user's own checkpoint; None where there is none."""
+    import mmhooks as mm
+
+    name = options.declip
+    if name == "auto":
+        name = "mini-declip" if options.model == "mini" else ""
+    if not name:
+        return None
+    return mm.load(name) if name == "mini-declip" else mm.load(options.model, pretrained=name)
+
+
+def environment(clock: Clock, start: float) -> dict[str, Any]:
+    """Time, memory and versions, with the seconds of each step."""
+    from mmhooks.studies.common.run import environment as measured
+
+    return measured(start) | {"steps": {k: round(v, 2) for k, v in clock.seconds.items()}}
+
+
+app = study_app(
+    "modality",
+    Options,
+    run,
+    help='Section 2 of "The Multi-Faceted Monosemanticity in Multimodal Representations", end to end.',
+)

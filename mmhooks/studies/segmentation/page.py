@@ -1,0 +1,74 @@
+"""Claims, table and figure of the segmentation study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmhooks.report import Cell, Plot, Table
+from mmhooks.report.style import draw
+from mmhooks.studies.segmentation.samples import Sample
+from mmhooks.utils.escape import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def left_out(n: int) -> list[str]:
+    """A note on the pictures that the crop spoils, where there are any."""
+    return [f"{n} pictures are left out: the model's crop shows only object, or only ground."] if n else []
+
+
+def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
+    """Token contributions against every baseline: paired difference of mIoU."""
+    ours, rest = scores[0], scores[1:]
+    claims = []
+    for other in rest:
+        d = ours.beyond(other)
+        verdict = "same" if d.low > 0 else "differs" if d.high < 0 else "open"
+        claims.append(
+            (verdict, f"token contributions beat {other.name} on mIoU",
+             f"{ours.miou.value:.3f} against {other.miou.value:.3f}, difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], "
+             f"n = {d.n}")
+        )  # fmt: skip
+    return claims
+
+
+def table(kind: str, scores: Sequence[Any]) -> Table:
+    """The scores of every method, over the pictures on one kind of ground."""
+    best = {what: max(getattr(s, what).value for s in scores) for what in ("pixel_accuracy", "miou", "map")}
+    rows = [[s.name, *(Cell.of(e := getattr(s, w), best=e.value == best[w]) for w in best)] for s in scores]
+    caption = f"Segmentation of {len(scores[0].ious)} pictures" + (
+        "" if kind == "all" else f", {kind} grounds"
+    )
+    return Table(["Method", "Pixel accuracy", "mIoU", "mAP"], rows, caption)
+
+
+def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], scores: Sequence[Any]) -> Plot:
+    """Six pictures, evenly spaced by our own mIoU, from the worst to the best."""
+    from matplotlib.figure import Figure
+
+    order = scores[0].ious.argsort().tolist()
+    shown = [order[round(i * (len(order) - 1) / 5)] for i in range(min(6, len(order)))]
+
+    def make(palette: Any) -> Figure:
+        figure = Figure(figsize=(1.35 * (len(maps) + 2), 1.5 * len(shown)), layout="constrained")
+        axes = figure.subplots(len(shown), len(maps) + 2, squeeze=False)
+        for number, (row, i) in enumerate(zip(axes, shown, strict=True)):
+            row[0].imshow(samples[i].picture)
+            row[0].set_ylabel(one_line(samples[i].name[:18]), fontsize=8)
+            row[1].imshow(masks[i], cmap="gray")
+            for axis, (name, found) in zip(row[2:], maps.items(), strict=True):
+                axis.imshow(found[i], cmap="magma", interpolation="bilinear")
+                if number == 0:
+                    axis.set_title(name, fontsize=8)
+            for axis in row:
+                axis.set(xticks=[], yticks=[])
+        axes[0][0].set_title("picture", fontsize=8)
+        axes[0][1].set_title("mask", fontsize=8)
+        return figure
+
+    light, dark = draw(make, alt="Pictures, their masks and the maps of every method")
+    return Plot(
+        light, dark, "Pictures evenly spaced by mIoU of token contributions: the worst first, the best last."
+    )

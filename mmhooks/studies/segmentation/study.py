@@ -1,0 +1,121 @@
+"""Zero-shot segmentation by the tokens' contributions along a class's text, against four attention baselines.
+
+Section 5 of "Interpreting CLIP's Image Representation via Text-Based Decomposition". By default on drawings whose
+exact masks are known, laid on photograph-like and patterned grounds; or on ImageNet-Segmentation's own file, or a folder.
+
+    python recipes/segmentation.py --out runs/segmentation
+    python recipes/segmentation.py --model ViT-B-16 --pretrained laion2b_s34b_b88k --data gtsegs_ijcv.mat
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmhooks.studies.common.options import as_settings, study_app
+from mmhooks.studies.common.write import Results
+from mmhooks.studies.segmentation.options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def run(options: Options) -> Results:
+    """Runs the segmentation study: writes results, tables, figures and a page under ``options.out``, and returns the
+    results.
+
+    Raises:
+        DataError: data that cannot be used, or hardly any picture that shows both object and ground.
+
+    >>> found = run(Options(limit=24, quiet=True))                               # doctest: +SKIP
+    >>> found["scores"]["all"]["token contributions"]["miou"]                    # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    import torch
+
+    import mmhooks as mm
+    from mmhooks.analysis.attribution.segmentation_scores import segmentation_scores
+    from mmhooks.models.clip.embed_texts import embed_texts
+    from mmhooks.studies.common.run import environment
+    from mmhooks.studies.common.write import show, write_study
+    from mmhooks.studies.segmentation.page import compared, left_out, picture_plot, table
+    from mmhooks.studies.segmentation.samples import prepared, samples_of
+
+    torch.manual_seed(options.seed)
+    model = mm.load(options.model, pretrained=options.pretrained)
+    found, attribution = samples_of(options.data, options.limit, options.seed)
+    samples, pixels, masks = prepared(model.preprocess, found)
+    names = sorted({s.name for s in samples})
+    texts = embed_texts(model, names)
+    directions = (texts - texts.mean(0))[[names.index(s.name) for s in samples]]
+    maps = heat_maps(model, pixels, directions, batch=options.batch, progress=not options.quiet)
+    kinds = list(dict.fromkeys(s.ground for s in samples))
+    scores: dict[str, list[Any]] = {}
+    for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
+        of = torch.tensor([kind in ("all", s.ground) for s in samples])
+        scores[kind] = [
+            segmentation_scores(own[of], masks[of], name=name, seed=options.seed)
+            for name, own in maps.items()
+        ]
+    claims, missing = compared(scores["all"]), len(found) - len(samples)
+    results = {
+        "settings": as_settings(options),
+        "n": len(samples),
+        "left_out": missing,
+        "classes": len(names),
+        "scores": {
+            kind: {s.name: {"pixel_accuracy": s.pixel_accuracy, "miou": s.miou, "map": s.map} for s in own}
+            for kind, own in scores.items()
+        },
+        "claims": [list(claim) for claim in claims],
+        "environment": environment(start),
+    }
+    tables = [table(kind, own) for kind, own in scores.items()]
+    written = write_study(
+        Path(options.out),
+        results,
+        title="Where in the picture is it? Zero-shot segmentation by token contributions",
+        lead=f"{len(samples)} pictures of {len(names)} things, model {options.model}. Every map is cut at its own mean; "
+        "mIoU is the mean over pictures of the IoU of object and ground; intervals are 95 % bootstrap over pictures.",
+        claims=claims,
+        tables=tables,
+        plots={"maps": picture_plot(samples, masks, maps, scores["all"])},
+        notes=[
+            "A picture's direction is its class's unit text embedding less the mean of all classes'. Raw attention and "
+            "rollout know no text. All methods read the same sites of the same model; none is tuned.",
+            *left_out(missing),
+        ],
+        attribution=attribution,
+    )
+    if not options.quiet:
+        show(written.found, tables, claims, written.paths)
+    return written
+
+
+def heat_maps(
+    model: Any, pixels: Tensor, directions: Tensor, *, batch: int, progress: bool
+) -> dict[str, Tensor]:
+    """Each method's heat of every picture along its direction, ``[n h w]``."""
+    import torch
+
+    from mmhooks.analysis.attribution.saliency import METHODS
+    from mmhooks.utils.progress import track
+
+    maps = {}
+    for name, method in METHODS.items():
+        parts = range(0, len(pixels), batch)
+        found = [
+            method(model, pixels[i : i + batch], directions[i : i + batch])
+            for i in track(parts, len(parts), name, show=progress)
+        ]
+        maps[name] = torch.cat(found)
+    return maps
+
+
+app = study_app(
+    "segmentation",
+    Options,
+    run,
+    help="Zero-shot segmentation: token contributions against raw attention, rollout, gradient attention and LeGrad.",
+)

@@ -1,0 +1,57 @@
+"""The options of the spurious-cue study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmhooks.studies.common.options import NoBar, Out, PictureBatch, Pretrained, VitModel
+
+Data = Annotated[
+    str,
+    typer.Option(help="mini, or what datasets loads: splits validation and test, columns image, y, place."),
+]
+Classes = Annotated[str, typer.Option(help="Texts of both classes, for --data: 'a landbird,a waterbird'.")]
+Label = Annotated[str, typer.Option(help="Column of the class, 0 or 1, for --data.")]
+Place = Annotated[str, typer.Option(help="Column of the background, 0 or 1, for --data.")]
+Pool = Annotated[str, typer.Option(help="Texts with kinds: general, or a file, one a line.", hidden=True)]
+Kinds = Annotated[str, typer.Option(help="Kinds of the text pool that are backgrounds.")]
+Correlation = Annotated[
+    float, typer.Option(help="Animals that stand where they live, where heads are chosen.")
+]
+Scale = Annotated[float, typer.Option(help="Width of an animal in its picture.")]
+Layers = Annotated[int, typer.Option(min=1, help="Attention heads of so many last layers are looked at.")]
+Limit = Annotated[int, typer.Option(min=8, help="Pictures to choose on, and to judge by, in every split.")]
+Splits = Annotated[
+    int,
+    typer.Option(min=1, help="Splits of the drawn animals into those chosen on and judged by, pooled."),
+]
+Draws = Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")]
+Seed = Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the spurious-cue study is run with; ``python recipes/spurious.py --help`` says what each option means."""
+
+    model: VitModel = "mini"
+    pretrained: Pretrained = None
+    data: Data = "mini"
+    classes: Classes = "a landbird,a waterbird"
+    label: Label = "y"
+    place: Place = "place"
+    pool: Pool = "general"
+    kinds: Kinds = "place,weather"
+    correlation: Correlation = 0.95
+    scale: Scale = 0.5
+    layers: Layers = 4
+    limit: Limit = 400
+    splits: Splits = 4
+    draws: Draws = 10
+    seed: Seed = 0
+    batch: PictureBatch = 64
+    out: Out = Path("runs/spurious")
+    quiet: NoBar = False

@@ -1,0 +1,139 @@
+"""One split of the spurious-cue study: attention heads chosen on some animals and judged on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmhooks.analysis.decomposition.dataset import head_outputs
+from mmhooks.analysis.decomposition.text_span import text_span
+from mmhooks.analysis.interventions.mean_ablation import site_means
+from mmhooks.data.sources.text_pools import TextPool
+from mmhooks.errors import DataError
+from mmhooks.models.clip.embed_texts import embed_texts
+from mmhooks.studies.spurious.accuracy import Head, Runner, worst_group
+from mmhooks.studies.spurious.options import Options
+from mmhooks.studies.spurious.page import counted
+from mmhooks.studies.spurious.samples import Scenes, Study
+from mmhooks.utils.progress import track
+
+SIZES = (1, 2, 3, 4, 6, 8, 10)  # how many attention heads of a ranking are tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one split gave: the heads of every way of choosing, who is classified rightly without them, and as much for
+    random ones; every head's texts and the largest share of a head's variance that texts of backgrounds span."""
+
+    chosen: dict[str, list[Head]]
+    right: dict[str, Bool[Tensor, " n"]]
+    random: dict[str, list[Bool[Tensor, " n"]]]
+    texts: dict[str, list[str]]
+    reach: float
+
+
+def trial(
+    model: Any,
+    found: Study,
+    pool: TextPool,
+    embedded: Float[Tensor, "t e"],
+    options: Options,
+    *,
+    seed: int,
+    title: str,
+) -> Trial:
+    """Attention heads chosen on one half of the animals and judged on the other."""
+    batch, progress = options.batch, not options.quiet
+    texts = class_texts(model, found.names)
+    outputs = head_outputs(model, found.choose.pixels, normalize=True, batch_size=batch, progress=progress)
+    depth, n_heads = outputs.shape[1:3]
+    layers = list(range(max(0, depth - options.layers), depth))
+    outputs = outputs[:, layers]
+    named, ranked, reach = by_text_span(pool, embedded, outputs, layers, options.kinds.split(","))
+    rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs, layers, found.choose, texts)}
+    sites = [f"image.blocks.{n}.attn.head_out" for n in layers]
+    run = Runner(model, site_means(model, found.choose.pixels, sites, batch_size=batch), texts, batch)
+    chosen = {name: how_many(run, order, found.choose) for name, order in rankings.items()}
+    right = {"plain": run([], found.judge)} | {name: run(own, found.judge) for name, own in chosen.items()}
+    everything = [(n, h) for n in layers for h in range(n_heads)]
+    random: dict[str, list[Tensor]] = {}
+    for name, own in chosen.items():
+        generator, what = torch.Generator().manual_seed(seed), f"{title}: {counted([len(own)], 'random')}"
+        random[name] = []
+        for _ in track(range(options.draws), options.draws, what, show=progress):
+            order = torch.randperm(len(everything), generator=generator)
+            random[name].append(run([everything[i] for i in order[: len(own)]], found.judge))
+    return Trial(chosen, right, random, named, reach)
+
+
+# -- choosing ------------------------------------------------------------------------------------------------
+
+
+def how_many(run: Runner, order: list[Head], scenes: Scenes) -> list[Head]:
+    """The first so many heads of a ranking: by the worst group where heads are chosen, never where they are judged."""
+    sizes = [k for k in SIZES if k <= len(order)]
+    worst = [worst_group(run(order[:k], scenes), scenes.groups) for k in sizes]
+    return order[: sizes[worst.index(max(worst))]] if sizes else []
+
+
+def class_texts(hooked: Any, names: tuple[list[str], list[str]]) -> Float[Tensor, "2 e"]:
+    """Each class as the mean of its names' unit embeddings."""
+    return torch.stack([normalize(embed_texts(hooked, own).mean(0), dim=0) for own in names])
+
+
+def by_text_span(
+    pool: TextPool,
+    embedded: Float[Tensor, "t e"],
+    outputs: Float[Tensor, "n l h e"],
+    layers: Sequence[int],
+    kinds: Sequence[str],
+) -> tuple[dict[str, list[str]], list[Head], float]:
+    """Texts of every head, and the heads in the order of the variance that they write along those of their texts that
+    name a background; heads without any are left out. Last, the largest share of a head's variance that these span.
+
+    Raises:
+        DataError: a pool without kinds.
+    """
+    if pool.kinds is None:
+        raise DataError(f"pool {pool.name!r} has no kinds: head each kind's texts with a line '# kind'")
+    n_heads = outputs.shape[2]
+    names = [f"{n}.{h}" for n in layers for h in range(n_heads)]
+    rank = min(80, outputs.shape[-1], len(outputs) - 1)
+    span = text_span(
+        outputs.flatten(1, 2),
+        embedded,
+        pool.texts,
+        heads=names,
+        rank=rank,
+        n_texts=min(20, rank, len(pool.texts)),
+    )
+    along: dict[str, float] = {}
+    for name, own, explained, variance in zip(
+        names, span.indices, span.explained, span.variance, strict=True
+    ):
+        more = [b - a for a, b in zip((0.0, *explained), explained, strict=False)]
+        along[name] = variance * sum(m for i, m in zip(own, more, strict=True) if pool.kinds[i] in kinds)
+    order = sorted((name for name in names if along[name] > 0), key=lambda name: -along[name])
+    named = {name: list(texts) for name, texts in zip(names, span.texts, strict=True)}
+    reach = max(along[name] / v for name, v in zip(names, span.variance, strict=True))
+    return named, [(int(n), int(h)) for n, h in (name.split(".") for name in order)], reach
+
+
+def by_contrast(
+    outputs: Float[Tensor, "n l h e"], layers: Sequence[int], scenes: Scenes, texts: Float[Tensor, "2 e"]
+) -> list[Head]:
+    """Heads by how far water behind an animal, instead of land, moves them towards the text of water animals."""
+    moved = outputs @ (texts[1] - texts[0])
+    effect = torch.zeros(moved.shape[1:])
+    kinds = [animal for animal in (0, 1) if len(set(scenes.places[scenes.animals == animal].tolist())) == 2]
+    for animal in kinds:
+        of, water = scenes.animals == animal, scenes.places == 1
+        effect += moved[of & water].mean(0) - moved[of & ~water].mean(0)
+    order = effect.flatten().argsort(descending=True).tolist()
+    return [(layers[i // effect.shape[1]], i % effect.shape[1]) for i in order if effect.flatten()[i] > 0]

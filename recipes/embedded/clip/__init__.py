@@ -1,0 +1,1 @@
+"""mini, mini-declip: trained and shipped."""

@@ -1,0 +1,1 @@
+"""The heads of mini: trained, and what their dictionaries can reach."""

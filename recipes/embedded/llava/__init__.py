@@ -1,0 +1,1 @@
+"""mini-llava: training, evaluation, shipping."""

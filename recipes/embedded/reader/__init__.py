@@ -1,0 +1,1 @@
+"""mini-reader: training, evaluation, report."""

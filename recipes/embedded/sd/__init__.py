@@ -1,0 +1,1 @@
+"""mini-sd: training, evaluation, shipping."""

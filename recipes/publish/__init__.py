@@ -1,0 +1,1 @@
+"""Writers of README and docs: ``cd recipes && python -m publish.readme --help``."""

@@ -1,0 +1,168 @@
+"""Writes a run of recipes/adversarial.py into docs/adversarial.md, between its two markers, and its figures beside it.
+
+    python recipes/publish/adversarial.py runs/adversarial
+
+Prints the sentence of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmhooks.analysis.measures.mds import GROUPS
+from mmhooks.report import Table, fixed, percent
+from mmhooks.report.tables import Cell
+from mmhooks.studies.adversarial.defence import DEFENCES
+from mmhooks.studies.adversarial.paper import claims
+from mmhooks.studies.adversarial.tables import PAPER, ROWS, calibration_table, cell, p_value, says
+from mmhooks.studies.common.write import VERDICTS
+from publish.marked_block import fill
+
+ROOT = Path(__file__).parents[2]
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """What came out: how it was made, success, comparisons, triggers and words, cost, the paper's statements."""
+    head, env, victims = results["head"], results["environment"], list(results["victims"].values())
+    groups = ", ".join(f"{g} {n}" for g, n in head["groups"].items())
+    o = results["settings"]
+    lines = [
+        f"`{command(results)}`: {results['samples']['n']} samples of seed {o['seed']}, {o['steps']} steps at {o['lr']}, "
+        f"{head['matched']} features a sample, {o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} "
+        f"alive. {env['seconds']:.0f} s with {env['threads']} thread(s)."
+    ]
+    if "tried" in results["calibration"]:
+        lines.append(calibration_table(results).markdown())
+    lines.append(success(results).markdown())
+    lines.append(compared(results).markdown())
+    lines += [by_trigger(v) for v in victims]
+    lines.append(costs(results).markdown())
+    lines.append("Against the paper (a verdict needs q < .05):")
+    lines.append("\n".join(f"- **{VERDICTS[v]}**: {claim}. {told}" for v, claim, told in claims(results)))
+    return "\n\n".join(lines)
+
+
+def command(results: Mapping[str, Any]) -> str:
+    """As it was called, but for the folder."""
+    return re.sub(r" --out[ =]\S+", "", results["settings"]["command"])
+
+
+def success(results: Mapping[str, Any]) -> Table:
+    victims, head = list(results["victims"].values()), results["head"]
+    hard = any(v["strong"] for v in victims)
+    rows: list[list[str | Cell]] = []
+    for c in ROWS:
+        line: list[str | Cell] = [says(c)]
+        for v in victims:
+            line.append(cell(v["rates"][c]["all triggers"]))
+            line += [cell(v["strong"][c]) if c in v["strong"] else ""] if hard else []
+        rows.append([*line, percent(PAPER.get(c), 0)])
+    columns = ["Aligned on"]
+    for v in victims:
+        columns += [f"{v['victim']}, {head['matched']} features"]
+        columns += [f"{v['victim']}, {head['strong']} features"] if hard else []
+    return Table([*columns, "paper"], rows, "Attack success, %")
+
+
+def compared(results: Mapping[str, Any]) -> Table:
+    victims = list(results["victims"].values())
+    rows: list[list[str | Cell]] = []
+    for i, first in enumerate(victims[0]["comparisons"]):
+        line: list[str | Cell] = [f"{first['one']} − {first['other']}"]
+        for v in victims:
+            r = v["comparisons"][i]
+            line += [cell(r["difference"], plus=True), p_value(r["q"])]
+        rows.append([*line, percent(PAPER[first["one"]] - PAPER[first["other"]], 0, plus=True)])
+    columns = [part for v in victims for part in (f"{v['victim']}, points", "q")]
+    return Table(
+        ["", *columns, "paper"],
+        rows,
+        "Groups against random features and against each other, same samples, all draws",
+    )
+
+
+def by_trigger(victim: Mapping[str, Any]) -> str:
+    """One paragraph: success of the unaligned attack by trigger, and what the word does beyond covering."""
+    rates = {t: r for t, r in victim["rates"]["unaligned"].items() if t != "all triggers"}
+    text = (
+        f"{victim['victim']}, unaligned, by trigger: "
+        + ", ".join(f"{t} {told(r)}" for t, r in rates.items())
+        + "."
+    )
+    for trigger, r in victim["typographic"].items():
+        noise, blank = (percent(r[c]["value"]) for c in ("noise", "blank"))
+        text += (
+            f" B(word) − B(nonsense) for {trigger}: {told(r['unaligned']['difference'], plus=True)} points "
+            f"(noise patch {noise}, blank plate {blank}); aligned on as many random features "
+            f"{told(r['random']['difference'], plus=True)}."
+        )
+    return text
+
+
+def costs(results: Mapping[str, Any]) -> Table:
+    cost = results["cost"]
+    rows: list[list[str | Cell]] = []
+    for c in ("before", *DEFENCES, "partner", "another picture"):
+        line: list[str | Cell] = [says(c)]
+        for found in cost["victims"].values():
+            r = found[c]
+            line += [cell(r["named"]), cell(r["kept"]), alike(r["similarity"])]
+        rows.append([*line, fixed(cost["psnr"].get(c), 1)])
+    columns = [
+        f"{v}: {what}" for v in cost["victims"] for what in ("own name, %", "same answer, %", "similarity")
+    ]
+    return Table(
+        ["Moved on", *columns, "PSNR, dB"], rows,
+        f"Cost on {cost['n']} benign pictures, moved towards their friendly partner",
+    )  # fmt: skip
+
+
+def alike(r: Mapping[str, Any]) -> Cell:
+    return Cell(fixed(r["value"], 2), f"[{fixed(r['low'], 2)}, {fixed(r['high'], 2)}]")
+
+
+def told(r: Mapping[str, Any], *, plus: bool = False) -> str:
+    return cell(r, plus=plus).markdown()
+
+
+def sentence(results: Mapping[str, Any]) -> str:
+    """For docs/results.md."""
+    head, o = results["head"], results["settings"]
+    parts = []
+    for v in results["victims"].values():
+        rates = {c: r["all triggers"] for c, r in v["rates"].items()}
+        groups = ", ".join(f"{g} {told(rates[g])}" for g in GROUPS)
+        best = min((r for r in v["comparisons"] if r["other"] == "random"), key=lambda r: r["p"])
+        parts.append(
+            f"{v['victim']}: benign {told(rates['benign'])}, unaligned {told(rates['unaligned'])}, aligned on {groups}, "
+            f"random features {told(rates['random'])} (clearest: {best['one']} − random "
+            f"{told(best['difference'], plus=True)} points, q {p_value(best['q'])})"
+        )
+    return (
+        f"Attacks (`{command(results)}`, n = {results['samples']['n']}, {head['matched']} features a sample, {o['repeats']} "
+        f"draws; attack success in %, paper: benign 10, unaligned 80, 50 / 25 / 30, random 65). {'; '.join(parts)}."
+    )
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder that recipes/adversarial.py wrote.")],
+    page: Annotated[Path, typer.Option(help="Where the two markers are.")] = ROOT / "docs" / "adversarial.md",
+) -> None:
+    """Fills the page's results from a run; a second call with the same run changes nothing."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    if not fill(page, block(results)):
+        raise typer.BadParameter(f"{page} must hold one <!-- results:begin --> … <!-- results:end -->")
+    for name in ("curves", "strips"):
+        shutil.copyfile(run / f"{name}.png", page.parent / "figures" / f"adversarial-{name}.png")
+    typer.echo(sentence(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

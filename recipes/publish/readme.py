@@ -1,0 +1,91 @@
+"""Writes the results of a modality run into docs/results.md, between its two markers, and its image into docs/img.
+
+python recipes/publish/readme.py runs/modality
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmhooks.report import Cell, Table, percent
+from mmhooks.studies.common.cards import minutes
+from mmhooks.studies.common.claims import Claim
+from mmhooks.studies.modality.tables import control_table, mask_table, table1, table2
+from publish.marked_block import fill
+
+ROOT = Path(__file__).parents[2]
+
+
+def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
+    """The page's section: retrieval with chance, the tables, and each statement that differs from the paper."""
+    data, env = results["data"], results["environment"]
+    base = results["models"]["CLIP"]["masking"]
+    found = [Claim(**c) for c in results["claims"]]
+    same = sum(c.verdict == "same" for c in found)
+    differs = [c for c in found if c.verdict == "differs"]
+    lines = [
+        f"{data['n']:,} pairs of {data['name']}, {data['heldout']:,} of them held out from every training. "
+        f"This run took {minutes(env['seconds'])} and {env['peak_memory_gb']:.1f} GB at most ({env['threads']} threads)."
+    ]
+    retrieval = _retrieval(cards)
+    if retrieval is not None:
+        lines.append(retrieval.markdown())
+    ranks = ", ".join(
+        f"R@{k} {percent(base['base'][f'R@{k}']['value'])} % (chance {percent(base['chance'][f'R@{k}'], 2)} %)"
+        for k in (1, 5, 10)
+    )
+    lines.append(
+        f"In this study, image→text over {base['n']:,} held-out pairs of both kinds together: {ranks}."
+    )
+    lines += [made(results).markdown() for made in (table1, table2, control_table, mask_table)]
+    lines.append(
+        f"Of {len(found)} statements of the paper that these models can speak to, {same} hold here, {len(differs)} "
+        f"differ in direction, {len(found) - same - len(differs)} stay undecided:"
+    )
+    lines.append("\n".join(f"- {c.sentence()}" for c in differs) or "- none differs")
+    return "\n\n".join(lines)
+
+
+def _retrieval(cards: dict[str, Any]) -> Table | None:
+    """Held-out retrieval of the embedded models, as their cards have it, with chance beside it."""
+    rows: list[list[str | Cell]] = []
+    for model, card in cards.items():
+        for row in card.get("retrieval", {}).values():
+            recalls = [_cell(row["image_to_text"][f"R@{k}"]) for k in (1, 5, 10)]
+            rows.append([model, row["what"], f"{row['n']:,}", *recalls, percent(row["chance"]["R@10"], 2)])
+    if not rows:
+        return None
+    columns = ["Model", "Held out", "n", "R@1 %", "R@5 %", "R@10 %", "chance of R@10 %"]
+    caption = "The embedded models: image→text retrieval on what they never saw (95 % Wilson intervals)"
+    return Table(columns, rows, caption, text_columns=(0, 1))
+
+
+def _cell(rate: dict[str, float]) -> Cell:
+    return Cell(percent(rate["value"]), f"[{percent(rate['low'])}, {percent(rate['high'])}]")
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder that recipes/modality.py wrote.")],
+    page: Annotated[Path, typer.Option(help="Where the two markers are.")] = ROOT / "docs" / "results.md",
+) -> None:
+    """Fills the page's results from a run; a second call with the same run changes nothing."""
+    results = json.loads((run / "results.json").read_text())
+    cards = {
+        p.parent.name: json.loads(p.read_text())
+        for p in sorted((ROOT / "mmhooks/assets").glob("*/card.json"))
+    }
+    if not fill(page, block(results, cards)):
+        raise SystemExit(f"{page} must hold one pair of results markers")
+    image = page.parent / "img"
+    image.mkdir(parents=True, exist_ok=True)
+    for name in ("summary", "fig1_mds"):
+        shutil.copy(run / f"{name}.png", image / f"{name}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

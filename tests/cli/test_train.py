@@ -1,0 +1,85 @@
+"""``mmhooks train`` and ``mmhooks sweep`` on a store, from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from heads.conftest import paired_clouds
+from heads.stores import write_store
+from typer.testing import CliRunner
+
+from mmhooks.cli import app
+from mmhooks.heads import load_head_dir
+from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads.sae.modality_centres import by_modality
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    image, text = paired_clouds(600)
+    folder = tmp_path_factory.mktemp("stores") / "acts"
+    write_store(folder, image_embed=image, text_embed=text)
+    return str(folder)
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def test_train_writes_a_head_its_history_and_a_figure(store, tmp_path) -> None:
+    out = tmp_path / "sae"
+    words = ("train", store, "--features", 48, "--k", 4, "--epochs", 3, "--batch-size", 90, "--out", out)
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    head = load_head_dir(out)
+    held_out = [x[9::10] for x in paired_clouds(600)]
+    said = json.loads((out / "training.json").read_text())
+    assert said["held_out"]["image"]["fvu"] == pytest.approx(fidelity(head, held_out[0]).fvu, rel=1e-5)
+    assert [row["epoch"] for row in said["history"]] == [1, 2, 3] and "valid_fvu_text" in said["history"][0]
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert head.id in done.output and head.info["sites"] == ["image.embed", "text.embed"]
+    again = run(*words)  # a finished run: the same head, nothing trained
+    assert again.exit_code == 0 and head.id in again.output
+    other = run(*words, "--seed", 1)
+    assert other.exit_code == 1 and "belongs to another training" in other.output
+
+
+def test_train_knows_every_kind_and_option(store, tmp_path) -> None:
+    short = ("--features", 32, "--k", 4, "--epochs", 1, "--batch-size", 90)
+    for kind in ("batchtopk", "matryoshka", "jumprelu", "relu", "ncl"):
+        done = run("train", store, *short, "--kind", kind, "--out", tmp_path / kind)
+        assert done.exit_code == 0, done.output
+        assert load_head_dir(tmp_path / kind).kind == kind
+    options = ("--centre", "modality", "--schedule", "cosine", "--precision", "bf16", "--b-pre", "mean")
+    done = run("train", store, *short, *options, "--valid", store, "--patience", 1, "--out", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    assert set(by_modality(load_head_dir(tmp_path / "all"))) == {"image", "text"}
+
+
+def test_what_goes_wrong_is_one_sentence(store, tmp_path) -> None:
+    done = run("train", store, "--sites", "image.nowhere", "--out", tmp_path / "x")
+    assert done.exit_code == 1 and done.output.startswith("mmhooks: ") and "image.nowhere" in done.output
+    assert run("sweep", store, "--k", "4,many", "--out", tmp_path / "y").exit_code == 2
+
+
+def test_sweep_from_the_command_line(store, tmp_path) -> None:
+    out = tmp_path / "sweep"
+    done = run("sweep", store, "--k", "2,4", "--n", "24", "--epochs", 1, "--batch-size", 90, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in out.iterdir()} >= {"sweep.json", "sweep.md", "pareto.png", "heads", "runs"}
+    assert len(json.loads((out / "sweep.json").read_text())["rows"]) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_has_an_example(command) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0 and f"Example: mmhooks {command} runs/acts" in " ".join(done.output.split())
+
+
+def test_one_site_trains_on_one_modality(store, tmp_path) -> None:
+    done = run("train", store, "--sites", "image.embed", "--features", 32, "--k", 4, "--epochs", 1,
+               "--batch-size", 90, "--out", tmp_path / "one")  # fmt: skip
+    assert done.exit_code == 0 and "held out, text" not in done.output
+    assert torch.isfinite(load_head_dir(tmp_path / "one").W_dec).all()
