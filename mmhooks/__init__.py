@@ -6,12 +6,10 @@ Public names are imported where they are first used, so that ``import mmhooks`` 
 
 import lazy_loader
 
-from mmhooks import errors
-
 __version__ = "0.1.0"
 
 __getattr__, __lazy_dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ = sorted({*__all__, "__version__", "errors"})
+__all__ = sorted({*__all__, "__version__"})
 
 
 def __dir__() -> list[str]:

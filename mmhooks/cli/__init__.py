@@ -15,7 +15,7 @@ from mmhooks.cli.train import train
 
 app = typer.Typer(
     name="mmhooks",
-    help="Hooked-model interpretability for multimodal models. Studies: mmhooks study --help, or python recipes/modality.py --help",
+    help="Hooked-model interpretability for multimodal models. Studies: mmhooks study --help, or recipes/modality.py",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,1 +1,1 @@
-"""How the embedded models were trained: ``cd recipes && python -m embedded.clip.train --help``."""
+"""How the embedded models were trained: ``PYTHONPATH=recipes python -m embedded.clip.train --help``."""

@@ -6,7 +6,7 @@ licence. Pictures are rasterised once to RGBA and kept, with their names and key
     npm install @iconify-json/{openmoji,noto,noto-v1,twemoji,emojione,emojione-v1,fluent-emoji,fluent-emoji-flat} \\
                 @iconify-json/{fxemoji,streamline-emojis,game-icons,flat-color-icons} emojibase-data
     apt-get install openclipart-svg        # Debian; optional
-    python recipes/embedded/corpus.py --node-modules node_modules --out runs/corpus
+    PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def main(
     ),
     workers: int = 2,
 ) -> None:
-    """Build the training corpus: python recipes/embedded/corpus.py --node-modules node_modules"""
+    """Build the training corpus: PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules"""
     from collections import Counter
 
     corpus = build(out, node_modules, openclipart, workers)

@@ -1,6 +1,6 @@
 """Writes the general text pool that ships: short descriptions of what a picture can show, composed from word lists.
 
-    python recipes/embedded/text_pool.py --out mmhooks/assets/texts/general.txt
+    PYTHONPATH=recipes python -m embedded.text_pool --out mmhooks/assets/texts/general.txt
 
 Every line is a noun phrase or a short sentence about one property; a line ``# kind`` stands above each kind.
 """
@@ -227,7 +227,7 @@ def main(
 ) -> None:
     """Composes the pool and writes it.
 
-    Example: python recipes/embedded/text_pool.py --out general.txt
+    Example: PYTHONPATH=recipes python -m embedded.text_pool --out general.txt
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(compose(), encoding="utf-8")

@@ -3,7 +3,7 @@
 A merge is kept if applying the whole table to any word of the corpus performs it, so every such word is
 still cut into the same pieces.
 
-    python recipes/embedded/vocabulary.py --corpus runs/corpus
+    PYTHONPATH=recipes python -m embedded.vocabulary --corpus runs/corpus
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def used_merges(texts: list[str]) -> list[str]:
 
 
 def main(corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"), target: Path = TARGET) -> None:
-    """Write the merges that the corpus uses: python recipes/embedded/vocabulary.py --corpus runs/corpus"""
+    """Write the merges that the corpus uses: PYTHONPATH=recipes python -m embedded.vocabulary --corpus runs/corpus"""
     rows = json.loads((corpus / "rows.json").read_text())
     texts = [t for row in rows for t in (row["name"], *row["keywords"])]
     texts.append("a drawing picture icon cartoon emoji of an the with photo and man woman person")

@@ -1,1 +1,1 @@
-"""Writers of README and docs: ``cd recipes && python -m publish.readme --help``."""
+"""Writers of README and docs: ``PYTHONPATH=recipes python -m publish.readme --help``."""

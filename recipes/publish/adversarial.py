@@ -1,6 +1,6 @@
 """Writes a run of recipes/adversarial.py into docs/adversarial.md, between its two markers, and its figures beside it.
 
-    python recipes/publish/adversarial.py runs/adversarial
+    PYTHONPATH=recipes python -m publish.adversarial runs/adversarial
 
 Prints the sentence of docs/results.md.
 """

@@ -1,6 +1,6 @@
 """Writes the results of a modality run into docs/results.md, between its two markers, and its image into docs/img.
 
-python recipes/publish/readme.py runs/modality
+PYTHONPATH=recipes python -m publish.readme runs/modality
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from mmhooks.studies.gender.samples import CLASSIFIER
 Data = Annotated[
     str,
     typer.Option(
-        help="mini, a folder/ with metadata.csv, cc3m, a data set's name, a corpus/ of mini_corpus.py."
+        help="mini, a folder/ with metadata.csv, cc3m, a data set's name, a corpus/ of embedded.corpus."
     ),
 ]
 Labels = Annotated[

@@ -1,6 +1,6 @@
 """Turn a finished training run into what the package ships: fp16 weights, a card, a learning curve.
 
-    python recipes/embedded/clip/ship.py --corpus runs/corpus --run runs/mini --name mini
+    PYTHONPATH=recipes python -m embedded.clip.ship --corpus runs/corpus --run runs/mini --name mini
 
 The card's retrieval is measured on the rounded weights, the ones that users get.
 """
@@ -128,7 +128,7 @@ def draw_curve(chain: Sequence[Stage], path: Path, title: str) -> None:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="folder of a finished train_mini.py run")],
+    run: Annotated[Path, typer.Option(help="folder of a finished run of embedded.clip.train")],
     name: Annotated[str, typer.Option(help="mini, mini-declip or mini-reader")] = "mini",
     report: Annotated[Path | None, typer.Option(help="report.json of reader_report.py")] = None,
     control: Annotated[
@@ -137,7 +137,7 @@ def main(
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
-    """Ship a run: python recipes/embedded/clip/ship.py --corpus runs/corpus --run runs/mini --name mini"""
+    """Ship a run: PYTHONPATH=recipes python -m embedded.clip.ship --corpus runs/corpus --run runs/mini --name mini"""
     chain = stages(run)
     plan = chain[-1].plan
     reads = "words" in plan
@@ -158,7 +158,7 @@ def main(
         ],
         "text_teacher": "all-MiniLM-L6-v2 (Apache-2.0): start of the word table"
         + (", neighbourhoods of captions in the loss" if plan["relational"] else ""),
-        "recipe": {"script": f"recipes/train_mini{'_reader' if reads else ''}.py", "plan": plan, "steps_done": step,
+        "recipe": {"script": f"recipes/embedded/{'reader' if reads else 'clip'}/train.py", "plan": plan, "steps_done": step,
                    "pairs_seen": step * plan["batch"], "torch": version("torch"),
                    "open_clip_torch": version("open_clip_torch")},
         "retrieval": retrieval(model, drawings),

@@ -1,8 +1,8 @@
 """Train the embedded CLIPs, `mini` and `mini-declip`, on free drawings: resumable, seeded, on CPU cores.
 
-    python recipes/embedded/corpus.py --node-modules node_modules --out runs/corpus
-    python recipes/embedded/clip/train.py --corpus runs/corpus --out runs/mini
-    python recipes/embedded/clip/train.py --corpus runs/corpus --out runs/mini-declip --declip
+    PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
+    PYTHONPATH=recipes python -m embedded.clip.train --corpus runs/corpus --out runs/mini
+    PYTHONPATH=recipes python -m embedded.clip.train --corpus runs/corpus --out runs/mini-declip --declip
 
 Every step draws its own random numbers from (seed, step), so a run killed at any moment and started again
 ends with the same weights. `curve.jsonl` keeps the loss and the held-out retrieval as they rise.
@@ -305,7 +305,7 @@ def fit(trainer: Trainer, every: int, save_every: int | None = None) -> None:
 
 
 def main(
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option(help="checkpoints and curve")] = Path("runs/mini"),
     declip: Annotated[bool, typer.Option(help="add DeCLIP's image-image and text-text tasks")] = False,
     steps: int = Plan.steps,
@@ -319,7 +319,7 @@ def main(
     threads: int = 1,
     every: Annotated[int, typer.Option(help="steps between evaluations and checkpoints")] = 100,
 ) -> None:
-    """Train mini (or, with --declip, mini-declip): python recipes/embedded/clip/train.py --corpus runs/corpus"""
+    """Train mini (or, with --declip, mini-declip): PYTHONPATH=recipes python -m embedded.clip.train --corpus runs/corpus"""
     torch.set_num_threads(threads)
     small_attention()
     plan = Plan(steps=steps, batch=batch, lr=lr, relational=relational, word_init=word_init, word_lr=word_lr,

@@ -1,6 +1,6 @@
 """What limits the SAE of an embedded model: FVU on held-out pairs, against the best that its dictionary allows.
 
-    python recipes/embedded/heads/fvu_floor.py --corpus runs/corpus --out runs/sae_floor
+    PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --out runs/sae_floor
 
 Trains the shipped plan with one thing changed at a time (texts, weight of the images, K, n, rate, epochs, seed).
 Beside each head's FVU stands that of a pursuit: for every text by itself, the K features of the same dictionary
@@ -137,7 +137,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Records:
 
 
 def main(
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
     out: Annotated[Path, typer.Option(help="one JSON a row, results.json, floor.md")] = Path(
         "runs/sae_floor"
@@ -145,7 +145,7 @@ def main(
     only: Annotated[str, typer.Option(help="rows with this in their name")] = "",
     seed: int = 0,
 ) -> None:
-    """Sweep around the shipped SAE: python recipes/embedded/heads/fvu_floor.py --corpus runs/corpus --only "K =" """
+    """Sweep around the shipped SAE: PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --only "K =" """
     data = vectors(name, corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
     train_text = data.pairs(*plan_of("sae")["texts"])[1]

@@ -1,6 +1,6 @@
 """Train the sparse heads that ship with an embedded model: the TopK SAE and the NCL head.
 
-    python recipes/embedded/heads/train.py --corpus runs/corpus --name mini
+    PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini
 
 One head for both modalities, on the embeddings of the training drawings and of texts about them; the numbers in
 each head's config.json are of the held-out pairs (unseen pictures and unseen concepts together).
@@ -174,7 +174,7 @@ def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> d
 
 
 def main(
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
     kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
     features: Annotated[int | None, typer.Option(help="other than 1,024")] = None,
@@ -183,7 +183,7 @@ def main(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
-    """Train and ship heads: python recipes/embedded/heads/train.py --corpus runs/corpus --name mini"""
+    """Train and ship heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini"""
     data = vectors(name, corpus, seed)
     for kind in kinds.split(","):
         asked = {"features": features, "epochs": epochs, "lr": lr}

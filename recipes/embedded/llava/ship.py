@@ -1,6 +1,6 @@
-"""Turn a finished run of train_mini_llava.py into what the package ships: fp16 weights, tokenizer, config, a card.
+"""Turn a finished run of embedded.llava.train into what the package ships: fp16 weights, tokenizer, config, a card.
 
-    python recipes/embedded/llava/ship.py --corpus runs/corpus --run runs/llava
+    PYTHONPATH=recipes python -m embedded.llava.ship --corpus runs/corpus --run runs/llava
 
 The tower is not shipped again: `load_llava("mini")` takes it from `mini-reader`. Exams are on the rounded weights.
 """
@@ -52,11 +52,11 @@ def draw_curve(rows: list[dict], path: Path) -> None:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="folder of a train_mini_llava.py run")] = Path("runs/llava"),
+    run: Annotated[Path, typer.Option(help="folder of a run of embedded.llava.train")] = Path("runs/llava"),
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
-    """Ship a run: python recipes/embedded/llava/ship.py --corpus runs/corpus --run runs/llava"""
+    """Ship a run: PYTHONPATH=recipes python -m embedded.llava.ship --corpus runs/corpus --run runs/llava"""
     plan = LlavaPlan(**json.loads((run / "plan.json").read_text()))
     trainer = LlavaTrainer(Corpus(corpus), plan, run)
     trainer.resume()

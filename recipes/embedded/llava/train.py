@@ -1,9 +1,9 @@
 """Train `mini-llava`: a Llama of 3.8 M parameters that sees through mini-reader's frozen tower. Resumable, seeded.
 
-    python recipes/embedded/corpus.py --node-modules node_modules --out runs/corpus
-    python recipes/embedded/llava/train.py --corpus runs/corpus --out runs/llava  # stopped at step 800
-    python recipes/embedded/llava/train.py --corpus runs/corpus --out runs/llava-2 --start llava --steps 320 --lr 1.2e-3 \\
-        --warmup 10 --ema 0.98 --seed 1 --every 80
+    PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
+    PYTHONPATH=recipes python -m embedded.llava.train --corpus runs/corpus --out runs/llava  # stopped at step 800
+    PYTHONPATH=recipes python -m embedded.llava.train --corpus runs/corpus --out runs/llava-2 --start llava --steps 320 \\
+        --lr 1.2e-3 --warmup 10 --ema 0.98 --seed 1 --every 80
 
 Loss on answers only. Pictures go through the frozen tower in every step, each time turned, coloured and written on
 anew: the tower is a fifth of a step's work, and no picture is seen twice. `curve.jsonl` keeps the loss and, on held-out
@@ -109,7 +109,7 @@ class LlavaTrainer(Trainer):
         plan = mini_llava.config(width=self.plan.width, layers=self.plan.layers, vocabulary=len(self.tokenizer),
                                  image_token=self.image_id)  # fmt: skip
         plan._attn_implementation = (
-            "eager"  # torch's fused attention is slow backward on CPUs (train_mini.py)
+            "eager"  # torch's fused attention is slow backward on CPUs (see embedded.clip.train)
         )
         return mini_llava.build(plan)
 
@@ -261,7 +261,7 @@ class LlavaTrainer(Trainer):
 
 
 def main(
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option(help="checkpoints, tokenizer and curve")] = Path("runs/llava"),
     steps: int = LlavaPlan.steps,
     lr: float = LlavaPlan.lr,
@@ -274,7 +274,7 @@ def main(
     threads: int = 1,
     every: Annotated[int, typer.Option(help="steps between evaluations and checkpoints")] = 200,
 ) -> None:
-    """Train mini-llava: python recipes/embedded/llava/train.py --corpus runs/corpus --out runs/llava"""
+    """Train mini-llava: PYTHONPATH=recipes python -m embedded.llava.train --corpus runs/corpus --out runs/llava"""
     torch.set_num_threads(threads)
     plan = LlavaPlan(
         steps=steps, lr=lr, width=width, layers=layers, seed=seed, start=start, warmup=warmup, ema=ema

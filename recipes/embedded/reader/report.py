@@ -136,14 +136,14 @@ def markdown(report: dict) -> str:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="folder of a train_mini_reader.py run")] = Path("runs/reader"),
+    run: Annotated[Path, typer.Option(help="folder of a run of embedded.reader.train")] = Path("runs/reader"),
     control: Annotated[Path | None, typer.Option(help="its --control run, if there is one")] = None,
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option()] = Path("runs/report"),
     n: Annotated[int, typer.Option(help="samples of the attack, and of each reading exam")] = 400,
     threads: int = 1,
 ) -> None:
-    """Measure a run: python recipes/embedded/reader/report.py --run runs/reader --control runs/reader-control"""
+    """Measure a run: PYTHONPATH=recipes python -m embedded.reader.report --run runs/reader --control runs/reader-control"""
     torch.set_num_threads(threads)
     drawings = Corpus(corpus)
     v = Vocabulary.of(drawings)

@@ -1,10 +1,10 @@
 """Train `mini-reader`: mini that also reads words in pictures. Resumable, seeded, on CPU cores.
 
-    python recipes/embedded/corpus.py --node-modules node_modules --out runs/corpus
-    python recipes/embedded/reader/train.py --corpus runs/corpus --out runs/reader
-    python recipes/embedded/reader/train.py --corpus runs/corpus --out runs/reader-2 --start reader --first 0 --ramp 1 \\
-        --lr 4e-4 --steps 220 --batch 144 --words-a-step 64 --seed 1
-    python recipes/embedded/reader/train.py --corpus runs/corpus --out runs/reader-control --control
+    PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
+    PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader
+    PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader-2 --start reader --first 0 \\
+        --ramp 1 --lr 4e-4 --steps 220 --batch 144 --words-a-step 64 --seed 1
+    PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader-control --control
 
 Starts from mini's weights and the stem of `reader_stem.py`. At first the picture
 side alone learns to read, against mini's texts. Then each step is one contrastive loss over drawings (half of their patches
@@ -281,7 +281,7 @@ class ReaderTrainer(Trainer):
 
 
 def main(
-    corpus: Annotated[Path, typer.Option(help="folder made by mini_corpus.py")] = Path("runs/corpus"),
+    corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option(help="checkpoints and curve")] = Path("runs/reader"),
     control: Annotated[bool, typer.Option(help="the same stem and plan without a single word")] = False,
     steps: int = ReaderPlan.steps,
@@ -301,7 +301,7 @@ def main(
     every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 50,
 ) -> None:
-    """Train mini-reader: python recipes/embedded/reader/train.py --corpus runs/corpus --out runs/reader"""
+    """Train mini-reader: PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader"""
     torch.set_num_threads(threads)
     small_attention()
     plan = ReaderPlan(steps=steps, batch=batch, words=words_a_step, overlays=overlays, spelling=spelling,

@@ -1,6 +1,6 @@
 """Does `mini-sd` draw what it is told? The nearest training drawing of each drawing made, in two spaces.
 
-    python recipes/embedded/sd/evaluate.py --run runs/mini-sd --every 8
+    PYTHONPATH=recipes python -m embedded.sd.evaluate --run runs/mini-sd --every 8
 
 Mini itself is no judge here, since the U-Net is told in its own words: the judges are EfficientNet-Lite0 (cosine)
 and the principal components of the training pictures' pixels (distance). A drawing passes where the nearest of all
@@ -162,13 +162,13 @@ def spread_rule(names: list[str], count: int = 64) -> list[int]:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="folder of train_mini_sd.py")] = Path("runs/mini-sd"),
+    run: Annotated[Path, typer.Option(help="folder of embedded.sd.train")] = Path("runs/mini-sd"),
     every: Annotated[int, typer.Option(help="every how many-th prompt")] = 8,
     seed: int = 0,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> None:
-    """Examine a checkpoint: python recipes/embedded/sd/evaluate.py --run runs/mini-sd --every 8"""
+    """Examine a checkpoint: PYTHONPATH=recipes python -m embedded.sd.evaluate --run runs/mini-sd --every 8"""
     step, weights = weights_of(run)
     pipe = pipeline_of(weights)
     names = [row["name"] for row in json.loads((run / "drawings.json").read_text())]

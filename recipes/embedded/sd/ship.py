@@ -1,6 +1,6 @@
-"""Turn a run of train_mini_sd.py into what the package ships: fp16 weights, a card, a grid and a learning curve.
+"""Turn a run of embedded.sd.train into what the package ships: fp16 weights, a card, a grid and a learning curve.
 
-    OMP_NUM_THREADS=2 python recipes/embedded/sd/ship.py --run runs/mini-sd
+    OMP_NUM_THREADS=2 PYTHONPATH=recipes python -m embedded.sd.ship --run runs/mini-sd
 
 Everything on the card is measured on the rounded weights, the ones that users get. The text tower is not written
 again: it is mini's.
@@ -54,13 +54,13 @@ def draw_curve(rows: list[dict], exams: list[dict], path: Path, batch: int) -> N
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="folder of a train_mini_sd.py run")] = Path("runs/mini-sd"),
+    run: Annotated[Path, typer.Option(help="folder of a run of embedded.sd.train")] = Path("runs/mini-sd"),
     out: Annotated[Path, typer.Option(help="where weights and card go")] = mini_sd.FOLDER,
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
     note: Annotated[str, typer.Option(help="what else the card should say of the run")] = "",
     seed: Annotated[int, typer.Option(help="of the noise that the exam draws from")] = 0,
 ) -> None:
-    """Ship a run: python recipes/embedded/sd/ship.py --run runs/mini-sd"""
+    """Ship a run: PYTHONPATH=recipes python -m embedded.sd.ship --run runs/mini-sd"""
     plan = json.loads((run / "plan.json").read_text())
     listed = json.loads((run / "drawings.json").read_text())
     names = [row["name"] for row in listed]

@@ -1,9 +1,9 @@
 """Train `mini-sd`, the Stable Diffusion pipeline that ships: 64 px drawings from their names. Resumable, on CPU cores.
 
-    python recipes/embedded/corpus.py --node-modules node_modules --out runs/corpus
-    python recipes/embedded/sd/train.py decoder --corpus runs/corpus --out runs/mini-sd
-    OMP_NUM_THREADS=1 python recipes/embedded/sd/train.py unet --corpus runs/corpus --out runs/mini-sd --steps 4200
-    python recipes/embedded/sd/evaluate.py --corpus runs/corpus --run runs/mini-sd
+    PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
+    PYTHONPATH=recipes python -m embedded.sd.train decoder --corpus runs/corpus --out runs/mini-sd
+    OMP_NUM_THREADS=1 PYTHONPATH=recipes python -m embedded.sd.train unet --corpus runs/corpus --out runs/mini-sd --steps 4200
+    PYTHONPATH=recipes python -m embedded.sd.evaluate --corpus runs/corpus --run runs/mini-sd
 
 The latents are fixed, so the autoencoder's decoder and the U-Net are trained independently of each other, in any
 order. Every step draws its random numbers from (seed, step): a run killed at any moment and started again ends with
@@ -287,7 +287,7 @@ def train_decoder(
     return psnr
 
 
-Folder = Annotated[Path, typer.Option(help="folder made by mini_corpus.py")]
+Folder = Annotated[Path, typer.Option(help="folder made by embedded.corpus")]
 Out = Annotated[Path, typer.Option(help="checkpoints and curve")]
 
 
@@ -299,7 +299,7 @@ def decoder(
     steps: int = 2500,
     seed: int = 0,
 ) -> None:
-    """The autoencoder's decoder: python recipes/embedded/sd/train.py decoder --corpus runs/corpus"""
+    """The autoencoder's decoder: PYTHONPATH=recipes python -m embedded.sd.train decoder --corpus runs/corpus"""
     psnr = train_decoder(Material.of(corpus, out, drawings), out, steps=steps, seed=seed)
     typer.echo(f"{psnr:.2f} dB over {drawings} drawings; {out / 'vae.safetensors'}")
 
@@ -315,7 +315,7 @@ def unet(
     seed: int = Plan.seed,
     save_every: int = 600,
 ) -> None:
-    """The U-Net: python recipes/embedded/sd/train.py unet --corpus runs/corpus --steps 4200"""
+    """The U-Net: PYTHONPATH=recipes python -m embedded.sd.train unet --corpus runs/corpus --steps 4200"""
     fast_on_cpu()
     plan = Plan(drawings=drawings, steps=steps, batch=batch, lr=lr, seed=seed)
     trainer = UNetTrainer(Material.of(corpus, out, drawings), plan, out)
