@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,8 +66,9 @@ class AttentionMaps:
             return
         if self._size is None:
             raise MMHooksError(f"{hook.name!r} ran before the U-Net's first convolution: its size is unknown")
-        mean = pattern[parts[self.half]].detach().float().mean(1).transpose(1, 2)
-        small = mean.unflatten(-1, layer_size(mean.shape[-1], self._size))
+        rows, _ = layer_size(pattern.shape[2], self._size)
+        pattern = pattern[parts[self.half]].detach().float()
+        small = reduce(pattern, "b head (h w) token -> b token h w", "mean", h=rows)
         heat = F.interpolate(small, self._size, mode="bilinear", align_corners=False)
         self.sum = heat if self.sum is None else self.sum.add_(heat)
         self.layers += 1

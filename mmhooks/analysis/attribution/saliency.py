@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -105,7 +106,7 @@ def as_grid(tokens: Float[Tensor, "b t"]) -> Float[Tensor, "b r s"]:
     [[[1.0, 2.0], [3.0, 4.0]]]
     """
     side = int(tokens.shape[1] ** 0.5)
-    return tokens[:, tokens.shape[1] - side * side :].reshape(-1, side, side).float()
+    return rearrange(tokens[:, tokens.shape[1] - side * side :], "b (r s) -> b r s", r=side).float()
 
 
 def check(model: Model, pixels: Vectors, directions: Vectors) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
@@ -276,7 +277,7 @@ def _ordered(
 def strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
     """The m strongest of the samples of several states; equal activations: the smaller number first."""
     m = states.shape[2]
-    together = states.transpose(0, 1).flatten(1, 2)
+    together = rearrange(states, "parts n m c -> n (parts m) c")
     order = together[:, :, 1].argsort(dim=1, stable=True)
     value = together[:, :, 0].gather(1, order)
     order = order.gather(1, value.argsort(dim=1, descending=True, stable=True))[:, :m]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ class Readout:
         weight, bias = (
             attention_weights(attn).out if is_multihead(attn) else linear_weights(_projection(attn))
         )
-        w_o = weight.T.unflatten(0, (attn.num_heads, -1))
+        w_o = rearrange(weight, "d (head e) -> head e d", head=attn.num_heads)
         b_o = w_o.new_zeros(w_o.shape[-1]) if bias is None else bias
         scale = _layer_scale(block)
         return (w_o, b_o) if scale is None else (w_o * scale, b_o * scale)
@@ -234,13 +235,13 @@ def _latent_pooling(pool: Any, norm: nn.Module, stream: Tensor, skip: int) -> Fr
     if pool.pos_embed is not None:
         raise NoExactSum("attention pooling with position embeddings of its own is not known as a sum here")
     heads = pool.num_heads
-    q = pool.q(pool.latent).detach().float().unflatten(-1, (heads, -1))[0]
+    q = rearrange(pool.q(pool.latent).detach().float(), "1 query (head e) -> query head e", head=heads)
     kv, kv_bias = linear_weights(pool.kv)
     w_k, w_v = kv.chunk(2)
     b_k, b_v = (None, None) if kv_bias is None else kv_bias.chunk(2)
-    k = F.linear(x, w_k, b_k).unflatten(-1, (heads, -1))
+    k = rearrange(F.linear(x, w_k, b_k), "b token (head e) -> b token head e", head=heads)
     q, k = pool.q_norm(q), pool.k_norm(k)
-    pattern = torch.einsum("qpk,btpk->bpqt", q * pool.scale, k).softmax(-1)
+    pattern = einsum(q * pool.scale, k, "query head e, b token head e -> b head query token").softmax(-1)
     pattern = pattern[:, :, 0] if pool.pool == "token" else pattern.mean(2)
     pattern = F.pad(pattern, (skip, 0))
     return _through_values(norm, stream, pattern, w_v, b_v, *linear_weights(pool.proj))
@@ -254,9 +255,9 @@ def _query_pooling(pool: Any, stream: Tensor) -> Frozen:
     (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _float(
         multihead_weights(attn, query[None], keys[:1, :1])
     )
-    q = F.linear(query.float(), w_q, b_q).unflatten(-1, (heads, -1))[0]
-    k = F.linear(x, w_k, b_k).unflatten(-1, (heads, -1))
-    pattern = torch.einsum("pk,btpk->bpt", q / q.shape[-1] ** 0.5, k).softmax(-1)
+    q = rearrange(F.linear(query.float(), w_q, b_q), "1 (head e) -> head e", head=heads)
+    k = rearrange(F.linear(x, w_k, b_k), "b token (head e) -> b token head e", head=heads)
+    pattern = einsum(q / q.shape[-1] ** 0.5, k, "head e, b token head e -> b head token").softmax(-1)
     return _through_values(pool.ln_k, stream, pattern, w_v, b_v, w_o, b_o)
 
 
@@ -271,7 +272,8 @@ def _through_values(
 ) -> Frozen:
     """Attention with a given pattern: each head reads by its part of ``w_v`` and writes by its part of ``w_o``."""
     p = pattern.shape[1]
-    maps = torch.einsum("pkd,fpk->pdf", w_v.unflatten(0, (p, -1)), w_o.unflatten(-1, (p, -1)))
+    value = rearrange(w_v, "(head e) d -> head e d", head=p)
+    maps = einsum(value, rearrange(w_o, "f (head e) -> f head e", head=p), "head e d, f head e -> head d f")
     bias = torch.zeros(len(w_o), device=w_o.device) if b_o is None else b_o
     if b_v is not None:
         bias = bias + w_o @ b_v

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mmhooks.hooks.parameter_product import ParameterProduct
@@ -75,11 +76,11 @@ def _vit(sites: SiteMap, visual: Any) -> None:
 
 
 def _as_tokens(raw: Tensor) -> Tensor:
-    return raw.flatten(2).transpose(1, 2)
+    return rearrange(raw, "b d h w -> b (h w) d")
 
 
 def _as_map(raw: Tensor, new: Tensor) -> Tensor:
-    return new.transpose(1, 2).reshape(raw.shape)
+    return rearrange(new, "b (h w) d -> b d h w", h=raw.shape[2])
 
 
 def _resnet(sites: SiteMap, visual: Any) -> None:

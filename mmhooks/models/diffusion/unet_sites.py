@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,11 +81,9 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
         """``[b*h l e]``, as the classic processor has it, shown and put back."""
         if leaf not in want:
             return folded
-        shown = folded.unflatten(0, (-1, heads))
-        if leaf == "pattern":
-            return _same(emit(leaf, shown), shown, folded, lambda t: t.flatten(0, 1))
-        shown = shown.transpose(1, 2)
-        return _same(emit(leaf, shown), shown, folded, lambda t: t.transpose(1, 2).flatten(0, 1))
+        layout = "b head l e" if leaf == "pattern" else "b l head e"
+        shown = rearrange(folded, f"(b head) l e -> {layout}", head=heads)
+        return _same(emit(leaf, shown), shown, folded, lambda t: rearrange(t, f"{layout} -> (b head) l e"))
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
