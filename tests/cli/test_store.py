@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from data.tiny import folder_of_pairs
 from typer.testing import CliRunner
 
 import mmhooks as mm
 from mmhooks.cli import app
-
-sys.path.insert(0, str(Path(__file__).parent))
-from data.tiny import folder_of_pairs
 
 
 def run(*arguments):

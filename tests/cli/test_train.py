@@ -11,8 +11,7 @@ from heads.stores import write_store
 from typer.testing import CliRunner
 
 from mmhooks.cli import app
-from mmhooks.heads import load_head_dir
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import fidelity, load_head_dir
 from mmhooks.heads.sae.modality_centres import by_modality
 
 

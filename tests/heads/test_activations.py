@@ -14,10 +14,10 @@ from mmhooks.heads import (
     MatryoshkaSAE,
     ReLUSAE,
     TopKSAE,
+    fidelity,
     load_head_dir,
     train_head,
 )
-from mmhooks.heads import reconstruction as fidelity
 from mmhooks.heads.sae.jumprelu import count_above, jump_relu
 from mmhooks.heads.sae.modality_centres import by_modality
 from mmhooks.heads.training.sae_objective import SAEObjective

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite
-from mmhooks.heads import NCL, TopKSAE
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import NCL, TopKSAE, fidelity
 
 
 def test_equals_the_definitions_whatever_the_batch(pairs) -> None:

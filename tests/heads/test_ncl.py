@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import NCL, load_head_dir, train_head
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import NCL, fidelity, load_head_dir, train_head
 from mmhooks.heads.linalg import effective_rank
 from mmhooks.heads.training.ncl_objective import NCLObjective, info_nce, rep_relu
 

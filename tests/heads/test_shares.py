@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import TopKSAE, train_head
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import TopKSAE, fidelity, train_head
 from mmhooks.heads.training.sae_objective import SAEObjective
 
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.heads import TopKSAE, train_head
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import TopKSAE, fidelity, train_head
 from mmhooks.heads.linalg import geometric_median, project_out_, total_variance, unit_rows
 from mmhooks.heads.training.sae_objective import SAEObjective
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
-from mmhooks.heads import NCL, TopKSAE, train_head
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import NCL, TopKSAE, fidelity, train_head
 from mmhooks.heads.linalg import mean_row
 from mmhooks.heads.sae import topk_kernels as sparse
 from mmhooks.heads.sae.modality_centres import by_modality

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.tiny import bytes_of, encoded, folder_of_pairs, preprocess, text, tiny_clip
 
 import mmhooks as mm
 from mmhooks.data.store import shard as shard_file
@@ -25,9 +26,7 @@ from mmhooks.data.store.writer import ShardWriter
 from mmhooks.errors import DataError, MMHooksError, NotFinite, ShapeMismatch, StoreError, UnknownSite
 from mmhooks.heads import NCL, TopKSAE
 
-sys.path.insert(0, str(Path(__file__).parent))
-from data.tiny import bytes_of, encoded, folder_of_pairs, preprocess, text, tiny_clip
-
+DATA = Path(__file__).parents[1] / "data"
 OPTIONS = {"batch_size": 4, "shard_rows": 8, "workers": 0, "progress": False}
 N = 41
 
@@ -473,14 +472,14 @@ def test_what_the_writer_raises_reaches_the_caller_and_items_are_dropped():
 
 
 def environment():
-    here = str(Path(__file__).parent)
+    here = str(DATA)
     root = str(Path(mm.__file__).parent.parent)
     return os.environ | {"PYTHONPATH": os.pathsep.join([root, here]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
 def test_killed_at_thirty_random_moments(tmp_path):
-    script = Path(__file__).parent / "kill_extractions.py"
+    script = DATA / "kill_extractions.py"
     command = [sys.executable, str(script), str(tmp_path), "30", "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -492,7 +491,7 @@ def test_killed_at_thirty_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_store_of_one(model, pairs, place, table, tmp_path):
-    script = Path(__file__).parent / "two_processes.py"
+    script = DATA / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(place), str(table), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)

@@ -19,8 +19,7 @@ from embedded.heads import fvu_floor as sae_floor
 from embedded.heads import train as train_heads
 
 from mmhooks.data.splits import split_of
-from mmhooks.heads import TopKSAE
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import TopKSAE, fidelity
 
 
 def test_crossed_names_are_made_of_two_names_and_never_held_out() -> None:

@@ -33,20 +33,13 @@ class ActivationStore(Protocol):
     def __getitem__(self, site: str) -> Any: ...
 
 
-def is_table(given: Any) -> bool:
-    """Whether a measure was given numbers themselves; False: a store, to read them from.
-
-    Raises:
-        ShapeMismatch: neither.
-    """
-    if isinstance(given, (Tensor, SparseRows)):
-        return True
+def check_store(given: Any) -> None:
+    """Raises ShapeMismatch for what a measure was given in the place of numbers, unless it is a store."""
     if not isinstance(given, ActivationStore):
         raise ShapeMismatch(
             f"expected a tensor, sparse rows or a store, got a {type(given).__name__}; torch.as_tensor(...) makes a "
             "tensor of an array or a list, mm.Store(path) opens a store"
         )
-    return False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_numbers, chunks
 from mmhooks.analysis.inputs.sparse import Latents, check_latents, count
-from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, Side, is_table, latent_rows, share
+from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, Side, check_store, latent_rows, share
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import ShapeMismatch
@@ -139,7 +139,7 @@ def density(
     >>> density(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).values
     tensor([1., 0.], dtype=torch.float64)
     """
-    if is_table(latents):
+    if isinstance(latents, (Tensor, SparseRows)):
         if isinstance(latents, Tensor):
             check_numbers(latents, "latents")
         if not len(latents):
@@ -147,6 +147,7 @@ def density(
         metric = FeatureDensity(latents.shape[1], seed=seed)
         metric.update(latents)
         return metric.result()
+    check_store(latents)
     rows = latent_rows(latents, side, head, site)
     metric = FeatureDensity(rows.n_features, seed=seed)
     for _, begin, end in share(len(rows), BATCH, reads=[rows]):

@@ -14,7 +14,14 @@ from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_numbers, check_pair, check_shapes
 from mmhooks.analysis.inputs.sparse import Latents, check_latents, count, sums
-from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, data_id, is_table, latent_rows, share
+from mmhooks.analysis.inputs.store_rows import (
+    BATCH,
+    ActivationStore,
+    check_store,
+    data_id,
+    latent_rows,
+    share,
+)
 from mmhooks.analysis.results import Estimate, Records, Result, correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.sparse_rows import SparseRows
@@ -133,7 +140,8 @@ def mds(
     >>> mds(image, text).R
     tensor([0.8750,    nan], dtype=torch.float64)
     """
-    if not is_table(image_latents):
+    if not isinstance(image_latents, (Tensor, SparseRows)):
+        check_store(image_latents)
         return _of_store(image_latents, kind, head, data, min_fires, seed, image, text, progress)
     if text_latents is None:
         raise ShapeMismatch("image latents came without text latents: give both sides, or a store")

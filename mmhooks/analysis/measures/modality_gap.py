@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_pair, unit_rows
-from mmhooks.analysis.inputs.store_rows import ActivationStore, batch_size, is_table, share, vector_rows
+from mmhooks.analysis.inputs.store_rows import ActivationStore, batch_size, check_store, share, vector_rows
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import bootstrap, from_draws
 from mmhooks.analysis.statistics.jackknife import Grouped
@@ -133,7 +133,8 @@ def modality_gap(
     >>> round(modality_gap(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)).gap.value, 4)
     1.4142
     """
-    if not is_table(image_emb):
+    if not isinstance(image_emb, Tensor):
+        check_store(image_emb)
         return gap_of(_means_of_store(image_emb, image, text), len(image_emb))
     if text_emb is None:
         raise ShapeMismatch("image embeddings came without text embeddings: give both sides, or a store")

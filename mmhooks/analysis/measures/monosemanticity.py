@@ -17,7 +17,7 @@ from mmhooks.analysis.inputs.store_rows import (
     BATCH,
     ActivationStore,
     Side,
-    is_table,
+    check_store,
     latent_rows,
     share,
     vector_rows,
@@ -158,7 +158,8 @@ def monosemanticity(
     >>> monosemanticity(latents, x).values
     tensor([1., 0.], dtype=torch.float64)
     """
-    if not is_table(latents):
+    if not isinstance(latents, Tensor):
+        check_store(latents)
         rows = latent_rows(latents, side, head, site)
         vectors = vector_rows(latents, f"{side}.embed" if embeddings is None else embeddings)
         metric = MonoSemanticity(rows.n_features, vectors.width, seed=seed)

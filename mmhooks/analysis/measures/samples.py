@@ -19,7 +19,7 @@ from mmhooks.analysis.inputs.store_rows import (
     ActivationStore,
     Side,
     VectorRows,
-    is_table,
+    check_store,
     latent_rows,
     vector_rows,
 )
@@ -130,7 +130,8 @@ def compared_samples(
     side: Side,
     site: str | None,
 ) -> Samples:
-    if not is_table(latents):
+    if not isinstance(latents, Tensor):
+        check_store(latents)
         return stored_samples(
             latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
         )

@@ -19,7 +19,7 @@ from mmhooks.analysis.inputs.store_rows import (
     ActivationStore,
     LatentRows,
     Side,
-    is_table,
+    check_store,
     latent_rows,
     share,
 )
@@ -83,10 +83,11 @@ def top_activating(
     """
     if m < 1:
         raise ShapeMismatch(f"m must be at least 1, came {m}")
-    if not is_table(latents) or not isinstance(latents, Tensor):
+    if not isinstance(latents, Tensor):
         from mmhooks.analysis.measures.top_activating import TopSamples, top_of
 
         if not isinstance(latents, SparseRows):
+            check_store(latents)
             return top_of(latent_rows(latents, side, head, site), m, progress=progress)
         metric = TopSamples(latents.n_features, m=m)
         metric.update(latents)

@@ -10,8 +10,7 @@ import torch
 import mmhooks as mm
 from mmhooks.analysis.measures import sweep as module
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import load_head_dir
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import fidelity, load_head_dir
 from mmhooks.report.training import sweep_figure
 
 GRID = {"k": (2, 4), "n": (24, 48), "seeds": (0, 1), "epochs": 2, "batch_size": 60, "progress": False}

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.parametrize("study", STUDIES)
 
 @pytest.fixture
 def options(study: str) -> Any:
-    return importlib.import_module(study).Options
+    return importlib.import_module(f"mmhooks.studies.{study}.study").Options
 
 
 def received(study: str, options: Any, *words: str) -> Any:
@@ -48,7 +48,7 @@ def received(study: str, options: Any, *words: str) -> Any:
 
 
 def test_names_and_defaults_of_the_command_are_as_they_were(study: str) -> None:
-    command = typer.main.get_command(importlib.import_module(study).app)
+    command = typer.main.get_command(importlib.import_module(f"mmhooks.studies.{study}.study").app)
     found = {
         "/".join([*p.opts, *p.secondary_opts]): p for p in command.params if not getattr(p, "hidden", False)
     }
@@ -65,7 +65,7 @@ def test_options_have_the_defaults_of_the_command(study: str, options: Any) -> N
 
 
 def test_help_names_every_option(study: str) -> None:
-    app = importlib.import_module(study).app
+    app = importlib.import_module(f"mmhooks.studies.{study}.study").app
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     missing = [name for names in KNOWN[study] for name in names.split("/") if name not in shown]
