@@ -31,6 +31,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Shape", "params_style"), "Source"]
 default_role = "code"
+# Names of several classes, such as ``fvu``, stand in types that napoleon would link: any of them is as good as none.
+suppress_warnings = ["ref.python"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "mmhooks"

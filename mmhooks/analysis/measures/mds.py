@@ -379,7 +379,7 @@ def divide(a: Float[Tensor, " n"], b: Shaped[Tensor, " n"]) -> Float[Tensor, " n
 
 
 def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
-    """What is compared between modalities, at least in single precision: ReLU(z), |z|, or z itself."""
+    """What is compared between modalities, at least in single precision: ReLU(z), the size of z, or z itself."""
     z = z.detach()
     z = z if z.dtype == torch.float64 else z.float()
     return z.relu() if kind == "relu" else z.abs() if kind == "abs" else z

@@ -2,7 +2,7 @@
 
 Features of the conditioner that belong to pictures (ImgD), texts (TextD) or both (CrossD) are moved toward a
 reference picture while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD
-and CrossD break it.
+and CrossD break it. To run it::
 
     python recipes/generation.py --out runs/generation
     python recipes/generation.py --pipeline stabilityai/stable-diffusion-2-base --model ViT-H-14 \\

@@ -164,7 +164,7 @@ def test_words_of_tokenizers_with_other_marks():
 
 
 def test_layers_as_a_list(sd):
-    from .pipelines import PATTERN
+    from models.pipelines import PATTERN
 
     def heat(*sites):
         with attention_maps(sd, *sites) as maps:
