@@ -212,7 +212,9 @@ def main() -> None:
             if loop is not None:
                 rows[f"accepted: {what}"]["wanted"] = loop(*[g.detach().clone() for g in given])
         for at in range(1 if name in ONE_SIDED else 2):
-            odd = REFUSED | ({} if kinds[at] or name in ("cknna", "moments", "text_span") else DIRECTIONS)
+            odd = REFUSED | (
+                {} if kinds[at] or name in ("cknna", "moments", "text_span", "retrieval") else DIRECTIONS
+            )
             for what, change in odd.items():
                 if what == "other rows" and (name in ONE_SIDED or name == "text_span"):
                     continue

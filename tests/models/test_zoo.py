@@ -13,9 +13,8 @@ import mmhooks as mm
 from mmhooks.data.synthetic import words
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads.hub import embedded_heads
-from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
-from mmhooks.utils.assets import EMBEDDED, card
+from mmhooks.utils.assets import ASSETS, EMBEDDED, card
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -138,10 +137,8 @@ def test_weights_that_cannot_be_fetched_are_one_clear_error(monkeypatch) -> None
 
 
 def test_an_installation_without_weights_says_so(tmp_path, monkeypatch) -> None:
-    shutil.copytree(
-        zoo.ASSETS / "mini", tmp_path / "mini", ignore=shutil.ignore_patterns("model.safetensors")
-    )
-    monkeypatch.setattr(zoo, "ASSETS", tmp_path)
+    shutil.copytree(ASSETS / "mini", tmp_path / "mini", ignore=shutil.ignore_patterns("model.safetensors"))
+    monkeypatch.setattr(mini, "ASSETS", tmp_path)
     with pytest.raises(MissingWeights, match="install mmhooks again"):
         mm.load("mini")
 

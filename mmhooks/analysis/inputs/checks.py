@@ -46,6 +46,23 @@ def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int =
     tensor([[0.6000, 0.8000],
             [0.6000, 0.8000]])
     """
+    unit = unit_or_zero_rows(x)
+    if bool((zero := (unit == 0).all(1)).any()):
+        zeros = zero.nonzero().flatten()
+        raise NotFinite(
+            f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, the first are rows "
+            f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find what makes them"
+        )
+    return unit
+
+
+def unit_or_zero_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """As :func:`unit_rows`, but rows of zeros stay zeros: like nothing, where that has a meaning.
+
+    >>> unit_or_zero_rows(torch.tensor([[0.0, 0.0], [3e-30, 4e-30]]))
+    tensor([[0.0000, 0.0000],
+            [0.6000, 0.8000]])
+    """
     x = x.detach()
     plain = x if x.dtype == torch.float64 else x.float()
     unit, norm = normalize(plain, dim=1), plain.norm(dim=1)
@@ -53,13 +70,7 @@ def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int =
     if bool(odd.any()):
         rows = x[odd].double()
         largest = rows.abs().amax(1, keepdim=True)
-        if bool((largest == 0).any()):
-            zeros = odd.nonzero().flatten()[(largest == 0).flatten()]
-            raise NotFinite(
-                f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, the first are rows "
-                f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find what makes them"
-            )
-        unit[odd] = normalize(rows / largest, dim=1).to(unit)
+        unit[odd] = normalize(rows / torch.where(largest == 0, 1, largest), dim=1).to(unit)
     return unit
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmhooks.analysis.inputs.checks import check_pair, unit_rows
+from mmhooks.analysis.inputs.checks import check_pair, unit_or_zero_rows
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import wilson
 from mmhooks.errors import ShapeMismatch
@@ -57,6 +57,8 @@ def retrieval(
 ) -> RetrievalResult:
     """R@k of pairs among themselves by cosine; row i of both sides belongs together.
 
+    A row of zeros, which a mask may leave of an embedding, is like nothing: its query misses, as ties do.
+
     Args:
         same: a label for each pair; any candidate with the query's label is right (repeated captions).
 
@@ -74,7 +76,7 @@ def retrieval(
         raise ShapeMismatch(
             f"retrieval needs pairs, ks >= 1 and a label a pair: {n} pairs, ks = {tuple(ks)}, {labels}"
         )
-    image, text = unit_rows(image_emb, "image embeddings"), unit_rows(text_emb, "text embeddings")
+    image, text = unit_or_zero_rows(image_emb), unit_or_zero_rows(text_emb)
     text = text.to(image)
     if same is not None:
         same = same.to(image.device)

@@ -81,3 +81,13 @@ def test_bootstrap_interval_is_that_of_a_mean():
     difference = bootstrap_difference(known[:200], known[200:] + 1)
     assert difference.low < difference.value < difference.high < 0
     assert math.isnan(bootstrap(torch.tensor([1.0])).low) and bootstrap(torch.tensor([1.0])).n == 1
+
+
+def test_a_row_of_zeros_finds_nothing_and_is_found_by_nobody():
+    """What a mask leaves may be nothing: no error, and no luck by ties either."""
+    image, text = torch.eye(4), torch.eye(4)
+    image[1], text[2] = 0, 0
+    found = mm.retrieval(image, text, ks=(1, 3))
+    assert found.image_ranks.tolist() == [0, 3, 3, 0]
+    assert found.text_ranks.tolist() == [0, 3, 3, 0]
+    assert found.image_to_text[3].value == 0.5
