@@ -46,15 +46,11 @@ def test_every_declared_dependency_is_used_and_benchmarks_run_on_pytest_benchmar
         "transformer_lens": "transformer_lens",
     }
     unused = {n for n in named if modules.get(n, n) not in imported()}
-    assert unused - DATA == set()
+    assert unused == set()
     assert any(
         "benchmark" in p.read_text() and "def test_" in p.read_text()
         for p in (ROOT / "benchmarks").glob("test_*.py")
     )
-
-
-# Declared for what they carry, not for a module: drawings and weights, read through their files.
-DATA: set[str] = set()
 
 
 def test_style() -> None:

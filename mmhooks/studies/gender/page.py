@@ -199,7 +199,7 @@ def page(
     ]  # fmt: skip
     r = {name: results["figure5"][name]["correlation"] for name in CLASSES}
     ranks = "; ".join(
-        f"{n} {fixed(v['value'], plus=True)} {_interval(v, 1, 3)}".rstrip() for n, v in r.items()
+        f"{n} {fixed(v['value'], plus=True)} {_interval(v, 1.0, 3)}".rstrip() for n, v in r.items()
     )
     galleries: list[Block] = [
         Gallery([card(s) for s in shown[side]], f"Top pictures and texts of those features, {side}s:")
@@ -235,7 +235,7 @@ def page(
     )
 
 
-def _interval(d: Mapping[str, Any], factor: float = 100, digits: int = 1) -> str:
+def _interval(d: Mapping[str, Any], factor: float = 100.0, digits: int = 1) -> str:
     e = Estimate.from_json({k: (None if d[k] is None else factor * d[k]) for k in ("value", "low", "high")})
     return interval(e, digits)
 
