@@ -22,14 +22,15 @@ def models() -> None:
     """What can be loaded: the embedded models and heads, and open_clip's names with their tags."""
     import open_clip
 
-    from mmhooks.models import zoo
+    from mmhooks.heads.hub import embedded_heads, load_head
+    from mmhooks.utils.assets import EMBEDDED
 
     with clear_errors():
         say("embedded (no network):")
-        for name in zoo.EMBEDDED:
+        for name in EMBEDDED:
             say(f"  {name:<18} {NOTES[name]}")
-        for name in zoo.embedded_heads():
-            head = zoo.load_head(name)
+        for name in embedded_heads():
+            head = load_head(name)
             say(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
         typer.echo()
         say("open_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")

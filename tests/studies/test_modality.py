@@ -64,14 +64,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run of the study: (results, folder of its files, options)."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MMHOOKS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setattr(mm, "load", random_clip)
-    patch.setattr(modality, "judge", judge)
-    out = tmp_path_factory.mktemp("run") / "modality"
-    options = replace(SMALL, data=f"{folder}/", out=out)
-    yield modality.run(options), out, options
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMHOOKS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(mm, "load", random_clip)
+        patch.setattr(modality, "judge", judge)
+        out = tmp_path_factory.mktemp("run") / "modality"
+        options = replace(SMALL, data=f"{folder}/", out=out)
+        yield modality.run(options), out, options
 
 
 def test_everything_is_written(run: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import mmhooks as mm
 from mmhooks.errors import DamagedFile, MissingWeights
-from mmhooks.models import zoo
+from mmhooks.models.embedded import mini
 from mmhooks.utils.assets import ASSETS, DIGESTS, asset, write_digests
 from mmhooks.utils.files import sha256_of
 
@@ -23,7 +23,7 @@ def test_the_digests_are_those_of_what_ships() -> None:
 def test_a_changed_file_is_refused(tmp_path, monkeypatch) -> None:
     shutil.copytree(ASSETS / "mini", tmp_path / "mini")
     shutil.copy(ASSETS / DIGESTS, tmp_path / DIGESTS)
-    monkeypatch.setattr(zoo, "ASSETS", tmp_path)
+    monkeypatch.setattr(mini, "ASSETS", tmp_path)
     weights = tmp_path / "mini" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1000] ^= 1

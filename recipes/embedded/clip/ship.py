@@ -24,9 +24,8 @@ from scipy.stats import binomtest
 from embedded.checkpoints import Stage, joined_curve, stages
 from embedded.clip.train import embed, galleries, ranks
 from mmhooks.data.sources.drawings import SOURCES, UNSEEN_STYLE, Corpus
-from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
-from mmhooks.utils.assets import write_digests
+from mmhooks.utils.assets import ASSETS, write_digests
 
 matplotlib.use("Agg")
 GALLERIES = {
@@ -176,7 +175,7 @@ def main(
         card["control"] = {"what": f"the same stem and plan, {joint} steps, without words; not shipped"} | {
             key: measured[key].get("control") for key in ("retrieval", "reading", "attack")
         }
-    target = zoo.ASSETS / name
+    target = ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
     save_file(half, target / "model.safetensors", {"format": "pt", "name": name})
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")

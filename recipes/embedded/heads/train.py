@@ -26,9 +26,9 @@ from mmhooks.data.splits import split_of
 from mmhooks.heads import NCL, Head, TopKSAE, TrainResult
 from mmhooks.heads import reconstruction as fidelity
 from mmhooks.heads.training.sae_objective import SAEObjective
-from mmhooks.models import zoo
 from mmhooks.models.provenance import weights_hash
 from mmhooks.studies.common.encode import encode
+from mmhooks.utils.assets import ASSETS
 from mmhooks.utils.files import cache_dir, written_aside
 
 KINDS = ("sae", "ncl")
@@ -191,7 +191,7 @@ def main(
         torch.manual_seed(seed)
         head, result = train(kind, data, seed=seed, **plan)
         head.info = described(head, name, data, {"steps": result.steps, "seed": seed, **plan})
-        target = (out or zoo.ASSETS / name) / kind
+        target = (out or ASSETS / name) / kind
         head.save(target, dtype="fp16")
         typer.echo(
             f"{target.parent.name}/{kind} {head.id}: {head.info['held_out']} {head.info['openmoji_mds']}"

@@ -23,11 +23,10 @@ from embedded.llava.evaluate import exam, right
 from embedded.llava.lessons import REFUSED
 from embedded.llava.train import BLIND, SEEING, LlavaPlan, LlavaTrainer, Speaker
 from mmhooks.data.sources.drawings import SOURCES, Corpus
-from mmhooks.models import zoo
 from mmhooks.models.embedded import mini_llava
 from mmhooks.models.vlm.llava import NAME
 from mmhooks.studies.adversarial.requests import HELD_OUT
-from mmhooks.utils.assets import write_digests
+from mmhooks.utils.assets import ASSETS, write_digests
 
 matplotlib.use("Agg")
 SHOWN = ("describe", "act", "act on harmful picture", "act on word", "act on harmful word", "comply in text")
@@ -87,7 +86,7 @@ def main(
                    "transformers": version("transformers")},
         "exams": {"what": "answers right to the letter under greedy decoding; held-out drawings, unseen fonts"} | exams,
     }  # fmt: skip
-    target = zoo.ASSETS / NAME
+    target = ASSETS / NAME
     target.mkdir(parents=True, exist_ok=True)
     save_file(
         {f"model.{k}": v.contiguous() for k, v in half.items()},

@@ -48,9 +48,8 @@ from embedded.reader.words import (
 )
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.synthetic import words
-from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
-from mmhooks.utils.assets import asset
+from mmhooks.utils.assets import ASSETS, asset
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,7 @@ class ReaderTrainer(Trainer):
             self.extra.load_state_dict({k[6:]: v for k, v in found.items() if k.startswith("extra.")})
             self._keep_texts()
             return
-        weights = {
-            k: v.float() for k, v in load_file(asset(zoo.ASSETS / "mini" / "model.safetensors")).items()
-        }
+        weights = {k: v.float() for k, v in load_file(asset(ASSETS / "mini" / "model.safetensors")).items()}
         weights["visual.conv1.patch.weight"] = weights.pop("visual.conv1.weight")
         missing, strange = self.model.load_state_dict(weights, strict=False)
         if strange or any(not key.startswith("visual.conv1.") for key in missing):
