@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.tiny import bytes_of, encoded, folder_of_pairs, preprocess, text, tiny_clip
 
 import mmhooks as mm
 from mmhooks.data.store import shard as shard_file
@@ -25,6 +24,10 @@ from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.writer import ShardWriter
 from mmhooks.errors import DataError, MMHooksError, NotFinite, ShapeMismatch, StoreError, UnknownSite
 from mmhooks.heads import NCL, TopKSAE
+
+# As the scripts there import it: a store says whose code prepared its images.
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from tiny import bytes_of, encoded, folder_of_pairs, preprocess, text, tiny_clip
 
 DATA = Path(__file__).parents[1] / "data"
 OPTIONS = {"batch_size": 4, "shard_rows": 8, "workers": 0, "progress": False}
