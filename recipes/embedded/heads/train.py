@@ -23,8 +23,7 @@ from embedded import losses
 from embedded.clip.train import embed
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.splits import split_of
-from mmhooks.heads import NCL, Head, TopKSAE, TrainResult
-from mmhooks.heads import reconstruction as fidelity
+from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, fidelity
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.models.provenance import weights_hash
 from mmhooks.studies.common.encode import encode
