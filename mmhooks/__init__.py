@@ -9,7 +9,7 @@ import lazy_loader
 __version__ = "0.1.0"
 
 __getattr__, __lazy_dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ = sorted({*__all__, "__version__"})
+__all__ += ["__version__"]
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -93,7 +93,7 @@ def extract(
             pairs, split=split, limit=limit, on_error=on_error, allow_outside=allow_outside, **columns
         )
         done = mm.extract(
-            hooked, found, sites, out, dtype=dtype, batch_size=batch_size, workers=workers, shard_rows=shard_rows
+            hooked, found, sites, out, dtype=cast(Any, dtype), batch_size=batch_size, workers=workers, shard_rows=shard_rows
         )  # fmt: skip
         say(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
 

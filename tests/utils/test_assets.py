@@ -10,7 +10,8 @@ import pytest
 import mmhooks as mm
 from mmhooks.errors import DamagedFile, MissingWeights
 from mmhooks.models.embedded import mini
-from mmhooks.utils.assets import ASSETS, DIGESTS, asset, write_digests
+from mmhooks.utils import assets
+from mmhooks.utils.assets import ASSETS, DIGESTS, asset, card, write_digests
 from mmhooks.utils.files import sha256_of
 
 
@@ -23,7 +24,8 @@ def test_the_digests_are_those_of_what_ships() -> None:
 def test_a_changed_file_is_refused(tmp_path, monkeypatch) -> None:
     shutil.copytree(ASSETS / "mini", tmp_path / "mini")
     shutil.copy(ASSETS / DIGESTS, tmp_path / DIGESTS)
-    monkeypatch.setattr(mini, "ASSETS", tmp_path)
+    for module in (mini, assets):
+        monkeypatch.setattr(module, "ASSETS", tmp_path)
     weights = tmp_path / "mini" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1000] ^= 1
@@ -32,15 +34,15 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch) -> None:
         DamagedFile, match=r"model\.safetensors is not the file that was shipped.*install mmhooks again"
     ):
         mm.load("mini")
-    card = tmp_path / "mini" / "card.json"
-    card.write_text(card.read_text().replace("0", "1", 1))
+    told = tmp_path / "mini" / "card.json"
+    told.write_text(told.read_text().replace("0", "1", 1))
     with pytest.raises(DamagedFile, match=r"card\.json is not"):
         card("mini")
     write_digests(tmp_path)
-    assert asset(card) == card
+    assert asset(told) == told
     (tmp_path / DIGESTS).write_text("{}")
-    card.write_text("{}")
+    told.write_text("{}")
     with pytest.raises(DamagedFile, match="does not say what card.json should be"):
-        asset(card)
+        asset(told)
     with pytest.raises(MissingWeights, match="not in this installation"):
         asset(tmp_path / "mini" / "nothing.json")

@@ -86,12 +86,14 @@ def vectors(name: str, corpus: Path, seed: int) -> Vectors:
             "captions": [losses.caption(drawings.rows[i], dice) for _ in range(2) for i in rows],
             "crossed": [crossed(known, dice) for _ in range(6) for _ in rows],
         }
+        tokenizer = model.tokenizer
+        assert tokenizer is not None  # embedded models have theirs
         with torch.autocast("cpu", torch.bfloat16):  # three times as fast; the held-out vectors are exact
             image, names = embed(model.model, model.tokenizer, drawings, rows)
             found = {"image": image, "names": names}
             for kind, lines in texts.items():
                 parts = [lines[i : i + 512] for i in range(0, len(lines), 512)]
-                found[kind] = torch.cat([model.encode_text(model.tokenizer(part)) for part in parts])
+                found[kind] = torch.cat([model.encode_text(tokenizer(part)) for part in parts])
         valid = embed(model.model, model.tokenizer, drawings, held_out[0] + held_out[1])
         found |= dict(zip(("valid_image", "valid_text"), valid, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
