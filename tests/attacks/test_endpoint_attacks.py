@@ -35,6 +35,7 @@ class Raw:
 
     def __init__(self, play: Callable[[socket.socket, bytes], None]) -> None:
         self.play, self.got = play, []
+        self.threads: list[threading.Thread] = []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -45,19 +46,29 @@ class Raw:
                 connection, _ = self.socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._one, args=(connection,), daemon=True).start()
+            self.threads.append(threading.Thread(target=self._one, args=(connection,), daemon=True))
+            self.threads[-1].start()
 
     def _one(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
             connection.settimeout(5)
             got = b""
             while b"\r\n\r\n" not in got:
-                got += connection.recv(65536)
+                part = connection.recv(65536)
+                if (
+                    not part
+                ):  # hung up: asking on would answer at once, for ever, and take the whole run's time
+                    return
+                got += part
             self.got.append(got)
             self.play(connection, got)
 
     def close(self) -> None:
+        """Ends the server; no thread of it may run on beside later tests."""
         self.socket.close()
+        for thread in self.threads:
+            thread.join(timeout=10)
+        assert not any(thread.is_alive() for thread in self.threads)
 
 
 @pytest.fixture
