@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "mmhooks").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -46,6 +48,40 @@ def test_every_import_is_a_declared_dependency() -> None:
             if not {normal(o) for o in owners.get(name, [name])} & (declared | optional):
                 missing[f"{path.relative_to(ROOT)}:{line}"] = name
     assert missing == {}
+
+
+# What mmhooks was asked to build on, as it is imported.
+ASKED_FOR = (
+    "torch", "transformer_lens", "nnsight", "open_clip", "einops", "jaxtyping", "diffusers", "sentence_transformers",
+    "datasets",
+)  # fmt: skip
+
+
+def imported() -> set[str]:
+    """Top-level packages that mmhooks itself imports."""
+    package = [path for path in SOURCES if path.is_relative_to(ROOT / "mmhooks")]
+    return {name for path in package for name, _ in imports(path)}
+
+
+@pytest.mark.parametrize("package", ASKED_FOR)
+def test_what_was_asked_for_is_used(package: str) -> None:
+    assert package in imported()
+
+
+def test_every_declared_dependency_is_used() -> None:
+    owners = packages_distributions()
+    used = {normal(owner) for name in imported() for owner in owners.get(name, [name])}
+    assert {normal(d) for d in PROJECT["dependencies"]} - used == set()
+
+
+def test_every_benchmark_runs_on_pytest_benchmark() -> None:
+    for path in (ROOT / "benchmarks").glob("test_*.py"):
+        tests = [
+            n
+            for n in ast.parse(path.read_text()).body
+            if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
+        ]
+        assert tests and all("benchmark" in [a.arg for a in n.args.args] for n in tests), path.name
 
 
 def calls(*names: str) -> Iterator[tuple[str, ast.Call]]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmhooks.utils.clear_errors import clear_errors
-from mmhooks.utils.distributed import together
 from mmhooks.utils.say import say, say_lines
 
 if TYPE_CHECKING:
@@ -56,9 +55,10 @@ def measure(
     """
     import mmhooks as mm
     from mmhooks.report.measures_page import write_measures
-    from mmhooks.utils.distributed import processes
+    from mmhooks.utils.distributed import Ranks
 
-    with clear_errors(), together():
+    with clear_errors():
+        ranks = Ranks()
         vectors: dict[str, Any] = {"image": image_vectors, "text": text_vectors}
         result = mm.measure(
             mm.Store(store),
@@ -72,7 +72,7 @@ def measure(
             seed=seed,
             progress=progress,
         )
-        if processes()[0] != 0:
+        if ranks.rank != 0:
             return
         target = out or store.with_name(store.name + "-measures")
         paths = write_measures(result, target)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from mmhooks.cli.inspect import Pretrained
 from mmhooks.utils.clear_errors import clear_errors
 from mmhooks.utils.say import say
+
+if TYPE_CHECKING:
+    from mmhooks.data.store.layout import Precision
 
 Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -92,8 +95,9 @@ def extract(
         found = read(
             pairs, split=split, limit=limit, on_error=on_error, allow_outside=allow_outside, **columns
         )
+        precision = cast("Precision", dtype)  # extract says which there are
         done = mm.extract(
-            hooked, found, sites, out, dtype=cast(Any, dtype), batch_size=batch_size, workers=workers, shard_rows=shard_rows
+            hooked, found, sites, out, dtype=precision, batch_size=batch_size, workers=workers, shard_rows=shard_rows
         )  # fmt: skip
         say(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
 

@@ -1,4 +1,4 @@
-"""What ships inside the package: the embedded models and heads, with their cards."""
+"""What ships inside the package: embedded models and heads with their cards, compared with their digests before use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that work together: their ranks, and a loop over what each one takes."""
+"""Several processes on one job, as ``torchrun`` and ``accelerate launch`` start them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ class Ranks:
         if there and not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             distributed.init_process_group("gloo", timeout=_PATIENCE)
             atexit.register(distributed.destroy_process_group)
-        joined = there and distributed.is_initialized()
-        self.rank = distributed.get_rank() if joined else 0
-        self.world = distributed.get_world_size() if joined else 1
+        self.rank, self.world = processes()
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -63,24 +61,5 @@ def _group() -> Any:
 
 def processes() -> tuple[int, int]:
     """Rank of this process, and how many work together."""
-    import torch.distributed as dist
-
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-
-
-class together:
-    """Joins the processes that torchrun started, and leaves them again."""
-
-    def __enter__(self) -> None:
-        import torch.distributed as dist
-
-        self._mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-        if self._mine:
-            dist.init_process_group("gloo")
-
-    def __exit__(self, *_: Any) -> None:
-        import torch.distributed as dist
-
-        if self._mine:
-            dist.destroy_process_group()
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)

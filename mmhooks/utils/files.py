@@ -1,4 +1,7 @@
-"""Where derived files are kept."""
+"""The one way in which mmhooks writes files: aside in the same folder, synced, and renamed. Never half a file.
+
+And where it keeps what it derives: the cache folder, whose files are made anew when they are damaged.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mmhooks.errors import CannotWrite, DataError, MMHooksError
+from mmhooks.utils.faults import first_line
 
 
 def cache_dir(*parts: str, base: str | Path | None = None) -> Path:
@@ -47,10 +51,9 @@ def kept_copy(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as fault:  # pyarrow, safetensors and json each raise their own
-        said = (str(fault).strip().splitlines() or [""])[0][:200]
         raise DataError(
-            f"{path}, the kept copy of a data set, is damaged ({type(fault).__name__}: {said}); expected what mmhooks "
-            "wrote there: delete it, and it is made anew"
+            f"{path}, the kept copy of a data set, is damaged ({type(fault).__name__}: {first_line(fault)}); expected "
+            "what mmhooks wrote there: delete it, and it is made anew"
         ) from fault
 
 

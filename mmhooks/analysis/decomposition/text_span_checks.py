@@ -1,4 +1,4 @@
-"""How far TextSpan's texts depend on which pictures were looked at."""
+"""What TextSpan's texts are worth: how far they depend on the images, and how much accuracy is left in their span."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -46,9 +46,8 @@ def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int =
     tensor([[0.6000, 0.8000],
             [0.6000, 0.8000]])
     """
-    unit = unit_or_zero_rows(x)
-    if bool((zero := (unit == 0).all(1)).any()):
-        zeros = zero.nonzero().flatten()
+    unit, zeros = _unit_and_zeros(x)
+    if len(zeros):
         raise NotFinite(
             f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, the first are rows "
             f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find what makes them"
@@ -63,15 +62,22 @@ def unit_or_zero_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     tensor([[0.0000, 0.0000],
             [0.6000, 0.8000]])
     """
+    return _unit_and_zeros(x)[0]
+
+
+def _unit_and_zeros(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " zeros"]]:
+    """Rows of unit norm, and which rows stay zeros."""
     x = x.detach()
     plain = x if x.dtype == torch.float64 else x.float()
     unit, norm = normalize(plain, dim=1), plain.norm(dim=1)
-    odd = ~((norm > 1e-12) & norm.isfinite())  # what normalize cannot do: squares that are lost or overflow
-    if bool(odd.any()):
-        rows = x[odd].double()
-        largest = rows.abs().amax(1, keepdim=True)
-        unit[odd] = normalize(rows / torch.where(largest == 0, 1, largest), dim=1).to(unit)
-    return unit
+    # What normalize cannot do: squares that are lost or overflow.
+    odd = (~((norm > 1e-12) & norm.isfinite())).nonzero().flatten()
+    if not len(odd):
+        return unit, odd
+    rows = x[odd].double()
+    largest = rows.abs().amax(1, keepdim=True)
+    unit[odd] = normalize(rows / torch.where(largest == 0, 1, largest), dim=1).to(unit)
+    return unit, odd[(largest == 0).flatten()]
 
 
 def check_finite(x: Float[Tensor, "n d"], what: str, *, start: int = 0) -> None:

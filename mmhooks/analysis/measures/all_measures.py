@@ -1,4 +1,4 @@
-"""One pass over a store for all measures at once."""
+"""One pass over a store for all measures at once: each with its interval, in one frozen result."""
 
 from __future__ import annotations
 

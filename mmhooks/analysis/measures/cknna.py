@@ -1,4 +1,7 @@
-"""CKNNA: do two representations of the same samples have the same neighbourhoods."""
+"""CKNNA: do two representations of the same samples have the same neighbourhoods.
+
+Of batches, streaming: its mean, with how much they differ.
+"""
 
 from __future__ import annotations
 

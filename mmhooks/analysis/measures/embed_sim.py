@@ -1,4 +1,4 @@
-"""EmbedSim: how alike the samples are that activate a feature, against random ones. Result, Metric, function."""
+"""EmbedSim: how alike the samples are that activate a feature, against random ones."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from mmhooks.analysis.measures.samples import (
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.heads.base import Head
+
+SimKind = Literal["primary", "difference", "paper"]
 
 
 @torch.no_grad()
@@ -64,9 +66,6 @@ def embed_sim(
     check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
     samples = compared_samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
     return embed_sim_of(samples, kind=kind, min_samples=min_samples, eps=eps, seed=seed)
-
-
-SimKind = Literal["primary", "difference", "paper"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Modality Dominance Score: how much of a feature's activation comes from pictures, and the three groups."""
+"""Modality Dominance Score: how much of a feature's activation comes from pictures, and the three groups.
+
+The metric streams: sums and counts, never two dense tables.
+"""
 
 from __future__ import annotations
 

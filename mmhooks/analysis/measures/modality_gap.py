@@ -1,4 +1,4 @@
-"""Modality gap, streaming: sums of unit vectors."""
+"""How far the two modalities lie apart in the shared space; streaming, from sums of unit vectors."""
 
 from __future__ import annotations
 

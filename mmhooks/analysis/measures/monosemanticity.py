@@ -1,4 +1,14 @@
-"""Visual and textual monosemanticity of groups (Table 2 of the seed paper), and the MonoSemanticity score."""
+"""Visual and textual monosemanticity of groups (Table 2 of the seed paper), and the MonoSemanticity score.
+
+The score takes one pass: the scaling to 0..1 is applied to the sums, not to the activations. With low and high the
+extremes of a feature over the whole stream, ``s = high - low`` and ``ã = (a - low) / s``, N samples and unit vectors e:
+
+    sum ã e = (sum a e - low sum e) / s
+    sum ã   = (sum a - N low) / s
+    sum ã²  = (sum a² - 2 low sum a + N low²) / s²
+
+``s`` cancels in ``MS = (|sum ã e|² - sum ã²) / ((sum ã)² - sum ã²)``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""EmbedSim and WinRate of top samples that are known already, however they were found (seed paper, equations 5 and 6)."""
+"""Samples that EmbedSim and WinRate compare (seed paper, equations 5 and 6): a feature's top ones, and random ones.
+
+From tensors, or from a store: top samples in one pass, then only the vectors that count. The metric keeps the vectors
+of the top samples and of one random pool.
+"""
 
 from __future__ import annotations
 

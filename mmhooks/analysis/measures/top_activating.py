@@ -1,4 +1,4 @@
-"""The samples that a feature responds to most."""
+"""The samples that a feature responds to most; streaming, m candidates a feature and never a table of all samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WinRate: how often the samples that activate a feature are more alike than random ones. Result, Metric, function."""
+"""WinRate: how often the samples that activate a feature are more alike than random ones."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from mmhooks.analysis.measures.samples import (
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.heads.base import Head
+
+WinKind = Literal["expectation", "paper"]
 
 
 @torch.no_grad()
@@ -52,9 +54,6 @@ def win_rate(
     check_kind("WinRate", kind, ("expectation", "paper"))
     samples = compared_samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
     return win_rate_of(samples, kind=kind, min_samples=min_samples, seed=seed)
-
-
-WinKind = Literal["expectation", "paper"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""SAE: what every sparse autoencoder shares, whatever its activation function."""
+"""SAE: what every sparse autoencoder shares, whatever its activation function.
+
+One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_enc^T + b_enc)``,
+``x' = f W_dec + b_pre``. Each activation function has a file of its own beside this one.
+"""
 
 from __future__ import annotations
 

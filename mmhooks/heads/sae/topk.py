@@ -1,9 +1,4 @@
-"""Sparse autoencoders with a linear decoder, and the TopK one.
-
-One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_enc^T + b_enc)``,
-``x' = f W_dec + b_pre``. The other activations have a file each: ``batchtopk``, ``matryoshka``, ``jumprelu``,
-``relu``.
-"""
+"""The TopK SAE: a fixed number of active features a vector (Gao et al. 2024)."""
 
 from __future__ import annotations
 
