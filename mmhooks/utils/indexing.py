@@ -100,10 +100,7 @@ def one_index(given: Any, n: int, what: str) -> int:
     >>> one_index(np.int64(2), 3, "features")
     2
     """
-    index = as_indices(given, n, what)
-    if len(index) != 1:
-        raise ShapeMismatch(f"{what}: expected one number, got {len(index)}")
-    return int(index)
+    return _only(as_indices(given, n, what), what)
 
 
 def one_place(given: Any, n: int, what: str) -> int:
@@ -112,7 +109,10 @@ def one_place(given: Any, n: int, what: str) -> int:
     >>> one_place(-1, 3, "layers")
     2
     """
-    index = as_places(given, n, what)
+    return _only(as_places(given, n, what), what)
+
+
+def _only(index: Int[Tensor, " m"], what: str) -> int:
     if len(index) != 1:
         raise ShapeMismatch(f"{what}: expected one number, got {len(index)}")
     return int(index)

@@ -45,7 +45,6 @@ def run(options: Options) -> Results:
     from mmhooks.studies.adversarial.victims import make_benches, victims_of
     from mmhooks.studies.common.run import Clock
     from mmhooks.studies.common.write import write_results
-    from mmhooks.studies.modality.study import environment
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
@@ -105,10 +104,10 @@ def run(options: Options) -> Results:
         moved = {name: made.benign for name, made in first.items()}
         victims = [bench.victim for bench in benches]
         results["cost"] = cost_results(victims, samples, untouched, moved, text_embedder(progress=progress))
-    results["environment"] = environment(clock, start)
+    results["environment"] = clock.environment(start)
     with clock.step("figures and page"):
         paths = save_all(results, samples, {name: made.final for name, made in first.items()}, out)
-    results["environment"] = environment(clock, start)
+    results["environment"] = clock.environment(start)
     written = write_results(out, results, paths)
     if not options.quiet:
         report(clock.console, written.paths)

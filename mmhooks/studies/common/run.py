@@ -43,6 +43,10 @@ class Clock:
         if not self.console.is_terminal:  # a log file shows no bars
             self.console.print(rich_text(f"{label}: {self.seconds[label]:.1f} s"))
 
+    def environment(self, start: float) -> dict[str, Any]:
+        """As :func:`environment`, with the seconds of each step."""
+        return environment(start) | {"steps": {k: round(v, 2) for k, v in self.seconds.items()}}
+
 
 def environment(start: float) -> dict[str, Any]:
     """How long it took since ``start``, how much memory, on what."""

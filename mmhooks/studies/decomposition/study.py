@@ -48,7 +48,6 @@ def run(options: Options) -> Results:
     )
     from mmhooks.studies.decomposition.page import report, save_all
     from mmhooks.studies.decomposition.strips import pictures
-    from mmhooks.studies.modality.study import environment
 
     torch.manual_seed(options.seed)
     clock, seed, out = Clock(options.quiet), options.seed, Path(options.out)
@@ -111,9 +110,9 @@ def run(options: Options) -> Results:
         }
         with clock.step("figures and page"):
             shown = pictures(pairs, span, parts, code, neurons["strongest"], each=options.each, seed=seed)
-            results["environment"] = environment(clock, start)
+            results["environment"] = clock.environment(start)
             paths = save_all(results, shown, out)
-    results["environment"] = environment(clock, start)
+    results["environment"] = clock.environment(start)
     found = write_results(out, results, [out / "text_span.json", out / "head_labels.json", *paths])
     if not options.quiet:
         report(clock.console, found.found, found.paths)

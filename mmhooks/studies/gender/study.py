@@ -53,7 +53,6 @@ def run(options: Options) -> Results:
     from mmhooks.studies.gender.page import report, save_all
     from mmhooks.studies.gender.paper import claims, conflict
     from mmhooks.studies.gender.samples import CLASSES, PROMPTS
-    from mmhooks.studies.modality.study import environment
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
@@ -119,10 +118,10 @@ def run(options: Options) -> Results:
         )
         statements = claims(results, MAIN)
         results["claims"] = [vars(claim) for claim in statements]
-        results["environment"] = environment(clock, start)
+        results["environment"] = clock.environment(start)
         with clock.step("figures and page"):
             paths = save_all(results, statements, pairs, main, encoded, out)
-    results["environment"] = environment(clock, start)
+    results["environment"] = clock.environment(start)
     found = write_results(out, results, paths)
     if not options.quiet:
         report(clock.console, results, statements, found.paths)

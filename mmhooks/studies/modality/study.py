@@ -107,11 +107,11 @@ def run(options: Options) -> Results:
             "data": told,
             "models": models,
             "claims": [vars(claim) for claim in statements],
-            "environment": environment(clock, start),
+            "environment": clock.environment(start),
         }
         with clock.step("figures and page"):
             paths = save_all(results, statements, shown, out, "CLIP+SAE")
-    results["environment"] = environment(clock, start)
+    results["environment"] = clock.environment(start)
     written = write_results(out, results, paths)
     if not options.quiet:
         report(clock.console, written.found, statements, written.paths)
@@ -137,13 +137,6 @@ def load_declip(options: Options) -> Any:
     if not name:
         return None
     return mm.load(name) if name == "mini-declip" else mm.load(options.model, pretrained=name)
-
-
-def environment(clock: Clock, start: float) -> dict[str, Any]:
-    """Time, memory and versions, with the seconds of each step."""
-    from mmhooks.studies.common.run import environment as measured
-
-    return measured(start) | {"steps": {k: round(v, 2) for k, v in clock.seconds.items()}}
 
 
 app = study_app(
