@@ -1,8 +1,8 @@
-"""TextSpan from covariances against the algorithm by the letter; sparse text codes by three solvers. Equality first.
+"""TextSpan from covariances against the algorithm written out; sparse text codes by three solvers. Equality first.
 
-    python -m pytest -o addopts= benchmarks/test_decomposition.py -s
+    python -m pytest benchmarks/test_decomposition.py --benchmark-only
 
-50,000 pictures, 3,500 texts, width 512, a head of width 64 plus its mean, 20 texts, rank 80, one thread, fp32 data.
+50,000 images, 3,500 texts, width 512, a head of width 64 plus its mean, 20 texts, rank 80, one thread, fp32 data.
 The goal is a ratio of 20. Sparse codes: 256 embeddings of width 512, 2,000 texts, until the worst objective of the
 rows is within 1e-5 of the best known; and against scikit-learn's Lasso on a Gram matrix, in turns, at penalties down
 to 0.005, on these and on 64 images of mini against its text pool, whose texts are nearly dependent.
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from race import Contender, goal, race
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,11 +27,12 @@ import mmhooks as mm
 from mmhooks.analysis.decomposition.head_moments import HeadMoments
 from mmhooks.analysis.decomposition.lasso import nonnegative_lasso
 from mmhooks.analysis.decomposition.sparse_text_code import centred
-from mmhooks.analysis.decomposition.text_span import text_span
+from mmhooks.analysis.decomposition.text_span import TextSpan, text_span
 from mmhooks.models.clip.embed_texts import embed_texts
 
 N, T, D, WIDTH, K, RANK = 50_000, 3_500, 512, 64, 20, 80
 PENALTY = 0.1
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def data() -> tuple[Tensor, Tensor, list[str]]:
@@ -57,39 +60,34 @@ def naive_text_span(outputs: Tensor, pool: Tensor) -> list[int]:
     return chosen
 
 
-def timed(call: Callable[[], object]) -> tuple[object, float]:
-    begin = time.perf_counter()
-    value = call()
-    return value, time.perf_counter() - begin
-
-
-@torch.no_grad()
-def test_text_span_against_the_algorithm_by_the_letter() -> None:
-    torch.set_num_threads(1)
+def test_text_span_against_the_algorithm_written_out(benchmark: BenchmarkFixture) -> None:
     outputs, pool, names = data()
 
-    def streamed() -> object:
+    def streamed() -> TextSpan:
         moments = HeadMoments(1, D)
         for part in outputs[:, None].split(1024):
             moments.update(part)
         return text_span(moments, pool, names)
 
-    fast, stream = [], []
-    found, seconds = timed(lambda: text_span(outputs, pool, names))
-    fast.append(seconds)
-    expected, naive = timed(lambda: naive_text_span(outputs, pool))
-    for _ in range(2):
-        fast.append(timed(lambda: text_span(outputs, pool, names))[1])
-        also, seconds = timed(streamed)
-        stream.append(seconds)
-    assert list(found.indices[0]) == list(also.indices[0]) == expected  # type: ignore[attr-defined]
-    print(f"\nnaive {naive:.1f} s; text_span {min(fast):.2f} s, {naive / min(fast):.0f}x; streamed in batches of 1,024 "
-          f"{min(stream):.2f} s, {naive / min(stream):.0f}x")  # fmt: skip
-    assert naive / min(fast) > 20 and naive / min(stream) > 20
+    def whole() -> TextSpan:
+        return text_span(outputs, pool, names)
+
+    expected = naive_text_span(outputs, pool)
+    assert list(whole().indices[0]) == list(streamed().indices[0]) == expected
+    contenders: dict[str, Contender] = {
+        "text_span": whole,
+        "text_span, streamed in batches of 1,024": streamed,
+        "algorithm written out": lambda: naive_text_span(outputs, pool),
+    }
+    best = race(benchmark, f"TextSpan, {N:,} images, {T:,} texts", contenders, rounds=(1, 3)).best
+    fast, stream, naive = best.values()
+    goal(benchmark, "TextSpan, times faster", naive / fast, 20)
+    goal(benchmark, "TextSpan streamed, times faster", naive / stream, 20)
+    assert naive / fast > 20 and naive / stream > 20
 
 
 def lasso_data() -> tuple[Tensor, Tensor]:
-    """Pictures made of a few of the texts each; texts share a direction and cluster, as those of a CLIP do."""
+    """Images made of a few of the texts each; texts share a direction and cluster, as those of a CLIP do."""
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(100, D, generator=g)
     texts = centres[torch.randint(100, (2000,), generator=g)] + 1.2 * torch.randn(2000, D, generator=g)
@@ -131,9 +129,7 @@ def fista(z: Tensor, dictionary: Tensor, good: Callable[[Tensor], bool]) -> Tens
     raise AssertionError("FISTA did not get there")
 
 
-@torch.no_grad()
-def test_sparse_codes_by_three_solvers() -> None:
-    torch.set_num_threads(1)
+def test_sparse_codes_by_three_solvers(benchmark: BenchmarkFixture) -> None:
     z, dictionary = lasso_data()
     exact = nonnegative_lasso(z.double(), dictionary.double(), PENALTY, tolerance=1e-9)
     full = torch.zeros(len(z), len(dictionary)).scatter_add(1, exact.indices, exact.values.float())
@@ -142,14 +138,17 @@ def test_sparse_codes_by_three_solvers() -> None:
     def good(w: Tensor) -> bool:
         return float((objective(w, z, dictionary) - best).max()) <= 1e-5
 
-    ours, ours_s = timed(lambda: nonnegative_lasso(z, dictionary, PENALTY, tolerance=1e-5))
-    assert float(ours.gap.max()) <= 1e-5  # type: ignore[attr-defined]
-    rows = {"working sets": ours_s, "FISTA with restarts": timed(lambda: fista(z, dictionary, good))[1]}
+    ours = nonnegative_lasso(z, dictionary, PENALTY, tolerance=1e-5)
+    assert float(ours.gap.max()) <= 1e-5
+    contenders: dict[str, Contender] = {
+        "working sets": lambda: nonnegative_lasso(z, dictionary, PENALTY, tolerance=1e-5),
+        "FISTA with restarts": lambda: fista(z, dictionary, good),
+    }
     for rho in (0.3, 1.0, 3.0):
-        rows[f"ADMM, rho {rho}"] = timed(lambda rho=rho: admm(z, dictionary, good, rho))[1]
-    print(f"\nL0 {float((exact.values > 0).sum(1).float().mean()):.1f}; "
-          + "; ".join(f"{name} {s:.2f} s ({s / ours_s:.1f}x)" for name, s in rows.items()))  # fmt: skip
-    assert ours_s == min(rows.values())
+        contenders[f"ADMM, rho {rho}"] = lambda rho=rho: admm(z, dictionary, good, rho)
+    benchmark.extra_info["texts per code"] = float((exact.values > 0).sum(1).float().mean())
+    seconds = race(benchmark, "sparse codes of 256 embeddings", contenders, rounds=(2, 10)).best
+    assert seconds["working sets"] == min(seconds.values())
 
 
 def of_mini() -> tuple[Tensor, Tensor]:
@@ -170,41 +169,36 @@ def worst_gap(w: Tensor, z: Tensor, dictionary: Tensor, penalty: float) -> float
     )
 
 
-@torch.no_grad()
+@pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.parametrize("penalty", [0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005])
 @pytest.mark.parametrize("source", [lasso_data, of_mini])
-def test_sparse_codes_are_not_slower_than_scikit_learn(source: Callable[[], tuple[Tensor, Tensor]]) -> None:
+def test_sparse_codes_are_not_slower_than_scikit_learn(
+    benchmark: BenchmarkFixture, source: Callable[[], tuple[Tensor, Tensor]], penalty: float
+) -> None:
     """Correctness first, by the same certificate; then in turns, least processor time of each."""
     from sklearn.linear_model import Lasso
 
-    torch.set_num_threads(1)
     z, dictionary = (x.double() for x in source())
     z, atoms = z[:64], dictionary.numpy()
 
-    def theirs(penalty: float) -> Tensor:
+    def ours() -> Tensor:
+        code = nonnegative_lasso(z, dictionary, penalty)
+        full = torch.zeros(len(z), len(dictionary), dtype=torch.float64)
+        return full.scatter_add(1, code.indices, code.values)
+
+    def theirs() -> Tensor:
         # It divides the squares by the number of "samples", here the width.
         model = Lasso(penalty / atoms.shape[1], positive=True, fit_intercept=False, precompute=atoms @ atoms.T,
                       tol=1e-6, max_iter=10**6)  # fmt: skip
         return torch.from_numpy(model.fit(atoms.T, z.numpy().T).coef_)
 
-    for penalty in (0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
-        times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(3 if penalty > 0.02 else 2):
-            for name, call in (
-                ("ours", lambda p: nonnegative_lasso(z, dictionary, p)),
-                ("theirs", theirs),
-            ):
-                begin = time.process_time()
-                found = call(penalty)
-                times[name].append(time.process_time() - begin)
-                if name == "ours":
-                    ours = torch.zeros(len(z), len(dictionary), dtype=torch.float64)
-                    found = ours.scatter_add(1, found.indices, found.values)
-                assert worst_gap(found, z, dictionary, penalty) <= 2e-6, name
-        best = {name: min(seconds) for name, seconds in times.items()}
-        print(f"\n{source.__name__}, penalty {penalty}: ours {best['ours']:.2f} s, scikit-learn {best['theirs']:.2f} s, "
-              f"ratio {best['ours'] / best['theirs']:.2f}", end="")  # fmt: skip
-        assert best["ours"] <= 1.5 * best["theirs"]
+    for name, solve in (("ours", ours), ("scikit-learn", theirs)):
+        assert worst_gap(solve(), z, dictionary, penalty) <= 2e-6, name
+    contenders: dict[str, Contender] = {"scikit-learn": theirs, "ours": ours}
+    case = f"sparse codes, {source.__name__}, penalty {penalty}"
+    best = race(benchmark, case, contenders, rounds=(2, 3), timer=time.process_time).best
+    assert best["ours"] <= 1.5 * best["scikit-learn"]
 
 
 if __name__ == "__main__":
-    pytest.main([__file__, "-s", "-o", "addopts="])
+    pytest.main([__file__])

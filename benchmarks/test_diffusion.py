@@ -1,9 +1,9 @@
 """What hooks cost a diffusion pipeline: idle, all cross-attention maps, a masked conditioner.
 
-    python -m pytest benchmarks/test_diffusion.py --benchmark-only -s
+    python -m pytest benchmarks/test_diffusion.py --benchmark-only
 
 Against the plain pipeline, and against a collector as diffusers' documentation suggests it: a custom processor that
-computes attention by hand. Correctness first, then turns round by round, as in test_hooks.py. The pipeline is SD 1.x's
+computes attention by hand. Correctness first, then turns round by round, as in race.py. The pipeline is SD 1.x's
 shape at mini-sd's size (8 x 8 latents, cross-attention at 8 x 8 and 4 x 4), random weights, 5 guided steps.
 """
 
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_hooks import TABLE, quiet, race, table  # noqa: F401 - fixtures
+from race import race
 
 import mmhooks as mm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "models"))
 STEPS = 5
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

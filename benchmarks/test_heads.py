@@ -1,23 +1,23 @@
 """One TopK training step of ours and of the other libraries, interleaved; loss and gradients are checked first.
 
     pip install "mmhooks[bench]"; export MMHOOKS_SAELENS_PYTHON=...   # see benchmarks/peers.py
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/test_heads.py -s
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/test_heads.py --benchmark-only
 
-Prints a Markdown table: samples a second (median of the rounds; the minimum in brackets), our ratio to the
-fastest peer, and the roofline: the time of the encoder's product ``[b, d] x [d, n]``, by torch's default and by
-the fastest routine there is here. It is the one product no TopK step can avoid: the decoder, its gradient, the
-encoder's gradient and that of the selected values have ``K`` of ``n`` terms a row, and cost ``2 b K d`` each.
+The table (see ``race.py``) has samples per second, the ratio to our step, our speed against the fastest peer, and the
+roofline: the time of the encoder's product ``[b, d] x [d, n]``, by torch's default and by the fastest routine there is
+here. It is the one product that no TopK step can avoid: the decoder, its gradient, the encoder's gradient and that of
+the selected values have ``K`` of ``n`` terms per row, and cost ``2 b K d`` each.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from statistics import median
+import warnings
 
 import pytest
 import torch
 from peers import available
+from pytest_benchmark.fixture import BenchmarkFixture
+from race import Contender, goal, race
 
 from mmhooks.heads import TopKSAE
 from mmhooks.heads.sae import topk_kernels as sparse
@@ -79,19 +79,9 @@ def separated(sae: TopKSAE, batch: int) -> torch.Tensor:
     return x[clear][:batch].contiguous()
 
 
-def interleaved(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round; a call that returns a float has timed itself."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds + 1):
-        for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            own = call()
-            kept.append(own if isinstance(own, float) else time.perf_counter() - start)
-    return [kept[1:] for kept in times]
-
-
+@pytest.mark.parametrize("threads", [2])
 @pytest.mark.parametrize(("n", "batch"), CASES)
-def test_topk_step(n: int, batch: int) -> None:
+def test_topk_step(benchmark: BenchmarkFixture, n: int, batch: int, threads: int) -> None:
     torch.manual_seed(0)
     mine, dense = TopKSAE(D, n, K), DenseSAE(D, n, K)
     dense.load_state_dict(mine.state_dict())
@@ -102,26 +92,19 @@ def test_topk_step(n: int, batch: int) -> None:
 
     found, missing = available()
     w, bias = torch.randn(n, D), torch.randn(n)
-    contenders = [Ours(TopKSAE(D, n, K), x), Ours(DenseSAE(D, n, K), x)]
     peers = [build(D, n, K, LR, x, 1000) for build in found]
-    calls = [lambda c=c: c.step(x) for c in [*contenders, *peers]]
-    calls += [lambda: torch.addmm(bias, x, w.T), lambda: sparse.affine(x, w, bias)]
-    times = interleaved(calls, rounds=7 if n * batch < 1 << 24 else 5)
+    steppers = [Ours(TopKSAE(D, n, K), x), Ours(DenseSAE(D, n, K), x), *peers]
+    contenders: dict[str, Contender] = {s.name: lambda s=s: s.step(x) for s in steppers}
+    contenders["encoder's product alone, torch's default"] = lambda: torch.addmm(bias, x, w.T)
+    contenders["encoder's product alone, here"] = lambda: sparse.affine(x, w, bias)
+    rounds = 7 if n * batch < 1 << 24 else 5
+    case = f"TopK step, n = {n:,}, batch {batch:,} (d = {D}, K = {K})"
+    result = race(benchmark, case, contenders, rounds=(rounds, rounds), amount=batch, unit="samples/s")
     for peer in peers:
         getattr(peer, "close", lambda: None)()
-
-    *steps, default, best = [(median(t), min(t)) for t in times]
-    print(f"\n### n = {n:,}, batch {batch:,} (d = {D}, K = {K}, {torch.get_num_threads()} threads)\n")
-    print("| step | ms, median (min) | samples/s | of ours |\n|:--|--:|--:|--:|")
-    for who, (middle, least) in zip([*contenders, *peers], steps, strict=True):
-        share = steps[0][0] / middle
-        print(
-            f"| {who.name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | {batch / middle:,.0f} | {share:.2f} |"
-        )
-    for name, (middle, least) in (("torch's default", default), ("here", best)):
-        print(f"| encoder's product alone, {name} | {1e3 * middle:.1f} ({1e3 * least:.1f}) | | |")
     if peers:
-        rival = min(range(len(peers)), key=lambda i: steps[2 + i][0])
-        ratios = [steps[2 + rival][i] / steps[0][i] for i in (0, 1)]
-        print(f"\n{ratios[0]:.2f}x the fastest peer, {peers[rival].name} (of minima {ratios[1]:.2f}x)")
-    print("\n".join(missing))
+        rival = min((peer.name for peer in peers), key=result.median.__getitem__)
+        ratio = result.median[rival] / result.median["mmhooks"]
+        goal(benchmark, f"{case}: times faster than {rival}, by medians", ratio, 1.4 if n == 1024 else 2.2)
+    for line in missing:
+        warnings.warn(line, stacklevel=1)

@@ -1,24 +1,20 @@
 """Hooks against raw torch, TransformerLens and nnsight; splices against hand-written ones.
 
-    python -m pytest benchmarks/test_hooks.py --benchmark-only -s
+    python -m pytest benchmarks/test_hooks.py --benchmark-only
 
-takes about five minutes and ends with a table for RESULTS.md. Every case first asserts that all contenders compute
-the same. Variance: contenders take turns, round by round, so that a slow moment of the machine hits all of them;
-the ratio of minima says what the code costs, the median of the ratios within a round and their quartiles say how
-steady that is. Run it on an idle machine; ``MMHOOKS_BENCH_SECONDS`` scales the time each case gets.
+takes about five minutes and ends with a table for RESULTS.md (see ``race.py``). Every case first asserts that all
+contenders compute the same. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
 import torch
+from race import SECONDS, TABLE, race
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,71 +24,8 @@ import mmhooks as mm
 from mmhooks.hooks.sites import SiteMap
 from mmhooks.models.hooked import HookedModel
 
-SECONDS = float(os.environ.get("MMHOOKS_BENCH_SECONDS", "8"))
-TABLE: list[str] = []
 THREADS = pytest.mark.parametrize("threads", [1, 2])
-
-
-@pytest.fixture(autouse=True)
-def quiet(request):
-    """Threads as the case asks (1 otherwise), no gradients, no run-time type checks."""
-    assert not hasattr(mm.HookedCLIP.encode_image, "__wrapped__"), (
-        "leave out --jaxtyping-packages: it is timed too"
-    )
-    before = torch.get_num_threads()
-    case = getattr(request.node, "callspec", None)
-    torch.set_num_threads(case.params.get("threads", 1) if case else 1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    yield
-    print(
-        "\n\n| Case | Contender | Best | Ratio of minima | Ratio within rounds: median (quartiles) | Rounds |"
-    )
-    print("|---|---|---|---|---|---|")
-    print("\n".join(TABLE))
-
-
-def race(
-    benchmark,
-    case: str,
-    contenders: dict[str, Callable[[], object]],
-    *,
-    loops: int = 1,
-    seconds: float = SECONDS,
-    per: float = 0,
-    notes: dict[str, str] | None = None,
-) -> dict[str, float]:
-    """Takes turns until the time is up (5 to 60 rounds); the first contender is 1. ``per``: items in a call."""
-    first = next(iter(contenders))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    began = time.perf_counter()
-    while len(times[first]) < 5 or (time.perf_counter() - began < seconds and len(times[first]) < 60):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            for _ in range(loops):
-                run()
-            times[name].append((time.perf_counter() - start) / loops)
-    benchmark.pedantic(contenders[first], rounds=1)
-    best = {name: min(t) for name, t in times.items()}
-    case = f"{case}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    for name in contenders:
-        within = [a / b for a, b in zip(times[name], times[first], strict=True)]
-        low, middle, high = statistics.quantiles(within, n=4)
-        speed = f"{best[name] * 1e6:.1f} µs" if best[name] < 1e-3 else f"{best[name] * 1e3:.2f} ms"
-        speed += f", {per / best[name]:.1f} images/s" if per else ""
-        speed += f", {notes[name]}" if notes else ""
-        ratio = f"{best[name] / best[first]:.3f} | {middle:.3f} ({low:.3f}–{high:.3f})"
-        TABLE.append(f"| {case} | {name} | {speed} | {ratio} | {len(within)} |")
-        benchmark.extra_info[name] = f"{speed}; x{ratio}"
-        print(f"\n  {case:24} {name:28} {speed:34} x{ratio}", end="")
-    return best
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def clip(name: str) -> mm.HookedCLIP:
@@ -187,14 +120,13 @@ def test_b_capture_hooks(benchmark, n):
             "mmhooks": lambda: ours(x),
             "HookPoint, bare function": lambda: theirs(x),
             "TransformerLens cache": lambda: caching(x),
-        }, loops=200)  # fmt: skip
+        }, loops=200).best  # fmt: skip
     floor = best["no hooks"]
     each = {name: (best[name] - floor) / n * 1e6 for name in best if name != "no hooks"}
     for name, cost in each.items():
         TABLE.append(
             f"| (b) each of {n} hooks | {name} | {cost:.2f} µs | {cost / each['raw hooks']:.2f} | | |"
         )
-    print("\n  us a hook:", ", ".join(f"{k} {v:.2f}" for k, v in each.items()))
     benchmark.extra_info["us a hook"] = each
 
 
@@ -326,7 +258,7 @@ def test_c_cache(benchmark, name, threads):
         "all, TransformerLens view": lambda: lens.run_with_cache(images),
     }
     notes = {label: peak(run) for label, run in contenders.items()}
-    race(benchmark, f"(c) cache, {name}", contenders, per=batch, notes=notes, seconds=1.5 * SECONDS)
+    race(benchmark, f"(c) cache, {name}", contenders, amount=batch, notes=notes, seconds=1.5 * SECONDS)
 
 
 @THREADS

@@ -1,6 +1,6 @@
 """Streaming measures against their definitions written out, on the same synthetic pairs; equality comes first.
 
-    python -m pytest -o addopts= benchmarks/test_measures.py -s
+    python -m pytest benchmarks/test_measures.py --benchmark-only
 
 The definitions are vectorised where that is how one would write them down (a table of cosines, a column sorted), and
 run where they still do, 1,024 features, K = 32: those of tables over 20,000 pairs, those of all pairs of samples over
@@ -10,12 +10,13 @@ run where they still do, 1,024 features, K = 32: those of tables over 20,000 pai
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from race import TABLE, Contender, race
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,6 +32,8 @@ from mmhooks.analysis.measures.top_activating import TopSamples
 from mmhooks.analysis.measures.win_rate import WinRate
 
 WIDE, N, M, POOL = 20_000, 2_500, 20, 128
+Cases = dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def naive_mds(a: Tensor, b: Tensor) -> Tensor:
@@ -88,12 +91,14 @@ def naive_win_rate(a: Tensor, x: Tensor, pool: Tensor) -> Tensor:
 def naive_monosemanticity(a: Tensor, x: Tensor) -> Tensor:
     unit = normalize(x, dim=1)
     cosines = (unit @ unit.T).fill_diagonal_(0)
-    values = []
+    values = torch.empty(
+        a.shape[1], dtype=torch.float64
+    )  # a list of scalars would leave holes among large blocks
     for k in range(a.shape[1]):
         w = (a[:, k] - a[:, k].min()) / (a[:, k].max() - a[:, k].min())
         weights = torch.outer(w, w).fill_diagonal_(0)
-        values.append((weights * cosines).sum().double() / weights.sum().double())
-    return torch.stack(values)
+        values[k] = (weights * cosines).sum().double() / weights.sum().double()
+    return values
 
 
 def naive_bridge(a: Tensor, b: Tensor, decoder: Tensor) -> Tensor:
@@ -104,19 +109,9 @@ def naive_bridge(a: Tensor, b: Tensor, decoder: Tensor) -> Tensor:
     return (together / len(a) * (unit @ unit.T)).diagonal().double()
 
 
-def timed(call: Callable[[], Tensor], rounds: int) -> tuple[Tensor, float]:
-    times, value = [], None
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        value = call()
-        times.append(time.perf_counter() - begin)
-    assert value is not None
-    return value, min(times)
-
-
-@torch.no_grad()
-def test_streaming_against_definitions() -> None:
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module")
+def cases() -> Cases:
+    """The definition and the streaming metric of each measure, on the same synthetic pairs."""
     wide = Latents(WIDE, 2)[0:WIDE], Latents(WIDE, 3)[0:WIDE]
     wide_a, wide_b = (x.dense() for x in wide)
     image, text = wide[0][:N], wide[1][:N]
@@ -130,7 +125,7 @@ def test_streaming_against_definitions() -> None:
 
     wins = stream(WinRate(FEATURES, D, m=M, pool=POOL), image, x)
     pool = wins.pool[:, 1].long()
-    cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    return {
         "MDS": (lambda: naive_mds(wide_a, wide_b), lambda: stream(MDS(FEATURES), *wide).compute()["R"]),
         "top samples": (
             lambda: naive_top(wide_a, x),
@@ -157,17 +152,30 @@ def test_streaming_against_definitions() -> None:
             lambda: stream(Bridge(FEATURES), image, text).result(decoder).own,
         ),
     }
-    spent = [0.0, 0.0]
-    print(f"\n{WIDE:,} and {N:,} pairs x {FEATURES} features, one thread: definition, streaming, ratio")
-    for name, (naive, ours) in cases.items():
-        ours()  # warm
-        fast, seconds = timed(ours, 5)
-        slow, naive_seconds = timed(naive, 1)
-        torch.testing.assert_close(fast.double(), slow.double(), equal_nan=True, rtol=2e-3, atol=1e-4)
-        spent = [spent[0] + naive_seconds, spent[1] + seconds]
-        print(f"  {name:<16} {naive_seconds:9.3f} s {seconds:9.4f} s {naive_seconds / seconds:8.1f}")
-    print(f"  {'all':<16} {spent[0]:9.3f} s {spent[1]:9.4f} s {spent[0] / spent[1]:8.1f}")
+
+
+@pytest.fixture(scope="module")
+def spent() -> Iterator[list[tuple[float, float]]]:
+    """Seconds of (definition, streaming) per measure; their sums close the table."""
+    seconds: list[tuple[float, float]] = []
+    yield seconds
+    slow, fast = (sum(column) for column in zip(*seconds, strict=True))
+    TABLE.append(f"| {len(seconds)} measures together | streaming | {fast:.3f} s | {fast / slow:.4f} | | |")
+    TABLE.append(f"| times faster, goal at least 20 | | {slow / fast:.1f} | | | |")
+
+
+@pytest.mark.parametrize(
+    "measure", ["MDS", "top samples", "density", "EmbedSim", "WinRate", "MonoSemanticity", "bridges"]
+)
+def test_streaming_against_definitions(
+    benchmark: BenchmarkFixture, cases: Cases, spent: list[tuple[float, float]], measure: str
+) -> None:
+    naive, ours = cases[measure]
+    torch.testing.assert_close(ours().double(), naive().double(), equal_nan=True, rtol=2e-3, atol=1e-4)
+    contenders: dict[str, Contender] = {"definition": naive, "streaming": ours}
+    result = race(benchmark, measure, contenders, rounds=(1, 5))
+    spent.append((result.best["definition"], result.best["streaming"]))
 
 
 if __name__ == "__main__":
-    pytest.main([__file__, "-s", "-o", "addopts="])
+    pytest.main([__file__])

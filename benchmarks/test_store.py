@@ -1,27 +1,29 @@
 """The activation store: extraction beside bare forwards, reading beside numpy, loaders beside others.
 
-    OMP_NUM_THREADS=1 python -m pytest -o addopts= benchmarks/test_store.py -s
+    OMP_NUM_THREADS=1 python -m pytest benchmarks/test_store.py --benchmark-only
 
-Every case asserts first that the contenders give the same numbers. They take turns, round by round; printed are
-medians and minima. ``MMHOOKS_BENCH_ROUNDS`` (default 5), ``MMHOOKS_BENCH_PAIRS`` (default 512),
-``MMHOOKS_PEER_PYTHON`` (an interpreter that has ``saev``; without it that row is left out and says so).
+Every case asserts first that the contenders give the same numbers; ``race.py`` says how they are timed.
+``MMHOOKS_BENCH_ROUNDS`` (default 5), ``MMHOOKS_BENCH_PAIRS`` (default 512), ``MMHOOKS_PEER_PYTHON`` (an interpreter
+that has ``saev``; without it that row is left out and says so).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from race import TABLE, Contender, Race, goal, race
 
 import mmhooks as mm
 from mmhooks.data.loading import Decoder, loader, works
@@ -32,41 +34,23 @@ from mmhooks.data.store.writer import ShardWriter, begin, finish
 
 ROUNDS = int(os.environ.get("MMHOOKS_BENCH_ROUNDS", "5"))
 PAIRS = int(os.environ.get("MMHOOKS_BENCH_PAIRS", "512"))
+FIXED = (ROUNDS, ROUNDS)
 ROWS, WIDTH, BATCH = 200_000, 512, 4096
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def race(contenders: dict[str, Callable[[], object]], amount: float, unit: str) -> dict[str, float]:
-    """Runs all in turn; prints rates, and each against the first; returns the ratios of medians."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    base = next(iter(times.values()))
-    ratios = {}
-    for name, taken in times.items():
-        ratios[name] = median(base) / median(taken)
-        print(
-            f"  {name:<44} {amount / median(taken):10,.1f} {unit} (best {amount / min(taken):,.1f}); ratio "
-            f"{ratios[name]:.3f} (of the best {min(base) / min(taken):.3f})"
-        )
-    return ratios
+def against_the_first(result: Race) -> dict[str, float]:
+    """Speed of each contender against the first's, by medians."""
+    median = result.median
+    return {name: next(iter(median.values())) / seconds for name, seconds in median.items()}
 
 
 # -- extraction ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "pairs", "batch"), [("mini", 2 * PAIRS, 128), ("ViT-B-32", PAIRS, 32)])
-def test_extraction_runs_at_the_encoders_speed(name: str, pairs: int, batch: int, tmp_path: Path) -> None:
+def test_extraction_runs_at_the_encoders_speed(
+    benchmark: BenchmarkFixture, name: str, pairs: int, batch: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = mm.load(name)
     found = mm.data.pairs("mini", limit=pairs)
@@ -96,40 +80,46 @@ def test_extraction_runs_at_the_encoders_speed(name: str, pairs: int, batch: int
     bare()
     store = stored()
     assert torch.equal(store["image.embed"].tensor(), torch.cat(bare_rows)) and len(store) == pairs
-    print(f"\n{name}, {pairs} pairs, batches of {batch}, one thread, decoding in the same process:")
-    ratio = race({"bare loop, nothing written": bare, "mm.extract": stored}, pairs, "pairs/s")["mm.extract"]
-    print(f"  target 0.93: {'met' if ratio >= 0.93 else 'missed'}")
+    case = f"extraction, {name}, {pairs} pairs, batches of {batch}, decoding in the same process"
+    contenders: dict[str, Contender] = {"bare loop, nothing written": bare, "mm.extract": stored}
+    speed = against_the_first(race(benchmark, case, contenders, rounds=FIXED, amount=pairs, unit="pairs/s"))
+    goal(benchmark, f"{case}: speed against the bare loop", speed["mm.extract"], 0.93)
 
 
 TWO = """
 import sys, time, torch, mmhooks as mm
+from mmhooks.utils.distributed import Ranks
 torch.set_num_threads(1)
 model, pairs = mm.load("mini"), mm.data.pairs("mini", limit=int(sys.argv[2]))
 mm.extract(model, pairs[:128], out=sys.argv[1] + "/warm", workers=0, progress=False, shard_rows=64, batch_size=64)
 start = time.perf_counter()
 mm.extract(model, pairs, out=sys.argv[1] + "/acts", workers=0, progress=False, shard_rows=128, batch_size=64)
-if mm.data.ranks.Ranks().rank == 0:
+if Ranks().rank == 0:
     print("seconds", time.perf_counter() - start)
 """
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     """The wall-clock time of two ranks with a thread each against one; needs two idle cores."""
     script = tmp_path / "two.py"
-    script.write_text(TWO.replace("mmhooks as mm", "mmhooks as mm, mmhooks.utils.distributed", 1))
+    script.write_text(TWO)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pairs = 4 * PAIRS
 
-    def seconds(processes: int, turn: int) -> float:
+    turns = {n: itertools.count() for n in ("1", "2", "apart")}
+
+    def seconds(processes: int) -> float:
         launch = (
             ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
         )
-        command = [sys.executable, *launch, str(script), str(tmp_path / f"{processes}-{turn}"), str(pairs)]
+        out = tmp_path / f"{processes}-{next(turns[str(processes)])}"
+        command = [sys.executable, *launch, str(script), str(out), str(pairs)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(done.stdout.split("seconds")[1])
 
-    def apart(turn: int) -> float:
-        """Two extractions that know nothing of each other, of half the pairs each, at the same time."""
+    def apart() -> float:
+        """Two extractions of half the pairs each, at the same time, in processes that share nothing."""
+        turn = next(turns["apart"])
         commands = [
             [sys.executable, str(script), str(tmp_path / f"apart-{turn}-{half}"), str(pairs // 2)]
             for half in "ab"
@@ -137,21 +127,20 @@ def test_two_processes(tmp_path: Path) -> None:
         running = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
         return max(float(process.communicate()[0].split("seconds")[1]) for process in running)
 
-    times: dict[object, list[float]] = {n: [] for n in (1, 2, "apart")}
-    for turn in range(max(2, ROUNDS // 2)):
-        for n in (1, 2):
-            times[n].append(seconds(n, turn))
-        times["apart"].append(apart(turn))
+    seconds(1), seconds(2)
     one, two = (tmp_path / f"{n}-0" / "acts" for n in (1, 2))
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()
-    ratio = median(times[1]) / median(times[2])
-    print(
-        f"\nmini, {pairs} pairs: 1 process {pairs / median(times[1]):,.0f} pairs/s, 2 processes "
-        f"{pairs / median(times[2]):,.0f} pairs/s; ratio {ratio:.2f} (of the best {min(times[1]) / min(times[2]):.2f}); "
-        f"target 1.7: {'met' if ratio >= 1.7 else 'missed'}; two that know nothing of each other: "
-        f"{median(times[1]) / median(times['apart']):.2f}"
+    contenders: dict[str, Contender] = {
+        "1 process": lambda: seconds(1),
+        "2 processes": lambda: seconds(2),
+        "2 processes that share nothing": apart,
+    }
+    few = max(2, ROUNDS // 2)
+    result = race(
+        benchmark, f"mini, {pairs} pairs", contenders, rounds=(few, few), amount=pairs, unit="pairs/s"
     )
+    goal(benchmark, "2 processes, times faster", against_the_first(result)["2 processes"], 1.7)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -184,7 +173,7 @@ def folder(tmp_path_factory) -> Path:
 GIGABYTES = ROWS * WIDTH * 4 / 1e9
 
 
-def test_reading_beside_numpy(folder: Path) -> None:
+def test_reading_beside_numpy(benchmark: BenchmarkFixture, folder: Path) -> None:
     """Copying every row of a site into one buffer: mapped by numpy, and through the store."""
     store = mm.Store(folder)
     rows = store["image.embed"]
@@ -209,13 +198,16 @@ def test_reading_beside_numpy(folder: Path) -> None:
             target[: len(chunk)].copy_(chunk)  # type: ignore[arg-type]
 
     assert np.array_equal(mapped[-1], rows[ROWS - len(mapped[-1]) :].numpy())  # type: ignore[union-attr]
-    print(f"\nreading {ROWS} rows of {WIDTH} x fp32, chunks of {BATCH}:")
-    ratio = race({"numpy.memmap, copied": by_numpy, "store.chunks, copied": by_store}, GIGABYTES, "GB/s")
-    print(f"  target 0.7: {'met' if ratio['store.chunks, copied'] >= 0.7 else 'missed'}")
+    case = f"reading {ROWS:,} rows of {WIDTH} x fp32, chunks of {BATCH}"
+    contenders: dict[str, Contender] = {"numpy.memmap, copied": by_numpy, "store.chunks, copied": by_store}
+    speed = against_the_first(race(benchmark, case, contenders, rounds=FIXED, amount=GIGABYTES, unit="GB/s"))
+    goal(benchmark, "reading: speed against numpy", speed["store.chunks, copied"], 0.7)
 
 
 @pytest.mark.parametrize("sites", [["image.embed"], ["image.embed", "text.embed"]])
-def test_shuffled_batches(folder: Path, sites: list[str], tmp_path: Path) -> None:
+def test_shuffled_batches(
+    benchmark: BenchmarkFixture, folder: Path, sites: list[str], tmp_path: Path
+) -> None:
     store = mm.Store(folder)
 
     def sums(shuffle: bool) -> torch.Tensor:
@@ -250,23 +242,29 @@ def test_shuffled_batches(folder: Path, sites: list[str], tmp_path: Path) -> Non
             for _, index, _ in plan:
                 torch.index_select(plain, 0, index, out=target[: len(index)])
 
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Contender] = {
         "store.batches, in order": lambda: read(),
         "store.batches, shuffled": lambda: read(shuffle=True, seed=1),
         "index_select alone, mapped rows": gather_mapped,
         "index_select alone, rows in memory": gather,
     }
     amount = GIGABYTES * len(sites)
-    print(f"\nbatches of {BATCH}, {len(sites)} sites, {ROWS} rows of {WIDTH} x fp32:")
-    ratio = race(contenders, amount, "GB/s")["store.batches, shuffled"]
-    print(f"  target 0.5: {'met' if ratio >= 0.5 else 'missed'}")
+    case = f"batches of {BATCH}, sites: {len(sites)}, {ROWS:,} rows of {WIDTH} x fp32"
+    result = race(benchmark, case, contenders, rounds=FIXED, amount=amount, unit="GB/s")
+    goal(
+        benchmark,
+        f"{case}: shuffled against in order",
+        against_the_first(result)["store.batches, shuffled"],
+        0.5,
+    )
     for shuffle in (False, True):
         start = time.perf_counter()
         share = by_datasets(folder, sites, shuffle=shuffle)
+        rate = amount * share / (time.perf_counter() - start)
         name = f"datasets (SAELens' shards), {'shuffled' if shuffle else 'in order'}"
-        print(f"  {name:<44} {amount * share / (time.perf_counter() - start):10,.2f} GB/s")
+        TABLE.append(f"| {case} | {name} | {rate:,.2f} GB/s | | | 1 |")
     if len(sites) == 1:
-        by_saev(store, tmp_path)
+        by_saev(case, store, tmp_path)
 
 
 def by_datasets(folder: Path, sites: list[str], *, shuffle: bool) -> float:
@@ -288,11 +286,11 @@ def by_datasets(folder: Path, sites: list[str], *, shuffle: bool) -> float:
     return len(order) / ROWS
 
 
-def by_saev(store: mm.Store, place: Path) -> None:
+def by_saev(case: str, store: mm.Store, place: Path) -> None:
     """The loaders of ``saev`` on the same bytes, in the interpreter that has it."""
     python = os.environ.get("MMHOOKS_PEER_PYTHON")
     if not python:
-        print("  saev: left out, MMHOOKS_PEER_PYTHON names no interpreter that has it")
+        warnings.warn("saev is left out: MMHOOKS_PEER_PYTHON names no interpreter that has it", stacklevel=1)
         return
     script = Path(__file__).parent / "saev_loaders.py"
     np.save(place / "rows.npy", store["image.embed"].tensor().numpy())  # type: ignore[union-attr]
@@ -301,7 +299,7 @@ def by_saev(store: mm.Store, place: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     if done.returncode:
-        print(f"  saev: does not run here: {done.stderr.strip().splitlines()[-1]}")
+        warnings.warn(f"saev does not run here: {done.stderr.strip().splitlines()[-1]}", stacklevel=1)
         return
     for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
-        print(f"  {f'saev, {name}':<44} {GIGABYTES * share / seconds:10,.2f} GB/s")
+        TABLE.append(f"| {case} | saev, {name} | {GIGABYTES * share / seconds:,.2f} GB/s | | | 1 |")

@@ -69,15 +69,18 @@ class ActivationCache(Mapping[str, Tensor]):
 
         A cache that keeps values as they come gets one flat function: every capture pays for its length.
         """
-        ran = False  # this one: two patterns that name one site are two recorders
+        runs = 0  # 0, 1, or 2 for more; of this recorder: two patterns that name one site are two
+        repeated = self.repeated
         if not self._plain:
 
             def process(value: Tensor) -> Tensor:
-                nonlocal ran
+                nonlocal runs
                 binding.fired = True
-                if ran:
-                    self._again(name)
-                ran = True
+                if runs == 0:
+                    runs = 1
+                elif runs == 1 and not recomputes():
+                    runs = 2
+                    repeated[name] = None
                 self.store(name, value, axis)
                 return value
 
@@ -85,19 +88,18 @@ class ActivationCache(Mapping[str, Tensor]):
         values = self._values
 
         def keep(value: Tensor) -> Tensor:
-            nonlocal ran
+            nonlocal runs
             binding.fired = True
-            if ran:
-                self._again(name)
-            ran = True
+            if runs < 2:  # flat, and nothing but this comparison from the third run on
+                if runs == 0:
+                    runs = 1
+                elif not recomputes():
+                    runs = 2
+                    repeated[name] = None
             values[name] = value.detach()
             return value
 
         return keep
-
-    def _again(self, name: str) -> None:
-        if not recomputes():
-            self.repeated[name] = None
 
     def store(self, name: str, value: Tensor, axis: int | None, rows: slice | None = None) -> None:
         """Keeps ``value``, or some of its rows, under ``name``; and its gradient, when one comes.
