@@ -127,7 +127,8 @@ def test_two_processes(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
         running = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
         return max(float(process.communicate()[0].split("seconds")[1]) for process in running)
 
-    seconds(1), seconds(2)
+    for processes in (1, 2):
+        seconds(processes)
     one, two = (tmp_path / f"{n}-0" / "acts" for n in (1, 2))
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()
