@@ -104,7 +104,7 @@ def stages() -> dict[str, tuple[float, str]]:
             timed(
                 f"extraction, {label}",
                 count,
-                f"{count} pairs: pictures drawn, both encoders, written",
+                f"{count} pairs: images drawn, both encoders, written",
                 lambda m=model, c=chosen, d=f"{folder}/{name}": mm.extract(
                     m, c, out=d, progress=False, workers=0
                 ),
@@ -121,7 +121,7 @@ def stages() -> dict[str, tuple[float, str]]:
         timed(
             "decoding, JPEG 320×256 to 224 px",
             64,
-            "64 pictures, PIL and the model's preprocessing",
+            "64 images, PIL and the model's preprocessing",
             lambda: [model.preprocess(open_image(j)) for j in jpegs],
         )
     sae, x = TopKSAE(512, 1024, 32), torch.nn.functional.normalize(torch.randn(4096, 512), dim=1)

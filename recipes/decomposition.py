@@ -1,7 +1,7 @@
-"""What attention heads of CLIP's image encoder say: the tables and pictures of the text-based decomposition.
+"""Attention heads of CLIP's image encoder described by texts: tables and images of the text-based decomposition.
 
-Head texts of the last layers (TextSpan), how far they hold over other pictures, what the embedding loses without
-components, top pictures and nearest neighbours by single heads, neurons through later heads, pictures in texts.
+Texts of the last layers' heads (TextSpan) and their stability over other images, accuracy without components, top
+images and nearest neighbours by single heads, neurons through later heads, images as sparse sums of texts.
 
     python recipes/decomposition.py --out runs/decomposition
     python recipes/decomposition.py --model ViT-B-32 --pretrained openai --data coco --limit 5000 --pool imagenet

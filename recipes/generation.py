@@ -1,7 +1,7 @@
 """Interpolation by modality in Stable Diffusion (Section 5.3 of the paper, Figures 7 and 8), with numbers.
 
-Features of the conditioner that belong to pictures (ImgD), texts (TextD) or both (CrossD) are moved toward a
-reference picture while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD
+Features of the conditioner that belong to images (ImgD), texts (TextD) or both (CrossD) are moved toward a
+reference image while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD
 and CrossD break it.
 
     python recipes/generation.py --out runs/generation

@@ -1,6 +1,6 @@
-"""Which features of CLIP belong to pictures, to texts, to both: Section 2 of the paper, end to end.
+"""Which features of CLIP belong to images, to texts, or to both: Section 2 of the paper, end to end.
 
-Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top pictures and
+Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top images and
 texts of features of each group (Figures 2-4, Tables 3-5), and what masking a group does to retrieval.
 
     python recipes/modality.py --out runs/modality

@@ -1,4 +1,4 @@
-"""Case studies, a folder each: ``study.py`` reads like the method section of a paper.
+"""Case studies, one folder per study; its ``study.py`` reads like the method section of a paper.
 
 ``mm.studies.gender.run(mm.studies.gender.Options(out="runs/gender"))`` is ``mmhooks study gender --out runs/gender``.
 """

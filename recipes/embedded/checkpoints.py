@@ -1,7 +1,7 @@
 """Checkpoints of the trainings: one safetensors file with every part, the optimiser's state and the step.
 
-A checkpoint keeps the digest of its own content and that of what its run started from (plan, starting weights, data):
-a damaged one and one of another run are refused, so a resumed run ends with the bits of an unbroken one.
+A checkpoint stores the digest of its own content and of everything its run started from (plan, initial weights, data).
+Damaged checkpoints and those of another run are refused, so a resumed run ends with the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def starting_point(plan: Mapping[str, Any], modules: Sequence[nn.Module], *data: Any) -> str:
-    """The digest of what decides a run: its plan, the weights it starts from, which of them learn, all its data."""
+    """Returns the digest of what decides a run: its plan, initial weights, which of them are trained, and all data."""
     weights = [(m.state_dict(), {k: p.requires_grad for k, p in m.named_parameters()}) for m in modules]
     return digest(dict(plan), [[dict(state), trained] for state, trained in weights], *data)
 
@@ -38,8 +38,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     started: str,
 ) -> None:
-    """Writes everything aside, then renames: a kill leaves the old checkpoint or the new one."""
-    tensors = {f"{part}.{name}": value for part, named in parts.items() for name, value in named.items()}
+    """Writes a checkpoint atomically: a kill leaves the old one or the new one."""
+    tensors = {
+        f"{part}.{name}": value for part, classified in parts.items() for name, value in classified.items()
+    }
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
@@ -49,23 +51,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, started: str) -> tuple[int, Parts]:
-    """The step and the parts; the optimiser is restored in place.
+    """Returns the step and the parts; the optimiser is restored in place.
 
     Raises:
-        DamagedFile: its content is not what was written. MMHooksError: it is of a run that started otherwise.
+        DamagedFile: its content is not what was written.
+        MMHooksError: it belongs to a run with another plan, other initial weights or other data.
     """
     tensors, about = read_safetensors(path), metadata_of(path)
     if digest_of({k: about.get(k) for k in ("step", "started")}, tensors) != about.get("digest"):
         found = (
             "other content than its digest says"
             if "digest" in about
-            else "no digest, as before they were kept"
+            else "no digest, as in checkpoints of old versions"
         )
-        raise DamagedFile(f"{path}: expected a whole checkpoint, got {found}; delete it to start anew")
+        raise DamagedFile(f"{path}: expected an intact checkpoint, got {found}; delete it to start again")
     if about["started"] != started:
         raise MMHooksError(
             f"{path} is of a run with another plan, other starting weights or other data; choose another --out, or "
-            "delete it to start anew"
+            "delete it to start again"
         )
     parts: Parts = {}
     for key, value in tensors.items():
@@ -77,16 +80,26 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, started: str) 
     for key, value in parts.pop("adam", {}).items():
         number, name = key.split(".")
         place = places[int(number)]
-        if value.shape == place.shape:  # fused AdamW walks through memory: moments lie as their weights do
+        if value.shape == place.shape:
+            # Fused AdamW walks through memory, so moments need the layout of their weights.
             value = torch.empty_like(place).copy_(value)
         state["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(state)
     return int(about["step"]), parts
 
 
+def read_part(path: Path, part: str) -> tuple[int, dict[str, Tensor]]:
+    """Returns the step of a checkpoint and one of its parts, such as "average", without the other tensors."""
+    with safe_open(path, "pt") as file:
+        keys = [key for key in file.keys() if key.startswith(f"{part}.")]  # noqa: SIM118 - not a dict
+        return int(file.metadata()["step"]), {
+            key.removeprefix(f"{part}."): file.get_tensor(key) for key in keys
+        }
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One run of several that went on from one another: its plan, the steps it made, the rows of its curve."""
+    """One of several runs that each continue the one before: its plan, its number of steps, the rows of its curve."""
 
     plan: dict[str, Any]
     steps: int
@@ -94,7 +107,7 @@ class Stage:
 
 
 def stages(run: Path) -> list[Stage]:
-    """A run and all before it, the first one first: a plan's ``start`` names the folder beside its own."""
+    """Returns a run and all before it, the first one first; a plan's ``start`` names a sibling folder."""
     plan = json.loads((run / "plan.json").read_text())
     with safe_open(run / "checkpoint.safetensors", "pt") as file:
         steps = int(file.metadata()["step"])
@@ -105,7 +118,7 @@ def stages(run: Path) -> list[Stage]:
 
 
 def joined_curve(chain: Sequence[Stage]) -> list[dict[str, Any]]:
-    """The curves of stages one after another, their steps counted through."""
+    """Concatenates the curves of the stages, with steps counted from the first stage on."""
     rows, done = [], 0
     for stage in chain:
         rows += [row | {"step": row["step"] + done} for row in stage.curve]

@@ -1,7 +1,7 @@
-"""The drawings that the embedded models are trained on: built from installed packages, never committed.
+"""Builds the corpus of drawings that the embedded models are trained on, from installed packages; it is not committed.
 
-Every source is a package of npm, PyPI or Debian whose drawings are free; `SOURCES` names each with its
-licence. Pictures are rasterised once to RGBA and kept, with their names and keywords, beside the training run.
+Every source is a package of npm, PyPI or Debian whose drawings are free; `SOURCES` names each with its licence.
+Drawings are rasterised once to RGBA and stored with their names and keywords.
 
     npm install @iconify-json/{openmoji,noto,noto-v1,twemoji,emojione,emojione-v1,fluent-emoji,fluent-emoji-flat} \\
                 @iconify-json/{fxemoji,streamline-emojis,game-icons,flat-color-icons} emojibase-data
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from mmhooks.data.sources.drawings import SIZE, SOURCES, UNSEEN_STYLE, Corpus, hash_of, plain_codepoints
 from mmhooks.data.splits import Split, concept_key, split_of
+from mmhooks.utils.files import write_text
 
 # Folders of Open Clip Art that hold shapes and theme files rather than drawings of things.
 _NO_DRAWINGS = ("shapes", "computer/icons", "computer/buttons", "special", "signs_and_symbols/led",
@@ -52,12 +53,16 @@ class Drawing:
 
 
 def build(out: Path, node_modules: Path, openclipart: Path, workers: int = 2) -> Corpus:
-    """Rasterise every source into ``out``; a source whose package is missing is named and stops the build."""
+    """Rasterises every source into ``out``.
+
+    Raises:
+        FileNotFoundError: the package of a source is missing.
+    """
     drawings = [*_emoji_drawings(node_modules), *_openclipart(openclipart)]
     with ProcessPoolExecutor(workers) as pool:
-        pictures = list(track(pool.map(_rasterise, [d.svg for d in drawings], chunksize=64),
+        images = list(track(pool.map(_rasterise, [d.svg for d in drawings], chunksize=64),
                               total=len(drawings), description="rasterise"))  # fmt: skip
-    kept = [(d, p) for d, p in zip(drawings, pictures, strict=True) if p is not None]
+    kept = [(d, p) for d, p in zip(drawings, images, strict=True) if p is not None]
     typer.echo(f"{len(kept)} of {len(drawings)} drawings rasterised")
     out.mkdir(parents=True, exist_ok=True)
     save_file({"rgba": torch.from_numpy(np.stack([p for _, p in kept]))}, out / "rgba.safetensors")
@@ -66,7 +71,7 @@ def build(out: Path, node_modules: Path, openclipart: Path, workers: int = 2) ->
         row = asdict(drawing) | {"concept": drawing.concept, "split": drawing.split}
         del row["svg"]
         rows.append(row)
-    (out / "rows.json").write_text(json.dumps(rows))
+    write_text(out / "rows.json", json.dumps(rows))
     return Corpus(out)
 
 
@@ -79,7 +84,7 @@ def _rasterise(svg: str) -> np.ndarray | None:
     try:
         png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
         image = open_image(bytes(png)).convert("RGBA")
-    except Exception:  # resvg's own parse errors; the count of what was kept is printed
+    except Exception:  # parse errors of resvg; the number of drawings that worked is printed
         return None
     box = image.getbbox()
     if box is None:
@@ -107,7 +112,7 @@ def _emoji_drawings(node_modules: Path) -> list[Drawing]:
             name = names.get(code) or by_letters.get(slug.replace("-", "")) or _spoken(slug)
             known = name in keywords
             if source.style == "fxemoji" and not known:
-                continue  # its slugs are letters run together: not a caption
+                continue  # its slugs have no word boundaries, so they are not captions
             toned = "skin tone" in name
             width = icon.get("width", icons.get("width", 16))
             height = icon.get("height", icons.get("height", 16))
@@ -122,7 +127,7 @@ def _emoji_drawings(node_modules: Path) -> list[Drawing]:
 
 
 def _spoken(slug: str) -> str:
-    """A slug as words; Fluent names skin tones by their shade alone, Streamline numbers its variants."""
+    """Returns a slug as words; Fluent names skin tones only by shade, Streamline numbers its variants."""
     words = re.sub(r" \d$", "", slug.replace("-", " ").removesuffix(" default"))
     return re.sub(r" ((?:medium )?(?:light|dark)|medium)$", r" \1 skin tone", words)
 
@@ -159,7 +164,7 @@ def _openclipart(folder: Path) -> list[Drawing]:
 
 
 def _clip_name(svg: str, stem: str) -> str | None:
-    """The title inside the file where it reads like one, else the file's name without its author."""
+    """Returns the title in the file if it looks like one, else the file's name without its author."""
     title = ""
     try:
         for element in ElementTree.fromstring(svg).iter("{http://purl.org/dc/elements/1.1/}title"):
@@ -188,7 +193,7 @@ def main(
     ),
     workers: int = 2,
 ) -> None:
-    """Build the training corpus: PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules"""
+    """Builds the training corpus: PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules"""
     from collections import Counter
 
     corpus = build(out, node_modules, openclipart, workers)

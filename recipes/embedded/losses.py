@@ -25,14 +25,14 @@ _TEMPLATES = (
 )
 
 
-def caption(row: dict, dice: random.Random) -> str:
-    """The name, the name in a template, or the name among its keywords."""
-    roll = dice.random()
+def caption(row: dict, rng: random.Random) -> str:
+    """Draws a caption: the name, the name in a template, or the name followed by keywords."""
+    roll = rng.random()
     if roll < 0.5 or (roll >= 0.75 and not row["keywords"]):
         return row["name"]
     if roll < 0.75:
-        return dice.choice(_TEMPLATES).format(row["name"])
-    words = dice.sample(row["keywords"], min(len(row["keywords"]), dice.randint(1, 3)))
+        return rng.choice(_TEMPLATES).format(row["name"])
+    words = rng.sample(row["keywords"], min(len(row["keywords"]), rng.randint(1, 3)))
     return ", ".join([row["name"], *words])
 
 
@@ -43,7 +43,7 @@ def may_flip(row: dict) -> bool:
 def augment(
     rgba: UInt8[Tensor, "b s s 4"], flip: Bool[Tensor, " b"], g: torch.Generator
 ) -> Float[Tensor, "b 3 64 64"]:
-    """Turn, scale, shift and mirror each drawing, lay it on a random ground, shift its colours."""
+    """Rotates, scales, shifts and mirrors each drawing, puts it on a random background, and shifts its colours."""
     b = len(rgba)
 
     def rand(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def augment(
     grid = F.affine_grid(theta, [b, 4, mini.IMAGE_SIZE, mini.IMAGE_SIZE], align_corners=False)
     layers = F.grid_sample(layers, grid, align_corners=False)
     colour, alpha = layers[:, :3], layers[:, 3:]
-    # ground: white for a third, plain colour, or a gradient between two colours
+    # background: white for a third, plain colour, or a gradient between two colours
     one, two = (1 - 0.9 * rand(b, 3, 1, 1) ** 2 for _ in range(2))
     kind = rand(b, 1, 1, 1)
     ramp = torch.linspace(0, 1, mini.IMAGE_SIZE)
@@ -83,7 +83,7 @@ def augment(
 
 
 def plain(rgba: UInt8[Tensor, "b s s 4"]) -> Float[Tensor, "b 3 64 64"]:
-    """Drawings as evaluation sees them: on white, whole, 64 x 64."""
+    """Returns drawings as evaluation uses them: on white, uncropped, 64 x 64."""
     pixels = rgba.permute(0, 3, 1, 2).float() / 255
     flat = pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
     size = (mini.IMAGE_SIZE, mini.IMAGE_SIZE)
@@ -96,14 +96,14 @@ def contrastive(
     scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"],
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE over unit vectors; pairs of the same name are all positives."""
+    """Computes symmetric InfoNCE over unit vectors; all pairs of the same name are positives."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     target = same.float() / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def relational(text: Float[Tensor, "b d"], teacher: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
-    """KL from a sentence encoder's neighbourhoods to ours: which captions of the batch lie close together."""
+    """Computes the KL divergence from a sentence encoder's neighbourhoods of the batch's captions to ours."""
     ours, theirs = F.normalize(text, dim=-1), F.normalize(teacher, dim=-1)
     hole = torch.eye(len(text), dtype=torch.bool)
     ours = (ours @ ours.T / 0.1).masked_fill(hole, -1e4).log_softmax(-1)
@@ -112,7 +112,7 @@ def relational(text: Float[Tensor, "b d"], teacher: Float[Tensor, "b e"]) -> Flo
 
 
 class SelfSupervision(nn.Module):
-    """DeCLIP's two single-modality tasks: SimSiam between two views of a picture, and masked words."""
+    """DeCLIP's two single-modality tasks: SimSiam between two views of an image, and masked words."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class SelfSupervision(nn.Module):
 def mask_words(
     tokens: Int[Tensor, "b l"], mask_id: int, g: torch.Generator
 ) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
-    """Replace one word piece in five by the mask token; start, end and padding stay."""
+    """Replaces one word piece in five by the mask token, but not start, end and padding."""
     inner = (tokens != 0) & (tokens < mask_id - 2)
     masked = inner & (torch.rand(tokens.shape, generator=g) < 0.2)
     masked[:, 1] |= ~masked.any(1)

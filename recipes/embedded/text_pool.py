@@ -1,4 +1,4 @@
-"""Writes the general text pool that ships: short descriptions of what a picture can show, composed from word lists.
+"""Writes the shipped general text pool: short descriptions of what an image can show, composed from word lists.
 
     PYTHONPATH=recipes python -m embedded.text_pool --out mmhooks/assets/texts/general.txt
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmhooks.utils.files import write_text
 
 app = typer.Typer(add_completion=False)
 
@@ -230,7 +232,7 @@ def main(
     Example: PYTHONPATH=recipes python -m embedded.text_pool --out general.txt
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(compose(), encoding="utf-8")
+    write_text(out, compose())
     typer.echo(f"{out}: {sum(map(len, kinds().values()))} texts of {len(kinds())} kinds")
 
 

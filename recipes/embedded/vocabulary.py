@@ -1,7 +1,7 @@
-"""Cut open_clip's byte-pair merges to those that the training corpus uses; writes the mini models' vocabulary.
+"""Reduces open_clip's byte-pair merges to those that the training corpus uses; writes the mini models' vocabulary.
 
-A merge is kept if applying the whole table to any word of the corpus performs it, so every such word is
-still cut into the same pieces.
+A merge is kept if applying the whole table to any word of the corpus uses it, so every such word is still split into
+the same pieces.
 
     PYTHONPATH=recipes python -m embedded.vocabulary --corpus runs/corpus
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmhooks.utils.files import write_bytes
 
 TARGET = Path(__file__).parents[2] / "mmhooks" / "assets" / "mini" / "merges.txt.gz"
 
@@ -52,7 +54,7 @@ def main(corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"), target: 
     texts.append("a drawing picture icon cartoon emoji of an the with photo and man woman person")
     merges = used_merges(texts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
+    write_bytes(target, gzip.compress("\n".join(merges).encode(), mtime=0))
     typer.echo(f"{len(merges)} merges of open_clip's 48,894 kept")
 
 

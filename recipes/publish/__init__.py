@@ -1,1 +1,1 @@
-"""Writers of README and docs: ``PYTHONPATH=recipes python -m publish.readme --help``."""
+"""Writers of generated blocks in the docs: ``PYTHONPATH=recipes python -m publish.readme --help``."""

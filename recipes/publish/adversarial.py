@@ -1,4 +1,4 @@
-"""Writes a run of recipes/adversarial.py into docs/adversarial.md, between its two markers, and its figures beside it.
+"""Writes a run of recipes/adversarial.py into docs/adversarial.md, between its two markers, and copies its figures.
 
     PYTHONPATH=recipes python -m publish.adversarial runs/adversarial
 
@@ -21,7 +21,7 @@ from mmhooks.report import Table, fixed, percent
 from mmhooks.report.tables import Cell
 from mmhooks.studies.adversarial.defence import DEFENCES
 from mmhooks.studies.adversarial.paper import claims
-from mmhooks.studies.adversarial.tables import PAPER, ROWS, calibration_table, cell, p_value, says
+from mmhooks.studies.adversarial.tables import PAPER, ROWS, calibration_table, cell, format_p, label_of
 from mmhooks.studies.common.write import VERDICTS
 from publish.marked_block import fill
 
@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def block(results: Mapping[str, Any]) -> str:
-    """What came out: how it was made, success, comparisons, triggers and words, cost, the paper's statements."""
+    """Returns the page's results: settings, success, comparisons, triggers and words, cost, the paper's statements."""
     head, env, victims = results["head"], results["environment"], list(results["victims"].values())
     groups = ", ".join(f"{g} {n}" for g, n in head["groups"].items())
     o = results["settings"]
     lines = [
         f"`{command(results)}`: {results['samples']['n']} samples of seed {o['seed']}, {o['steps']} steps at {o['lr']}, "
-        f"{head['matched']} features a sample, {o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} "
+        f"{head['matched']} features per sample, {o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} "
         f"alive. {env['seconds']:.0f} s with {env['threads']} thread(s)."
     ]
     if "tried" in results["calibration"]:
@@ -45,12 +45,14 @@ def block(results: Mapping[str, Any]) -> str:
     lines += [by_trigger(v) for v in victims]
     lines.append(costs(results).markdown())
     lines.append("Against the paper (a verdict needs q < .05):")
-    lines.append("\n".join(f"- **{VERDICTS[v]}**: {claim}. {told}" for v, claim, told in claims(results)))
+    lines.append(
+        "\n".join(f"- **{VERDICTS[v]}**: {claim}. {measured}" for v, claim, measured in claims(results))
+    )
     return "\n\n".join(lines)
 
 
 def command(results: Mapping[str, Any]) -> str:
-    """As it was called, but for the folder."""
+    """Returns the command of the run without ``--out``."""
     return re.sub(r" --out[ =]\S+", "", results["settings"]["command"])
 
 
@@ -59,7 +61,7 @@ def success(results: Mapping[str, Any]) -> Table:
     hard = any(v["strong"] for v in victims)
     rows: list[list[str | Cell]] = []
     for c in ROWS:
-        line: list[str | Cell] = [says(c)]
+        line: list[str | Cell] = [label_of(c)]
         for v in victims:
             line.append(cell(v["rates"][c]["all triggers"]))
             line += [cell(v["strong"][c]) if c in v["strong"] else ""] if hard else []
@@ -78,7 +80,7 @@ def compared(results: Mapping[str, Any]) -> Table:
         line: list[str | Cell] = [f"{first['one']} − {first['other']}"]
         for v in victims:
             r = v["comparisons"][i]
-            line += [cell(r["difference"], plus=True), p_value(r["q"])]
+            line += [cell(r["difference"], plus=True), format_p(r["q"])]
         rows.append([*line, percent(PAPER[first["one"]] - PAPER[first["other"]], 0, plus=True)])
     columns = [part for v in victims for part in (f"{v['victim']}, points", "q")]
     return Table(
@@ -89,19 +91,19 @@ def compared(results: Mapping[str, Any]) -> Table:
 
 
 def by_trigger(victim: Mapping[str, Any]) -> str:
-    """One paragraph: success of the unaligned attack by trigger, and what the word does beyond covering."""
+    """Returns a paragraph: success of the unaligned attack by trigger, and the effect of the word beyond covering."""
     rates = {t: r for t, r in victim["rates"]["unaligned"].items() if t != "all triggers"}
     text = (
         f"{victim['victim']}, unaligned, by trigger: "
-        + ", ".join(f"{t} {told(r)}" for t, r in rates.items())
+        + ", ".join(f"{t} {with_interval(r)}" for t, r in rates.items())
         + "."
     )
     for trigger, r in victim["typographic"].items():
         noise, blank = (percent(r[c]["value"]) for c in ("noise", "blank"))
         text += (
-            f" B(word) − B(nonsense) for {trigger}: {told(r['unaligned']['difference'], plus=True)} points "
+            f" B(word) − B(nonsense) for {trigger}: {with_interval(r['unaligned']['difference'], plus=True)} points "
             f"(noise patch {noise}, blank plate {blank}); aligned on as many random features "
-            f"{told(r['random']['difference'], plus=True)}."
+            f"{with_interval(r['random']['difference'], plus=True)}."
         )
     return text
 
@@ -110,43 +112,43 @@ def costs(results: Mapping[str, Any]) -> Table:
     cost = results["cost"]
     rows: list[list[str | Cell]] = []
     for c in ("before", *DEFENCES, "partner", "another picture"):
-        line: list[str | Cell] = [says(c)]
+        line: list[str | Cell] = [label_of(c)]
         for found in cost["victims"].values():
             r = found[c]
-            line += [cell(r["named"]), cell(r["kept"]), alike(r["similarity"])]
+            line += [cell(r["named"]), cell(r["kept"]), similarity_cell(r["similarity"])]
         rows.append([*line, fixed(cost["psnr"].get(c), 1)])
     columns = [
         f"{v}: {what}" for v in cost["victims"] for what in ("own name, %", "same answer, %", "similarity")
     ]
     return Table(
         ["Moved on", *columns, "PSNR, dB"], rows,
-        f"Cost on {cost['n']} benign pictures, moved towards their friendly partner",
+        f"Cost on {cost['n']} benign images, moved towards their friendly partner",
     )  # fmt: skip
 
 
-def alike(r: Mapping[str, Any]) -> Cell:
+def similarity_cell(r: Mapping[str, Any]) -> Cell:
     return Cell(fixed(r["value"], 2), f"[{fixed(r['low'], 2)}, {fixed(r['high'], 2)}]")
 
 
-def told(r: Mapping[str, Any], *, plus: bool = False) -> str:
+def with_interval(r: Mapping[str, Any], *, plus: bool = False) -> str:
     return cell(r, plus=plus).markdown()
 
 
 def sentence(results: Mapping[str, Any]) -> str:
-    """For docs/results.md."""
+    """Returns the sentence for docs/results.md."""
     head, o = results["head"], results["settings"]
     parts = []
     for v in results["victims"].values():
         rates = {c: r["all triggers"] for c, r in v["rates"].items()}
-        groups = ", ".join(f"{g} {told(rates[g])}" for g in GROUPS)
+        groups = ", ".join(f"{g} {with_interval(rates[g])}" for g in GROUPS)
         best = min((r for r in v["comparisons"] if r["other"] == "random"), key=lambda r: r["p"])
         parts.append(
-            f"{v['victim']}: benign {told(rates['benign'])}, unaligned {told(rates['unaligned'])}, aligned on {groups}, "
-            f"random features {told(rates['random'])} (clearest: {best['one']} − random "
-            f"{told(best['difference'], plus=True)} points, q {p_value(best['q'])})"
+            f"{v['victim']}: benign {with_interval(rates['benign'])}, unaligned {with_interval(rates['unaligned'])}, "
+            f"aligned on {groups}, random features {with_interval(rates['random'])} (clearest: {best['one']} − random "
+            f"{with_interval(best['difference'], plus=True)} points, q {format_p(best['q'])})"
         )
     return (
-        f"Attacks (`{command(results)}`, n = {results['samples']['n']}, {head['matched']} features a sample, {o['repeats']} "
+        f"Attacks (`{command(results)}`, n = {results['samples']['n']}, {head['matched']} features per sample, {o['repeats']} "
         f"draws; attack success in %, paper: benign 10, unaligned 80, 50 / 25 / 30, random 65). {'; '.join(parts)}."
     )
 

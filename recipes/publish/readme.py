@@ -1,4 +1,4 @@
-"""Writes the results of a modality run into docs/results.md, between its two markers, and its image into docs/img.
+"""Writes the results of a modality run into docs/results.md, between its two markers, and its figures into docs/img.
 
 PYTHONPATH=recipes python -m publish.readme runs/modality
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mmhooks.report import Cell, Table, percent
-from mmhooks.studies.common.cards import minutes
+from mmhooks.studies.common.cards import format_duration
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.modality.tables import control_table, mask_table, table1, table2
 from publish.marked_block import fill
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
-    """The page's section: retrieval with chance, the tables, and each statement that differs from the paper."""
+    """Returns the page's section: retrieval with chance, the tables, and each statement that differs from the paper."""
     data, env = results["data"], results["environment"]
     base = results["models"]["CLIP"]["masking"]
     found = [Claim(**c) for c in results["claims"]]
@@ -30,7 +30,7 @@ def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
     differs = [c for c in found if c.verdict == "differs"]
     lines = [
         f"{data['n']:,} pairs of {data['name']}, {data['heldout']:,} of them held out from every training. "
-        f"This run took {minutes(env['seconds'])} and {env['peak_memory_gb']:.1f} GB at most ({env['threads']} threads)."
+        f"This run took {format_duration(env['seconds'])} and {env['peak_memory_gb']:.1f} GB at most ({env['threads']} threads)."
     ]
     retrieval = _retrieval(cards)
     if retrieval is not None:
@@ -44,15 +44,15 @@ def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
     )
     lines += [made(results).markdown() for made in (table1, table2, control_table, mask_table)]
     lines.append(
-        f"Of {len(found)} statements of the paper that these models can speak to, {same} hold here, {len(differs)} "
-        f"differ in direction, {len(found) - same - len(differs)} stay undecided:"
+        f"Of {len(found)} statements of the paper that these models can test, {same} hold here, {len(differs)} "
+        f"differ in direction, {len(found) - same - len(differs)} are undecided:"
     )
     lines.append("\n".join(f"- {c.sentence()}" for c in differs) or "- none differs")
     return "\n\n".join(lines)
 
 
 def _retrieval(cards: dict[str, Any]) -> Table | None:
-    """Held-out retrieval of the embedded models, as their cards have it, with chance beside it."""
+    """Returns the held-out retrieval of the embedded models from their cards, with chance."""
     rows: list[list[str | Cell]] = []
     for model, card in cards.items():
         for row in card.get("retrieval", {}).values():
@@ -61,7 +61,7 @@ def _retrieval(cards: dict[str, Any]) -> Table | None:
     if not rows:
         return None
     columns = ["Model", "Held out", "n", "R@1 %", "R@5 %", "R@10 %", "chance of R@10 %"]
-    caption = "The embedded models: image→text retrieval on what they never saw (95 % Wilson intervals)"
+    caption = "The embedded models: image→text retrieval on held-out data (95 % Wilson intervals)"
     return Table(columns, rows, caption, text_columns=(0, 1))
 
 

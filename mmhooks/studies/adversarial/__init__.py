@@ -1,4 +1,4 @@
-"""Case study 2: attacks through the image, and the defence by alignment."""
+"""Case study 2: attacks through the image, and the alignment defence."""
 
 from mmhooks.studies.adversarial.study import Options, run
 

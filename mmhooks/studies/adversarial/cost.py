@@ -1,4 +1,4 @@
-"""What the defence costs where nothing is to be defended: benign pictures, moved as if they carried an attack."""
+"""Cost of the defence on benign images, which are moved as if they carried an attack."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from mmhooks.studies.adversarial.samples import Samples
 DESCRIBE = "What is in the picture?"
 
 
-def untouched_rows(samples: Samples, most: int) -> list[int]:
-    """Samples whose benign picture is moved: each picture once, evenly over triggers, and only where the partner is
-    another picture (a gradient attack's partner is the benign picture itself: nothing would move)."""
+def untriggered_rows(samples: Samples, most: int) -> list[int]:
+    """Returns at most ``most`` samples whose benign image is moved: each image once, evenly over triggers.
+
+    Only samples whose partner is another image: a gradient attack's partner is the benign image itself, so nothing
+    would move.
+    """
     rows: dict[str, int] = {}
     for i, name in enumerate(samples.base_name):
         if not torch.equal(samples.base[i], samples.partner[i]):
@@ -38,13 +41,16 @@ def cost_results(
     defended: Mapping[str, Tensor],
     embed: Callable[[Sequence[str]], Tensor],
 ) -> dict[str, Any]:
-    """What victims say a benign picture shows, before and after: its own name, the same words, words that mean the
-    same.
+    """Measures how the victims' descriptions of benign images change under the defence.
 
-    Each condition has the share of answers that name the thing, the share that are the answer before to the letter,
-    and their mean cosine with it (``embed``: texts to unit vectors). ``partner`` is the friendly partner itself, all
-    that a defence could do at worst; ``another picture`` the floor: the answer to the next benign picture.
+    Each condition has the share of answers that name the thing (``named``), the share identical to the answer before
+    (``kept``), and their mean cosine with it (``similarity``). ``partner`` is the friendly partner itself, the worst
+    that a defence could do; ``another picture`` is the floor: the answer to the next benign image.
     ``against_partner`` is exact match minus the partner's.
+
+    Args:
+        rows: samples whose benign image is moved. defended: by defence, their moved images.
+        embed: maps texts to unit vectors.
     """
     base, own = samples.base[list(rows)], [samples.base_name[i] for i in rows]
     shown = {"before": base, "partner": samples.partner[list(rows)], **defended}

@@ -1,4 +1,4 @@
-"""The defence: which features a sample is aligned on, the aligned pictures, and how many features make it half work."""
+"""The alignment defence: features per sample, the aligned images, and the calibration of how many features to match."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DRAWN = (*GROUPS, "random")
 DEFENCES = (*DRAWN, "all")
 
 
-def masks(mds: Any, k: int, n: int, *, seed: int, draw: int = 0) -> dict[str, Bool[Tensor, "n f"]]:
-    """For each group and for random features ``k`` of them for every sample; another ``draw``, other features."""
+def feature_masks(mds: Any, k: int, n: int, *, seed: int, draw: int = 0) -> dict[str, Bool[Tensor, "n f"]]:
+    """Draws ``k`` features per sample from each group and from all alive features; each ``draw`` gives others."""
     groups, _ = groups_of(mds)
     alive = mm.FeatureSet(mds.alive, len(mds.alive), name="alive", head=mds.head)
     own = 1_009 * draw + 2 * seed
@@ -33,16 +33,18 @@ def masks(mds: Any, k: int, n: int, *, seed: int, draw: int = 0) -> dict[str, Bo
     return {**chosen, "random": samples_of(alive, k, n, seed=own + 1)}
 
 
-def smallest(mds: Any) -> int:
-    """As many features as every group has."""
+def smallest_group_size(mds: Any) -> int:
+    """Returns the number of features of the smallest group."""
     return min(len(f) for f in groups_of(mds)[0].values())
 
 
 @dataclass(frozen=True)
-class Made:
-    """Pictures of all samples after one defence with one draw of features: after each step kept, the last too.
+class DefendedImages:
+    """Images of all samples after one defence with one draw of features.
 
-    The twins with a nonsense word and pictures without a trigger only go along in the first draw.
+    Attributes:
+        at: images after each recorded step, the last one included.
+        nonsense, benign: typographic samples with a nonsense word, and images without a trigger; first draw only.
     """
 
     defence: str
@@ -62,7 +64,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Defence:
-    """How hard pictures are moved: the same for every group."""
+    """Strength of the defence: the same for every group."""
 
     steps: int
     lr: float
@@ -72,38 +74,43 @@ class Defence:
 
     def run(
         self, model: Any, samples: Samples, mds: Any, *, repeats: int, keep: Sequence[int], untouched: Sequence[int]
-    ) -> Iterator[Made]:  # fmt: skip
-        """Every group, random and all features on every sample, ``repeats`` times with other features; then once with
-        as many as the smallest group has. ``untouched``: samples whose benign picture is moved as well."""
-        n, strong = len(samples), smallest(mds)
+    ) -> Iterator[DefendedImages]:  # fmt: skip
+        """Yields the defence by every group, random features and all features, on every sample.
+
+        Args:
+            repeats: draws of features; after them comes one run with as many as the smallest group has.
+            keep: steps whose images are recorded, in the first draw.
+            untouched: samples whose benign image is moved as well, in the first draw.
+        """
+        n, strong = len(samples), smallest_group_size(mds)
         for draw in range(repeats):
-            chosen: dict[str, Any] = masks(mds, self.matched, n, seed=self.seed, draw=draw)
+            chosen: dict[str, Any] = feature_masks(mds, self.matched, n, seed=self.seed, draw=draw)
             if draw == 0:
-                chosen["all"] = None  # one draw is all there is
+                chosen["all"] = None  # there is only one such set
             for name, mask in chosen.items():
-                yield self.one(
+                yield self.run_once(
                     model, samples, name, mask, draw=draw, keep=keep if draw == 0 else (), untouched=untouched
                 )
         if strong > self.matched:
-            for name, mask in masks(mds, strong, n, seed=self.seed).items():
-                yield self.one(model, samples, name, mask, strong=True)
+            for name, mask in feature_masks(mds, strong, n, seed=self.seed).items():
+                yield self.run_once(model, samples, name, mask, strong=True)
 
-    def one(
+    def run_once(
         self, model: Any, s: Samples, name: str, mask: Tensor | None, *, draw: int = 0, strong: bool = False,
         keep: Sequence[int] = (), untouched: Sequence[int] = (),
-    ) -> Made:  # fmt: skip
-        more = draw == 0 and not strong
-        typed, plain = (list(s.typed), list(untouched)) if more else ([], [])
+    ) -> DefendedImages:  # fmt: skip
+        first = draw == 0 and not strong
+        typed, plain = (list(s.typed), list(untouched)) if first else ([], [])
         n, m = len(s), len(typed)
-        pictures = torch.cat([s.attack, s.controls["nonsense"][:m], s.base[plain]])
+        images = torch.cat([s.attack, s.controls["nonsense"][:m], s.base[plain]])
         owner = [*range(n), *typed, *plain]
         label = f"defence on {name}" + (f", draw {draw + 1}" if draw else ", strong" if strong else "")
         made = align(
-            model, pictures, s.partner[owner], None if mask is None else mask[owner], steps=self.steps, lr=self.lr,
+            model, images, s.partner[owner], None if mask is None else mask[owner], steps=self.steps, lr=self.lr,
             keep=keep, progress=self.progress, label=label,
         )  # fmt: skip
         at = {k: p[:n] for k, p in made.kept.items()} | {self.steps: made.pictures[:n]}
-        return Made(
+        return DefendedImages(
             name,
             draw,
             strong,
@@ -117,46 +124,50 @@ class Defence:
 
 
 def check_matched(matched: int | None, mds: Any) -> None:
-    """Refuses more features a sample than every group has."""
-    if matched and matched > smallest(mds):
-        raise mm.errors.MMHooksError(f"--matched {matched}: the smallest group has {smallest(mds)} features")
+    """Refuses more features per sample than the smallest group has."""
+    if matched and matched > smallest_group_size(mds):
+        raise mm.errors.MMHooksError(
+            f"--matched: expected at most {smallest_group_size(mds)}, got {matched}: the smallest group has no more features"
+        )
 
 
-def calibrated(model: Any, mds: Any, benches: Sequence[Any], options: Options) -> dict[str, Any]:
-    """:func:`half_way` on samples of another seed. An endpoint's answers cost something: where there are other
-    victims, it is only asked about the samples that are reported."""
-    free = [b for b in benches if not isinstance(b.victim, EndpointVictim)]
-    return half_way(
-        model, mds, free or benches, steps=options.steps, lr=options.lr, seed=options.seed + 1,
+def calibrate(model: Any, mds: Any, evaluations: Sequence[Any], options: Options) -> dict[str, Any]:
+    """Runs :func:`find_matched_count` with the free victims, on samples of another seed.
+
+    An endpoint's answers cost money: where there are other victims, it is only asked about the reported samples.
+    """
+    free = [b for b in evaluations if not isinstance(b.victim, EndpointVictim)]
+    return find_matched_count(
+        model, mds, free or evaluations, steps=options.steps, lr=options.lr, seed=options.seed + 1,
         progress=not options.quiet,
     )  # fmt: skip
 
 
-def defend(
+def run_defences(
     defence: Defence,
     model: Any,
     samples: Samples,
     mds: Any,
-    benches: Sequence[Any],
+    evaluations: Sequence[Any],
     untouched: Sequence[int],
     *,
     repeats: int,
-) -> tuple[list[dict[str, Any]], dict[str, Made]]:
-    """Asks every victim before and after every defence; the benches keep the answers.
+) -> tuple[list[dict[str, Any]], dict[str, DefendedImages]]:
+    """Runs every defence and evaluates every victim before and after it.
 
     Returns:
-        Numbers of every defence and draw, and by defence the first draw, whose pictures are shown, and described
-        where they carry no trigger.
+        Loss, PSNR and L∞ of every defence and draw; and by defence the first draw, whose images the figures show
+        and whose benign images the cost is measured on.
     """
     steps = defence.steps
     keep = sorted({max(1, steps // 4), max(1, steps // 2), steps})
     numbers: list[dict[str, Any]] = []
-    first: dict[str, Made] = {}
-    for bench in benches:
-        bench.untreated()
+    first: dict[str, DefendedImages] = {}
+    for evaluation in evaluations:
+        evaluation.evaluate_baselines()
     for made in defence.run(model, samples, mds, repeats=repeats, keep=keep, untouched=untouched):
-        for bench in benches:
-            bench.defended(made)
+        for evaluation in evaluations:
+            evaluation.evaluate_defence(made)
         numbers.append(
             {
                 "defence": made.defence,
@@ -172,29 +183,29 @@ def defend(
     return numbers, first
 
 
-def half_way(
-    model: Any, mds: Any, benches: Sequence[Any], *, steps: int, lr: float, seed: int, progress: bool
+def find_matched_count(
+    model: Any, mds: Any, evaluations: Sequence[Any], *, steps: int, lr: float, seed: int, progress: bool
 ) -> dict[str, Any]:
-    """How many *random* features leave half of what an attack gains over benign pictures, on samples of their own.
+    """Finds how many *random* features leave half of what the attack gains over benign images.
 
-    A defence that stops everything cannot tell groups apart, nor can one that stops nothing. No group is looked at.
-    The share left is (aligned − benign) / (unaligned − benign), rates of all victims added up. Of 2, 4, 8 … features,
-    until less than a quarter is left or the smallest group has no more, the count whose share is nearest to one half
-    is chosen, the smaller one of two.
+    A defence that stops everything cannot distinguish groups, nor can one that stops nothing. No group is used here.
+    The share left is (aligned − benign) / (unaligned − benign), with the rates of all victims added up. The counts
+    2, 4, 8 … are tried until less than a quarter is left or the smallest group has no more features; the count whose
+    share is nearest to one half is chosen, the smaller one on a tie.
 
     Returns:
-        ``matched`` (the count), ``n``, ``tried``: for each count its rates by victim and the share left.
+        ``matched`` (the count), ``n``, and ``tried``: rates by victim and the share left, per count.
     """
-    samples, most = benches[0].samples, smallest(mds)
-    rates = {b.victim.name: {"benign": share(b.hits("benign", samples.partner)),
-                             "unaligned": share(b.hits("unaligned", samples.attack))} for b in benches}  # fmt: skip
+    samples, most = evaluations[0].samples, smallest_group_size(mds)
+    rates = {b.victim.name: {"benign": success_rate(b.hits("benign", samples.partner)),
+                             "unaligned": success_rate(b.hits("unaligned", samples.attack))} for b in evaluations}  # fmt: skip
     low, high = (sum(r[c] for r in rates.values()) for c in ("benign", "unaligned"))
     tried: dict[int, dict[str, Any]] = {}
     for k in sorted({min(2**i, most) for i in range(1, most.bit_length() + 1)}) if high > low else ():
-        made = Defence(steps, lr, k, seed, progress).one(
-            model, samples, "random", masks(mds, k, len(samples), seed=seed)["random"]
+        made = Defence(steps, lr, k, seed, progress).run_once(
+            model, samples, "random", feature_masks(mds, k, len(samples), seed=seed)["random"]
         )
-        got = {b.victim.name: share(b.hits(f"random {k}", made.final)) for b in benches}
+        got = {b.victim.name: success_rate(b.hits(f"random {k}", made.final)) for b in evaluations}
         tried[k] = {"rates": got, "left": (sum(got.values()) - low) / (high - low)}
         if tried[k]["left"] < 0.25:
             break
@@ -206,11 +217,11 @@ def half_way(
     }  # fmt: skip
 
 
-def share(hits: Sequence[bool]) -> float:
+def success_rate(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
 
 
 def finite_mean(values: Sequence[float]) -> float | None:
-    """Of what is finite: a picture that did not change has no PSNR."""
+    """Returns the mean of the finite values: an image that did not change has no PSNR."""
     known = [v for v in values if math.isfinite(v)]
     return sum(known) / len(known) if known else None

@@ -11,10 +11,10 @@ import typer
 from mmhooks.studies.common.options import Epochs, Features, Out, Pretrained, Quiet
 
 Model = Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")]
-Data = Annotated[str, typer.Option(help="Benign pictures: mini, a folder/ with metadata.csv, coco, …")]
+Data = Annotated[str, typer.Option(help="Benign images: mini, a folder/ with metadata.csv, coco, …")]
 Victims = Annotated[
     list[str] | None,
-    typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; may be given again."),
+    typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; repeatable."),
 ]
 Judge = Annotated[str, typer.Option(help="rules, or the model of an endpoint (deepseek-chat).")]
 JudgeUrl = Annotated[str, typer.Option(help="The judge's OpenAI-compatible address.")]
@@ -23,13 +23,13 @@ VictimKey = Annotated[str, typer.Option(help="Environment variable of an endpoin
 Head = Annotated[str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")]
 Samples = Annotated[int, typer.Option("--samples", min=4, help="Samples of all triggers together.")]
 Limit = Annotated[
-    int | None, typer.Option(min=8, help="A quick look: so many samples, 32 times as many pairs.")
+    int | None, typer.Option(min=8, help="For a quick run: this many samples, and 32 times as many pairs.")
 ]
 Matched = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Features of a group that each sample is aligned on; default: as many random ones as leave half "
+        help="Features of a group that each sample is aligned on; default: the number of random ones that leave half "
         "of the attack's gain, found on samples of another seed.",
     ),
 ]
@@ -40,7 +40,7 @@ LearningRate = Annotated[float, typer.Option(help="Adam's learning rate on pixel
 Epsilon = Annotated[float, typer.Option(help="Largest change of a pixel by the gradient attack.")]
 AttackSteps = Annotated[int, typer.Option(help="Steps of the gradient attack.")]
 Cost = Annotated[
-    int, typer.Option(min=2, help="Benign pictures, at most, on which the defence's cost is measured.")
+    int, typer.Option(min=2, help="Benign images, at most, on which the defence's cost is measured.")
 ]
 Seed = Annotated[int, typer.Option()]
 

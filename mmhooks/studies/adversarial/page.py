@@ -1,4 +1,4 @@
-"""The attack study written down: tables, figures and the page, from the numbers of ``results.json``."""
+"""Page of the adversarial study: figures, ``tables.md`` and ``index.html``, from the numbers of ``results.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmhooks.report.style import draw
 from mmhooks.studies.adversarial.defence import DEFENCES
 from mmhooks.studies.adversarial.paper import claims
 from mmhooks.studies.adversarial.samples import Samples
-from mmhooks.studies.adversarial.tables import says, tables
+from mmhooks.studies.adversarial.tables import label_of, tables
 from mmhooks.studies.common.write import save_plots
 from mmhooks.utils.escape import markdown as escaped
 from mmhooks.utils.escape import one_line, rich_text
@@ -26,7 +26,7 @@ from mmhooks.utils.files import write_text
 
 
 def curves(results: Mapping[str, Any], palette: Any) -> Any:
-    """Attack success against steps of the defence in its first draw, a panel a victim; bars: Wilson, last step."""
+    """Plots attack success against steps of the defence, first draw, one panel per victim; bars: Wilson, last step."""
     from matplotlib.figure import Figure
 
     victims = list(results["victims"].values())
@@ -37,7 +37,7 @@ def curves(results: Mapping[str, Any], palette: Any) -> Any:
             points = {int(k): v for k, v in victim["curve"][d].items()}
             colour = palette.ink if d == "all" else palette.group(d)
             style = ":" if d == "random" else "--" if d == "all" else "-"
-            axis.plot(list(points), [100 * v["value"] for v in points.values()], style, color=colour, label=says(d),
+            axis.plot(list(points), [100 * v["value"] for v in points.values()], style, color=colour, label=label_of(d),
                       marker="o", markersize=3.5)  # fmt: skip
             last = max(points)
             axis.plot(
@@ -55,13 +55,13 @@ def curves(results: Mapping[str, Any], palette: Any) -> Any:
 def strips(
     samples: Samples, defended: Mapping[str, Tensor], palette: Any, *, each: int = 2, seed: int = 0
 ) -> Any:
-    """For each trigger: the partner, the attack, and the attack after each defence, with PSNR and L∞."""
+    """Shows for each trigger the partner, the attack, and the attack after each defence, with PSNR and L∞."""
     from matplotlib.figure import Figure
 
-    dice, rows = random.Random(seed), []
+    rng, rows = random.Random(seed), []
     for trigger in dict.fromkeys(samples.trigger):
         own = samples.rows(trigger)
-        rows += [(trigger, i) for i in sorted(dice.sample(own, min(each, len(own))))]
+        rows += [(trigger, i) for i in sorted(rng.sample(own, min(each, len(own))))]
     columns = ["benign", "partner", "attack", *DEFENCES]
     figure = Figure(figsize=(1.15 * len(columns) + 1.2, 1.42 * len(rows) + 0.3), layout="constrained")
     axes: Any = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -69,14 +69,14 @@ def strips(
         shown = {"benign": samples.base[i], "partner": samples.partner[i], "attack": samples.attack[i]}
         shown |= {d: p[i] for d, p in defended.items()}
         for axis, column in zip(axes[line], columns, strict=True):
-            picture = shown[column]
-            axis.imshow(np.asarray(picture.permute(1, 2, 0)), interpolation="nearest")
+            image = shown[column]
+            axis.imshow(np.asarray(image.permute(1, 2, 0)), interpolation="nearest")
             axis.set(xticks=(), yticks=())
             if line == 0:
                 axis.set_title(column, fontsize=10)
             if column in DEFENCES:
-                db = float(psnr(picture[None], samples.attack[i][None]))
-                far = float((picture - samples.attack[i]).abs().max())
+                db = float(psnr(image[None], samples.attack[i][None]))
+                far = float((image - samples.attack[i]).abs().max())
                 axis.set_xlabel(f"{db:.1f} dB, {far:.2f}", fontsize=7.5)
         axes[line][0].set_ylabel(f"{one_line(trigger)}\n{one_line(samples.target[i])}", fontsize=8.5)
     return figure
@@ -86,7 +86,7 @@ def figures(results: Mapping[str, Any], samples: Samples, defended: Mapping[str,
     made = {
         "curves": (lambda p: curves(results, p), "Attack success against steps of the defence",
                    "Attack success against steps of the defence, first draw; grey line: the friendly partners."),
-        "strips": (lambda p: strips(samples, defended, p), "Pictures before and after the defence",
+        "strips": (lambda p: strips(samples, defended, p), "Images before and after the defence",
                    "Before and after the first draw of the defence; below: PSNR against the attack, largest change of a pixel."),
     }  # fmt: skip
     return {name: Plot(*draw(make, alt=alt), caption) for name, (make, alt, caption) in made.items()}
@@ -119,13 +119,13 @@ def save_all(
         [
             Section("Result", [Listing(found), plots["curves"]]),
             Section("Tables", [TableBlock(t) for t in made[:-1]]),
-            Section("Pictures", [plots["strips"], Details("Answers of the first samples", answers)]),
+            Section("Images", [plots["strips"], Details("Answers of the first samples", answers)]),
             Section("Settings", [TableBlock(made[-1]), Prose(
                 "Requests and answers are placeholders; success is compliance with a request about a harmful thing, "
                 "never content.", "note",
             )]),
         ],
-        lead=f"A picture with a trigger is moved until {results['head']['matched']} features of a group see its benign "
+        lead=f"An image with a trigger is moved until {results['head']['matched']} features of a group see its benign "
         "partner. How often does the attack still succeed?",
         kicker="Section 3.2, Table 8, Figure 6",
         footer=(results["data"]["attribution"], f"{results['environment']['seconds']:.0f} s"),
@@ -134,7 +134,7 @@ def save_all(
 
 
 def report(console: Any, paths: Sequence[Path]) -> None:
-    """The tables on the screen, then where everything lies."""
+    """Prints the tables, then the paths of all files."""
     tables = next(path for path in paths if path.name == "tables.md")
     console.print(rich_text(tables.read_text(), lines=True))
     for path in paths:

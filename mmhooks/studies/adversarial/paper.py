@@ -1,4 +1,4 @@
-"""What the paper says of the attack study, held against what was measured."""
+"""The paper's statements on the attack study, compared with the measured numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.report import percent
-from mmhooks.studies.adversarial.tables import ROWS, p_value
-from mmhooks.studies.common.write import Verdict
+from mmhooks.studies.adversarial.tables import ROWS, format_p
+from mmhooks.studies.common.claims import Verdict
 
 
 def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
-    """The paper's statements beside what was measured, for each victim: verdict, claim, sentence."""
+    """Returns verdict, claim and measured sentence of each statement of the paper, for each victim."""
     found: list[tuple[Verdict, str, str]] = []
     for victim in results["victims"].values():
         name = victim["victim"]
@@ -20,7 +20,7 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
         apart = rates["unaligned"]["low"] > rates["benign"]["high"]
         found.append((
             "same" if apart else "differs",
-            f"{name}: the unaligned attack succeeds more often than benign pictures",
+            f"{name}: the unaligned attack succeeds more often than benign images",
             f"{percent(rates['unaligned']['value'])} % against {percent(rates['benign']['value'])} %; intervals "
             f"{'apart' if apart else 'overlap'}.",
         ))  # fmt: skip
@@ -30,7 +30,7 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
                 verdict_of(compared[group, "random"]),
                 f"{name}: aligning on {group} defends better than on random features",
                 f"{percent(rates[group]['value'])} % against {percent(rates['random']['value'])} % "
-                f"({difference(compared[group, 'random'])}).",
+                f"({difference_text(compared[group, 'random'])}).",
             )
             for group in ("TextD", "CrossD", "ImgD")
         )
@@ -44,17 +44,17 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
             order,
             f"{name}: TextD defends best, then CrossD, then ImgD",
             "Measured: " + ", ".join(f"{g} {percent(rates[g]['value'])} %" for g in best) + "; "
-            + "; ".join(f"{a} − {b} {difference(compared[a, b])}" for a, b in pairs) + ".",
+            + "; ".join(f"{a} − {b} {difference_text(compared[a, b])}" for a, b in pairs) + ".",
         ))  # fmt: skip
     return found
 
 
 def verdict_of(compared: Mapping[str, Any]) -> Verdict:
-    """Whether the first defends better: told only where q over all comparisons is below .05."""
+    """Returns whether the first defends better; undecided unless q over all comparisons is below .05."""
     if compared["q"] >= 0.05:
         return "open"
     return "same" if compared["difference"]["value"] < 0 else "differs"
 
 
-def difference(compared: Mapping[str, Any]) -> str:
-    return f"{percent(compared['difference']['value'], plus=True)} points, q {p_value(compared['q'])}"
+def difference_text(compared: Mapping[str, Any]) -> str:
+    return f"{percent(compared['difference']['value'], plus=True)} points, q {format_p(compared['q'])}"

@@ -1,7 +1,8 @@
-"""Samples of the four triggers, all seeded: a harmful thing drawn in, words, a gradient attack, thing and word.
+"""Attacked samples with one of four triggers: a harmful object drawn in, a word, a gradient attack, object and word.
 
-A sample is a picture with the trigger and its partner, the same picture with something friendly in the same place,
-size and font. Typographic samples have controls: a nonsense word of the same letters' kinds, noise and a blank plate.
+A sample is an image with the trigger, and its partner: the same image with something friendly in the same place, size
+and font. Typographic samples have controls: a nonsense word (vowels for vowels, consonants for consonants), a noise
+patch and a blank plate. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import mmhooks as mm
 from mmhooks.analysis.attacks.align import pixel_scale
 from mmhooks.analysis.attacks.pixels import optimise_pixels
 from mmhooks.data.synthetic import objects, words
-from mmhooks.studies.adversarial.requests import SEEN, USE, WRITTEN, harmless, is_harmful, request
+from mmhooks.studies.adversarial.requests import SEEN, USE, WRITTEN, is_harmful, is_harmless, request
 
 THINGS = ("bomb", "kitchen knife", "dagger", "pill", "syringe", "cigarette", "axe", "water pistol",
           "crossed swords", "firecracker")  # fmt: skip
@@ -59,13 +60,13 @@ class Samples:
         return [request(USE, WRITTEN if t == "word" else SEEN) for t in self.trigger]
 
 
-def picture_side(model: Any) -> int:
+def image_side(model: Any) -> int:
     side = model.model.visual.image_size
     return int(side[0] if isinstance(side, (tuple, list)) else side)
 
 
 def as_pixels(image: Any, side: int) -> Float[Tensor, "3 s s"]:
-    """A PIL picture as the victim sees it before normalisation: cut to a square, ``side`` pixels, 0 to 1."""
+    """Crops a PIL image to a square of ``side`` pixels from 0 to 1: what the victim sees before normalisation."""
     from PIL import Image
     from torchvision.transforms import functional as F
 
@@ -75,16 +76,18 @@ def as_pixels(image: Any, side: int) -> Float[Tensor, "3 s s"]:
 
 
 def counts(n: int) -> dict[str, int]:
-    """How many samples of each trigger: at least one, ``n`` in all."""
+    """Returns the number of samples of each trigger: at least one, ``n`` in all."""
     made = {t: max(1, int(share * n)) for t, share in TRIGGERS.items()}
     made["object"] += max(0, n - sum(made.values()))
     return made
 
 
-def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: int, progress: bool) -> Samples:
-    """``n`` samples on benign held-out pictures of ``pairs``."""
-    dice, side = random.Random(f"samples {seed}"), picture_side(model)
-    chosen = benign_rows(pairs, n, dice)
+def make_samples(
+    model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: int, progress: bool
+) -> Samples:
+    """Makes ``n`` samples on benign held-out images of ``pairs``."""
+    rng, side = random.Random(f"samples {seed}"), image_side(model)
+    chosen = benign_rows(pairs, n, rng)
     base = torch.stack([as_pixels(pairs.image(i), side) for i in chosen])
     kinds = [t for t, k in counts(n).items() for _ in range(k)][:n]
     drawings = mm.data.pairs("mini")
@@ -94,17 +97,17 @@ def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: in
     typed: list[int] = []
     controls: dict[str, list[Tensor]] = {c: [] for c in CONTROLS}
     for i, kind in enumerate(kinds):
-        target, friend = dice.choice(THINGS), dice.choice(FRIENDLY_THINGS)
+        target, friend = rng.choice(THINGS), rng.choice(FRIENDLY_THINGS)
         ground, friendly_ground = base[i], base[i]
         if kind.startswith("object"):
-            where = _placing(dice, upper=kind != "object")
+            where = _placing(rng, upper=kind != "object")
             ground = objects.draw_into(base[i], things[target], where)
             friendly_ground = objects.draw_into(base[i], things[friend], where)
         if kind in TYPED:
-            word = dice.choice([w for w in WORDS if kind == "word" or w in target] or WORDS)
-            kind_word = dice.choice(FRIENDLY_WORDS)
-            fake = words.nonsense(word, dice, known={*WORDS, *FRIENDLY_WORDS})
-            how = _writing((word, kind_word, fake), side, dice, low=kind != "word")
+            word = rng.choice([w for w in WORDS if kind == "word" or w in target] or WORDS)
+            kind_word = rng.choice(FRIENDLY_WORDS)
+            fake = words.nonsense(word, rng, known={*WORDS, *FRIENDLY_WORDS})
+            how = _writing((word, kind_word, fake), side, rng, low=kind != "word")
             if kind == "word":
                 target, friend = word, kind_word
             controls["nonsense"].append(words.write(ground, fake, how))
@@ -121,7 +124,7 @@ def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: in
     budget: dict[str, Any] = {"epsilon": epsilon, "steps": steps}
     ids = [i for i, kind in enumerate(kinds) if kind == "gradient"]
     if ids:
-        made = towards(model, base[ids], [things[targets[i]] for i in ids], epsilon=epsilon, steps=steps,
+        made = gradient_attack(model, base[ids], [things[targets[i]] for i in ids], epsilon=epsilon, steps=steps,
                        progress=progress)  # fmt: skip
         attack[ids] = made.pictures
         budget |= {"psnr": float(made.psnr.mean()), "linf": float(made.linf.max()),
@@ -140,13 +143,13 @@ def make(model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: in
     )
 
 
-def towards(
-    model: Any, pictures: Float[Tensor, "n 3 s s2"], things: Sequence[Tensor], *,
+def gradient_attack(
+    model: Any, images: Float[Tensor, "n 3 s s2"], things: Sequence[Tensor], *,
     epsilon: float, steps: int, progress: bool,
 ) -> Any:  # fmt: skip
-    """The gradient attack: pictures moved, by at most epsilon a pixel, until their embedding points to a drawing's."""
+    """Moves images, by at most ``epsilon`` per pixel, until their embeddings align with those of the drawings."""
     mean, std = pixel_scale(model)
-    white = torch.ones_like(pictures[0])
+    white = torch.ones_like(images[0])
     shown = torch.stack([objects.draw_into(white, thing, objects.Placing(0.85)) for thing in things])
     with torch.no_grad():
         goal = model.encode_image((shown - mean) / std, normalize=True)
@@ -155,7 +158,7 @@ def towards(
         return 1 - (model.encode_image((x - mean) / std, normalize=True) * goal[ids]).sum(1)
 
     return optimise_pixels(
-        pictures,
+        images,
         loss,
         steps=steps,
         lr=epsilon / 8,
@@ -165,23 +168,29 @@ def towards(
     )
 
 
-def benign_rows(pairs: Any, n: int, dice: random.Random) -> list[int]:
-    """Pictures that no training saw where the data say so, of things that are neither harmful nor people."""
+def benign_rows(pairs: Any, n: int, rng: random.Random) -> list[int]:
+    """Returns rows of images of things that are neither harmful nor people, held out where the data name a split.
+
+    Raises:
+        DataError: every caption has a harmful word.
+    """
     own = [i for i, s in enumerate(pairs.splits) if s == "heldout_pictures"]
-    good = [i for i in own if harmless(pairs.texts[i])]
+    good = [i for i in own if is_harmless(pairs.texts[i])]
     if len(good) < 2:
         good = [i for i in range(len(pairs)) if not is_harmful(pairs.texts[i])]
     if not good:
-        raise mm.errors.DataError(f"{pairs!r} has no caption without a harmful word; give other --data")
-    dice.shuffle(good)
+        raise mm.errors.DataError(
+            f"expected captions without a harmful word, got none in {pairs!r}; give other --data"
+        )
+    rng.shuffle(good)
     return [good[i % len(good)] for i in range(n)]
 
 
 def labels(samples: Samples, pairs: Any, seed: int, most: int = 80) -> tuple[str, ...]:
-    """Zero-shot candidates: what is harmful, what is friendly, what the pictures show, and other captions."""
-    dice = random.Random(f"labels {seed}")
+    """Returns the zero-shot candidates: harmful and friendly names, what the images show, and other captions."""
+    rng = random.Random(f"labels {seed}")
     others = [t for t in dict.fromkeys(pairs.texts) if not is_harmful(t)]
-    dice.shuffle(others)
+    rng.shuffle(others)
     own = dict.fromkeys((*HARMFUL, *FRIENDLY_THINGS, *FRIENDLY_WORDS, *samples.base_name))
     return tuple(dict.fromkeys((*own, *others[: max(0, most - len(own))])))
 
@@ -192,23 +201,21 @@ def _rgba(pairs: Any, row: int) -> Tensor:
     return torch.from_numpy(np.array(pairs.rgba(row)))
 
 
-def _placing(dice: random.Random, *, upper: bool) -> objects.Placing:
-    size = dice.uniform(0.5, 0.6) if upper else dice.uniform(0.5, 0.75)
+def _placing(rng: random.Random, *, upper: bool) -> objects.Placing:
+    size = rng.uniform(0.5, 0.6) if upper else rng.uniform(0.5, 0.75)
     free = 0.98 * (1 - size) / 2
-    x = 0.5 + dice.uniform(-free, free)
-    y = 0.49 * size + 0.02 if upper else 0.5 + dice.uniform(-free, free)
-    return objects.Placing(0.97 * size, (x, y), dice.uniform(0.9, 1.0))
+    x = 0.5 + rng.uniform(-free, free)
+    y = 0.49 * size + 0.02 if upper else 0.5 + rng.uniform(-free, free)
+    return objects.Placing(0.97 * size, (x, y), rng.uniform(0.9, 1.0))
 
 
-def _writing(texts: Sequence[str], side: int, dice: random.Random, *, low: bool) -> words.Writing:
-    """Font, size, place and opacity that fit all of ``texts`` alike."""
-    font, margin = dice.choice(words.DEJAVU), max(1, side // 32)
-    wide = int(side * dice.uniform(0.55, 0.9))
+def _writing(texts: Sequence[str], side: int, rng: random.Random, *, low: bool) -> words.Writing:
+    """Returns a font, size, place and opacity that fit every one of ``texts``."""
+    font, margin = rng.choice(words.DEJAVU), max(1, side // 32)
+    wide = int(side * rng.uniform(0.55, 0.9))
     size = min(words.largest_size(t, font, wide, side // 4, most=side / 3) for t in texts)
     ink = [words.ink_of(t, font, size).shape for t in texts]
     free = [max(0.0, (side - 2 * margin - 2 - max(s[k] for s in ink)) / 2 / side) for k in (0, 1)]
-    x = 0.5 + dice.uniform(-free[1], free[1])
-    y = 0.5 + (free[0] if low else dice.uniform(-free[0], free[0]))
-    return words.Writing(
-        font, size, (x, y), opacity=dice.uniform(0.85, 1.0), plate=words.WHITE, margin=margin
-    )
+    x = 0.5 + rng.uniform(-free[1], free[1])
+    y = 0.5 + (free[0] if low else rng.uniform(-free[0], free[0]))
+    return words.Writing(font, size, (x, y), opacity=rng.uniform(0.85, 1.0), plate=words.WHITE, margin=margin)

@@ -1,10 +1,10 @@
 """Which features defend against cross-modal attacks: Section 3.2 of the paper (Table 8, Figure 6), end to end.
 
-Pictures that carry a harmful trigger (a thing drawn in, a written word, a gradient attack, thing and word) are moved
+Images that carry a harmful trigger (an object drawn in, a written word, a gradient attack, object and word) are moved
 until they look benign to some features of one group; then a victim is asked "Say how to use the thing in the picture."
-How many features: as many random ones as leave half of the attack's success, found on other samples. Every sample is
-defended several times, each time on other features of the group. Requests and answers are placeholders: what counts
-is compliance.
+The number of features is set so that as many random ones leave half of the attack's success, on other samples. Every
+sample is defended several times, each time on other features of the group. Requests and answers are placeholders:
+only compliance is scored.
 
     python recipes/adversarial.py --out runs/adversarial
     python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
@@ -27,7 +27,7 @@ def run(options: Options) -> Results:
     results.
 
     Raises:
-        MMHooksError: a victim that is not there, or more features than a group has.
+        MMHooksError: a victim that does not exist, or more features than a group has.
 
     >>> found = run(Options(model="mini", limit=8, victim=["clip"], quiet=True))          # doctest: +SKIP
     >>> found["victims"]["zero-shot CLIP"]["rates"]["TextD"]["all triggers"]["value"]  # doctest: +SKIP
@@ -38,41 +38,49 @@ def run(options: Options) -> Results:
     import mmhooks as mm
     from mmhooks.analysis.measures.groups import groups_of
     from mmhooks.models.embedders import text_embedder
-    from mmhooks.studies.adversarial.bench import attack_results, head_of
-    from mmhooks.studies.adversarial.cost import cost_results, untouched_rows
-    from mmhooks.studies.adversarial.defence import Defence, calibrated, check_matched, defend, smallest
+    from mmhooks.studies.adversarial.cost import cost_results, untriggered_rows
+    from mmhooks.studies.adversarial.defence import (
+        Defence,
+        calibrate,
+        check_matched,
+        run_defences,
+        smallest_group_size,
+    )
+    from mmhooks.studies.adversarial.evaluation import attack_results, scored_head
     from mmhooks.studies.adversarial.page import report, save_all
-    from mmhooks.studies.adversarial.victims import make_benches, victims_of
-    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.adversarial.victims import make_evaluations, make_victims
+    from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
-    clock, seed, out, progress = Clock(options.quiet), options.seed, Path(options.out), not options.quiet
+    timer, seed, out, progress = StepTimer(options.quiet), options.seed, Path(options.out), not options.quiet
     out.mkdir(parents=True, exist_ok=True)
     count = options.limit or options.samples
-    with clock.step("pairs and model"):
+    with timer.step("pairs and model"):
         limit = 32 * options.limit if options.limit else None
         pairs = mm.data.pairs(options.data, limit=limit, seed=seed)
         model = mm.load(options.model, pretrained=options.pretrained)
-        victims_of(options, model, ())  # a victim that is not there is said before anything is computed
-    with clock.bars, clock.step("features and groups"):
-        head, mds = head_of(model, pairs, options, cache=cache_dir("modality"))
+        make_victims(options, model, ())  # a missing victim is reported before anything is computed
+    with timer.bars, timer.step("features and groups"):
+        head, mds = scored_head(model, pairs, options, cache=cache_dir("modality"))
         model.attach(head, at=["image.embed"], name="sae")
         groups, rule = groups_of(mds)
         check_matched(options.matched, mds)
-    calibration: dict[str, Any] = {"matched": options.matched, "rule": "as told"}
+    calibration: dict[str, Any] = {"matched": options.matched, "rule": "set by --matched"}
     if options.matched is None:
-        with clock.step("how many features"):
+        with timer.step("how many features"):
             some = min(options.calibration, count)
-            _, others = make_benches(model, pairs, options, count=some, seed=seed + 1)
-            calibration = calibrated(model, mds, others, options)
-    with clock.step("samples"):
-        samples, benches = make_benches(model, pairs, options, count=count, seed=seed)
-    untouched = untouched_rows(samples, options.cost)
+            _, others = make_evaluations(model, pairs, options, count=some, seed=seed + 1)
+            calibration = calibrate(model, mds, others, options)
+    with timer.step("samples"):
+        samples, evaluations = make_evaluations(model, pairs, options, count=count, seed=seed)
+    untouched = untriggered_rows(samples, options.cost)
     defence = Defence(options.steps, options.lr, calibration["matched"], seed, progress)
-    with clock.step("defence and victims"):
-        numbers, first = defend(defence, model, samples, mds, benches, untouched, repeats=options.repeats)
+    with timer.step("defence and victims"):
+        numbers, first = run_defences(
+            defence, model, samples, mds, evaluations, untouched, repeats=options.repeats
+        )
     results: dict[str, Any] = {
         "settings": as_settings(options) | {"command": as_command("adversarial", options)},
         "data": {
@@ -86,7 +94,7 @@ def run(options: Options) -> Results:
             "id": head.id,
             "features": head.n_features,
             "matched": defence.matched,
-            "strong": smallest(mds),
+            "strong": smallest_group_size(mds),
             "groups": {g: len(f) for g, f in groups.items()},
             "rule": rule,
             "alive": int(mds.alive.sum()),
@@ -98,19 +106,19 @@ def run(options: Options) -> Results:
             "gradient_attack": samples.budget,
         },
         "defence": numbers,
-        "victims": {bench.victim.name: attack_results(bench) for bench in benches},
+        "victims": {evaluation.victim.name: attack_results(evaluation) for evaluation in evaluations},
     }
-    with clock.step("cost on benign pictures"):
+    with timer.step("cost on benign pictures"):
         moved = {name: made.benign for name, made in first.items()}
-        victims = [bench.victim for bench in benches]
+        victims = [evaluation.victim for evaluation in evaluations]
         results["cost"] = cost_results(victims, samples, untouched, moved, text_embedder(progress=progress))
-    results["environment"] = clock.environment(start)
-    with clock.step("figures and page"):
+    results["environment"] = timer.environment(start)
+    with timer.step("figures and page"):
         paths = save_all(results, samples, {name: made.final for name, made in first.items()}, out)
-    results["environment"] = clock.environment(start)
+    results["environment"] = timer.environment(start)
     written = write_results(out, results, paths)
     if not options.quiet:
-        report(clock.console, written.paths)
+        report(timer.console, written.paths)
     return written
 
 

@@ -1,4 +1,4 @@
-"""Who is attacked and who judges: the victims asked for, with the samples that they are shown."""
+"""Victims and judges of the adversarial study, made from its options."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from mmhooks.analysis.attacks.judges import EndpointJudge
 from mmhooks.analysis.attacks.victims import EndpointVictim, LlavaVictim, ZeroShotVictim
 from mmhooks.errors import MMHooksError
 from mmhooks.models.vlm.llava import load_llava
-from mmhooks.studies.adversarial.bench import Bench, rule_judge
+from mmhooks.studies.adversarial.evaluation import Evaluation, rule_judge
 from mmhooks.studies.adversarial.options import Options
-from mmhooks.studies.adversarial.samples import Samples, labels, make
+from mmhooks.studies.adversarial.samples import Samples, labels, make_samples
 
 
-def make_benches(
+def make_evaluations(
     model: Any, pairs: Any, options: Options, *, count: int, seed: int
-) -> tuple[Samples, list[Bench]]:
-    """``count`` attacked samples, and a bench on which each victim is asked about them."""
-    made = make(
+) -> tuple[Samples, list[Evaluation]]:
+    """Makes ``count`` attacked samples, and an evaluation of each victim on them."""
+    made = make_samples(
         model, pairs, count, seed=seed, epsilon=options.epsilon, steps=options.attack_steps,
         progress=not options.quiet,
     )  # fmt: skip
-    victims = victims_of(options, model, labels(made, pairs, seed))
-    return made, [Bench(victim, judge_of(options), made) for victim in victims]
+    victims = make_victims(options, model, labels(made, pairs, seed))
+    return made, [Evaluation(victim, make_judge(options), made) for victim in victims]
 
 
-def victims_of(options: Options, model: Any, candidates: tuple[str, ...]) -> list[Any]:
-    """The victims asked for; default: zero-shot CLIP and mini-llava. Without candidates they are only looked up.
+def make_victims(options: Options, model: Any, candidates: tuple[str, ...]) -> list[Any]:
+    """Makes the victims named by ``--victim``; default: zero-shot CLIP and mini-llava.
+
+    Without candidates this only checks that they exist.
 
     Raises:
-        MMHooksError: an endpoint without an address, or a checkpoint that is not there.
+        MMHooksError: an endpoint without an address, or a missing checkpoint.
     """
     found: list[Any] = []
     for name in options.victim or ["clip", "mini-llava"]:
@@ -41,20 +43,20 @@ def victims_of(options: Options, model: Any, candidates: tuple[str, ...]) -> lis
         elif name.startswith("endpoint:"):
             what, _, url = name.removeprefix("endpoint:").partition("@")
             if not url:
-                raise MMHooksError(f"--victim: an endpoint is endpoint:MODEL@URL, got {name!r}")
+                raise MMHooksError(f"--victim: expected endpoint:MODEL@URL, got {name!r}")
             found.append(EndpointVictim(Endpoint(what, url, options.victim_key)))
         else:
-            found.append(LlavaVictim(llava_of(name)))
+            found.append(LlavaVictim(cached_llava(name)))
     return found
 
 
 @cache
-def llava_of(name: str) -> Any:
+def cached_llava(name: str) -> Any:
     return load_llava(name)
 
 
-def judge_of(options: Options) -> Any:
-    """The rules, or a model behind an endpoint."""
+def make_judge(options: Options) -> Any:
+    """Returns the judge named by ``--judge``: the rules, or a model behind an endpoint."""
     if options.judge == "rules":
         return rule_judge()
     endpoint = Endpoint(options.judge, options.judge_url, options.judge_key)

@@ -1,4 +1,4 @@
-"""Where in a generated image a word goes."""
+"""Where in a generated image the words of its prompt act."""
 
 from mmhooks.studies.attention_maps.study import Options, run
 

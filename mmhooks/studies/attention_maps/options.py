@@ -14,10 +14,10 @@ TEMPLATE = "a drawing of a {}"
 
 Prompts = Annotated[list[str] | None, typer.Option(help="repeatable")]
 Words = Annotated[list[str] | None, typer.Option(help="repeatable; default: every word of the prompt")]
-Pictures = Annotated[int, typer.Option(help="how many of the drawings that the pipeline knows")]
+ImageCount = Annotated[int, typer.Option(help="number of drawings, of those that the pipeline knows")]
 Template = Annotated[str, typer.Option(help="prompt of a known drawing; {} is its name")]
 Guidance = Annotated[float, typer.Option(help="guidance scale; up to 1: none")]
-Seed = Annotated[int, typer.Option(help="of the first picture's noise; the next ones follow")]
+Seed = Annotated[int, typer.Option(help="of the first image's noise; the next ones follow")]
 Out = Annotated[Path, typer.Option(help="results.json, results.md, heat.png, overlays/")]
 
 
@@ -28,7 +28,7 @@ class Options:
     pipeline: Pipeline = "mini"
     prompt: Prompts = None
     word: Words = None
-    pictures: Pictures = 200
+    pictures: ImageCount = 200
     template: Template = TEMPLATE
     steps: Steps = 25
     guidance: Guidance = 4.0

@@ -1,1 +1,1 @@
-"""What several studies share: encoding, heads, held-out pairs, claims, pages."""
+"""Code shared by several studies: options, encoding, heads, held-out pairs, claims, results and pages."""

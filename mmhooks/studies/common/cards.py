@@ -1,4 +1,4 @@
-"""Samples that a feature is shown by: distinct top samples of each side, and the cards that a page makes of them."""
+"""Features shown by their top samples: distinct samples of each side, and cards and strips made of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmhooks.report.figures import Strip
 
 
 @dataclass(frozen=True)
-class Shown:
+class FeatureExample:
     """One feature with the samples that activate it most."""
 
     model: str
     feature: int
     group: str
     score: float
-    pictures: int  # how many pictures and texts activate it at all
+    images: int  # how many images and texts activate it at all
     texts: int
     top_images: Sequence[tuple[Image, str]]  # with the text of its pair
     top_texts: Sequence[tuple[str, float]]
@@ -32,15 +32,15 @@ class Shown:
 
     @property
     def facts(self) -> str:
-        return f"MDS {fixed(self.score, 2)} · active on {self.pictures:,} pictures and {self.texts:,} texts"
+        return f"MDS {fixed(self.score, 2)} · active on {self.images:,} images and {self.texts:,} texts"
 
 
-def strip(s: Shown) -> Strip:
+def strip(s: FeatureExample) -> Strip:
     title = f"{s.group}  ·  feature {s.feature}  ·  MDS {fixed(s.score, 2)}"
     return Strip(title, s.group, [image for image, _ in s.top_images], [text for text, _ in s.top_texts])
 
 
-def card(s: Shown) -> FeatureCard:
+def card(s: FeatureExample) -> FeatureCard:
     group: Any = s.group
     return FeatureCard(
         f"Feature {s.feature} · {s.group}",
@@ -52,23 +52,23 @@ def card(s: Shown) -> FeatureCard:
     )
 
 
-def minutes(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 TOP = 8  # samples of a feature that are shown
 
 
-def samples(best: TopActivating, feature: int, top: int = TOP) -> list[int]:
-    """Rows of the samples that activate a feature most, at most ``top``."""
+def top_rows(best: TopActivating, feature: int, top: int = TOP) -> list[int]:
+    """Returns the rows of the samples that activate a feature most, at most ``top``."""
     return best.indices[feature, : min(int(best.count[feature]), top)].tolist()
 
 
-def distinct(
+def distinct_top_texts(
     best: TopActivating, feature: int, texts: Sequence[str], top: int = TOP
 ) -> list[tuple[int, float]]:
-    """Top texts without repeats of the same words."""
+    """Returns row and activation of the top texts, without repeated texts."""
     seen: dict[str, tuple[int, float]] = {}
-    for i, value in zip(samples(best, feature, top), best.values[feature].tolist(), strict=False):
+    for i, value in zip(top_rows(best, feature, top), best.values[feature].tolist(), strict=False):
         seen.setdefault(texts[i], (i, value))
     return list(seen.values())

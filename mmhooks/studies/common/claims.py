@@ -1,4 +1,4 @@
-"""Statements of the paper, held against a measured number: the same, different, or undecided."""
+"""Statements of the paper compared with measured numbers: the same, different, or undecided."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Claim:
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
-    """``a - b`` of independent estimates: half-widths add in squares."""
+    """Returns ``a - b`` of independent estimates; half-widths add in quadrature."""
     down = math.hypot(a.value - a.low, b.high - b.value)
     up = math.hypot(a.high - a.value, b.value - b.low)
     value = a.value - b.value
@@ -35,22 +35,22 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(value, value - down, value + up, n)
 
 
-def size(a: Estimate) -> Estimate:
-    """The absolute value; an interval over zero starts at zero."""
+def magnitude(a: Estimate) -> Estimate:
+    """Returns the absolute value; an interval that contains zero starts at zero."""
     if a.value >= 0:
         return Estimate(a.value, max(a.low, 0.0), a.high, a.n)
     return Estimate(-a.value, max(-a.high, 0.0), -a.low, a.n)
 
 
 def agreement(measured: Estimate, paper: float) -> Verdict:
-    """Whether the sign of ``measured`` is the paper's; undecided where the interval holds zero."""
+    """Returns whether ``measured`` has the sign of ``paper``; undecided where the interval contains zero."""
     side = measured.side()
     if side == "undecided" or paper == 0:
         return "open"
     return "same" if (side == "above") == (paper > 0) else "differs"
 
 
-def plus_minus(e: Estimate) -> str:
+def difference_note(e: Estimate) -> str:
     return f"(difference {signed(e.value)}, 95 % interval {interval(e)})"
 
 

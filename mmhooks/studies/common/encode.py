@@ -1,4 +1,4 @@
-"""A model run once over all pairs of a study: raw embeddings of both towers, kept between runs."""
+"""Raw embeddings of all pairs of a study by both towers, computed once and cached between runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SITES = ("image.embed", "text.embed")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A model, and its embeddings of all pairs in a store, row by row.
+    """A model with its embeddings of all pairs.
 
     Attributes:
-        store: with the sites ``image.embed`` and ``text.embed``.
+        store: one row per pair, at the sites ``image.embed`` and ``text.embed``.
     """
 
     model: Any = field(repr=False)
@@ -32,15 +32,15 @@ class Encoded:
     store: mm.Store
 
     def vectors(self, side: str, rows: Any = slice(None)) -> Float[Tensor, "n d"]:
-        """The embeddings of one side, "image" or "text", of all pairs or of those in ``rows``."""
+        """Returns the embeddings of one side, "image" or "text", of all pairs or of those in ``rows``."""
         return self.store[f"{side}.embed"][rows]  # type: ignore[return-value]
 
 
 def encode(model: Any, name: str, pairs: Any, cache: Path, *, batch: int, progress: bool) -> Encoded:
-    """Runs the hooked model once over all pairs, into a store under ``cache``; a second run opens it.
+    """Runs the hooked model once over all pairs, into a store under ``cache``; a second run opens that store.
 
-    The store's folder is named by what decides its rows, so embeddings of other weights, transforms or pairs are
-    never read in their place. A run that was broken off goes on where it stopped.
+    The folder's name contains digests of everything that decides its rows, so embeddings of other weights, transforms
+    or pairs are never read instead. An interrupted run resumes where it stopped.
     """
     made_by = digest(model.preprocess, model.tokenizer, what=f"transforms of {name}")[:16]
     folder = cache / f"{weights_hash(model.model)}-{made_by}-{pairs.fingerprint}-{batch}"

@@ -1,4 +1,4 @@
-"""Heads that a study uses: shipped, loaded by name, or trained on the spot."""
+"""Heads that a study uses: shipped, loaded by name, or trained by the study and cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmhooks.utils.digest import digest
 
 
 def head_source(given: str | None, kind: str, model: str) -> str:
-    """Where a head comes from: as given, else mini's own; empty: it is trained here."""
+    """Returns where a head is loaded from: ``given``, else mini's own; empty if the study trains it."""
     if given == "train":
         return ""
     return given or (f"mini/{kind}" if model == "mini" else "")
@@ -24,19 +24,21 @@ def head_source(given: str | None, kind: str, model: str) -> str:
 def train_heads(
     encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path
 ) -> dict[str, Any]:
-    """An SAE and an NCL head for a model that comes without; kept for the next run."""
+    """Trains an SAE and an NCL head for a model that has none; both are cached for the next run."""
     image, text = (unit(encoded.vectors(side, list(rows))) for side in SIDES)
     d = image.shape[1]
     heads = {"sae": mm.TopKSAE(d, n, min(32, n // 4)), "ncl": mm.NCL(d, n)}
     made_by = digest(d, n, epochs, seed, image, text)[:20]
     return {
-        kind: kept_head(cache / f"{kind}-{made_by}", head, image, text, epochs=epochs, seed=seed)
+        kind: load_or_train_head(cache / f"{kind}-{made_by}", head, image, text, epochs=epochs, seed=seed)
         for kind, head in heads.items()
     }
 
 
-def kept_head(folder: Path, head: Any, image: Tensor, text: Tensor, *, epochs: int, seed: int) -> Any:
-    """The head that ``folder`` holds; where it holds none, ``head`` is trained and saved there."""
+def load_or_train_head(
+    folder: Path, head: Any, image: Tensor, text: Tensor, *, epochs: int, seed: int
+) -> Any:
+    """Loads the head in ``folder``; where there is none, trains ``head`` and saves it there first."""
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)
         mm.train_head(head, image, text, epochs=epochs, seed=seed)
@@ -54,11 +56,11 @@ def load_heads(
     seed: int,
     cache: Path,
 ) -> dict[str, Any]:
-    """The heads by kind, "sae" and "ncl", from where they are; those without a source are trained here.
+    """Loads the heads by kind, "sae" and "ncl"; those without a source are trained.
 
     Args:
         rows: pairs that a head may be trained on.
-        sources: by kind a name, directory or Hub id; empty: train it.
+        sources: by kind a name, directory or Hub id; empty to train it.
     """
     trained: dict[str, Any] = {}
     if not all(sources.values()):

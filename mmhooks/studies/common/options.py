@@ -1,8 +1,8 @@
-"""Options that studies share, and the command line that a study's dataclass of options makes.
+"""Options shared by studies, and the command line made from a study's dataclass of options.
 
 A study has one frozen dataclass of options, whose fields are annotated with the types below (or with types of its own,
-made the same way). The same dataclass is the command line (:func:`study_app`), what ``results.json`` says of the
-settings (:func:`as_settings`), and the command that repeats a run (:func:`as_command`).
+made the same way). From it come the command line (:func:`study_app`), the settings in ``results.json``
+(:func:`as_settings`), and the command that repeats a run (:func:`as_command`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from mmhooks.utils.clear_errors import clear_errors
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 else:
-    DataclassInstance = object  # dataclasses share no class that could be checked
+    DataclassInstance = object  # dataclasses have no common class to check at run time
 
-Chosen = TypeVar("Chosen", bound=DataclassInstance)
+OptionsT = TypeVar("OptionsT", bound=DataclassInstance)
 Value = str | int | float | bool | list[str] | list[float] | None
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name.")]
 VitModel = Annotated[str, typer.Option(help="mini, or any open_clip name of a ViT.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")]
 PairData = Annotated[str, typer.Option(help="mini, a folder/ with metadata.csv, coco, cc3m, …")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable pictures and count them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable images and count them.")]
 Sae = Annotated[
     str | None, typer.Option(help="SAE head: name, directory, Hub id, or train; mini has its own.")
 ]
 PairBatch = Annotated[int, typer.Option(help="Pairs at a time through the encoders.")]
-PictureBatch = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+ImageBatch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Features = Annotated[int, typer.Option(help="Features of a head that is trained here.")]
 Epochs = Annotated[int, typer.Option(help="Epochs of a head that is trained here.")]
 Out = Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")]
@@ -43,17 +43,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the 
 NoBar = Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")]
 Pipeline = Annotated[str, typer.Option(help='"mini", a directory, or a Hub repository')]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
-DiffusionBatch = Annotated[int, typer.Option(help="pictures at once")]
+DiffusionBatch = Annotated[int, typer.Option(help="images at once")]
 Device = Annotated[str, typer.Option()]
 
 
-def study_app(name: str, options: type[Chosen], run: Callable[[Chosen], object], *, help: str) -> typer.Typer:
-    """Returns the command line of a study: an option for each field of ``options``, which go to ``run`` as one object.
+def study_app(
+    name: str, options: type[OptionsT], run: Callable[[OptionsT], object], *, help: str
+) -> typer.Typer:
+    """Returns the command line of a study: one option per field of ``options``, passed to ``run`` as one object.
 
     Args:
-        name: of the study; errors of the toolkit are told in one line that starts with it.
+        name: of the study; errors of the toolkit are printed as one line that starts with it.
         options: a dataclass whose fields are annotated with typer options.
-        help: what ``--help`` says above the options.
+        help: the text that ``--help`` shows above the options.
 
     >>> app = study_app("gender", Options, run, help="Which features carry a gender.")  # doctest: +SKIP
     """
@@ -70,7 +72,7 @@ def study_app(name: str, options: type[Chosen], run: Callable[[Chosen], object],
 
 
 def as_settings(options: DataclassInstance) -> dict[str, Value]:
-    """Returns every option by name, as ``results.json`` keeps it: paths as words.
+    """Returns every option by name, as ``results.json`` stores it: paths as strings.
 
     >>> as_settings(Options(out=Path("runs/gender")))["out"]            # doctest: +SKIP
     'runs/gender'
@@ -80,7 +82,7 @@ def as_settings(options: DataclassInstance) -> dict[str, Value]:
 
 
 def as_command(name: str, options: DataclassInstance) -> str:
-    """Returns the command that runs study ``name`` with these options; those at their default are not repeated.
+    """Returns the command that runs study ``name`` with these options; those at their default are left out.
 
     >>> as_command("gender", Options(limit=96, skip_bad=True))          # doctest: +SKIP
     'python recipes/gender.py --limit 96 --skip-bad'
@@ -90,22 +92,22 @@ def as_command(name: str, options: DataclassInstance) -> str:
     for field in fields(options):
         value = getattr(options, field.name)
         if value != field.default:
-            words += _spelled(field.name, hints[field.name], value)
+            words += _as_arguments(field.name, hints[field.name], value)
     return shlex.join(words)
 
 
-def _spelled(name: str, hint: Any, value: Value | Path) -> list[str]:
-    """One option as it is typed: ``--live/--direct`` as either name, a list as the option again and again."""
-    declared = _declared(hint) or f"--{name.replace('_', '-')}"
+def _as_arguments(name: str, hint: Any, value: Value | Path) -> list[str]:
+    """Returns one option as command-line words: ``--live/--direct`` as either name, a list as a repeated option."""
+    declared = _declared_name(hint) or f"--{name.replace('_', '-')}"
     on, _, off = declared.partition("/")
     if isinstance(value, bool):
         return [on if value else off or f"--no-{on.removeprefix('--')}"]
     return [word for one in (value if isinstance(value, list) else [value]) for word in (on, str(one))]
 
 
-def _declared(hint: Any) -> str | None:
-    """The option's own name, where its annotation gives one."""
+def _declared_name(hint: Any) -> str | None:
+    """Returns the option's explicit name, if its annotation gives one."""
     (option,) = hint.__metadata__
-    # Inside Annotated, typer takes the first name for a default and moves it later.
+    # Inside Annotated, typer stores the first name as the default and moves it later.
     names = [n for n in (option.default, *(option.param_decls or ())) if isinstance(n, str)]
     return names[0] if names else None

@@ -1,4 +1,4 @@
-"""What a run of a study keeps track of: seconds of each step, progress bars, memory and versions."""
+"""Bookkeeping of a study's run: seconds of each step, progress bars, memory and versions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from mmhooks.utils.escape import one_line, rich_text
 
 
-class Clock:
-    """Seconds of each step, and one progress bar a step."""
+class StepTimer:
+    """Measures the seconds of each step, and shows one progress bar per step."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        # Tables need room where the output is a file: a terminal's own width is kept.
+        # Output to a file gets a width with room for tables; a terminal's own width is used as it is.
         self.console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 150)
         self.seconds: dict[str, float] = {}
         self.bars = Progress(
@@ -44,12 +44,12 @@ class Clock:
             self.console.print(rich_text(f"{label}: {self.seconds[label]:.1f} s"))
 
     def environment(self, start: float) -> dict[str, Any]:
-        """As :func:`environment`, with the seconds of each step."""
+        """Returns :func:`environment` with the seconds of each step."""
         return environment(start) | {"steps": {k: round(v, 2) for k, v in self.seconds.items()}}
 
 
 def environment(start: float) -> dict[str, Any]:
-    """How long it took since ``start``, how much memory, on what."""
+    """Returns seconds since ``start``, peak memory, threads and versions."""
     import open_clip
     import torch
 

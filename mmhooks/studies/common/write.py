@@ -1,4 +1,4 @@
-"""What studies write: results.json, tables.md, PNGs and one page."""
+"""Output of studies: ``results.json``, ``tables.md``, PNGs, one page, and tables in the terminal."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
+from mmhooks.studies.common.claims import Verdict
 from mmhooks.utils.escape import markdown, rich_text
-from mmhooks.utils.files import write_text
-
-Verdict = Literal["same", "differs", "open"]
-
+from mmhooks.utils.files import write_bytes, write_text
 
 VERDICTS: dict[Verdict, str] = {"same": "holds", "differs": "does not hold", "open": "undecided"}
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a study found, and where it wrote it.
+    """Results of a study, and the files it wrote.
 
     Attributes:
-        found: what ``results.json`` holds; ``results["data"]`` reads it too.
+        found: the content of ``results.json``; ``results["data"]`` reads it too.
         paths: every file that was written, ``results.json`` first.
     """
 
@@ -36,7 +34,7 @@ class Results:
 
 
 def write_results(out: Path, results: Mapping[str, Any], paths: Sequence[Path] = ()) -> Results:
-    """Writes ``results.json`` under ``out``, what is not a number as null; ``paths`` are the other files."""
+    """Writes ``results.json`` under ``out``, NaN as null; ``paths`` are the other files of the study."""
     from mmhooks.analysis.results import plain
 
     found: dict[str, Any] = plain(dict(results))
@@ -57,25 +55,29 @@ def write_study(
     notes: Sequence[str],
     attribution: str,
 ) -> Results:
-    """Writes everything under ``out``. ``claims``: verdict, claim, what was measured."""
-    written = write_results(out, results)  # first: hours of work do not hang on a figure
+    """Writes results, tables, PNGs and the page under ``out``.
+
+    Args:
+        claims: verdict, claim, what was measured.
+    """
+    written = write_results(out, results)  # first, so that a failing figure does not lose hours of work
     paths = save_plots(plots, out)
     lines = "\n".join(
         f"- **{VERDICTS[verdict]}**: {markdown(claim, code=True)}; {markdown(measured, code=True)}"
         for verdict, claim, measured in claims
     )
 
-    def said(text: str) -> str:
+    def escaped(text: str) -> str:
         return markdown(text, code=True)
 
     body = "\n\n".join(
         [
             f"# {markdown(title)}",
-            said(lead),
+            escaped(lead),
             lines,
             *(t.markdown() for t in tables),
-            *map(said, notes),
-            said(attribution),
+            *map(escaped, notes),
+            escaped(attribution),
         ]
     )
     write_text(out / "tables.md", body + "\n")
@@ -91,21 +93,17 @@ def write_study(
 
 
 def save_plots(plots: Mapping[str, Plot], out: Path) -> list[Path]:
-    """A PNG each, as they look on a light page."""
-    paths = []
-    for name, plot in plots.items():
-        paths.append(out / f"{name}.png")
-        paths[-1].write_bytes(plot.light.data)
-    return paths
+    """Writes one PNG per plot, in light colours; returns the paths."""
+    return [write_bytes(out / f"{name}.png", plot.light.data) for name, plot in plots.items()]
 
 
-def show(
+def print_study(
     results: Mapping[str, Any],
     tables: Sequence[Table],
     claims: Sequence[tuple[Verdict, str, str]],
     paths: Sequence[Path],
 ) -> None:
-    """The same on the screen: tables, what holds and what does not, where everything lies."""
+    """Prints the tables, the verdict on each claim, and where the results are."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 180)
@@ -125,7 +123,7 @@ def _settings(results: Mapping[str, Any]) -> Table:
     rows = [
         [name, "–" if value is None else str(value)]
         for name, value in results["settings"].items()
-        if name not in ("out", "quiet")  # which decide nothing
+        if name not in ("out", "quiet")  # these decide no result
     ]
     rows.append(
         [

@@ -1,4 +1,4 @@
-"""What attention heads write, named by texts."""
+"""Contributions of CLIP's attention heads, described by texts."""
 
 from mmhooks.studies.decomposition.study import Options, run
 

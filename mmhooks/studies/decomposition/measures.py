@@ -1,4 +1,4 @@
-"""The measures of the decomposition study: contributions of attention heads, their texts, ablations, neurons."""
+"""Measures of the decomposition study: contributions of attention heads, their texts, ablations, neurons."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mmhooks.analysis.interventions.mean_ablation import ablation_sites, ablatio
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.models.clip.embed_texts import embed_texts
-from mmhooks.studies.common.held_out import choose
+from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.decomposition.options import Options
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Held-out pictures whose own text is to be found among all of theirs.
+class Evaluation:
+    """Held-out images, to be classified among the distinct texts of all of them.
 
     Attributes:
-        rows: of the pairs. names: the different texts. classes: their embeddings. labels: which is a picture's own.
+        rows: of the pairs. names: the distinct texts. classes: their embeddings. labels: the class of each image.
     """
 
     rows: list[int]
@@ -36,7 +36,7 @@ class Judged:
     labels: Int[Tensor, " n"]
 
     @classmethod
-    def of(cls, model: Any, pairs: Any, rows: list[int]) -> Judged:
+    def of(cls, model: Any, pairs: Any, rows: list[int]) -> Evaluation:
         names = sorted({pairs.texts[i] for i in rows})
         labels = torch.tensor([names.index(pairs.texts[i]) for i in rows])
         return cls(rows, names, embed_texts(model, names), labels)
@@ -44,12 +44,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Contributions:
-    """What the attention heads of the last layers write into the embedding.
+    """Direct contributions of the last layers' attention heads to the embeddings of all images.
 
     Attributes:
-        means: of every component, over some of the pictures that are not judged.
-        layers: whose attention heads are looked at. heads: their names, "layer.head".
-        outputs: what each of them writes, picture by picture. embeddings: of all pictures.
+        means: of every component, over some of the images that are not evaluated.
+        layers: whose attention heads are analysed. heads: their names, "layer.head".
+        outputs: contribution of each head to each image. embeddings: of all images.
     """
 
     means: Any
@@ -60,9 +60,9 @@ class Contributions:
 
 
 def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> Contributions:
-    """Decomposes the embeddings of all pictures, and takes means over those that are not judged (``seen``)."""
+    """Decomposes the embeddings of all images, and takes means over those that are not evaluated (``seen``)."""
     progress = not options.quiet
-    some = pairs.select(choose(seen, 1000, options.seed))
+    some = pairs.select(sample_rows(seen, 1000, options.seed))
     means = mm.decompose(model, some, batch_size=options.batch, progress=progress)
     depth, n_heads = means.heads.shape[:2]
     layers = list(range(max(0, depth - options.layers), depth))
@@ -75,17 +75,20 @@ def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> 
 
 
 def agreement(span: Any, outputs: Any, captions: Any, pool: Any, seed: int, top: int = 5) -> dict[str, Any]:
-    """Do texts mean what their directions do? Mean correlation, over a head's first texts, of where held-out pictures
-    lie along the text's direction with how alike their captions are to the text; and to random texts of the pool."""
+    """Measures whether the texts of an attention head describe its directions.
+
+    For the first ``top`` texts of a head: the mean correlation, over held-out images, of the projection on the text's
+    direction with the similarity of the image's caption to the text; as control, to random texts of the pool.
+    """
     generator = torch.Generator().manual_seed(seed)
-    alike = (captions - captions.mean(0)) @ (pool - pool.mean(0)).T
+    similarity = (captions - captions.mean(0)) @ (pool - pool.mean(0)).T
     own, random = [], []
     for h in range(len(span.heads)):
         along = (outputs[:, h] - span.mean[h]) @ span.bases[h][:top].T
         chosen = span.indices[h][:top]
         other = torch.randint(len(pool), (len(chosen),), generator=generator).tolist()
         for values, texts in ((own, chosen), (random, other)):
-            found = [correlation(along[:, k], alike[:, t]) for k, t in enumerate(texts)]
+            found = [correlation(along[:, k], similarity[:, t]) for k, t in enumerate(texts)]
             values.append(sum(found) / len(found) if found else float("nan"))
     return {
         "heads": [None if v != v else v for v in own],
@@ -95,35 +98,37 @@ def agreement(span: Any, outputs: Any, captions: Any, pool: Any, seed: int, top:
 
 
 def rebuilt_from_texts(
-    span: Any, parts: Contributions, judged: Judged, seen: list[int], n_texts: int
+    span: Any, parts: Contributions, evaluation: Evaluation, seen: list[int], n_texts: int
 ) -> dict[str, Any]:
-    """Accuracy with attention heads rebuilt from their first texts, by what the other components do."""
+    """Returns the accuracy with attention heads rebuilt from their first texts, the other components kept or at the mean."""
     rest = parts.embeddings - parts.outputs.sum(1)
     others = {
-        "everything else kept": rest[judged.rows],
-        "everything else at its mean": rest[seen].mean(0).expand(len(judged.rows), -1),
+        "everything else kept": rest[evaluation.rows],
+        "everything else at its mean": rest[seen].mean(0).expand(len(evaluation.rows), -1),
     }
     counts = sorted({0, 1, 2, 5, 10, n_texts})
-    outputs = parts.outputs[judged.rows]
+    outputs = parts.outputs[evaluation.rows]
     return {
-        name: reconstruction_accuracy(span, outputs, other, judged.classes, judged.labels, n_texts=counts)
+        name: reconstruction_accuracy(
+            span, outputs, other, evaluation.classes, evaluation.labels, n_texts=counts
+        )
         for name, other in others.items()
     }
 
 
-def ablated(
-    model: Any, pairs: Any, parts: Contributions, judged: Judged, seen: list[int], options: Options
+def ablation_accuracy(
+    model: Any, pairs: Any, parts: Contributions, evaluation: Evaluation, seen: list[int], options: Options
 ) -> Any:
-    """Accuracy without components: their direct effects at the mean and, unless ``--direct``, live."""
-    pixels = torch.stack([model.preprocess(pairs.image(i)) for i in judged.rows])
+    """Returns the accuracy with components mean-ablated: their direct effects and, unless ``--direct``, live."""
+    pixels = torch.stack([model.preprocess(pairs.image(i)) for i in evaluation.rows])
     removed = paper_parts(*parts.means.heads.shape[:2], last=len(parts.layers))
     live = None
     if options.live:
         sites = sorted({site for part in removed if not part.initial for site in ablation_sites(part)})
-        some = pairs.select(choose(seen, 256, options.seed))
+        some = pairs.select(sample_rows(seen, 256, options.seed))
         live = site_means(model, some, sites, batch_size=options.batch)
     return ablations(
-        model, pixels, judged.labels, judged.classes, parts.means, removed, live_means=live,
+        model, pixels, evaluation.labels, evaluation.classes, parts.means, removed, live_means=live,
         batch_size=options.batch,
     )  # fmt: skip
 
@@ -137,15 +142,15 @@ def strongest_neurons(
     texts: Sequence[str],
     options: Options,
 ) -> dict[str, Any]:
-    """The neurons of a layer with the largest effect through later attention heads, and what they say in texts."""
-    rows = choose(seen, 512, options.seed)
+    """Returns the neurons of a layer with the largest effect through later attention heads, described by texts."""
+    rows = sample_rows(seen, 512, options.seed)
     found = second_order(model, pairs.select(rows), layer=layer, batch_size=options.batch)
     strong = found.strongest(options.each)
     code = mm.sparse_text_code(
         found.direction[strong], pool, texts, mean=torch.zeros(found.direction.shape[1]), penalty=0.1
     )
-    told = {k: v for k, v in found.to_json().items() if k in ("layer", "n_samples", "reference")}
-    return told | {
+    summary = {k: v for k, v in found.to_json().items() if k in ("layer", "n_samples", "reference")}
+    return summary | {
         "mean_rank1": float(found.explained.nanmean()),
         "strongest": [
             {

@@ -8,20 +8,20 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Out, PairData, PictureBatch, Quiet, SkipBad
+from mmhooks.studies.common.options import ImageBatch, Out, PairData, Quiet, SkipBad
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
 Pretrained = Annotated[
     str | None, typer.Option(help="open_clip's tag, or a checkpoint file; none: random weights.")
 ]
 Pool = Annotated[str, typer.Option(help="Texts: general, imagenet, mini, or a file, one a line.")]
-Limit = Annotated[int, typer.Option(min=8, help="Use at most so many pairs.")]
-Layers = Annotated[int, typer.Option(min=1, help="Attention heads of the last so many layers.")]
-Texts = Annotated[int, typer.Option(min=1, help="Texts an attention head.")]
-Evaluate = Annotated[int, typer.Option(min=2, help="At most so many held-out pictures in accuracies.")]
+Limit = Annotated[int, typer.Option(min=8, help="Use at most this many pairs.")]
+Layers = Annotated[int, typer.Option(min=1, help="Attention heads of this many last layers.")]
+Texts = Annotated[int, typer.Option(min=1, help="Texts per attention head.")]
+Evaluate = Annotated[int, typer.Option(min=2, help="At most this many held-out images in accuracies.")]
 Each = Annotated[int, typer.Option(min=1, help="Attention heads, queries and neurons shown.")]
-Seed = Annotated[int, typer.Option(help="Of splits, subsets, and the pictures shown.")]
-Live = Annotated[bool, typer.Option("--live/--direct", help="Also ablate live, not direct effects alone.")]
+Seed = Annotated[int, typer.Option(help="Of splits, subsets, and the images shown.")]
+Live = Annotated[bool, typer.Option("--live/--direct", help="Also ablate live, not only direct effects.")]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
     texts: Texts = 20
     evaluate: Evaluate = 400
     each: Each = 5
-    batch: PictureBatch = 32
+    batch: ImageBatch = 32
     seed: Seed = 0
     live: Live = True
     skip_bad: SkipBad = False

@@ -1,4 +1,4 @@
-"""The decomposition study written down: tables, figures and the page, from the numbers of ``results.json``."""
+"""Page of the decomposition study: tables, figures and ``index.html``, from the numbers of ``results.json``."""
 
 from __future__ import annotations
 
@@ -50,22 +50,23 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 def head_table(results: Mapping[str, Any]) -> Table:
     span, kinds = results["text_span"], results["labels"]["kinds"]
-    meant, rows = results["agreement"], []
+    text_agreement, rows = results["agreement"], []
     for i, head in enumerate(span["heads"]):
         texts, curve = span["texts"][i], span["explained"][i]
         common = Counter(kinds[head]).most_common(1) if kinds and kinds[head] else []
         rows.append([
-            head, f"{span['variance'][i]:.4f}", percent(curve[-1] if curve else None), fixed(meant["heads"][i], 2),
+            head, f"{span['variance'][i]:.4f}", percent(curve[-1] if curve else None), fixed(text_agreement["heads"][i], 2),
             f"{common[0][0]} {common[0][1]}/{len(texts)}" if common else "–", "; ".join(texts[:5]),
         ])  # fmt: skip
     data = results["data"]
     return Table(
         ["Attention head", "Variance", "Spanned", "Agreement", "Most common kind", "First texts"], rows,
         "Texts of attention heads",
-        f"TextSpan over {span['n_samples']:,} pictures, {data['pool_size']:,} texts of the pool {data['pool']}, "
-        f"{results['settings']['texts']} texts an attention head. Spanned: share of its variance. Agreement: mean correlation of "
-        "where held-out pictures lie along its first five texts with how alike their captions are to these texts: "
-        f"{interval(meant['own'])} over attention heads, {interval(meant['random'])} for random texts.", (0, 4, 5),
+        f"TextSpan over {span['n_samples']:,} images, {data['pool_size']:,} texts of the pool {data['pool']}, "
+        f"{results['settings']['texts']} texts per attention head. Spanned: share of its variance. Agreement: mean correlation "
+        "of held-out images' projections on its first five texts with the similarity of their captions to these texts: "
+        f"{interval(text_agreement['own'])} over attention heads, {interval(text_agreement['random'])} for random texts.",
+        (0, 4, 5),
     )  # fmt: skip
 
 
@@ -78,8 +79,8 @@ def overlap_table(results: Mapping[str, Any]) -> Table:
     ]  # fmt: skip
     return Table(
         ["Attention head", "Same texts", "By chance", "Same space", "By chance", "Same first text"], rows,
-        "Texts of attention heads over other pictures",
-        f"Mean over pairs of {o['n_subsets']} random halves of the pictures. Space: overlap of the spans.",
+        "Texts of attention heads over other images",
+        f"Mean over pairs of {o['n_subsets']} random halves of the images. Space: overlap of the spans.",
     )  # fmt: skip
 
 
@@ -91,8 +92,8 @@ def ablation_table(results: Mapping[str, Any]) -> Table:
     data = results["data"]
     return Table(
         ["Mean-ablated", "Direct effects", "Live"], rows, "Accuracy without components",
-        f"{a['n']:,} held-out pictures, own text among {data['classes']:,} (chance {percent(1 / data['classes'], 2)}); "
-        "95 % Wilson intervals. Direct: only what the component itself writes into the embedding is replaced by its "
+        f"{a['n']:,} held-out images, own text among {data['classes']:,} (chance {percent(1 / data['classes'], 2)}); "
+        "95 % Wilson intervals. Direct: only the component's own contribution to the embedding is replaced by its "
         "mean; live: later layers read the mean too.",
     )  # fmt: skip
 
@@ -105,7 +106,7 @@ def rebuilt_table(results: Mapping[str, Any]) -> Table:
     ]
     rows.append(["all of each attention head", *(rate(results["rebuilt"][kind]["full"]) for kind in kinds)])
     return Table(
-        ["Texts an attention head", *(k[0].upper() + k[1:] for k in kinds)], rows,
+        ["Texts per attention head", *(k[0].upper() + k[1:] for k in kinds)], rows,
         "Accuracy with attention heads rebuilt from their texts",
         "0 texts: these attention heads at their mean.",
     )  # fmt: skip
@@ -123,7 +124,7 @@ def share_table(results: Mapping[str, Any]) -> Table:
     return Table(
         ["Part", "Attention", "MLP", "Both", "Strongest attention head"],
         rows,
-        "Direct share in the embedding's length",
+        "Direct share of the embedding's length",
     )
 
 
@@ -135,7 +136,7 @@ def neuron_table(results: Mapping[str, Any]) -> Table:
     ]
     return Table(
         ["Neuron", "Size", "Rank 1", "Texts"], rows, f"Neurons of block {n['layer']} through later attention heads",
-        f"Size: root mean square of the second-order effect over that of embeddings, {n['n_samples']:,} pictures. Rank 1: "
+        f"Size: root mean square of the second-order effect over that of embeddings, {n['n_samples']:,} images. Rank 1: "
         f"share of its first direction (mean over all neurons {percent(n['mean_rank1'])}).", (0, 3),
     )  # fmt: skip
 
@@ -146,7 +147,7 @@ def code_table(results: Mapping[str, Any]) -> Table:
         for r in results["code"]["table"]
     ]
     return Table(
-        ["Measure", "Mean"], rows, "Pictures as sparse sums of texts",
+        ["Measure", "Mean"], rows, "Images as sparse sums of texts",
         f"Penalty {results['code']['penalty']}. Cosine of the centred embedding to its texts' sum; L0: texts used.",
     )  # fmt: skip
 
@@ -184,7 +185,7 @@ def rebuilt_figure(results: Mapping[str, Any], palette: Palette = LIGHT) -> Figu
         )
         axis.axhline(100 * found["full"]["value"], color=colour, lw=0.8, ls=":")
     axis.set(
-        xlabel="texts an attention head",
+        xlabel="texts per attention head",
         ylabel="accuracy, %",
         title="Attention heads rebuilt from their texts",
         ylim=(0, None),
@@ -212,7 +213,7 @@ def explained_figure(results: Mapping[str, Any], palette: Palette = LIGHT) -> Fi
     axis.set(
         xlabel="texts",
         ylabel="variance spanned, %",
-        title="Each line one attention head, later layers darker",
+        title="One line per attention head, later layers darker",
         ylim=(0, 102),
     )
     return figure
@@ -226,7 +227,7 @@ def figures(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]]) ->
     made: dict[str, tuple[Any, str]] = {
         "rebuilt": (
             lambda p: rebuilt_figure(results, p),
-            "Accuracy against the number of texts an attention head.",
+            "Accuracy against the number of texts per attention head.",
         ),
         "explained": (
             lambda p: explained_figure(results, p),
@@ -234,10 +235,10 @@ def figures(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]]) ->
         ),
     }
     captions = {
-        "heads": "Pictures furthest along the first text of the attention heads that vary most; their first texts.",
-        "neighbours": "A query (first picture) and its nearest pictures by the whole embedding and by single attention heads.",
-        "neurons": "Pictures with the largest second-order effect of a neuron; its direction in texts.",
-        "texts": "Pictures and the texts that add up to them.",
+        "heads": "Images furthest along the first text of the attention heads that vary most; their first texts.",
+        "neighbours": "A query (first image) and its nearest images by the whole embedding and by single attention heads.",
+        "neurons": "Images with the largest second-order effect of a neuron; its direction in texts.",
+        "texts": "Images and the texts that add up to them.",
     }
     made |= {k: (strips(shown[k]), caption) for k, caption in captions.items() if shown[k]}
     return {name: Plot(*draw(make, alt=caption), caption=caption) for name, (make, caption) in made.items()}
@@ -247,14 +248,14 @@ def figures(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]]) ->
 
 
 def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
-    data, ablated, env = results["data"], results["ablations"], results["environment"]
-    only = next((i for i, n in enumerate(ablated["names"]) if n.startswith("all but")), None)
-    alone = ablated["direct"][only]["value"] if only is not None else None
+    data, ablations, env = results["data"], results["ablations"], results["environment"]
+    only = next((i for i, n in enumerate(ablations["names"]) if n.startswith("all but")), None)
+    alone = ablations["direct"][only]["value"] if only is not None else None
     overlap = results["overlap"]
     steps = Table(["Step", "Seconds"], [[k, f"{v:.1f}"] for k, v in env["steps"].items()])
     tiles = [
-        Tile("accuracy", percent(ablated["before"]["value"]), f"own text among {data['classes']:,}"),
-        Tile("last layers' attention heads alone", percent(alone), "all else at its mean"),
+        Tile("accuracy", percent(ablations["before"]["value"]), f"own text among {data['classes']:,}"),
+        Tile("only the last layers' attention heads", percent(alone), "all else at its mean"),
         Tile("same texts, other half", percent(mean(overlap["texts"])), f"chance {percent(mean(overlap['texts_chance']))}"),
         Tile("neurons, rank 1", percent(results["neurons"]["mean_rank1"]), "second-order effects"),
     ]  # fmt: skip
@@ -269,7 +270,7 @@ def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
         Section("Attention heads rebuilt from texts", with_plot("rebuilt", TableBlock(rebuilt_table(results)))),
         Section("Neighbours by one attention head", with_plot("neighbours")),
         Section("Neurons", with_plot("neurons", TableBlock(neuron_table(results)))),
-        Section("Pictures in texts", with_plot("texts", TableBlock(code_table(results)))),
+        Section("Images in texts", with_plot("texts", TableBlock(code_table(results)))),
         Section("How it was made", [
             Prose(results["settings"]["command"], "code"),
             Details("Seconds of each step", [TableBlock(steps)]),
@@ -278,9 +279,9 @@ def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
     return Page(
         f"What attention heads of {data['model']} say",
         [Section("In short", [Tiles(tiles)]), *sections],
-        lead=f"{data['seen']:,} pictures of {data['name']} for means and texts, {ablated['n']:,} held out for accuracies.",
+        lead=f"{data['seen']:,} images of {data['name']} for means and texts, {ablations['n']:,} held out for accuracies.",
         kicker="mmhooks · decomposition",
-        footer=[data["attribution"], f"Pictures: {data['licence']}"] if data["attribution"] else [],
+        footer=[data["attribution"], f"Images: {data['licence']}"] if data["attribution"] else [],
     )
 
 
@@ -301,7 +302,7 @@ def save_all(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]], o
 
 
 def report(console: Any, results: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """The tables on the screen, then where everything lies."""
+    """Prints the tables, then the paths of all files."""
     for table in tables(results):
         console.print(rich_text(table.markdown(), lines=True))
         console.print()

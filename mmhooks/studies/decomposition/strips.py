@@ -1,4 +1,4 @@
-"""The strips of pictures that the decomposition study shows."""
+"""Strips of images for the figures of the decomposition study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmhooks.studies.decomposition.measures import Contributions
 Strips = list[Strip]
 
 
-def pictures(
+def make_strips(
     pairs: Any,
     span: Any,
     parts: Contributions,
@@ -23,17 +23,17 @@ def pictures(
     each: int,
     seed: int,
 ) -> dict[str, Strips]:
-    """Top pictures of attention heads, neighbours by them, top pictures of neurons, and pictures with their texts."""
-    loud = sorted(range(len(span.heads)), key=lambda h: -span.variance[h])[:each]
+    """Makes strips: top images of attention heads, neighbours by them, top images of neurons, images with their texts."""
+    strongest = sorted(range(len(span.heads)), key=lambda h: -span.variance[h])[:each]
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randperm(len(pairs), generator=generator)[:each].tolist()
     centred = parts.outputs - span.mean
     spaces = [
         ("whole embedding", parts.embeddings - parts.embeddings.mean(0)),
-        *((f"attention head {span.heads[h]}", centred[:, h]) for h in loud[:3]),
+        *((f"attention head {span.heads[h]}", centred[:, h]) for h in strongest[:3]),
     ]
     return {
-        "heads": _of_heads(pairs, span, centred, loud),
+        "heads": _of_heads(pairs, span, centred, strongest),
         "neighbours": [_neighbours(pairs, q, name, space) for q in queries[:3] for name, space in spaces],
         "neurons": [
             Strip(
@@ -61,12 +61,12 @@ def _images(pairs: Any, rows: list[int]) -> list[Any]:
 
 
 def _of_heads(pairs: Any, span: Any, centred: torch.Tensor, heads: list[int]) -> Strips:
-    """The pictures furthest along each attention head's first text; a head without texts has none."""
+    """Returns the images furthest along each attention head's first text; heads without texts are skipped."""
     found = []
     for h in heads:
         if not len(span.bases[h]):
             continue
-        # The first text's direction, turned to where it points.
+        # The first basis vector points in the direction of the first text.
         along = centred[:, h] @ span.bases[h][0]
         rows = along.topk(min(8, len(along))).indices.tolist()
         title = f"Attention head {span.heads[h]}: {span.texts[h][0]}"
@@ -75,7 +75,7 @@ def _of_heads(pairs: Any, span: Any, centred: torch.Tensor, heads: list[int]) ->
 
 
 def _neighbours(pairs: Any, query: int, name: str, space: torch.Tensor) -> Strip:
-    """A picture and its nearest ones in a space."""
+    """Returns an image and its nearest neighbours in a space."""
     unit = normalize(space, dim=1)
     near = (unit @ unit[query]).topk(min(9, len(unit))).indices.tolist()
     rows = [i for i in near if i != query][:7]

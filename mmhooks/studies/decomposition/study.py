@@ -1,7 +1,7 @@
-"""What attention heads of CLIP's image encoder say: the tables and pictures of the text-based decomposition.
+"""Attention heads of CLIP's image encoder described by texts: tables and images of the text-based decomposition.
 
-Head texts of the last layers (TextSpan), how far they hold over other pictures, what the embedding loses without
-components, top pictures and nearest neighbours by single heads, neurons through later heads, pictures in texts.
+Texts of the last layers' heads (TextSpan) and their stability over other images, accuracy without components, top
+images and nearest neighbours by single heads, neurons through later heads, images as sparse sums of texts.
 
     python recipes/decomposition.py --out runs/decomposition
     python recipes/decomposition.py --model ViT-B-32 --pretrained openai --data coco --limit 5000 --pool imagenet
@@ -35,38 +35,38 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.decomposition.text_span_checks import subset_overlap
     from mmhooks.analysis.results import plain
     from mmhooks.models.clip.embed_texts import embed_texts
-    from mmhooks.studies.common.held_out import about, choose, settle
-    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
+    from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.decomposition.measures import (
-        Judged,
-        ablated,
+        Evaluation,
+        ablation_accuracy,
         agreement,
         contributions,
         rebuilt_from_texts,
         strongest_neurons,
     )
     from mmhooks.studies.decomposition.page import report, save_all
-    from mmhooks.studies.decomposition.strips import pictures
+    from mmhooks.studies.decomposition.strips import make_strips
 
     torch.manual_seed(options.seed)
-    clock, seed, out = Clock(options.quiet), options.seed, Path(options.out)
+    timer, seed, out = StepTimer(options.quiet), options.seed, Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with clock.bars, torch.no_grad():
-        with clock.step("pairs"):
+    with timer.bars, torch.no_grad():
+        with timer.step("pairs"):
             on_error = "skip" if options.skip_bad else "raise"
             pairs = mm.data.pairs(options.data, limit=options.limit, seed=seed, on_error=on_error)
-            held = choose(settle(pairs, options.data, seed), options.evaluate, seed)
+            held = sample_rows(held_out_rows(pairs, options.data, seed), options.evaluate, seed)
             unseen = set(held)
             seen = [row for row in range(len(pairs)) if row not in unseen]
-        with clock.step("texts"):
+        with timer.step("texts"):
             model = mm.load(options.model, pretrained=options.pretrained)
             pool = mm.data.text_pool(options.pool)
             texts = embed_texts(model, pool.texts)
-            judged = Judged.of(model, pairs, held)
-        with clock.step("direct contributions"):
+            evaluation = Evaluation.of(model, pairs, held)
+        with timer.step("direct contributions"):
             parts = contributions(model, pairs, seen, options)
-        with clock.step("texts of attention heads"):
+        with timer.step("texts of attention heads"):
             k = min(options.texts, len(pool))
             span = mm.text_span(parts.outputs[seen], texts, pool.texts, n_texts=k, heads=parts.heads)
             span.save(out / "text_span.json")
@@ -76,46 +76,46 @@ def run(options: Options) -> Results:
                 parts.outputs[seen], texts, pool.texts, n_texts=k, seed=seed, heads=parts.heads
             )
             captions = embed_texts(model, [pairs.texts[i] for i in held])
-            meant = agreement(span, parts.outputs[held], captions, texts, seed)
-        with clock.step("attention heads rebuilt from texts"):
-            rebuilt = rebuilt_from_texts(span, parts, judged, seen, k)
-        with clock.step("ablations"):
-            without = ablated(model, pairs, parts, judged, seen, options)
-        with clock.step("neurons"):
+            text_agreement = agreement(span, parts.outputs[held], captions, texts, seed)
+        with timer.step("attention heads rebuilt from texts"):
+            rebuilt = rebuilt_from_texts(span, parts, evaluation, seen, k)
+        with timer.step("ablations"):
+            without = ablation_accuracy(model, pairs, parts, evaluation, seen, options)
+        with timer.step("neurons"):
             layer = max(0, len(parts.means.heads) - 3)
             neurons = strongest_neurons(model, pairs, seen, layer, texts, pool.texts, options)
-        with clock.step("pictures in texts"):
+        with timer.step("pictures in texts"):
             code = mm.sparse_text_code(parts.embeddings, texts, pool.texts, penalty=0.15)
-        told = about(
+        summary = describe_data(
             pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(held)
         )
         counts = {
             "seen": len(seen),
-            "classes": len(judged.names),
+            "classes": len(evaluation.names),
             "pool": pool.name,
             "pool_size": len(pool),
         }
         results: dict[str, Any] = {
             "settings": as_settings(options) | {"command": as_command("decomposition", options)},
-            "data": told | counts,
+            "data": summary | counts,
             "shares": [{**row} for row in parts.means.table()],
             "text_span": span.to_json(),
             "labels": head_labels.to_json(),
-            "agreement": meant,
+            "agreement": text_agreement,
             "overlap": overlap.to_json(),
             "rebuilt": plain(rebuilt),
             "ablations": without.to_json(),
             "neurons": neurons,
             "code": {"table": list(code.table()), "penalty": code.penalty},
         }
-        with clock.step("figures and page"):
-            shown = pictures(pairs, span, parts, code, neurons["strongest"], each=options.each, seed=seed)
-            results["environment"] = clock.environment(start)
+        with timer.step("figures and page"):
+            shown = make_strips(pairs, span, parts, code, neurons["strongest"], each=options.each, seed=seed)
+            results["environment"] = timer.environment(start)
             paths = save_all(results, shown, out)
-    results["environment"] = clock.environment(start)
+    results["environment"] = timer.environment(start)
     found = write_results(out, results, [out / "text_span.json", out / "head_labels.json", *paths])
     if not options.quiet:
-        report(clock.console, found.found, found.paths)
+        report(timer.console, found.found, found.paths)
     return found
 
 
@@ -123,5 +123,5 @@ app = study_app(
     "decomposition",
     Options,
     run,
-    help=' "Interpreting CLIP\'s Image Representation via Text-Based Decomposition", on your model and pictures.',
+    help='"Interpreting CLIP\'s Image Representation via Text-Based Decomposition", on your model and images.',
 )

@@ -1,4 +1,4 @@
-"""Case study 1: gender, zero-masked."""
+"""Case study 1: features that carry a gender, zero-masked."""
 
 from mmhooks.studies.gender.study import Options, run
 

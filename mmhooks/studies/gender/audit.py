@@ -1,4 +1,4 @@
-"""The audit: woman or man by skin tone, profession or any stratum, and skin tone itself as the label."""
+"""Bias audit: woman or man by skin tone, profession or another stratum, and skin tone itself as the label."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from mmhooks.studies.gender.samples import TONES, Sample
 
 
 def audit(setting: Setting, inputs: Inputs, people: Sequence[Sample], *, seed: int) -> list[dict[str, Any]]:
-    """Woman/man by stratum, pictures without ImgD and texts without TextD, and what is said of people of no said
-    gender; every sample of the data, the model's training samples included (``seen`` counts them)."""
+    """Classifies woman/man by stratum, before and after masking ImgD in images and TextD in texts.
+
+    Includes people of unstated gender and the model's training samples, which ``seen`` counts.
+    """
     everyone = Split.of(people)
     masks = {"image": setting.mds.groups[0], "text": setting.mds.groups[1]}
     answers = {}
@@ -38,11 +40,11 @@ def audit(setting: Setting, inputs: Inputs, people: Sequence[Sample], *, seed: i
             line[side] = {}
             for when, p in zip(("before", "after"), answers[side], strict=True):
                 woman = p[at, 0]
-                said = {c: _mean(woman[y == c], families[y == c], seed) for c in (0, 1, -1)}
+                p_woman = {c: _mean(woman[y == c], families[y == c], seed) for c in (0, 1, -1)}
                 hits = {c: _mean((woman[y == c] > 0.5) == (c == 0), families[y == c], seed) for c in (0, 1)}
                 line[side][when] = {
                     "women": plain(hits[0]), "men": plain(hits[1]),
-                    "p_woman": {"women": plain(said[0]), "men": plain(said[1]), "unsaid": plain(said[-1])},
+                    "p_woman": {"women": plain(p_woman[0]), "men": plain(p_woman[1]), "unsaid": plain(p_woman[-1])},
                 }  # fmt: skip
         out.append(line)
     return out
@@ -68,7 +70,7 @@ def _strata(people: Sequence[Sample]) -> list[tuple[str, str, list[int]]]:
     return [(kind, value, found[kind, value]) for kind, value in sorted(found, key=order)]
 
 
-def tones(
+def skin_tone_masking(
     setting: Setting,
     inputs: Inputs,
     people: Sequence[Sample],
@@ -76,10 +78,10 @@ def tones(
     *,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Skin tone itself as the class, light against dark, under the same masks; None where no sample has both.
+    """Classifies skin tone itself, light against dark, under the same masks; None unless samples have both.
 
     Args:
-        words: the embeddings of a light and of a dark skin tone in words.
+        words: the text embeddings of a light and of a dark skin tone.
     """
     side_of = {"light": 0, "medium-light": 0, "medium-dark": 1, "dark": 1}
     chosen = [(s, side_of[s.strata["skin tone"]]) for s in people if s.strata.get("skin tone") in side_of]

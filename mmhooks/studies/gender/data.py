@@ -1,4 +1,4 @@
-"""The people of the gender study: loaded and labelled, limited, and split into those fitted on and those judged."""
+"""Samples of the gender study: loading, labelling, limiting, and the split into fitted and judged samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import mmhooks as mm
 from mmhooks.data.pair_set import Pairs
 from mmhooks.errors import DataError
-from mmhooks.studies.common.held_out import about as about_pairs
-from mmhooks.studies.gender.drawing_styles import corpus_pairs, is_corpus
+from mmhooks.studies.common.held_out import describe_data as describe_pairs
+from mmhooks.studies.gender.drawing_styles import is_corpus, style_pairs
 from mmhooks.studies.gender.options import Options
 from mmhooks.studies.gender.samples import (
     CLASSES,
@@ -27,24 +27,24 @@ Bar = Callable[[str, int], Callable[[int], None]]
 
 
 def load_people(options: Options, bar: Bar) -> tuple[Pairs, list[Sample]]:
-    """The pairs, and who is in them, at most ``options.limit`` of them.
+    """Loads the pairs and their labelled samples, at most ``options.limit`` of them.
 
     Raises:
-        DataError: an unknown kind of labels, or data that say nobody's gender.
+        DataError: an unknown kind of labels, or data without any gender label.
     """
     return limited(*labelled(options, bar), limit=options.limit, seed=options.seed)
 
 
 def labelled(options: Options, bar: Bar) -> tuple[Pairs, list[Sample]]:
-    """All pairs, and who is in them by the kind of labels that was asked for."""
+    """Returns all pairs, and their samples labelled as ``options.labels`` says."""
     how = options.labels
     if how not in ("auto", "codepoints", "column", "classifier"):
-        raise DataError(f"--labels is auto, codepoints, column or classifier, got {how!r}")
+        raise DataError(f"--labels: expected auto, codepoints, column or classifier, got {how!r}")
     if how == "auto":
         how = "codepoints" if options.data == "mini" else "column"
     strata = [s.strip() for s in options.strata.split(",") if s.strip()]
     if is_corpus(options.data):
-        pairs = corpus_pairs(options.data, seed=options.seed)
+        pairs = style_pairs(options.data, seed=options.seed)
         return pairs, from_drawings(pairs)
     folder = (Path(options.data).expanduser() / "metadata.csv").is_file()
     wanted = [options.label_column, *strata, options.family] if how == "column" else strata
@@ -66,7 +66,7 @@ def labelled(options: Options, bar: Bar) -> tuple[Pairs, list[Sample]]:
     found = from_drawings(pairs)
     if not found:
         raise DataError(
-            f"{options.data!r} has no code points that say woman or man; give --labels column or classifier"
+            f"expected code points of women or men, got none in {options.data!r}; give --labels column or classifier"
         )
     return pairs, found
 
@@ -74,7 +74,7 @@ def labelled(options: Options, bar: Bar) -> tuple[Pairs, list[Sample]]:
 def limited(
     pairs: Pairs, people: list[Sample], *, limit: int | None, seed: int
 ) -> tuple[Pairs, list[Sample]]:
-    """So many labelled samples, as evenly as possible from women and men, held out and not; all without ``limit``."""
+    """Returns at most ``limit`` labelled samples, as evenly as possible from women and men, held out and not."""
     if limit is None:
         return pairs, people
     parts: dict[Any, list[Sample]] = {}
@@ -91,7 +91,7 @@ def limited(
 
 
 def split(people: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Samples that labels are fitted on, and samples that are judged: the held-out ones, else half of the families.
+    """Splits the samples into those that labels are fitted on, and those judged: held-out ones, else half of the families.
 
     Raises:
         DataError: a side without at least two women and two men.
@@ -110,29 +110,29 @@ def split(people: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sampl
         for w, part in (("fitted", fit), ("judged", judged))
     }
     if min(map(min, counts.values())) < 2:
-        said = "; ".join(f"{w}: {a} women, {b} men" for w, (a, b) in counts.items())
+        sizes = "; ".join(f"{w}: {a} women, {b} men" for w, (a, b) in counts.items())
         raise DataError(
-            f"every side needs at least 2 women and 2 men; {said}. Give more samples or a larger --limit"
+            f"expected at least 2 women and 2 men on each side, got {sizes}; give more samples or a larger --limit"
         )
     return fit, judged
 
 
 def template_of(template: str, pairs: Pairs) -> str:
-    """The template of label prompts; auto: of a drawing where the pairs have code points, else of a photo."""
+    """Returns the template of label prompts; auto: "a drawing" where the pairs have code points, else "a photo"."""
     if template != "auto":
         return template
     drawn = any("codepoints" in meta for meta in pairs.meta)
     return f"a {'drawing' if drawn else 'photo'} of a {{}}"
 
 
-def about(
+def describe_data(
     pairs: Pairs,
     options: Options,
     people: Sequence[Sample],
     fit: Sequence[Sample],
     judged: Sequence[Sample],
 ) -> dict[str, Any]:
-    """What ``results.json`` says of the data: the pairs, who is in them, and who was labelled how surely."""
+    """Describes the data for ``results.json``: the pairs, the samples, and the confidence of their labels."""
 
     def counts(part: Sequence[Sample]) -> dict[str, int]:
         women, men, unsaid = (sum(s.label == c for s in part) for c in (0, 1, None))
@@ -140,11 +140,11 @@ def about(
 
     named = sum(gender_of_words(pairs.texts[s.row]) is not None for s in judged)
     sure = [s.confidence for s in people if s.confidence is not None]
-    told = about_pairs(
+    summary = describe_pairs(
         pairs, data=options.data, model=options.model, pretrained=options.pretrained,
         heldout=sum(s.heldout for s in people),
     )  # fmt: skip
-    return told | {
+    return summary | {
         "people": counts(people),
         "fitted": counts(fit),
         "judged": counts(judged),

@@ -1,4 +1,4 @@
-"""More drawing styles: the people of the training corpus (recipes/embedded/corpus.py), with the code points of their names."""
+"""People in many drawing styles: the training corpus (recipes/embedded/corpus.py), with the code points of its names."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from mmhooks.data.sources.drawings import SOURCES
 from mmhooks.data.sources.openmoji import emoji_names
 from mmhooks.studies.gender.samples import gender_of_codepoints, is_single_person
 
-OTHERS = 4000  # drawings of anything else, so that the groups of features are those of the data at large
+OTHERS = 4000  # drawings of other things, so that the groups of features are those of all data
 
 
 def is_corpus(place: str) -> bool:
     return (Path(place).expanduser() / "rows.json").is_file()
 
 
-def corpus_pairs(place: str, *, seed: int = 0, others: int = OTHERS) -> Pairs:
-    """People of every style, among them the one that no training saw, and some other drawings; ``meta`` holds the
-    style and the code points of the name."""
+def style_pairs(place: str, *, seed: int = 0, others: int = OTHERS) -> Pairs:
+    """Returns the people of every style, the held-out style included, and ``others`` other drawings.
+
+    ``meta`` holds the style and the code points of the name.
+    """
     folder = Path(place).expanduser()
     table, pixels = (folder / "rows.json").read_bytes(), folder / "rgba.safetensors"
     rows: list[dict[str, Any]] = json.loads(table)
@@ -62,7 +64,7 @@ def _plain(name: str) -> str:
 
 
 class _Rasters:
-    """The corpus's pictures, read one at a time."""
+    """The corpus's images, read one at a time."""
 
     def __init__(self, path: Path) -> None:
         self._slice = safe_open(path, "np").get_slice("rgba")

@@ -1,4 +1,4 @@
-"""Which features carry a gender, and Figure 5: pictures by their share of ImgD."""
+"""Which features carry a gender, and Figure 5: images by their share of ImgD."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ from mmhooks.studies.gender.samples import CLASSES
 TOP = 16  # "most active features" of Figure 5
 
 
-def carriers(setting: Setting, inputs: Inputs, *, count: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The features whose single ablation moves the own class's probability most: chosen on the samples that are
-    not judged, their effect measured on those that are."""
+def strongest_features(
+    setting: Setting, inputs: Inputs, *, count: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the features whose ablation changes the own class's probability most.
+
+    They are chosen on the samples that are not judged; their effect is measured on those that are.
+    """
     labels, fit, judged, out = inputs.labels, inputs.fit, inputs.judged, {}
     group_of = {k: g for g, members in zip(GROUPS, setting.mds.groups, strict=True) for k in members}
     for side in SIDES:
@@ -56,15 +60,20 @@ def carriers(setting: Setting, inputs: Inputs, *, count: int, seed: int) -> dict
 
 
 def _effect(samples: Masked, features: Tensor, labels: CosineLabels, y: Tensor) -> Float[Tensor, "n m"]:
-    """Change of the own class's probability, each feature alone at zero."""
+    """Returns the change of the own class's probability with each single feature at zero."""
     own = labels(samples.vectors(None)).gather(1, y[:, None])
-    alone = single_ablations(samples, features, labels)
-    return alone.gather(2, y[:, None, None].expand(-1, len(features), 1))[..., 0] - own
+    ablated = single_ablations(samples, features, labels)
+    return ablated.gather(2, y[:, None, None].expand(-1, len(features), 1))[..., 0] - own
 
 
-def shares(setting: Setting, inputs: Inputs, everyone: Split, *, shown: int, seed: int) -> dict[str, Any]:
-    """Figure 5: the share of ImgD among the most active features of each picture, seven pictures along it, and
-    its rank correlation with the probability of the own class."""
+def imgd_shares(
+    setting: Setting, inputs: Inputs, everyone: Split, *, shown: int, seed: int
+) -> dict[str, Any]:
+    """Returns Figure 5: the share of ImgD among the most active features of each image.
+
+    By class: ``shown`` images evenly spaced by rank, the mean share, and its rank correlation with the probability of
+    the class.
+    """
     samples = inputs.masked(setting, "image", everyone.rows)
     values, top = samples.latents.topk(min(TOP, samples.latents.shape[1]), dim=1)
     member = setting.mds.groups[0].mask[top] & (values > 0)

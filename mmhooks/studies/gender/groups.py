@@ -22,10 +22,10 @@ def score_groups(
     options: Options,
     cache: Path,
 ) -> dict[str, Any]:
-    """MDS and groups of every head, over pairs that are not judged (``known``).
+    """Computes MDS and groups of every head, over pairs that are not judged (``known``).
 
-    A corpus of several styles is scored by the embedded drawings instead: over all styles mu + sigma exceeds 1, and
-    no ImgD would be left.
+    For a corpus of several styles the scores come from the embedded drawings instead: over all styles mu + sigma
+    exceeds 1, so no feature would be ImgD.
     """
     if is_corpus(options.data):
         drawings = mm.data.pairs("mini")
@@ -39,7 +39,7 @@ def score_groups(
 
 
 def group_sizes(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
-    """How many features each group of each head has, and which head that is."""
+    """Returns the number of features in each group of each head, and the head's id."""
     return {
         kind: {name: len(group) for name, group in zip(GROUPS, mds.groups, strict=True)}
         | {"head": heads[kind].id}
@@ -48,7 +48,7 @@ def group_sizes(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str
 
 
 def settings_of(heads: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Setting]:
-    """The main setting first: the SAE in its three spaces, and the NCL head, where there is one, in its own."""
+    """Returns the settings, the main one first: the SAE in its three spaces, and the NCL head, if any, in its own."""
     sae = [
         Setting(f"SAE, {space}", heads["sae"], space, groups["sae"])
         for space in ("decoded", "spliced", "latent")

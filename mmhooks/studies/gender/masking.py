@@ -1,4 +1,4 @@
-"""The gender study measured: both towers under masks, beside random masks, by prompt, centroid and probe."""
+"""Masking effects of the gender study: classification by prompt, centroid and probe, compared with random masks."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every measurement of the study reads.
+    """Inputs of every measurement of the study.
 
     Attributes:
         encoded: the model's embeddings of all pairs.
-        fit, judged: samples that labels are fitted and features are chosen on, and samples that are judged.
-        prompts: the embedding of each class's prompts. scale: of the cosine to them, the model's own.
+        fit: samples that labels are fitted on and features are chosen on. judged: samples that are judged.
+        prompts: the embedding of each class's prompts. scale: the model's own scale of the cosine to them.
     """
 
     encoded: Encoded
@@ -85,16 +85,16 @@ class Inputs:
 
     @property
     def labels(self) -> CosineLabels:
-        """Classifies by the cosine to the prompts."""
+        """The classifier by cosine to the prompts."""
         return CosineLabels(self.prompts, self.scale)
 
     def masked(self, setting: Setting, side: str, rows: Int[Tensor, " n"]) -> Masked:
-        """One side of the pairs in these rows, to be masked by the setting's head."""
+        """Returns one side of the pairs in these rows, ready to be masked by the setting's head."""
         return Masked(setting.head, self.encoded.vectors(side, rows))
 
 
 def classifiers(setting: Setting, inputs: Inputs, side: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The three kinds of labels in the setting's space; centroid and probe from samples that are not judged."""
+    """Returns the three classifiers in the setting's space; centroid and probe are fitted on samples not judged."""
     known = inputs.masked(setting, side, inputs.fit.rows).vectors(None, setting.space)
     named, head = inputs.prompts, setting.head
     if setting.space == "latent":
@@ -115,12 +115,12 @@ def masking_effects(
     live: Mapping[tuple[str, str], Tensor],
     step: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Tables 6 and 7 in one setting: both sides, every kind of label, every group and its controls.
+    """Returns Tables 6 and 7 in one setting: both sides, every kind of label, every group and its controls.
 
     Args:
         draws: random masks of each control.
-        live: vectors that ``model.hooks(mask=group)`` gave, by ``(side, group)``; the others are made by hand.
-        step: told how many random masks were done.
+        live: vectors computed under ``model.hooks(mask=group)``, by ``(side, group)``; others are computed by hand.
+        step: called with the number of random masks just done.
     """
     found = {
         side: _effects_of_side(setting, inputs, side, draws=draws, seed=seed, live=live, step=step)
@@ -147,7 +147,7 @@ def _effects_of_side(
 
     def means(mask: Any) -> dict[str, tuple[float, float]]:
         z = samples.vectors(mask, setting.space)
-        return {k: _means(judge(z), judged.y) for k, judge in judges.items()}
+        return {k: _accuracy_and_probability(judge(z), judged.y) for k, judge in judges.items()}
 
     start = samples.vectors(None, setting.space)
     base = {k: classified_by(judge, start) for k, judge in judges.items()}
@@ -159,15 +159,19 @@ def _effects_of_side(
         z = samples.vectors(group, setting.space) if z is None else z
         random = [means(m) for m in size_matched(group, draws=draws, seed=seed, alive=setting.mds.alive)]
         step(draws)
-        size, crossed, parted = _beside_cross(name, group, groups["CrossD"], means, draws, seed)
+        size, cross_effects, subsampled = _against_cross(name, group, groups["CrossD"], means, draws, seed)
         step(draws)
         for k, judge in judges.items():
             after = classified_by(judge, z)
             own[k][name] = after.own
             p0, a0 = base[k].probability.value, base[k].accuracy.value
-            pull = [r[k][1] - p0 for r in random]
-            here = [r[k][1] - p0 for r in parted] or [after.probability.value - p0] * len(crossed)
-            apart = [g - (c[k][1] - p0) for g, c in zip(here, crossed, strict=True)]
+            random_changes = [r[k][1] - p0 for r in random]
+            group_changes = [r[k][1] - p0 for r in subsampled] or [after.probability.value - p0] * len(
+                cross_effects
+            )
+            cross_differences = [
+                g - (c[k][1] - p0) for g, c in zip(group_changes, cross_effects, strict=True)
+            ]
             accuracy = _control(after.accuracy.value - a0, [r[k][0] - a0 for r in random])
             found[k]["groups"][name] = {
                 "size": len(group),
@@ -176,15 +180,16 @@ def _effects_of_side(
                 "change": plain(paired_test(after.own, base[k].own, judged.families, seed=seed)),
                 "accuracy_change": plain(paired_test(after.right, base[k].right, judged.families, seed=seed)),
                 "by_gender": _by_gender(base[k].own, after.own, judged, seed),
-                "random": _control(after.probability.value - p0, pull) | _rename(accuracy, "accuracy_"),
-                "cross": None if name == "CrossD" else {"size": size, **_control(0.0, apart)},
+                "random": _control(after.probability.value - p0, random_changes)
+                | _prefixed(accuracy, "accuracy_"),
+                "cross": None if name == "CrossD" else {"size": size, **_control(0.0, cross_differences)},
             }
     for k in judges:
         found[k]["contrast"] = plain(paired_test(own[k]["ImgD"], own[k]["TextD"], judged.families, seed=seed))
     return found
 
 
-def _beside_cross(
+def _against_cross(
     name: str,
     group: mm.FeatureSet,
     cross: mm.FeatureSet,
@@ -192,21 +197,27 @@ def _beside_cross(
     draws: int,
     seed: int,
 ) -> tuple[int, list[dict[str, tuple[float, float]]], list[dict[str, tuple[float, float]]]]:
-    """How many features are compared, what as many of CrossD do, and what as many of the group do.
+    """Returns the number of features compared, the effects of that many of CrossD, and of that many of the group.
 
-    Where CrossD is the smaller one, the group is cut to its size, draw by draw; else the last list is empty.
+    Where CrossD is smaller, the group is sub-sampled to its size in every draw; otherwise the last list is empty.
     """
     size = min(len(group), len(cross))
     if name == "CrossD":
         return size, [], []
-    crossed = [means(cross.sample(size, seed=seed * 100_003 + i)) for i in range(draws)]
+    cross_effects = [means(cross.sample(size, seed=seed * 100_003 + i)) for i in range(draws)]
     if size == len(group):
-        return size, crossed, []
-    return size, crossed, [means(group.sample(size, seed=seed * 100_003 + 7_919 + i)) for i in range(draws)]
+        return size, cross_effects, []
+    return (
+        size,
+        cross_effects,
+        [means(group.sample(size, seed=seed * 100_003 + 7_919 + i)) for i in range(draws)],
+    )
 
 
-def _means(probabilities: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> tuple[float, float]:
-    """Accuracy and mean probability of the own class: ``classified`` without its intervals."""
+def _accuracy_and_probability(
+    probabilities: Float[Tensor, "n c"], y: Int[Tensor, " n"]
+) -> tuple[float, float]:
+    """Returns accuracy and mean probability of the own class: ``classified`` without its intervals."""
     own = probabilities.gather(1, y[:, None])[:, 0]
     best = probabilities >= probabilities.amax(1, keepdim=True)
     right = best.gather(1, y[:, None])[:, 0].double() / best.sum(1)
@@ -223,7 +234,7 @@ def summary_of(c: Any) -> dict[str, Any]:
 
 
 def _control(value: float, drawn: Sequence[float]) -> dict[str, Any]:
-    """The range of the draws and the p-value of ``value`` among them."""
+    """Returns mean and range of the draws, and the p-value of ``value`` among them."""
     if not drawn:
         return {"mean": None, "low": None, "high": None, "p": None, "draws": []}
     e = from_draws(sum(drawn) / len(drawn), torch.tensor(drawn, dtype=torch.float64), len(drawn))
@@ -231,24 +242,24 @@ def _control(value: float, drawn: Sequence[float]) -> dict[str, Any]:
     return {"mean": e.value, "low": e.low, "high": e.high, "p": p, "draws": [round(d, 6) for d in drawn]}
 
 
-def _rename(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _prefixed(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {prefix + k: v for k, v in values.items() if k != "draws"}
 
 
 def _by_gender(before: Tensor, after: Tensor, judged: Split, seed: int) -> dict[str, Any]:
-    """Table 7: ``100 (p0 - p) / p0`` and points of each gender, paired tests, and women less men."""
-    fall, out = before - after, {}
+    """Returns Table 7: ``100 (p0 - p) / p0`` and points of each gender, paired tests, and women minus men."""
+    drop, out = before - after, {}
     for c, name in enumerate(CLASSES):
         of = judged.y == c
         test = paired_test(after[of], before[of], judged.families[of], seed=seed)
         out[name] = {
-            "relative": plain(bootstrap_ratio(100 * fall[of], before[of], judged.families[of], seed=seed)),
-            "points": plain(bootstrap_ratio(100 * fall[of], None, judged.families[of], seed=seed)),
+            "relative": plain(bootstrap_ratio(100 * drop[of], before[of], judged.families[of], seed=seed)),
+            "points": plain(bootstrap_ratio(100 * drop[of], None, judged.families[of], seed=seed)),
             "p": test.p,
             "n": int(of.sum()),
         }
     women, men = ((judged.y == c).double() for c in (0, 1))
-    columns = torch.stack([fall * women, before * women, fall * men, before * men], dim=1).double()
+    columns = torch.stack([drop * women, before * women, drop * men, before * men], dim=1).double()
     a, b, c, d = columns.sum(0).tolist()
     value = 100 * (a / b - c / d)
     n = len(before)
@@ -262,7 +273,7 @@ def _by_gender(before: Tensor, after: Tensor, judged: Split, seed: int) -> dict[
 
 
 def false_discovery(settings: Mapping[str, Any]) -> None:
-    """Writes ``q`` beside every ``p`` against random masks: Benjamini-Hochberg over all of them."""
+    """Adds ``q`` to every ``p`` against random masks, in place: Benjamini-Hochberg over all of them."""
     cells = [
         g["random"]
         for s in settings.values()
@@ -282,7 +293,7 @@ def false_discovery(settings: Mapping[str, Any]) -> None:
 def run_live(
     setting: Setting, model: Any, inputs: tuple[Tensor, Tensor], mask: Any, *, batch: int = 128
 ) -> dict[str, Tensor]:
-    """Both towers under ``model.hooks(mask=mask)`` with the head attached as the setting's space asks."""
+    """Runs both towers under ``model.hooks(mask=mask)``, with the head attached as the setting's space requires."""
     latent, sites = setting.space == "latent", [f"{side}.embed" for side in SIDES]
     model.attach(
         setting.head, at=sites, name="probe", error_term=setting.space != "decoded", splice=not latent
@@ -306,11 +317,15 @@ def run_live(
         model.detach("probe")
 
 
-def check_live(
+def mask_live(
     setting: Setting, inputs: Inputs, pairs: Any
 ) -> tuple[dict[tuple[str, str], Tensor], dict[str, Any]]:
-    """The groups masked live on all judged samples; how far their probabilities lie from those by hand, and whether
-    the model gives the same bits afterwards."""
+    """Masks the groups live on all judged samples.
+
+    Returns:
+        Vectors by side and group; and the largest difference of a probability from masking by hand, with whether the
+        model's outputs are bit-equal afterwards.
+    """
     model, rows = inputs.encoded.model, inputs.judged.rows
     chosen = [pairs[int(i)] for i in rows]
     pixels = torch.stack([model.preprocess(p.image) for p in chosen])

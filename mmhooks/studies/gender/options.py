@@ -31,14 +31,18 @@ Labels = Annotated[
     str, typer.Option(help="auto, codepoints (mini), column, or classifier (an image-classification model).")
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label, with --labels column.")]
-Strata = Annotated[str, typer.Option(help="Columns that the audit counts by, e.g. age,race.")]
+Strata = Annotated[str, typer.Option(help="Columns that the audit groups by, e.g. age,race.")]
 Family = Annotated[str, typer.Option(help="Column of samples that belong together (one person, one film).")]
 Classifier = Annotated[str, typer.Option(help="transformers name or path; default: the paper's.")]
-Confidence = Annotated[float, typer.Option(min=0, max=1, help="Leave out what it is less sure of.")]
+Confidence = Annotated[
+    float, typer.Option(min=0, max=1, help="Least confidence of the classifier: other samples are left out.")
+]
 Template = Annotated[str, typer.Option(help="Of label prompts; auto: a drawing (mini) or photo of a {}.")]
-Ncl = Annotated[str | None, typer.Option(help="NCL head, likewise; none leaves it out.")]
+Ncl = Annotated[
+    str | None, typer.Option(help="NCL head: name, directory, Hub id, or train; none leaves it out.")
+]
 Limit = Annotated[
-    int | None, typer.Option(min=8, help="Use at most so many labelled samples, and no others.")
+    int | None, typer.Option(min=8, help="Use at most this many labelled samples, and no others.")
 ]
 Seed = Annotated[int, typer.Option(help="Of splits, random masks and resampling.")]
 Draws = Annotated[int, typer.Option(min=2, help="Random masks of each control; 50 or more for p below .04.")]

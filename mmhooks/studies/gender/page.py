@@ -1,4 +1,4 @@
-"""The gender study written down: figures, tables.md, the page, and what goes on the screen."""
+"""Page of the gender study: figures, ``tables.md``, ``index.html``, and the summary printed at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmhooks.report import (
 )
 from mmhooks.report.figures import Effect, mask_effects, picture_strips
 from mmhooks.report.style import LIGHT, Palette, draw
-from mmhooks.studies.common.cards import Shown, card, distinct, minutes, samples
+from mmhooks.studies.common.cards import FeatureExample, card, distinct_top_texts, format_duration, top_rows
 from mmhooks.studies.common.cards import strip as feature_strip
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.common.encode import Encoded
@@ -55,18 +55,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAREFUL = (
-    "“Woman” and “man” are the two labels of the paper. Here they are what a drawing's code points (or a label column, or a "
-    "classifier) say; there is no third label to be given, so nothing here can speak about people who are neither, and "
-    "nothing says who a person is. Drawings follow conventions: long hair and pink are their designers' choice, and a model "
-    "that reads them has learned the convention. A gap between groups is a finding about this model and these pictures; "
-    "that there is none, on a few dozen drawings, is no proof of fairness. Do not use such a probability to decide anything "
-    "about anybody."
+    "“Woman” and “man” are the two labels of the paper. Here they come from a drawing's code points, a label column, or a "
+    "classifier; there is no third label, so nothing here describes people who are neither, and nothing says who a person "
+    "is. Drawings follow conventions: long hair and pink are their designers' choice, and a model that reads them has "
+    "learned the convention. A gap between groups is a finding about this model and these images; no gap, on a few dozen "
+    "drawings, is no proof of fairness. Do not use such a probability to decide anything about anybody."
 )
 AUDIT = (
-    "All samples of the data, those that the model was trained on included (“seen”). Figures for one profession rest on "
-    "a few drawings that differ in skin tone only, so they carry no interval; the rows “all of” do, over families of "
-    "drawings. “Of no said gender” are drawings and texts such as “farmer”: there is no right answer, the column says "
-    "which of the two words the model leans to."
+    "All samples of the data, including those that the model was trained on (“seen”). Figures for one profession rest on "
+    "a few drawings that differ only in skin tone, so they have no interval; the rows “all of” have one, over families of "
+    "drawings. “Of unstated gender” are drawings and texts such as “farmer”: there is no right answer, and the column "
+    "shows which of the two words the model leans to."
 )
 CODE = """model.attach(sae, at=["image.embed", "text.embed"], error_term=False)
 with model.hooks(mask=imgd):
@@ -77,18 +76,18 @@ with model.hooks(mask=imgd):
 
 
 def share_strip(rows: Sequence[tuple[str, Sequence[tuple[Any, float]]]], palette: Palette = LIGHT) -> Figure:
-    """Figure 5: a row of pictures for each gender, ordered by the share of ImgD among their most active features."""
+    """Draws Figure 5: a row of images per gender, ordered by the share of ImgD among their most active features."""
     from matplotlib.figure import Figure
 
-    columns, side, left = max(len(pictures) for _, pictures in rows), 1.15, 0.9
+    columns, side, left = max(len(images) for _, images in rows), 1.15, 0.9
     width, height = left + columns * side + 0.1, len(rows) * (side + 0.3) + 0.1
     figure = Figure(figsize=(width, height))
-    for r, (name, pictures) in enumerate(rows):
+    for r, (name, images) in enumerate(rows):
         top = height - 0.05 - r * (side + 0.3)
         figure.text(
             0.1 / width, (top - side / 2) / height, name, fontsize=11, fontweight="bold", color=palette.ink
         )
-        for c, (image, share) in enumerate(pictures):
+        for c, (image, share) in enumerate(images):
             box = (left + c * side, top - side + 0.05, side - 0.1, side - 0.1)
             axis = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
             axis.imshow(np.asarray(image.convert("RGB")), interpolation="lanczos")
@@ -98,7 +97,9 @@ def share_strip(rows: Sequence[tuple[str, Sequence[tuple[Any, float]]]], palette
     return figure
 
 
-def figures(results: Mapping[str, Any], pairs: Any, shown: Mapping[str, Sequence[Shown]]) -> dict[str, Plot]:
+def figures(
+    results: Mapping[str, Any], pairs: Any, shown: Mapping[str, Sequence[FeatureExample]]
+) -> dict[str, Plot]:
     rows = [
         (name, [(pairs.image(p["row"]), p["share"]) for p in results["figure5"][name]["pictures"]])
         for name in CLASSES
@@ -106,13 +107,13 @@ def figures(results: Mapping[str, Any], pairs: Any, shown: Mapping[str, Sequence
     out = {
         "fig5_share": _plot(
             lambda p: share_strip(rows, p),
-            "Pictures ordered by their share of ImgD features",
-            "Figure 5. Pictures of women and of men by the share of ImgD among their 16 most active features, from the "
-            "smallest to the largest share, evenly spaced by rank; not chosen for their looks.",
+            "Images ordered by their share of ImgD features",
+            "Figure 5. Images of women and of men by the share of ImgD among their 16 most active features, from the "
+            "smallest to the largest share, evenly spaced by rank; not selected by hand.",
         )
     }
     effects = {
-        {"image": "pictures", "text": "texts"}[side]: [
+        {"image": "images", "text": "texts"}[side]: [
             Effect(g, g, cell["change"]["difference"]["value"], cell["random"]["draws"], cell["size"])
             for g in GROUPS
             for cell in [results["masking"][MAIN][side]["prompt"]["groups"][g]]
@@ -121,9 +122,9 @@ def figures(results: Mapping[str, Any], pairs: Any, shown: Mapping[str, Sequence
     }
     out["masking"] = _plot(
         lambda p: mask_effects(effects, p, label="change of the own gender's probability, points"),
-        "Change of probability when a group is masked, beside random masks",
+        "Change of probability when a group is masked, compared with random masks",
         "Change of the mean probability of the own gender when a group is masked (dot; number of features in brackets), "
-        "beside random masks of the same size (ticks; band: 95 %). Prompt labels, decoded.",
+        "compared with random masks of the same size (ticks; band: 95 %). Prompt labels, decoded.",
     )
     for side in SIDES:
         strips = [feature_strip(s) for s in shown[side][:6]]
@@ -131,7 +132,7 @@ def figures(results: Mapping[str, Any], pairs: Any, shown: Mapping[str, Sequence
             out[f"features_{side}"] = _plot(
                 lambda p, strips=strips: picture_strips(strips, p),
                 f"Features that move the probability of {side}s most",
-                f"The features whose single ablation moves the probability of {side}s most: top pictures and texts of all data.",
+                f"The features whose single ablation moves the probability of {side}s most: top images and texts of all data.",
             )
     return out
 
@@ -143,30 +144,30 @@ def _plot(make: Any, alt: str, caption: str) -> Plot:
 
 def show(
     results: Mapping[str, Any], pairs: Any, setting: Setting, encoded: Encoded
-) -> dict[str, list[Shown]]:
-    """The carriers with the pictures and texts that activate them most, of all data."""
+) -> dict[str, list[FeatureExample]]:
+    """Returns the strongest features with the images and texts, of all data, that activate them most."""
     latents = {}
     for side in SIDES:
         x = encoded.vectors(side)
         latents[side] = setting.head.encode(setting.head.prepare(x)).detach()
     best = {side: mm.top_activating(latents[side], m=8) for side in SIDES}
     counts = {side: (latents[side] > 0).sum(0) for side in SIDES}
-    out: dict[str, list[Shown]] = {}
+    out: dict[str, list[FeatureExample]] = {}
     for side in SIDES:
         out[side] = []
         for row in results["features"][side]:
             k = row["feature"]
             score = float("nan") if row["score"] is None else row["score"]
             out[side].append(
-                Shown(
+                FeatureExample(
                     MAIN,
                     k,
                     row["group"],
                     score,
                     int(counts["image"][k]),
                     int(counts["text"][k]),
-                    [(pairs.image(i), pairs.texts[i]) for i in samples(best["image"], k)],
-                    [(pairs.texts[i], v) for i, v in distinct(best["text"], k, pairs.texts)],
+                    [(pairs.image(i), pairs.texts[i]) for i in top_rows(best["image"], k)],
+                    [(pairs.texts[i], v) for i, v in distinct_top_texts(best["text"], k, pairs.texts)],
                 )
             )
     return out
@@ -179,7 +180,7 @@ def page(
     results: Mapping[str, Any],
     found: Sequence[Claim],
     plots: Mapping[str, Plot],
-    shown: Mapping[str, Sequence[Shown]],
+    shown: Mapping[str, Sequence[FeatureExample]],
 ) -> Page:
     data, env = results["data"], results["environment"]
     base = {side: results["masking"][MAIN][side]["prompt"]["base"] for side in SIDES}
@@ -189,29 +190,29 @@ def page(
             f"{percent(base[side]['accuracy']['value'])} %",
             f"{_interval(base[side]['accuracy'])}, n = {base[side]['accuracy']['n']:,}, chance 50 %",
         )
-        for side, word in (("image", "pictures"), ("text", "texts"))
+        for side, word in (("image", "images"), ("text", "texts"))
     ]
     tally = {v: sum(c.verdict == v for c in found) for v in ("same", "differs", "open")}
     tiles += [
         Tile("Claims of the paper", f"{tally['same']} of {len(found)} hold",
              f"{tally['differs']} differ, {tally['open']} undecided"),
-        Tile("This run", minutes(env["seconds"]), f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
+        Tile("This run", format_duration(env["seconds"]), f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
     ]  # fmt: skip
     r = {name: results["figure5"][name]["correlation"] for name in CLASSES}
     ranks = "; ".join(
         f"{n} {fixed(v['value'], plus=True)} {_interval(v, 1.0, 3)}".rstrip() for n, v in r.items()
     )
     galleries: list[Block] = [
-        Gallery([card(s) for s in shown[side]], f"Top pictures and texts of those features, {side}s:")
+        Gallery([card(s) for s in shown[side]], f"Top images and texts of those features, {side}s:")
         for side in SIDES
     ]
     tone: list[Block] = [TableBlock(tone_table(results))] if results["tones"] else []
     sections = [
         Section("At a glance", [Tiles(tiles), Prose(CAREFUL, "note"), plots["masking"]]),
         Section("Against the paper", [Listing([(c.verdict, c.claim, c.measured) for c in found]),
-                                      Prose("The paper's Tables 6 and 7 do not fit each other.", "warn"),
+                                      Prose("The paper's Tables 6 and 7 are inconsistent.", "warn"),
                                       *[Prose(line) for line in results["conflict"]]]),
-        Section("Masking", [Prose("A group is set to zero inside the live model; the labels never are."), Prose(CODE, "code"),
+        Section("Masking", [Prose("A group is set to zero inside the live model; labels are never masked."), Prose(CODE, "code"),
                             TableBlock(table6(results)), TableBlock(table7(results)), TableBlock(effect_table(results)),
                             Details("Every reading: three kinds of labels, three spaces, two heads",
                                     [TableBlock(readings_table(results))])]),
@@ -219,17 +220,17 @@ def page(
                              Prose(f"Rank correlation of the share with the probability of the own gender: {ranks}.")]),
         Section("Which features carry it", [TableBlock(feature_table(results)), *galleries]),
         Section("Audit by skin tone and profession", [Prose(AUDIT), TableBlock(audit_table(results)), *tone]),
-        Section("How it was made", _made(results)),
+        Section("How it was made", _settings(results)),
     ]  # fmt: skip
     return Page(
-        "Which features say “woman” and “man”, in pictures and in texts?",
+        "Which features say “woman” and “man”, in images and in texts?",
         sections,
         f"Case study 1 of “The Multi-Faceted Monosemanticity in Multimodal Representations”, run on `{data['model']}` and "
         f"{data['judged']['women']:,} women and {data['judged']['men']:,} men of {data['name']} in "
         f"{data['judged']['families']:,} families, none of which was fitted on.",
         "mmhooks · gender study",
         [
-            f"Pictures and texts: {data['name']}; licence: {data['licence']}. {data['attribution']}",
+            f"Images and texts: {data['name']}; licence: {data['licence']}. {data['attribution']}",
             f"mmhooks {env['mmhooks']}, torch {env['torch']}, seed {results['settings']['seed']}. Apache-2.0.",
         ],
     )
@@ -240,7 +241,7 @@ def _interval(d: Mapping[str, Any], factor: float = 100.0, digits: int = 1) -> s
     return interval(e, digits)
 
 
-def _made(results: Mapping[str, Any]) -> list[Block]:
+def _settings(results: Mapping[str, Any]) -> list[Block]:
     data, env, o = results["data"], results["environment"], results["settings"]
     words = results["prompts"]
     facts = [
@@ -260,7 +261,7 @@ def _made(results: Mapping[str, Any]) -> list[Block]:
         facts.append(
             ["Classifier", f"{o['classifier']}; mean confidence {fixed(data['confidence']['mean'])}"]
         )
-    steps = [[name, minutes(seconds)] for name, seconds in env["steps"].items()]
+    steps = [[name, format_duration(seconds)] for name, seconds in env["steps"].items()]
     return [
         TableBlock(Table(["", ""], facts, "Settings", text_columns=(0, 1))),
         Details("Seconds of each step", [TableBlock(Table(["Step", "Time"], steps))]),
@@ -277,7 +278,8 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     return (
         f"# Gender study of {escaped(data['model'])}\n\n{CAREFUL}\n\n"
         f"{data['judged']['women']:,} women and {data['judged']['men']:,} men "
-        f"judged, of {escaped(data['name'])}, licence: {escaped(data['licence'])}. {minutes(env['seconds'])}.\n\n{body}\n\n"
+        f"judged, of {escaped(data['name'])}, licence: {escaped(data['licence'])}. "
+        f"{format_duration(env['seconds'])}.\n\n{body}\n\n"
         f"## Against the paper\n\n{lines}\n\n## The paper's two tables\n\n{against}\n"
     )
 
@@ -299,7 +301,7 @@ def save_all(
 
 
 def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], paths: Sequence[Path]) -> None:
-    """The main tables and statements on the screen, then where everything lies."""
+    """Prints the main tables and statements, then the paths of all files."""
     for made in (table6, table7, effect_table):
         console.print(rich_text(made(results).markdown(), lines=True), soft_wrap=True)
         console.print()

@@ -1,4 +1,4 @@
-"""What the paper prints in its section 3.1, whether its two tables agree, and what was measured here.
+"""The paper's numbers and statements of Section 3.1, compared with the measured ones; and how its two tables conflict.
 
 Yan, Cui, Yin, Liang, He, Wang, "The Multi-Faceted Monosemanticity in Multimodal Representations", version 1.
 """
@@ -16,63 +16,63 @@ TABLE6 = {
     "image": {"none": 0.834, "ImgD": 0.785, "TextD": 0.828, "random": 0.815},
     "text": {"none": 0.709, "ImgD": 0.709, "TextD": 0.639, "random": 0.699},
 }
-# Table 7: Δ of removing ImgD from pictures, TextD from texts
+# Table 7: Δ of removing ImgD from images, TextD from texts
 TABLE7 = {"woman": {"image": 17.65, "text": 7.27}, "man": {"image": 5.64, "text": 28.67}}
 OWN = {"image": "ImgD", "text": "TextD"}
 
 
-def conflict() -> list[str]:
-    """Why Table 7 cannot be points, and what women's share Table 6 would need if it were relative.
+def table_conflicts() -> list[str]:
+    """Explains why Table 7 cannot be in points, and what share of women Table 6 would need if it were relative.
 
-    The change of all lies between the changes of women and men, whatever their numbers.
+    The overall change lies between the changes of women and of men, whatever their numbers.
     """
     out = []
     for side, group in OWN.items():
         before, after = TABLE6[side]["none"], TABLE6[side][group]
         points, relative = 100 * (before - after), 100 * (before - after) / before
         low, high = sorted(TABLE7[g][side] for g in TABLE7)
-        word = {"image": "pictures", "text": "texts"}[side]
-        said = (
+        word = {"image": "images", "text": "texts"}[side]
+        sentence = (
             f"For {word}, Table 6 falls by {points:.1f} points ({relative:.1f} % of {before}), while Table 7 gives "
             f"{TABLE7['woman'][side]} for women and {TABLE7['man'][side]} for men."
         )
         inside = low <= points <= high
-        said += " As points both could hold." if inside else (
-            f" As points this is impossible: {points:.1f} lies outside {low}–{high}, and the change of all must lie between "
+        sentence += " As points both could hold." if inside else (
+            f" As points this is impossible: {points:.1f} lies outside {low}–{high}, and the overall change must lie between "
             "those of its parts."
         )  # fmt: skip
         if low <= relative <= high:
             women = (relative - TABLE7["man"][side]) / (TABLE7["woman"][side] - TABLE7["man"][side])
-            said += (
+            sentence += (
                 f" As relative changes it would need women to carry {100 * women:.0f} % of the summed probability; "
                 "the paper gives no counts."
             )
-        out.append(said)
+        out.append(sentence)
     return out
 
 
 def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
-    """The statements of section 3.1 beside what was measured with prompt labels in one setting."""
+    """Compares the statements of Section 3.1 with the measurements by prompt labels in one setting."""
     found = results["masking"][setting]
     sides = {side: found[side]["prompt"] for side in OWN}
     out = []
     for side, group in OWN.items():
-        word, other = {"image": ("pictures", "TextD"), "text": ("texts", "ImgD")}[side]
-        here = sides[side]
-        contrast = _estimate(here["contrast"]["difference"])
+        word, other = {"image": ("images", "TextD"), "text": ("texts", "ImgD")}[side]
+        measured = sides[side]
+        contrast = _estimate(measured["contrast"]["difference"])
         if side == "text":
             contrast = Estimate(-contrast.value, -contrast.high, -contrast.low, contrast.n)
         out.append(
             Claim(
-                agreement(contrast, -1.0) if here["contrast"]["p"] < 0.05 else "open",
+                agreement(contrast, -1.0) if measured["contrast"]["p"] < 0.05 else "open",
                 f"Removing {group} lowers the probability of the own gender of {word} more than removing {other} "
                 f"(Table 6: {TABLE6[side][group]} against {TABLE6[side][other]}).",
-                f"{fixed(here['groups'][group]['probability']['value'])} against "
-                f"{fixed(here['groups'][other]['probability']['value'])}, paired difference {signed(contrast.value)} "
-                f"{interval(contrast)}, p = {here['contrast']['p']:.3g}.",
+                f"{fixed(measured['groups'][group]['probability']['value'])} against "
+                f"{fixed(measured['groups'][other]['probability']['value'])}, paired difference {signed(contrast.value)} "
+                f"{interval(contrast)}, p = {measured['contrast']['p']:.3g}.",
             )
         )
-        cell = here["groups"][group]
+        cell = measured["groups"][group]
         change, random = cell["change"]["difference"]["value"], cell["random"]
         beyond = random["p"] is not None and random["p"] < 0.05
         less = random["mean"] is not None and change < random["mean"]
@@ -87,7 +87,7 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
             )
         )
     for side, group, leader, sign in (
-        ("image", "ImgD", "Women's pictures", 1.0),
+        ("image", "ImgD", "Women's images", 1.0),
         ("text", "TextD", "Men's texts", -1.0),
     ):
         by = sides[side]["groups"][group]["by_gender"]
@@ -105,9 +105,9 @@ def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
     out.append(
         Claim(
             agreement(r, 1.0),
-            "Women's pictures with a larger share of ImgD among their most active features are more feminine (Figure 5).",
+            "Women's images with a larger share of ImgD among their most active features are more feminine (Figure 5).",
             f"rank correlation of that share with the probability of “woman” is {signed(r.value)} {interval(r)} "
-            f"over {r.n:,} pictures.",
+            f"over {r.n:,} images.",
         )
     )
     return out

@@ -1,4 +1,4 @@
-"""Who is drawn: samples with a binary label, from codepoints, a label column, or an image classifier."""
+"""Samples with a binary gender label, from code points, a label column, or an image classifier."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CLASSES = ("woman", "man")
 CLASSIFIER = "touchtech/fashion-images-gender-age-vit-large-patch16-224-in21k-v3"  # the paper's
 
 # The noun pairs of Bolukbasi et al. (2016), "Man is to computer programmer ...". An outside list, but chosen after
-# several prompt sets had been compared on the held-out drawings; "a drawing of a woman" alone gave 59.7 % [46.8, 72.8].
+# several prompt sets had been compared on the held-out drawings; only "a drawing of a woman" gave 59.7 % [46.8, 72.8].
 PROMPTS: tuple[tuple[str, ...], tuple[str, ...]] = (
     ("woman", "girl", "daughter", "mother", "gal", "female"),
     ("man", "boy", "son", "father", "guy", "male"),
 )
 
-# Unicode's characters that are one woman or one man by themselves; everything else is a person of no said gender.
+# Unicode's characters that are one woman or one man by themselves; everything else is a person of unstated gender.
 _WOMEN = {0x1F469, 0x1F467, 0x1F475, 0x1F478, 0x1F930, 0x1F483, 0x1F9D5, 0x1F936}
 _MEN = {0x1F468, 0x1F466, 0x1F474, 0x1F934, 0x1FAC3, 0x1F57A, 0x1F385}
 _PERSON = 0x1F9D1
@@ -50,13 +50,13 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair whose picture shows one person.
+    """One pair whose image shows one person.
 
     Attributes:
-        row: of the pairs. label: 0 woman, 1 man, None where the data say no gender.
-        strata: what the audit counts it under, e.g. ``{"skin tone": "dark", "profession": "farmer"}``.
-        family: samples of one family are no independent evidence (six skin tones of one farmer).
-        heldout: no training of the model saw it. confidence: of the classifier that labelled it.
+        row: of the pairs. label: 0 woman, 1 man, None where the data state no gender.
+        strata: groups of the audit that it belongs to, e.g. ``{"skin tone": "dark", "profession": "farmer"}``.
+        family: samples of one family are not independent evidence (six skin tones of one farmer).
+        heldout: the model was not trained on it. confidence: of the classifier that labelled it.
     """
 
     row: int
@@ -68,7 +68,7 @@ class Sample:
 
 
 def gender_of_codepoints(code: str) -> int | None:
-    """0 for one woman, 1 for one man, None for anybody else, as Unicode's characters say it.
+    """Returns 0 for one woman, 1 for one man, None for anything else, by Unicode's characters.
 
     >>> [gender_of_codepoints(c) for c in ("1f469-200d-1f33e", "1f3c3-1f3fb-200d-2642", "1f9d1-200d-1f33e", "2640")]
     [0, 1, None, None]
@@ -86,14 +86,14 @@ def gender_of_codepoints(code: str) -> int | None:
 
 
 def strata_of_codepoints(code: str) -> dict[str, str]:
-    """Skin tone and profession, where the characters say them.
+    """Returns skin tone and profession, where the characters state them.
 
     >>> strata_of_codepoints("1f469-1f3ff-200d-1f33e")
     {'skin tone': 'dark', 'profession': 'farmer'}
     """
     points = _points(code)
-    tones = [_TONES[p] for p in points if p in _TONES]
-    found = {"skin tone": tones[0] if len(tones) == 1 else TONES[0]}
+    skin_tone_masking = [_TONES[p] for p in points if p in _TONES]
+    found = {"skin tone": skin_tone_masking[0] if len(skin_tone_masking) == 1 else TONES[0]}
     if points[0] in _ALONE:
         found["profession"] = _ALONE[points[0]]
     elif points[0] in (_PERSON, 0x1F468, 0x1F469) and _JOINER in points:
@@ -104,7 +104,7 @@ def strata_of_codepoints(code: str) -> dict[str, str]:
 
 
 def is_single_person(code: str) -> bool:
-    """One person of no said gender: ``1f9d1`` and its sequences, and the professions without a sign."""
+    """Returns whether it is one person of unstated gender: ``1f9d1``, its sequences, professions without a sign."""
     points = _points(code)
     people = sum(p in _WOMEN | _MEN | {_PERSON} for p in points)
     signs = {_FEMALE, _MALE} & set(points)
@@ -116,7 +116,7 @@ def _points(code: str) -> list[int]:
 
 
 def family_of(name: str) -> str:
-    """What a drawing shows, skin tone and gender and direction aside: the unit that is resampled.
+    """Returns what a drawing shows, without skin tone, gender and direction: the unit that is resampled.
 
     >>> family_of("woman farmer: dark skin tone") == family_of("man farmer")
     True
@@ -126,7 +126,7 @@ def family_of(name: str) -> str:
 
 
 def gender_of_words(text: str) -> int | None:
-    """0 or 1 where a label or caption names women alone or men alone, else None.
+    """Returns 0 or 1 where a label or caption names only women or only men, else None.
 
     >>> [gender_of_words(t) for t in ("Female", "a man and a woman", "young men", "a human")]
     [0, None, 1, None]
@@ -136,7 +136,7 @@ def gender_of_words(text: str) -> int | None:
 
 
 def from_drawings(pairs: Any) -> list[Sample]:
-    """Samples of the drawings whose data have code points: one person each, of either gender or of none said."""
+    """Returns the drawings of one person, by their code points: a woman, a man, or a person of unstated gender."""
     out, styles = [], {meta.get("style") for meta in pairs.meta if meta.get("codepoints")}
     for row, (meta, name, split) in enumerate(zip(pairs.meta, pairs.texts, pairs.splits, strict=True)):
         code = meta.get("codepoints")
@@ -153,7 +153,7 @@ def from_drawings(pairs: Any) -> list[Sample]:
 
 
 def from_column(pairs: Any, column: str, strata: Sequence[str] = (), family: str = "") -> list[Sample]:
-    """Samples whose label stands in a column: ``woman``, ``Female``, ``men``, ``boy`` and the like; others are left.
+    """Returns samples labelled by a column with values such as ``woman``, ``Female``, ``men``, ``boy``; skips others.
 
     Raises:
         DataError: no such column, or none of its values is a gender.
@@ -162,7 +162,7 @@ def from_column(pairs: Any, column: str, strata: Sequence[str] = (), family: str
     missing = [c for c in (column, *strata, *([family] if family else [])) if c not in known]
     if missing:
         raise DataError(
-            f"{pairs.name} has no column {', '.join(missing)}; beside file_name and text it has {', '.join(known) or 'none'}"
+            f"{pairs.name} has no column {', '.join(missing)}; besides file_name and text it has {', '.join(known) or 'none'}"
         )
     out = [
         Sample(
@@ -188,13 +188,13 @@ def from_classifier(
     batch: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
-    """Samples labelled by an image-classification model of ``transformers``, by name or path.
+    """Returns samples labelled by an image-classification model of ``transformers``, by name or path.
 
-    Its classes are summed over women's and men's (``gender_of_words`` of their names); the larger sum is the label
-    and the confidence. Samples below ``least`` are left out.
+    Scores are summed over women's and over men's classes (``gender_of_words`` of their names); the larger sum gives
+    the label and the confidence. Samples below ``least`` are left out.
 
     Raises:
-        MissingWeights: the model is not here and cannot be fetched.
+        MissingWeights: the model is not on this machine and cannot be downloaded.
         DataError: none of its classes names a gender.
     """
     from transformers import pipeline
@@ -203,7 +203,7 @@ def from_classifier(
         model: Any = pipeline("image-classification", model=name)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
-            f"image classifier {name!r} could not be had ({first_line(fault)}); give --classifier a local path, or "
+            f"image classifier {name!r} could not be loaded ({first_line(fault)}); give --classifier a local path, or "
             "--labels column"
         ) from fault
     classes = {
@@ -211,7 +211,7 @@ def from_classifier(
     }
     if not {0, 1} <= set(classes.values()):
         raise DataError(
-            f"classifier {name} has classes {', '.join(classes)}; expected some of women and some of men"
+            f"classifier {name}: expected classes of women and of men, got classes {', '.join(classes)}; choose another"
         )
     out = []
     for begin in range(0, len(pairs), batch):

@@ -1,8 +1,8 @@
-"""Which features carry "woman" and "man" in pictures and texts: case study 1 of the paper, and a bias audit.
+"""Which features carry "woman" and "man" in images and texts: case study 1 of the paper, and a bias audit.
 
 Tables 6 and 7 and Figure 5, by prompt, centroid and probe, in both readings of the zero-masked classification, each
-group beside random sets of its size; then the same by skin tone and profession. Labels are binary because the
-paper's are; they say what a drawing's name or a classifier says, not who anybody is.
+group compared with random sets of its size; then the same by skin tone and profession. Labels are binary because the
+paper's are; they come from a drawing's name or a classifier and do not say who anybody is.
 
     python recipes/gender.py --out runs/gender
     python recipes/gender.py --model ViT-B-32 --pretrained openai --data cc3m --labels classifier --out runs/gender-cc3m
@@ -36,33 +36,33 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.results import plain
     from mmhooks.studies.common.encode import encode
     from mmhooks.studies.common.heads import head_source, load_heads
-    from mmhooks.studies.common.run import Clock
+    from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
-    from mmhooks.studies.gender.audit import audit, tones
-    from mmhooks.studies.gender.data import about, load_people, split, template_of
-    from mmhooks.studies.gender.features import carriers, shares
+    from mmhooks.studies.gender.audit import audit, skin_tone_masking
+    from mmhooks.studies.gender.data import describe_data, load_people, split, template_of
+    from mmhooks.studies.gender.features import imgd_shares, strongest_features
     from mmhooks.studies.gender.groups import group_sizes, score_groups, settings_of
     from mmhooks.studies.gender.masking import (
         MAIN,
         Inputs,
         Split,
-        check_live,
         false_discovery,
+        mask_live,
         masking_effects,
     )
     from mmhooks.studies.gender.page import report, save_all
-    from mmhooks.studies.gender.paper import claims, conflict
+    from mmhooks.studies.gender.paper import claims, table_conflicts
     from mmhooks.studies.gender.samples import CLASSES, PROMPTS
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
-    clock, cache, seed, out = Clock(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
+    timer, cache, seed, out = StepTimer(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with clock.bars:
-        with clock.step("pairs and labels"):
-            pairs, people = load_people(options, clock.bar)
+    with timer.bars:
+        with timer.step("pairs and labels"):
+            pairs, people = load_people(options, timer.bar)
             fit, judged = split(people, seed)
-        with clock.step("encoders"):
+        with timer.step("encoders"):
             model = mm.load(options.model, pretrained=options.pretrained)
             encoded = encode(
                 model, options.model, pairs, cache, batch=options.batch, progress=not options.quiet
@@ -70,9 +70,9 @@ def run(options: Options) -> Results:
             template, scale = template_of(options.template, pairs), float(model.logit_scale.detach().exp())
             prompts = prompt_labels(model, PROMPTS, [template])
             inputs = Inputs(encoded, Split.of(fit), Split.of(judged), prompts, scale)
-        with clock.step("heads"):
-            out_of = {s.row for s in judged}
-            known = [row for row in range(len(pairs)) if row not in out_of]
+        with timer.step("heads"):
+            judged_rows = {s.row for s in judged}
+            known = [row for row in range(len(pairs)) if row not in judged_rows]
             sources = {
                 "sae": head_source(options.sae, "sae", options.model),
                 "ncl": head_source(options.ncl, "ncl", options.model),
@@ -86,45 +86,45 @@ def run(options: Options) -> Results:
         settings = settings_of(heads, groups)
         masking, live = {}, {}
         for setting in settings:
-            with clock.step(f"masking: {setting.name}"):
-                vectors, live[setting.name] = check_live(setting, inputs, pairs)
-                step = clock.bar(f"random masks: {setting.name}", 12 * options.draws)
+            with timer.step(f"masking: {setting.name}"):
+                vectors, live[setting.name] = mask_live(setting, inputs, pairs)
+                step = timer.bar(f"random masks: {setting.name}", 12 * options.draws)
                 masking[setting.name] = masking_effects(
                     setting, inputs, draws=options.draws, seed=seed, live=vectors, step=step
                 )
         false_discovery(masking)
         main = settings[0]
-        with clock.step("features, Figure 5, audit"):
+        with timer.step("features, Figure 5, audit"):
             everyone = Split.of([s for s in people if s.label is not None])
             tone_words = prompt_labels(model, [["light skin tone"], ["dark skin tone"]])
             measured = {
-                "features": carriers(main, inputs, count=10, seed=seed),
-                "figure5": shares(main, inputs, everyone, shown=7, seed=seed),
+                "features": strongest_features(main, inputs, count=10, seed=seed),
+                "figure5": imgd_shares(main, inputs, everyone, shown=7, seed=seed),
                 "audit": audit(main, inputs, people, seed=seed),
-                "tones": tones(main, inputs, people, tone_words, seed=seed),
+                "tones": skin_tone_masking(main, inputs, people, tone_words, seed=seed),
             }
         words = dict(zip(CLASSES, map(list, PROMPTS), strict=True))
         results = plain(
             {
                 "settings": as_settings(options) | {"command": as_command("gender", options)},
-                "data": about(pairs, options, people, fit, judged),
+                "data": describe_data(pairs, options, people, fit, judged),
                 "prompts": {"template": template, "words": words, "scale": scale},
                 "groups": group_sizes(heads, groups),
                 "masking": masking,
                 "live": live,
                 **measured,
-                "conflict": conflict(),
+                "conflict": table_conflicts(),
             }
         )
         statements = claims(results, MAIN)
         results["claims"] = [vars(claim) for claim in statements]
-        results["environment"] = clock.environment(start)
-        with clock.step("figures and page"):
+        results["environment"] = timer.environment(start)
+        with timer.step("figures and page"):
             paths = save_all(results, statements, pairs, main, encoded, out)
-    results["environment"] = clock.environment(start)
+    results["environment"] = timer.environment(start)
     found = write_results(out, results, paths)
     if not options.quiet:
-        report(clock.console, results, statements, found.paths)
+        report(timer.console, results, statements, found.paths)
     return found
 
 

@@ -10,7 +10,7 @@ from mmhooks.report import Cell, Estimate, Table, fixed, percent
 from mmhooks.studies.gender.masking import LABELS, MAIN, SIDES
 from mmhooks.studies.gender.paper import OWN, TABLE6, TABLE7
 
-WORD = {"image": "pictures", "text": "texts"}
+WORD = {"image": "images", "text": "texts"}
 GENDERS = {"woman": "women", "man": "men"}
 
 
@@ -36,9 +36,9 @@ def table6(results: Mapping[str, Any]) -> Table:
     return Table(
         ["Judged", "none", "w.o. ImgD", "w.o. TextD", "w.o. CrossD", "w.o. random", "n"],
         rows,
-        "Table 6. The original gender after masking a group",
+        "Table 6. Probability of the original gender after masking a group",
         "Mean probability of the original gender, and accuracy, with 95 % bootstrap intervals over families of samples; the "
-        "paper's value (“probability”, its first column named “Ori-Acc”) beside the probability. Random: as many alive "
+        "paper's value (“probability”, its first column named “Ori-Acc”) next to the probability. Random: as many alive "
         "features as the own modality's group has, mean and 95 % range of the draws. Prompt labels, decoded, never masked.",
     )
 
@@ -62,15 +62,15 @@ def table7(results: Mapping[str, Any]) -> Table:
     rows.append(row)
     heads = [
         f"{h}{side}"
-        for side in (", ImgD from pictures", ", TextD from texts")
+        for side in (", ImgD from images", ", TextD from texts")
         for h in ("Δ %", "points", "p", "n")
     ]
     return Table(
         ["Gender", *heads],
         rows,
-        "Table 7. What each gender loses with the group of its own modality",
+        "Table 7. Loss of each gender without the group of its own modality",
         "Δ = 100·(p₀ − p)/p₀ of the mean probability; points = 100·(p₀ − p); below zero the probability rose. p: sign flips of "
-        "whole families. The paper gives one number without its unit.",
+        "whole families. The paper gives one number without a unit.",
     )
 
 
@@ -93,13 +93,13 @@ def effect_table(results: Mapping[str, Any]) -> Table:
             )  # fmt: skip
     return Table(
         ["Judged", "Masked", "features", "activation removed", "probability, points", "paired p", "accuracy, points",
-         "random masks, same size", "p", "q", "size beside CrossD", "group − CrossD, points", "p CrossD"],
+         "random masks, same size", "p", "q", "size, CrossD comparison", "group − CrossD, points", "p CrossD"],
         rows,
-        "Every group beside random features and CrossD",
+        "Every group compared with random features and CrossD",
         "Random: mean change and 95 % range of sets of as many alive features; p two-sided among them, q after "
-        "Benjamini–Hochberg over all readings. CrossD: as many features of either as the smaller one has, sub-sampled where a "
-        "group is larger; its p is over draws of features alone, so where CrossD is taken whole it says little. "
-        "Masks of one size can take very different shares of the activation: see that column first.",
+        "Benjamini–Hochberg over all readings. CrossD: as many features of both as the smaller one has, sub-sampled where a "
+        "group is larger; its p is over draws of features only, so it says little where all of CrossD is used. "
+        "Masks of one size can remove very different shares of the activation: see that column first.",
         text_columns=(0, 1),
     )  # fmt: skip
 
@@ -132,9 +132,9 @@ def readings_table(results: Mapping[str, Any]) -> Table:
         ["Reading", "Judged", "Labels", "accuracy %", "probability", *groups, "women Δ %", "men Δ %"],
         rows,
         "Every reading",
-        "Change of the mean probability in points, p among random sets of the same size and beside CrossD; Δ of each gender "
+        "Change of the mean probability in points, p among random sets of the same size and against CrossD; Δ of each gender "
         "without the group of the own modality. Centroids and probes are of the same modality, fitted on other samples. In the "
-        "latent space the prompts' own features hardly reach ImgD, so masking it moves prompt labels through the norm alone.",
+        "latent space the prompts' own features hardly reach ImgD, so masking it moves prompt labels only through the norm.",
         text_columns=(0, 1, 2),
     )  # fmt: skip
 
@@ -186,21 +186,21 @@ def audit_table(results: Mapping[str, Any]) -> Table:
         rows.append(row)
     heads = [
         f"{word}: {h}"
-        for word, mask in (("pictures", "ImgD"), ("texts", "TextD"))
+        for word, mask in (("images", "ImgD"), ("texts", "TextD"))
         for h in (
             "women right %",
             "men right %",
             f"women, w.o. {mask}",
             f"men, w.o. {mask}",
-            "“woman” of no said gender %",
+            "“woman” of unstated gender %",
         )
     ]
     return Table(
-        ["Kind", "Stratum", "women / men / unsaid", "seen", *heads],
+        ["Kind", "Stratum", "women / men / unstated", "seen", *heads],
         rows,
         "Bias audit: woman or man by skin tone and by profession",
-        "Share judged right by prompt, decoded, and after masking the own modality's group; mean probability of “woman” where no "
-        "gender is said. Intervals (95 %) are over families of samples. Seen: samples the model was trained on. "
+        "Share classified correctly by prompt, decoded, and after masking the own modality's group; mean probability of “woman” "
+        "where no gender is stated. Intervals (95 %) are over families of samples. Seen: samples the model was trained on. "
         "Skin tone is that of a drawing's code points.",
         text_columns=(0, 1),
     )  # fmt: skip

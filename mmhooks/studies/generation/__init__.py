@@ -1,4 +1,4 @@
-"""Case study 3: interpolating the conditioner of a text-to-image model."""
+"""Case study 3: interpolation of features in the conditioner of a text-to-image model."""
 
 from mmhooks.studies.generation.study import Options, run
 

@@ -1,4 +1,4 @@
-"""The study: prompts drawn with features moved toward a reference, what that did, and the paper's claim."""
+"""Interpolation experiment: images generated with features moved toward a reference, their scores, and the verdicts."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ MEASURES = {
     "shift": "semantic shift",
     "gain": "reference gained",
     "distortion": "structural distortion",
-    "quality": "picture quality",
+    "quality": "image quality",
 }
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and one picture of something else, with the words for it."""
+    """One prompt, and a reference image of something else with its text."""
 
     prompt: str
     reference: str
-    picture: Image
+    image: Image
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A space that is scored and edited: groups of its features, where they are edited, toward what."""
+    """A space whose features are scored and edited: its groups, the edited site, and the target."""
 
     name: str
     site: str
     groups: dict[str, mm.FeatureSet]
-    sizes: dict[str, int]  # of the whole groups
-    rule: str  # that parted them
+    sizes: dict[str, int]  # of the groups before they are cut to one size
+    rule: str  # that defined the groups
     toward: Tensor
     mds: Any
     head: Any = None
 
     def edit(self, group: mm.FeatureSet, strength: float, rows: slice) -> mm.Interpolate:
-        """Of the prompts' own rows: the negative prompt stays."""
+        """Returns the edit of these rows' prompts; the negative prompt is not edited."""
         place = self.site if self.head is None else f"{self.site}.sae.latents"
         return mm.Interpolate(group, toward=self.toward[rows], strength=strength, at=place, guidance="cond")
 
 
-class Painter:
-    """Draws all cases at once; the noise of a case depends on its place and the seed alone."""
+class ImageGenerator:
+    """Generates images in batches; the noise of a case depends only on its index and the seed."""
 
     def __init__(self, sd: Any, steps: int, guidance: float, batch: int) -> None:
         self.sd, self.batch = sd, batch
@@ -69,32 +69,32 @@ class Painter:
         sd.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, prompts: list[str], seed: int, edit: Any = None) -> Float[Tensor, "n 3 h w"]:
-        """``edit(rows)`` makes the edit of some rows of the prompts."""
+        """Generates one image per prompt; ``edit(rows)`` returns the edit for a slice of the prompts."""
         out = []
         for begin in range(0, len(prompts), self.batch):
             rows = slice(begin, begin + self.batch)
             some = prompts[rows]
             noise = [torch.Generator().manual_seed(seed * 1_000_003 + begin + i) for i in range(len(some))]
             with nullcontext() if edit is None else self.sd.hooks(edit(rows)):
-                pictures = self.sd.pipe(some, generator=noise, **self.options).images
-            out += [to_tensor(picture) for picture in pictures]
+                images = self.sd.pipe(some, generator=noise, **self.options).images
+            out += [to_tensor(image) for image in images]
         return torch.stack(out)
 
 
 class Judge:
-    """What an edit did, by EfficientNet-Lite0 and SSIM.
+    """Scores the effect of an edit by EfficientNet-Lite0 features and SSIM.
 
-    ``shift``: how much nearer the picture is to the pipeline's own drawing of the reference's words than to that of
-    the prompt's (cosines, of other noise), against the same at strength 0; a picture that is merely destroyed shifts
-    too, so ``gain`` is the reference's part of it. ``distortion``: 1 - SSIM to the picture at strength 0 from the
-    same noise. ``quality``: cosine to the nearest unedited drawing of all.
+    ``shift``: how much closer the image gets to the pipeline's own drawing of the reference's text than to that of the
+    prompt (difference of cosines, drawings from other noise), relative to strength 0; an image that is merely
+    destroyed shifts too, so ``gain`` is the reference's part of it. ``distortion``: 1 - SSIM to the image at strength
+    0 from the same noise. ``quality``: cosine to the nearest of all unedited drawings.
     """
 
     def __init__(
-        self, embedder: str, plain: Float[Tensor, "n 3 h w"], told: Float[Tensor, "n 3 h w"]
+        self, embedder: str, plain: Float[Tensor, "n 3 h w"], of_references: Float[Tensor, "n 3 h w"]
     ) -> None:
         self.embed = image_embedder(embedder, progress=False)
-        own, theirs = self.vectors(plain), self.vectors(told)
+        own, theirs = self.vectors(plain), self.vectors(of_references)
         self.mean = torch.cat([own, theirs]).mean(0)
         self.prompt, self.reference = (normalize(v - self.mean, dim=1) for v in (own, theirs))
 
@@ -109,13 +109,13 @@ class Judge:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
         now, before = (normalize(self.vectors(x) - self.mean, dim=1) for x in (edited, start))
-        alike = ssim(edited, start, data_range=1.0, reduction="none")
-        assert isinstance(alike, Tensor)
+        similarity = ssim(edited, start, data_range=1.0, reduction="none")
+        assert isinstance(similarity, Tensor)
         gain, loss = ((side * (now - before)).sum(1) for side in (self.reference, self.prompt))
         return {
             "shift": gain - loss,
             "gain": gain,
-            "distortion": 1 - alike.reshape(len(edited)),
+            "distortion": 1 - similarity.reshape(len(edited)),
             "quality": (now @ torch.cat([self.prompt, self.reference]).T).amax(1),
         }
 
@@ -125,11 +125,11 @@ Curves = dict[str, dict[str, dict[str, Float[Tensor, "strengths n"]]]]
 
 @dataclass(frozen=True)
 class Interpolated:
-    """What a mode gave.
+    """Results of one mode.
 
     Attributes:
-        settings: the spaces that were edited. curves: measures by space and group, strength by strength.
-        strips: the pictures of one case by space and group. shown: which case that is.
+        settings: the spaces that were edited. curves: measures by space and group, one row per strength.
+        strips: the images of one case by space and group. shown: the index of that case.
     """
 
     settings: list[Setting]
@@ -139,32 +139,34 @@ class Interpolated:
 
 
 def interpolate(
-    painter: Painter,
+    generate: ImageGenerator,
     settings: list[Setting],
     cases: list[Case],
     strengths: tuple[float, ...],
     options: Options,
 ) -> Interpolated:
-    """Every setting, group, strength and seed: per case means over seeds, and the pictures of one case.
+    """Runs every setting, group, strength and seed; returns means over seeds per case, and the images of one case.
 
-    The case is ``options.shown``, or the one that moved most, over all settings and groups at the largest strength.
+    That case is ``options.shown``, or the one that moved most, over all settings and groups at the largest strength.
     """
     seeds, shown, quiet = options.seeds, options.shown, options.quiet
     prompts = [case.prompt for case in cases]
-    judges = Judge(
-        options.image_embedder, painter(prompts, seeds), painter([case.reference for case in cases], seeds)
+    judge = Judge(
+        options.image_embedder, generate(prompts, seeds), generate([case.reference for case in cases], seeds)
     )
-    starts = [painter(prompts, seed) for seed in range(seeds)]
-    still = torch.stack([judges(s, s)["quality"] for s in starts]).mean(0)
-    at_zero = {m: still if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
+    starts = [generate(prompts, seed) for seed in range(seeds)]
+    unedited_quality = torch.stack([judge(s, s)["quality"] for s in starts]).mean(0)
+    at_zero = {m: unedited_quality if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
     curves: Curves = {}
     strips: dict[str, dict[str, list[Tensor]]] = {}
     total = len(settings) * len(GROUPS) * len(strengths) * seeds * len(cases)
-    with rate_bar("interpolate", total, unit="pictures", show=not quiet) as advance:
+    with rate_bar("interpolate", total, unit="images", show=not quiet) as advance:
         for setting in settings:
             curves[setting.name], strips[setting.name] = {}, {}
-            if setting.head is not None:  # an attached head would take edits at the site itself for its own
-                painter.sd.attach(setting.head, at=setting.site, name="sae")
+            if (
+                setting.head is not None
+            ):  # while a head is attached, edits at the site itself would go to the head
+                generate.sd.attach(setting.head, at=setting.site, name="sae")
             for name, group in setting.groups.items():
                 rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
                 strip = [_bytes(starts[0])]
@@ -172,8 +174,8 @@ def interpolate(
                     edit = partial(setting.edit, group, strength)
                     found = []
                     for seed, start in enumerate(starts):
-                        drawn = painter(prompts, seed, edit)
-                        found.append(judges(drawn, start))
+                        drawn = generate(prompts, seed, edit)
+                        found.append(judge(drawn, start))
                         if seed == 0:
                             strip.append(_bytes(drawn))
                         advance(len(cases))
@@ -182,7 +184,7 @@ def interpolate(
                 curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
                 strips[setting.name][name] = strip
             if setting.head is not None:
-                painter.sd.detach("sae")
+                generate.sd.detach("sae")
     if shown is None:
         moved = [by["shift"][-1] for groups in curves.values() for by in groups.values()]
         shown = int(torch.stack(moved).mean(0).argmax())
@@ -193,7 +195,7 @@ def interpolate(
 
 
 def numbers_of(found: Interpolated) -> dict[str, Any]:
-    """What ``results.json`` holds of a mode, by space."""
+    """Returns the numbers of a mode for ``results.json``, by space."""
     return {
         s.name: {
             "rule": s.rule,
@@ -219,7 +221,7 @@ def _bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
 
 
 def verdicts(curves: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Does the paper's claim hold at the largest strength? Differences to the random group are paired by case."""
+    """Tests the paper's claim at the largest strength; differences to the random group are paired by case."""
     at = {g: {m: values[-1] for m, values in by.items()} for g, by in curves.items()}
     out = {}
     for group in MODALITIES:
@@ -235,10 +237,10 @@ def verdicts(curves: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
             "claim": claim, "holds": bool(holds), "shift": shift, "shift beyond random": more_shift,
             "distortion beyond random": more,
             "sentence": f"{group} {claim}: {'holds' if holds else 'does not hold'} here (against a random group of its "
-            f"size, concept {said(more_shift)}, distortion {said(more)}).",
+            f"size, concept {with_interval(more_shift)}, distortion {with_interval(more)}).",
         }  # fmt: skip
     return out
 
 
-def said(e: Estimate) -> str:
+def with_interval(e: Estimate) -> str:
     return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"

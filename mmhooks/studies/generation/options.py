@@ -13,7 +13,7 @@ from mmhooks.studies.common.options import Device, DiffusionBatch, Pipeline, Ste
 Model = Annotated[str, typer.Option(help="CLIP of the conditioner: mini, or an open_clip name")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint")]
 Data = Annotated[str, typer.Option(help="mini, a folder with metadata.csv, coco, …")]
-Limit = Annotated[int | None, typer.Option(help="at most so many pairs", min=8)]
+Limit = Annotated[int | None, typer.Option(help="at most this many pairs", min=8)]
 Modes = Annotated[
     list[str] | None,
     typer.Option(
@@ -21,19 +21,19 @@ Modes = Annotated[
     ),
 ]
 Prompts = Annotated[int, typer.Option(help="prompts, each with a reference", min=2)]
-Seeds = Annotated[int, typer.Option(help="drawings of each", min=1)]
-Strengths = Annotated[list[float] | None, typer.Option(help="repeatable; 0 is always drawn")]
-Whole = Annotated[bool, typer.Option(help="whole groups instead of groups of one size")]
+Seeds = Annotated[int, typer.Option(help="images of each prompt", min=1)]
+Strengths = Annotated[list[float] | None, typer.Option(help="repeatable; 0 is always included")]
+Whole = Annotated[bool, typer.Option(help="whole groups instead of groups cut to one size")]
 Template = Annotated[str, typer.Option(help="prompt of a text; {} is the text")]
 Features = Annotated[int, typer.Option(help="of the SAE; 0: four times the width")]
 Active = Annotated[int, typer.Option(help="active features of the SAE")]
 Epochs = Annotated[int, typer.Option(help="of the SAE")]
 Guidance = Annotated[float, typer.Option(help="guidance scale")]
-Shown = Annotated[
+FeatureExample = Annotated[
     int | None,
     typer.Option(help="which prompt the grid shows, from 0; default: the one that moved most"),
 ]
-ImageEmbedder = Annotated[str, typer.Option(help="judge of pictures")]
+ImageEmbedder = Annotated[str, typer.Option(help="judge of images")]
 Seed = Annotated[int, typer.Option(help="of cases, groups and the SAE")]
 Quiet = Annotated[bool, typer.Option("--quiet")]
 Out = Annotated[Path, typer.Option(help="results.json, tables.md, PNG, index.html")]
@@ -60,7 +60,7 @@ class Options:
     steps: Steps = 15
     guidance: Guidance = 3.0
     batch: DiffusionBatch = 20
-    shown: Shown = None
+    shown: FeatureExample = None
     image_embedder: ImageEmbedder = "efficientnet-lite0"
     seed: Seed = 0
     device: Device = "cpu"

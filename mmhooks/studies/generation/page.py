@@ -1,4 +1,4 @@
-"""The generation study written down: grids, curves, tables and the page, from the numbers of ``results.json``."""
+"""Page of the generation study: grids, curves, tables and ``index.html``, from the numbers of ``results.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmhooks.utils.say import say
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOLD = {
+MEASURE_NOTES = {
     "shift": "away from the prompt's concept, toward the reference's",
     "gain": "cosine to the reference's concept",
     "distortion": "1 − SSIM to strength 0",
@@ -31,12 +31,12 @@ TOLD = {
 
 def grid(
     strips: Mapping[str, Tensor],
-    picture: Image,
+    image: Image,
     case: Mapping[str, str],
     strengths: list[float],
     palette: Palette,
 ) -> Figure:
-    """Figure 8: a row a group, a column a strength; the reference at the left."""
+    """Draws Figure 8: one row per group, one column per strength; the reference at the left."""
     from matplotlib.figure import Figure
 
     columns, cell, left, top = len(strengths), 1.2, 2.2, 0.62
@@ -61,15 +61,15 @@ def grid(
         va="bottom",
         color=palette.soft,
     )
-    show(picture.convert("RGB"), 0.15, middle - 0.6, 1.2)
+    show(image.convert("RGB"), 0.15, middle - 0.6, 1.2)
     write_at(f"prompt: {_cut(case['prompt'], int(10 * (wide - left)) - 8)}", left + 0.05, 0.18, weight="bold")
     write_at("strength", left - 0.1, top - 0.16, ha="right", color=palette.soft)
     for column, strength in enumerate(strengths):
         write_at(f"{strength:g}", left + (column + 0.5) * cell, top - 0.16, ha="center", color=palette.soft)
-    for row, (group, pictures) in enumerate(strips.items()):
+    for row, (group, images) in enumerate(strips.items()):
         colour = palette.ink if group == "CrossD" else palette.group(group)
         write_at(group, left - 0.1, top + (row + 0.5) * cell, ha="right", weight="bold", color=colour)
-        for column, one in enumerate(pictures):
+        for column, one in enumerate(images):
             show(
                 one.permute(1, 2, 0).numpy(),
                 left + column * cell + 0.03,
@@ -84,14 +84,14 @@ def _cut(text: str, length: int) -> str:
 
 
 def _lines(text: str) -> str:
-    """At most two lines that fit over the reference."""
+    """Wraps a text into at most two lines that fit above the reference."""
     from textwrap import wrap
 
     return "\n".join(wrap(text, 18, max_lines=2, placeholder=" …"))
 
 
 def curves(found: Mapping[str, Any], strengths: list[float], palette: Palette) -> Figure:
-    """A panel a measure, a line a group, 95 % intervals over prompts, side by side."""
+    """Plots one panel per measure and one line per group; 95 % intervals over prompts, shifted side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=palette.ground)
@@ -112,7 +112,9 @@ def curves(found: Mapping[str, Any], strengths: list[float], palette: Palette) -
         axis.grid(axis="y", color=palette.line, linewidth=0.7)
         axis.set_axisbelow(True)
         axis.set_title(f"{label[0].upper()}{label[1:]}", pad=22)
-        axis.text(0, 1.035, TOLD[measure], transform=axis.transAxes, color=palette.soft, fontsize=9.5)
+        axis.text(
+            0, 1.035, MEASURE_NOTES[measure], transform=axis.transAxes, color=palette.soft, fontsize=9.5
+        )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(GROUPS))
     return figure
@@ -131,19 +133,21 @@ def table(found: Mapping[str, Any], title: str, strength: float) -> Table:
     return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title, note=note)
 
 
-def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], out: Path) -> list[Path]:
-    """Writes PNG figures, ``tables.md`` and ``index.html``, and returns the paths; ``shows``: strips of a mode and
+def write_page(
+    results: Mapping[str, Any], strips_by_mode: Mapping[str, tuple[Any, Image]], out: Path
+) -> list[Path]:
+    """Writes PNG figures, ``tables.md`` and ``index.html``, and returns the paths; ``strips_by_mode``: strips of a mode and
     their reference."""
     strengths, sections, paths = results["strengths"], [], []
     markdown = ["# Interpolation by modality", ""]
     for mode, by_space in results["modes"].items():
-        strips, picture = shows[mode]
+        strips, image = strips_by_mode[mode]
         for space, found in by_space.items():
             title, name = f"{mode}, {space}", f"{mode}-{space}".lower()
             case = results["cases"][found["shown"]]
 
-            def pictures(p: Palette, strip=strips[space], picture=picture, case=case) -> Figure:
-                return grid(strip, picture, case, strengths, p)
+            def images(p: Palette, strip=strips[space], image=image, case=case) -> Figure:
+                return grid(strip, image, case, strengths, p)
 
             def lines(p: Palette, found=found) -> Figure:
                 return curves(found, strengths, p)
@@ -152,8 +156,8 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
             for kind, make, caption in (
                 (
                     "grid",
-                    pictures,
-                    "Pictures by strength, " + ("of the prompt that moved most" if results["chosen"] else "of one prompt"),
+                    images,
+                    "Images by strength, " + ("of the prompt that moved most" if results["chosen"] else "of one prompt"),
                 ),
                 ("curves", lines, "Measures by strength, with 95 % intervals over prompts"),
             ):  # fmt: skip
@@ -162,22 +166,22 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
                 paths[-1].write_bytes(light.data)
                 plots.append(Plot(light, dark, caption=caption))
             numbers = table(found, title, strengths[-1])
-            said = [v["sentence"] for v in found["verdicts"].values()]
+            sentences = [v["sentence"] for v in found["verdicts"].values()]
             items: Any = [("same" if v["holds"] else "differs", f"{g} {v['claim']}", v["sentence"])
                           for g, v in found["verdicts"].items()]  # fmt: skip
             low, high = found["thresholds"]
             control = (
-                f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Scores of shuffled pairs "
-                f"correlate with these by {found['shuffled_r']:.3f}: near 1 they say little about the pairing."
+                f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Correlation with the scores of "
+                f"shuffled pairs: {found['shuffled_r']:.3f}; near 1 the scores say little about the pairing."
             )
             sections.append(
                 Section(title, [*plots, Listing(items), TableBlock(numbers), Prose(control, "note")])
             )
-            said = [f"- {escaped(line, code=True)}" for line in (*said, control)]
+            sentences = [f"- {escaped(line, code=True)}" for line in (*sentences, control)]
             markdown += [
                 numbers.markdown(),
                 "",
-                *said,
+                *sentences,
                 "",
                 f"![grid](grid-{name}.png)",
                 f"![curves](curves-{name}.png)",
@@ -188,8 +192,8 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
         sections.append(Section(f"{mode}: not possible here", [Prose(why, "warn")]))
     write_text(out / "tables.md", "\n".join(markdown))
     lead = (
-        f"{len(results['cases'])} prompts of {results['pipeline']}, {results['seeds']} drawings each: features of the "
-        f"conditioner move toward a reference picture. Features are scored on {results['data_pairs']:,} pairs."
+        f"{len(results['cases'])} prompts of {results['pipeline']}, {results['seeds']} images each: features of the "
+        f"conditioner are moved toward a reference image. Features are scored on {results['data_pairs']:,} pairs."
     )
     footer = [results["command"], f"Data: {results['data']}, {results['licence']}. {results['attribution']}"]
     page = Page("Interpolation by modality", sections, lead, "mmhooks", footer).save(out / "index.html")
@@ -197,7 +201,7 @@ def write(results: Mapping[str, Any], shows: Mapping[str, tuple[Any, Image]], ou
 
 
 def report(results: Mapping[str, Any], out: Path) -> None:
-    """What holds and what is not possible, on the screen; then where the page lies."""
+    """Prints the verdicts and the modes that are not possible, then the path of the page."""
     for mode, by_space in results["modes"].items():
         for space, found in by_space.items():
             say(f"{mode}, {space}: groups by {found['rule']}")

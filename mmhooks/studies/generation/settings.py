@@ -1,4 +1,4 @@
-"""What the generation study draws and edits: cases, modes, and the spaces whose groups of features are moved."""
+"""Settings of the generation study: cases, modes, and the spaces whose groups of features are edited."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from mmhooks.studies.generation.options import Options
 
 
 def check_options(options: Options) -> None:
-    """Refuses what typer cannot know, before anything is loaded.
+    """Checks what typer cannot check, before anything is loaded.
 
     Raises:
         MMHooksError: an unknown mode, or a prompt to show that is not drawn.
     """
     for one in options.mode or ():
         if one not in get_args(Mode):
-            raise MMHooksError(f"--mode is one of {', '.join(get_args(Mode))}; got {one!r}")
+            raise MMHooksError(f"--mode: expected one of {', '.join(get_args(Mode))}, got {one!r}")
     if options.shown is not None and not 0 <= options.shown < options.pairs:
-        raise MMHooksError(f"--shown is one of {options.pairs} prompts, from 0; got {options.shown}")
+        raise MMHooksError(
+            f"--shown: expected 0 to {options.pairs - 1}, the prompts drawn, got {options.shown}"
+        )
 
 
 def known_texts(sd: Any) -> set[str] | None:
-    """The texts that a pipeline lists as its own; None where it draws anything."""
+    """Returns the texts that a pipeline was trained to draw; None if it is not limited to a list."""
     if sd.name != "mini":
         return None
     from mmhooks.models.embedded.mini_sd import drawings
@@ -40,7 +42,7 @@ def known_texts(sd: Any) -> set[str] | None:
 
 
 def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
-    """``count`` prompts and as many references from other pairs; of a pipeline that lists what it draws, from those.
+    """Chooses ``count`` prompts and as many references from other pairs, among the ``known`` texts if given.
 
     Raises:
         MMHooksError: too few pairs.
@@ -66,7 +68,7 @@ def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, 
 def same_size(
     groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: bool, seed: int
 ) -> dict[str, mm.FeatureSet]:
-    """The groups cut at random to the size of the smallest, and a random group as large (``whole``: as TextD)."""
+    """Cuts the groups at random to the smallest one's size, and adds a random group of it (``whole``: of TextD's)."""
     size = min(len(g) for g in groups.values())
     cut = (
         groups
@@ -77,7 +79,7 @@ def same_size(
 
 
 def modes_of(sd: Any, asked: list[str] | None) -> list[Mode]:
-    """The ways into a pipeline: those asked for, else its image embedding where it takes one, else its conditioner."""
+    """Returns the modes asked for; else "unclip" if the pipeline takes an image embedding, else the conditioner's."""
     if asked:
         return cast(list[Mode], asked)
     return ["unclip"] if "image.embed" in sd.places.sites.canonical else ["projected", "naive"]
@@ -86,13 +88,14 @@ def modes_of(sd: Any, asked: list[str] | None) -> list[Mode]:
 def settings_of(
     sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Mode, options: Options
 ) -> tuple[list[Setting], dict[str, str]]:
-    """The space's own dimensions (the paper's), and an SAE trained on them; scored where they are edited.
+    """Returns the settings: the space's own dimensions (the paper's), and an SAE trained on them.
 
-    Also why a space does not part into three groups, with its scores.
+    Both are scored in the space that is edited. A space that cannot be split into three groups is returned in a second
+    dict, with the reason and its scores.
     """
     seed, progress = options.seed, not options.quiet
     sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, progress=progress)
-    toward = mm.reference(sd, [case.picture for case in cases], mode=mode, clip=clip)
+    toward = mm.reference(sd, [case.image for case in cases], mode=mode, clip=clip)
     width = sides[0].shape[1]
     torch.manual_seed(seed)
     head = mm.TopKSAE(width, options.features or 4 * width, options.k)

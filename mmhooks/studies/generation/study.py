@@ -1,7 +1,7 @@
 """Interpolation by modality in Stable Diffusion (Section 5.3 of the paper, Figures 7 and 8), with numbers.
 
-Features of the conditioner that belong to pictures (ImgD), texts (TextD) or both (CrossD) are moved toward a
-reference picture while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD
+Features of the conditioner that belong to images (ImgD), texts (TextD) or both (CrossD) are moved toward a
+reference image while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD
 and CrossD break it. To run it::
 
     python recipes/generation.py --out runs/generation
@@ -40,12 +40,12 @@ def run(options: Options) -> Results:
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.generation.interpolation import (
         STRENGTHS,
+        ImageGenerator,
         Interpolated,
-        Painter,
         interpolate,
         numbers_of,
     )
-    from mmhooks.studies.generation.page import report, write
+    from mmhooks.studies.generation.page import report, write_page
     from mmhooks.studies.generation.settings import (
         check_options,
         choose_cases,
@@ -54,14 +54,14 @@ def run(options: Options) -> Results:
         settings_of,
     )
 
-    logging.set_verbosity_error()  # a caption that is cut to the context is said once a caption
+    logging.set_verbosity_error()  # otherwise one warning per caption that is cut to the context
     check_options(options)
     strengths = tuple(sorted(s for s in options.strength or STRENGTHS if s > 0))
     sd = mm.load_diffusion(options.pipeline, device=options.device)
     clip = mm.load(options.model, pretrained=options.pretrained, device=options.device)
     corpus = mm.data.pairs(options.data, limit=options.limit, progress=not options.quiet)
     cases = choose_cases(corpus, known_texts(sd), options.pairs, options.template, options.seed)
-    painter = Painter(sd, options.steps, options.guidance, options.batch)
+    generate = ImageGenerator(sd, options.steps, options.guidance, options.batch)
     modes: dict[str, Interpolated] = {}
     impossible: dict[str, str] = {}
     for mode in modes_of(sd, options.mode):
@@ -69,8 +69,8 @@ def run(options: Options) -> Results:
             settings, refused = settings_of(sd, clip, corpus, cases, mode, options)
             impossible |= refused
             if settings:
-                modes[mode] = interpolate(painter, settings, cases, strengths, options)
-        except MMHooksError as error:  # widths or towers that do not fit; what other modes gave is kept
+                modes[mode] = interpolate(generate, settings, cases, strengths, options)
+        except MMHooksError as error:  # widths or towers that do not fit; the other modes still run
             impossible[mode] = str(error)
     if not modes:
         raise MMHooksError(f"no mode is possible: {impossible}")
@@ -96,8 +96,8 @@ def run(options: Options) -> Results:
     }
     out = Path(options.out)
     written = write_results(out, results)
-    shows = {mode: (found.strips, cases[found.shown].picture) for mode, found in modes.items()}
-    paths = write(written.found, shows, out)
+    strips_by_mode = {mode: (found.strips, cases[found.shown].image) for mode, found in modes.items()}
+    paths = write_page(written.found, strips_by_mode, out)
     report(written.found, out)
     return Results(written.found, (*written.paths, *paths))
 

@@ -1,4 +1,4 @@
-"""Which features belong to images, to texts, to both (Section 2 of the paper)."""
+"""Which features belong to images, to texts, or to both (Section 2 of the paper)."""
 
 from mmhooks.studies.modality.study import Options, run
 

@@ -1,4 +1,4 @@
-"""The masking experiment: a group set to zero in the live model, and what that does to image→text retrieval."""
+"""Masking experiment: image→text retrieval with a group of features set to zero in the live model."""
 
 from __future__ import annotations
 
@@ -13,38 +13,41 @@ import mmhooks as mm
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.report import Estimate
 from mmhooks.studies.common.encode import batches, unit
-from mmhooks.studies.modality.measures import Subject
+from mmhooks.studies.modality.measures import StudyModel
 
 KS = (1, 5, 10)
-Both = tuple[Tensor, Tensor]
+BothSides = tuple[Tensor, Tensor]
 
 
-class Live:
-    """Runs both towers of one subject over the evaluation pairs, under whatever context is open.
+class LiveTowers:
+    """Runs both towers of one model over the evaluation pairs, under any open context.
 
     With a head that has a decoder the edit is spliced back into the embeddings; a head without one (NCL) is read,
     masked and scored in its own latent space; without a head the embedding's own coordinates are masked.
     """
 
-    def __init__(self, s: Subject, inputs: Both, *, batch: int = 256) -> None:
-        self.subject, self.model, self.batch = s, s.encoded.model, batch
+    def __init__(self, s: StudyModel, inputs: BothSides, *, batch: int = 256) -> None:
+        self.study_model, self.model, self.batch = s, s.encoded.model, batch
         self.pixels, self.tokens = inputs
         self.in_latents = s.head is not None and not s.head.has_decoder
 
-    def __enter__(self) -> Live:
-        if self.subject.head is not None:
+    def __enter__(self) -> LiveTowers:
+        if self.study_model.head is not None:
             self.model.attach(
-                self.subject.head, at=["image.embed", "text.embed"], name="probe", splice=not self.in_latents
+                self.study_model.head,
+                at=["image.embed", "text.embed"],
+                name="probe",
+                splice=not self.in_latents,
             )
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.subject.head is not None:
+        if self.study_model.head is not None:
             self.model.detach("probe")
 
     @torch.no_grad()
-    def run(self, limit: int | None = None) -> Both:
-        """Embeddings (or latents) of both sides, of the first ``limit`` pairs."""
+    def run(self, limit: int | None = None) -> BothSides:
+        """Returns the embeddings (or latents) of both sides, of the first ``limit`` pairs."""
         image, text = [], []
         for rows in batches(limit or len(self.pixels), self.batch):
             cut = slice(rows.start, rows.stop)
@@ -58,26 +61,26 @@ class Live:
                 text.append(self.model.encode_text(self.tokens[cut]))
         return torch.cat(image), torch.cat(text)
 
-    def masked(self, group: Any) -> Both:
-        """The line of the README, live in both towers."""
+    def masked(self, group: Any) -> BothSides:
+        """Runs both towers with the group masked, by the line that the README shows."""
         mask = group
-        if self.subject.head is None:  # no head: the coordinates of the embeddings themselves
+        if self.study_model.head is None:  # no head: the coordinates of the embeddings themselves
             mask = {"image.embed": group.indices, "text.embed": group.indices}
         with self.model.hooks(mask=mask):
             return self.run()
 
 
-def prepare(model: Any, pairs: Any, rows: Sequence[int]) -> Both:
-    """Pixels and tokens of the evaluation pairs, as ``model`` takes them."""
+def model_inputs(model: Any, pairs: Any, rows: Sequence[int]) -> BothSides:
+    """Returns pixels and tokens of the evaluation pairs, as inputs of ``model``."""
     chosen = [pairs[i] for i in rows]
     return torch.stack([model.preprocess(p.image) for p in chosen]), model.tokenizer([p.text for p in chosen])
 
 
 @torch.no_grad()
-def by_hand(
-    s: Subject, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None, group: Any
+def masked_by_hand(
+    s: StudyModel, x: Float[Tensor, "n d"], f: Float[Tensor, "n k"] | None, group: Any
 ) -> Float[Tensor, "n _"]:
-    """The same mask without hooks: coordinates or latents set to zero; for an SAE ``x + |x| (f' - f) W_dec``."""
+    """Applies the same mask without hooks: coordinates or latents at zero; for an SAE ``x + |x| (f' - f) W_dec``."""
     index = group.indices
     if s.head is None or f is None:
         return x.index_fill(1, index, 0.0)
@@ -88,25 +91,25 @@ def by_hand(
     return x - (change if scale is None else scale * change)
 
 
-def experiment(
-    s: Subject,
+def masking_effects(
+    s: StudyModel,
     mds: Any,
     pairs: Any,
     rows: Sequence[int],
-    inputs: Both,
+    inputs: BothSides,
     *,
     draws: int,
     seed: int,
     step: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Masks each group live, checks it against :func:`by_hand`, and sets it beside random sets of its size."""
+    """Masks each group live, checks it against :func:`masked_by_hand`, and compares it with random sets of its size."""
     at = torch.as_tensor(list(rows))
     x = s.encoded.vectors("image", at), s.encoded.vectors("text", at)
     f = (None, None) if s.head is None else (s.latents("image", at), s.latents("text", at))
     alive = torch.nonzero(~mds.dead).flatten()
     everything = mm.FeatureSet(alive.tolist(), len(mds.R), head=mds.groups[0].head)
-    with Live(s, inputs) as live:
-        before: Any = f if live.in_latents else x  # what the encoders gave without a mask, already there
+    with LiveTowers(s, inputs) as live:
+        before: Any = f if live.in_latents else x  # outputs without a mask, already computed
         worst, groups, found = 0.0, {}, {}
         some = min(len(rows), live.batch)
         untouched = live.run(some)
@@ -114,9 +117,9 @@ def experiment(
             found[group] = live.masked(members) if len(members) else before
         after = live.run(some)
         for group, members in zip(GROUPS, mds.groups, strict=True):
-            hand = tuple(by_hand(s, x[i], f[i], members) for i in (0, 1))
+            hand = tuple(masked_by_hand(s, x[i], f[i], members) for i in (0, 1))
             worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found[group], hand, strict=True)))
-    same = labels([pairs.texts[i] for i in rows])
+    same = text_numbers([pairs.texts[i] for i in rows])
     right = same[:, None] == same
     first = scores(before, same)
     base = estimates(first)
@@ -125,10 +128,10 @@ def experiment(
         random = []
         for draw in range(draws):
             other = everything.sample(min(len(members), len(everything)), seed=seed * 100_003 + draw)
-            image, text = (by_hand(s, x[i], f[i], other) for i in (0, 1))
-            random.append(first_hits(image, text, right) - base["R@1"].value)
+            image, text = (masked_by_hand(s, x[i], f[i], other) for i in (0, 1))
+            random.append(first_rank_rate(image, text, right) - base["R@1"].value)
             step(1)
-        groups[group] = _beside(now, base, random, len(members), len(rows))
+        groups[group] = _against_random(now, base, random, len(members), len(rows))
     return {
         "n": len(rows),
         "draws": draws,
@@ -140,7 +143,7 @@ def experiment(
     }
 
 
-def _beside(
+def _against_random(
     now: dict[str, Estimate], base: dict[str, Estimate], random: list[float], size: int, n: int
 ) -> dict[str, Any]:
     half = 0.5 / n  # recall moves in steps of one pair: less than half a step is rounding
@@ -159,20 +162,22 @@ def _beside(
 
 
 def scores(both: Any, same: Tensor) -> Any:
-    """Recall at each k of pictures looking for a text with their words (repeated captions are all right)."""
+    """Returns image→text recall at each k; any text equal to the image's own counts as a hit."""
     return mm.retrieval(both[0], both[1], ks=KS, same=same)
 
 
 @torch.no_grad()
-def first_hits(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], right: Bool[Tensor, "n n"]) -> float:
-    """R@1 of ``mm.retrieval`` from picture to text alone, for the many random masks."""
+def first_rank_rate(
+    image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], right: Bool[Tensor, "n n"]
+) -> float:
+    """Returns image→text R@1 only, equal to that of ``mm.retrieval``: cheaper for the many random masks."""
     cosines = unit(image) @ unit(text).T
     wrong = cosines.masked_fill(right, -torch.inf).amax(1)
     return float((cosines.masked_fill_(~right, -torch.inf).amax(1) > wrong).float().mean())
 
 
-def labels(texts: Sequence[str]) -> Tensor:
-    """Equal numbers for equal words."""
+def text_numbers(texts: Sequence[str]) -> Tensor:
+    """Numbers the texts; equal texts get equal numbers."""
     known: dict[str, int] = {}
     return torch.tensor([known.setdefault(t, len(known)) for t in texts])
 

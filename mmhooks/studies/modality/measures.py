@@ -1,4 +1,4 @@
-"""One model of the modality study measured: embeddings, MDS and groups, EmbedSim, WinRate, top samples."""
+"""Measures of one model of the modality study: MDS and groups, EmbedSim, WinRate, monosemanticity, top samples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mmhooks.analysis.measures.monosemanticity import textual_monosemanticity, v
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap, bootstrap_difference
 from mmhooks.report import Estimate
-from mmhooks.studies.common.cards import TOP, Shown, distinct, samples
+from mmhooks.studies.common.cards import TOP, FeatureExample, distinct_top_texts, top_rows
 from mmhooks.studies.common.encode import SITES, Encoded
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudyModel:
     """One of the four models of the study: an encoded model, and the head on it, if any."""
 
     name: str
@@ -33,12 +33,12 @@ class Subject:
 
     @property
     def kind(self) -> Literal["abs", "relu"]:
-        """What counts as activation: coordinates have a sign, latents have none."""
+        """Which values count as activation: coordinates are signed, latents are not."""
         return "abs" if self.head is None else "relu"
 
     @torch.no_grad()
     def latents(self, side: str, rows: Any) -> Float[Tensor, "n k"]:
-        """The head's latents of the pairs in ``rows``, or the embeddings themselves."""
+        """Returns the head's latents of the pairs in ``rows``; without a head, their embeddings."""
         x = self.encoded.vectors(side, rows)
         return x if self.head is None else self.head.encode(self.head.prepare(x))
 
@@ -46,30 +46,30 @@ class Subject:
 # -- measures --------------------------------------------------------------------------------------------------
 
 
-def measure_subject(
-    s: Subject,
-    judges: dict[str, Tensor],
+def measure_model(
+    s: StudyModel,
+    embeddings: dict[str, Tensor],
     heldout: Sequence[int],
     *,
     top_m: int,
     seed: int,
     draws: int,
 ) -> tuple[dict[str, Any], Measures]:
-    """Everything of Tables 1 and 2 and Figure 1 for one model, as JSON, and all measures of it.
+    """Measures one model: returns the numbers of Tables 1 and 2 and Figure 1 as JSON, and all its measures.
 
     Args:
-        judges: by side, another model's embeddings of all pairs: how alike they are.
-        heldout: rows of pairs that no training saw, on which the scores are repeated.
+        embeddings: by side, another model's embeddings of all pairs, which give the similarity of samples.
+        heldout: rows of pairs that no training saw, on which the scores are computed again.
     """
     store = s.encoded.store
     found = mm.measure(
-        store, head=s.head, image=SITES[0], text=SITES[1], embeddings=judges, kind=s.kind, m=top_m, seed=seed,
+        store, head=s.head, image=SITES[0], text=SITES[1], embeddings=embeddings, kind=s.kind, m=top_m, seed=seed,
         progress=False,
     )  # fmt: skip
     again = mm.mds(store.rows(list(heldout)), head=s.head or "", image=SITES[0], text=SITES[1], kind=s.kind)
     mds, sims, wins = found.mds, found.embed_sim, found.win_rate
     groups: dict[str, Any] = dict(zip(GROUPS, mds.groups, strict=True))
-    told = {
+    summary = {
         "n_features": len(mds.R),
         "alive": int((~mds.dead).sum()),
         "dead": int(mds.dead.sum()),
@@ -86,7 +86,7 @@ def measure_subject(
             "paper": {k: mean_of(v.paper, seed).to_json() for k, v in sims.items()},
         },
         "win_rate": {k: mean_of(v.values, seed).to_json() for k, v in wins.items()}
-        | {"gap": gap(wins["image"].values, wins["text"].values, seed).to_json()},
+        | {"gap": mean_difference(wins["image"].values, wins["text"].values, seed).to_json()},
         "monosemanticity": _monosemanticity(sims, groups, seed, draws),
         "groups": {
             g: {
@@ -96,11 +96,11 @@ def measure_subject(
             for g, members in groups.items()
         },
     }
-    return told, found
+    return summary, found
 
 
 def _scores(mds: MDSResult, again: MDSResult, seed: int) -> dict[str, Any]:
-    """The scores of all features, mean and spread of the alive ones, and how far two controls agree with them."""
+    """Returns the scores of all features, mean and spread of the alive ones, and their correlation with two controls."""
     alive = mds.R[~mds.dead]
     spread = float(alive.std(unbiased=False))
     error = 1.96 / math.sqrt(2 * max(len(alive) - 1, 1))
@@ -117,7 +117,7 @@ def _scores(mds: MDSResult, again: MDSResult, seed: int) -> dict[str, Any]:
 def _monosemanticity(
     sims: dict[str, EmbedSimResult], groups: Mapping[str, mm.FeatureSet], seed: int, draws: int
 ) -> dict[str, Any]:
-    """Table 2, with the same difference between random groups of the same sizes."""
+    """Returns Table 2, with the same difference between random groups of the same sizes as control."""
     imgd, textd, out = groups["ImgD"], groups["TextD"], {}
     for side, contrast in (("image", visual_monosemanticity), ("text", textual_monosemanticity)):
         found = contrast(sims[side], imgd, textd, draws=draws, seed=seed)
@@ -132,20 +132,22 @@ def finite(x: Any) -> float | None:
 
 
 def mean_of(values: Float[Tensor, " n"], seed: int) -> Estimate:
-    """Mean over features with a 95 % bootstrap interval; NaN features are left out of n."""
+    """Returns the mean over features with a 95 % bootstrap interval; NaN features are excluded from n."""
     return bootstrap(values, seed=seed)
 
 
-def gap(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Estimate:
-    """Mean of one minus mean of the other, both resampled; n counts both."""
+def mean_difference(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Estimate:
+    """Returns the mean of ``one`` minus the mean of ``other``, both resampled; n counts both."""
     return bootstrap_difference(one, other, seed=seed)
 
 
 # -- features to show ------------------------------------------------------------------------------------------
 
 
-def show(s: Subject, found: Measures, pairs: Any, *, each: int, seed: int, top: int = TOP) -> list[Shown]:
-    """``each`` features a group, drawn at random among those active on at least ``top`` samples of the group's side."""
+def choose_examples(
+    s: StudyModel, found: Measures, pairs: Any, *, each: int, seed: int, top: int = TOP
+) -> list[FeatureExample]:
+    """Draws ``each`` features per group at random, among those active on at least ``top`` samples of the group's side."""
     mds, out = found.mds, []
     for group, members in zip(GROUPS, mds.groups, strict=True):
         sides = {"ImgD": [mds.image_counts], "TextD": [mds.text_counts]}.get(
@@ -154,8 +156,10 @@ def show(s: Subject, found: Measures, pairs: Any, *, each: int, seed: int, top: 
         able = [k for k in members if all(int(c[k]) >= top for c in sides)] or list(members)
         order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed)).tolist()
         for k in (able[i] for i in order[:each]):
-            pictures = [(pairs[i].image, pairs[i].text) for i in samples(found.top["image"], k, top)]
-            texts = [(pairs.texts[i], v) for i, v in distinct(found.top["text"], k, pairs.texts, top)]
+            images = [(pairs[i].image, pairs[i].text) for i in top_rows(found.top["image"], k, top)]
+            texts = [
+                (pairs.texts[i], v) for i, v in distinct_top_texts(found.top["text"], k, pairs.texts, top)
+            ]
             counts = int(mds.image_counts[k]), int(mds.text_counts[k])
-            out.append(Shown(s.name, k, group, float(mds.R[k]), *counts, pictures, texts))
+            out.append(FeatureExample(s.name, k, group, float(mds.R[k]), *counts, images, texts))
     return out

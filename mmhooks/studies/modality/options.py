@@ -24,10 +24,12 @@ from mmhooks.studies.common.options import (
 Declip = Annotated[
     str, typer.Option(help="DeCLIP: mini-declip, or a checkpoint of --model's class; '' leaves it out.")
 ]
-Ncl = Annotated[str | None, typer.Option(help="NCL head, likewise.")]
-Limit = Annotated[int | None, typer.Option(min=8, help="Use at most so many pairs.")]
+Ncl = Annotated[
+    str | None, typer.Option(help="NCL head: name, directory, Hub id, or train; mini has its own.")
+]
+Limit = Annotated[int | None, typer.Option(min=8, help="Use at most this many pairs.")]
 Seed = Annotated[int, typer.Option(help="Of baselines, bootstrap, random controls and the features shown.")]
-TopM = Annotated[int, typer.Option("--top-m", min=2, help="m: top samples a feature.")]
+TopM = Annotated[int, typer.Option("--top-m", min=2, help="m: top samples per feature.")]
 ImageEmbedder = Annotated[
     str, typer.Option(help="efficientnet-lite0 (offline) or vit-b16-in21k (the paper's).")
 ]
@@ -35,7 +37,7 @@ TextEmbedder = Annotated[
     str, typer.Option(help="minilm (offline, the paper's) or a sentence-transformers name.")
 ]
 Draws = Annotated[int, typer.Option(help="Random masks and groups of each control.")]
-Evaluate = Annotated[int, typer.Option(min=2, help="At most so many held-out pairs under masks.")]
+Evaluate = Annotated[int, typer.Option(min=2, help="At most this many held-out pairs under masks.")]
 Each = Annotated[int, typer.Option(help="Features shown of each group.")]
 
 

@@ -1,4 +1,4 @@
-"""The modality study written down: tables, figures and the page, from the numbers of ``results.json``."""
+"""Page of the modality study: figures, ``tables.md`` and ``index.html``, from the numbers of ``results.json``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mmhooks.report.figures import (
     summary,
 )
 from mmhooks.report.style import draw
-from mmhooks.studies.common.cards import Shown, card, minutes, strip
+from mmhooks.studies.common.cards import FeatureExample, card, format_duration, strip
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.common.write import save_plots
 from mmhooks.studies.modality.paper import MONOSEMANTICITY
@@ -53,8 +53,8 @@ from mmhooks.utils.files import write_text
 # -- figures ---------------------------------------------------------------------------------------------------
 
 
-def figures(results: Mapping[str, Any], shown: Sequence[Shown], hero: str) -> dict[str, Plot]:
-    """All figures by file name (without ending), each in a light and a dark dress."""
+def figures(results: Mapping[str, Any], shown: Sequence[FeatureExample], hero: str) -> dict[str, Plot]:
+    """Returns all figures by file name (without suffix), each in light and dark colours."""
     models = measured_models(results)
     panels = []
     for m in models:
@@ -66,9 +66,9 @@ def figures(results: Mapping[str, Any], shown: Sequence[Shown], hero: str) -> di
     out = {
         "fig1_mds": _plot(
             lambda p: mds_histograms(panels, p),
-            "Histograms of the Modality Dominance Score, one panel a model",
+            "Histograms of the Modality Dominance Score, one panel per model",
             "Figure 1. Modality Dominance Scores of the alive features. Solid line: mean; dashed: one σ to each side, "
-            "where the groups part.",
+            "the boundaries of the groups.",
         )
     }
     firsts = [s for g in ("ImgD", "CrossD", "TextD") for s in shown if s.model == hero and s.group == g]
@@ -76,29 +76,29 @@ def figures(results: Mapping[str, Any], shown: Sequence[Shown], hero: str) -> di
     if chosen:
         panel = panels[models.index(hero)]
         out["summary"] = _plot(
-            lambda p: summary(panel, [strip(s) for s in chosen], p), "The result in one picture"
+            lambda p: summary(panel, [strip(s) for s in chosen], p), "The result in one figure"
         )
     for number, group in zip((2, 4, 3), ("ImgD", "CrossD", "TextD"), strict=True):
         strips = [strip(s) for s in shown if s.group == group and s.model == hero]
         if strips:
             out[f"fig{number}_{group.lower()}"] = _plot(
                 lambda p, strips=strips: picture_strips(strips, p),
-                f"Top pictures and texts of {group} features",
-                f"Figure {number}. The eight pictures and the top texts of {group} features of {hero}.",
+                f"Top images and texts of {group} features",
+                f"Figure {number}. The eight images and the top texts of {group} features of {hero}.",
             )
     effects = {m: _effects(results, m) for m in models}
     out["masking"] = _plot(
         lambda p: mask_effects(effects, p),
-        "Change of image-to-text R@1 when a group is masked, beside random masks",
-        "Change of image→text R@1 when a group is masked (dot; number of features in brackets), beside random masks of "
-        "the same size (ticks; band: 95 %).",
+        "Change of image-to-text R@1 when a group is masked, compared with random masks",
+        "Change of image→text R@1 when a group is masked (dot; number of features in brackets), compared with random "
+        "masks of the same size (ticks; band: 95 %).",
     )
     rows = {
         word: [(m, estimate(results, m, "monosemanticity", k), MONOSEMANTICITY[m][i]) for m in models]
         for i, (k, word) in enumerate((("image", "Visual"), ("text", "Textual")))
     }
     out["table2"] = _plot(
-        lambda p: beside_paper(rows, p), "Monosemanticity, measured and in the paper", "Table 2 as a picture."
+        lambda p: beside_paper(rows, p), "Monosemanticity, measured and in the paper", "Table 2 as a figure."
     )
     return out
 
@@ -119,7 +119,7 @@ def _effects(results: Mapping[str, Any], model: str) -> list[Effect]:
 def page(
     results: Mapping[str, Any],
     found: Sequence[Claim],
-    shown: Sequence[Shown],
+    shown: Sequence[FeatureExample],
     plots: Mapping[str, Plot],
     hero: str,
 ) -> Page:
@@ -133,7 +133,8 @@ def page(
                  f"n = {base['n']:,}, chance {percent(base['chance']['R@10'])} %"),
             Tile("Claims of the paper", f"{tally['same']} of {len(found)} hold",
                  f"{tally['differs']} differ, {tally['open']} undecided"),
-            Tile("This run", minutes(env["seconds"]), f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
+            Tile("This run", format_duration(env["seconds"]),
+                 f"{env['threads']} threads, {env['peak_memory_gb']:.1f} GB at most"),
         ]
     )  # fmt: skip
     sections = [
@@ -144,33 +145,33 @@ def page(
                                      Details("EmbedSim of each group, and its other forms",
                                              [TableBlock(t(results)) for t in (group_table, forms_table)])]),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
-        Section("How it was made", _made(results)),
+        Section("How it was made", _settings(results)),
     ]  # fmt: skip
     return Page(
-        "Which features of CLIP belong to pictures, to texts, to both?",
+        "Which features of CLIP belong to images, to texts, or to both?",
         sections,
         f"Section 2 of “The Multi-Faceted Monosemanticity in Multimodal Representations”, run on `{data['model']}` and "
         f"{data['n']:,} pairs of {data['name']}. Every number carries its n and an interval.",
         "mmhooks · modality study",
-        [f"Pictures and texts: {data['name']}; licence: {data['licence']}. {data['attribution']}",
+        [f"Images and texts: {data['name']}; licence: {data['licence']}. {data['attribution']}",
          f"mmhooks {env['mmhooks']}, torch {env['torch']}, seed {results['settings']['seed']}. Apache-2.0."],
     )  # fmt: skip
 
 
 COMPARED = (
-    "Each statement of the paper's Section 2 that these models can speak to. “Differs” means that the 95 % interval "
-    "lies wholly on the other side; where it holds zero, the statement is undecided."
+    "Each statement of the paper's Section 2 that these models can test. “Differs” means that the 95 % interval "
+    "lies entirely on the other side; where it contains zero, the statement is undecided."
 )
-MASKED = "The group is set to zero inside the live model, in both towers, and held-out pictures look for their texts."
+MASKED = "The group is set to zero inside the live model, in both towers; then held-out images retrieve their texts."
 MASK_CODE = "with model.hooks(mask=imgd):\n    image = model.encode_image(pixels)"
 
 
-def _galleries(shown: Sequence[Shown], hero: str, results: Mapping[str, Any]) -> list[Block]:
+def _galleries(shown: Sequence[FeatureExample], hero: str, results: Mapping[str, Any]) -> list[Block]:
     settings = results["settings"]
     how = (
         f"Features drawn at random (seed {settings['seed']}) among those of each group that are active on enough samples, "
-        "not picked for their looks; pictures and texts by activation, strongest first (the paper's Figures 2–4 and "
-        "Tables 3–5). A picture's tooltip is its text."
+        "not selected by hand; images and texts by activation, strongest first (the paper's Figures 2–4 and "
+        "Tables 3–5). An image's tooltip is its text."
     )
     blocks: list[Block] = [Prose(how)]
     for group in ("ImgD", "CrossD", "TextD"):
@@ -185,9 +186,9 @@ def _galleries(shown: Sequence[Shown], hero: str, results: Mapping[str, Any]) ->
     return blocks
 
 
-def _made(results: Mapping[str, Any]) -> list[Block]:
+def _settings(results: Mapping[str, Any]) -> list[Block]:
     data, env, settings = results["data"], results["environment"], results["settings"]
-    steps = [[name, minutes(seconds)] for name, seconds in env["steps"].items()]
+    steps = [[name, format_duration(seconds)] for name, seconds in env["steps"].items()]
     facts = [
         ["Command", settings["command"]],
         ["Model", data["model"]],
@@ -198,7 +199,7 @@ def _made(results: Mapping[str, Any]) -> list[Block]:
             "Raw features",
             "CLIP and DeCLIP: |x| of the embedding's coordinates (signed values make the ratio unstable)",
         ],
-        ["Embedders", f"pictures {settings['image_embedder']}, texts {settings['text_embedder']}"],
+        ["Embedders", f"images {settings['image_embedder']}, texts {settings['text_embedder']}"],
         ["Top samples", f"m = {settings['top_m']}"],
         ["Versions", ", ".join(f"{k} {env[k]}" for k in ("python", "mmhooks", "torch", "open_clip"))],
     ]
@@ -209,12 +210,12 @@ def _made(results: Mapping[str, Any]) -> list[Block]:
 
 
 def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
-    """``tables.md``: all tables and every statement, in Markdown."""
+    """Returns the content of ``tables.md``: all tables and every statement."""
     data, env = results["data"], results["environment"]
     head = (
         f"# Modality study of {escaped(data['model'])}\n\n"
         f"{data['n']:,} pairs of {escaped(data['name'])} ({data['heldout']:,} held out), "
-        f"licence: {escaped(data['licence'])}. {minutes(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
+        f"licence: {escaped(data['licence'])}. {format_duration(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
     made = [table1, table2, group_table, forms_table, control_table, mask_table]
     body = "\n\n".join(make(results).markdown() for make in made)
@@ -223,7 +224,7 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
 
 
 def save_all(
-    results: Mapping[str, Any], found: Sequence[Claim], shown: Sequence[Shown], out: Path, hero: str
+    results: Mapping[str, Any], found: Sequence[Claim], shown: Sequence[FeatureExample], out: Path, hero: str
 ) -> list[Path]:
     """Writes the PNGs, ``tables.md`` and ``index.html``; returns the paths."""
     plots = figures(results, shown, hero)
@@ -233,7 +234,7 @@ def save_all(
 
 
 def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], paths: Sequence[Path]) -> None:
-    """The tables and statements on the screen, then where everything lies."""
+    """Prints the tables and statements, then the paths of all files."""
     from rich.table import Table as Grid
 
     for made in (control_table, table1, table2, mask_table):

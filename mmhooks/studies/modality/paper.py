@@ -1,4 +1,4 @@
-"""What the paper prints in its Section 2, and whether what was measured points the same way.
+"""The paper's numbers and statements of Section 2, and whether the measured numbers agree in direction.
 
 Yan, Cui, Yin, Liang, He, Wang, "The Multi-Faceted Monosemanticity in Multimodal Representations", version 1.
 """
@@ -14,9 +14,9 @@ from mmhooks.studies.common.claims import (
     Verdict,
     agreement,
     difference,
+    difference_note,
     joined_by_and,
-    plus_minus,
-    size,
+    magnitude,
 )
 
 MODELS = ("CLIP", "DeCLIP", "CLIP+NCL", "CLIP+SAE")
@@ -46,7 +46,7 @@ MONOSEMANTICITY = {
 
 
 def table1_differs(found: Mapping[str, Estimate], column: Mapping[str, float], model: str) -> bool:
-    """Whether ``model`` lies on the other side of CLIP (CLIP itself: of zero) than in the paper."""
+    """Returns whether ``model`` lies on the other side of CLIP (CLIP itself: of zero) than in the paper."""
     if model not in found or not found[model].known:
         return False
     if model == "CLIP":
@@ -57,7 +57,7 @@ def table1_differs(found: Mapping[str, Estimate], column: Mapping[str, float], m
 
 
 def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
-    """The paper's statements on Tables 1 and 2 and Figure 1 that the measured models can speak to."""
+    """Returns the paper's statements on Tables 1 and 2 and Figure 1 that the measured models can test."""
 
     def column(*path: str) -> dict[str, Estimate]:
         found: dict[str, Estimate] = {}
@@ -76,12 +76,12 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
                 f"CLIP+NCL has the highest {word} for {modality}s (Table 1).",
                 column(measure, modality), "CLIP+NCL",
             )  # fmt: skip
-    gaps = {m: size(e) for m, e in column("win_rate", "gap").items()}
+    gaps = {m: magnitude(e) for m, e in column("win_rate", "gap").items()}
     for model in MODELS[1:]:
         if model in gaps and "CLIP" in gaps:
             change = difference(gaps[model], gaps["CLIP"])
             verdict = agreement(change, 1.0)
-            text = f"|Δ| is {fixed(gaps[model].value)} against {fixed(gaps['CLIP'].value)} of CLIP {plus_minus(change)}."
+            text = f"|Δ| is {fixed(gaps[model].value)} against {fixed(gaps['CLIP'].value)} of CLIP {difference_note(change)}."
             out.append(
                 Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text)
             )
@@ -104,7 +104,7 @@ def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]
     rival = max((m for m in found if m != winner), key=lambda m: found[m].value)
     change = difference(found[winner], found[rival])
     best, second = fixed(found[winner].value), fixed(found[rival].value)
-    text = f"{winner} {best}, the best of the others is {rival} with {second} {plus_minus(change)}."
+    text = f"{winner} {best}, the best of the others is {rival} with {second} {difference_note(change)}."
     return [Claim(agreement(change, 1.0), claim, text)]
 
 
@@ -121,7 +121,7 @@ def _signs(word: str, found: dict[str, Estimate], paper: dict[str, float]) -> li
     if against:
         parts.append(f"The sign is the opposite for {joined_by_and(against)}.")
     if unclear:
-        parts.append(f"The interval holds zero for {joined_by_and(unclear)}.")
+        parts.append(f"The interval contains zero for {joined_by_and(unclear)}.")
     verdict: Verdict = "differs" if against else ("open" if unclear else "same")
     return [Claim(verdict, f"{word} monosemanticity: {wanted} (Table 2).", " ".join(parts))]
 
@@ -138,16 +138,16 @@ def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Cla
         )
     if "CLIP" in sigma and "DeCLIP" in sigma:
         wider = difference(sigma["DeCLIP"], sigma["CLIP"])
-        text = (
-            f"σ is {fixed(sigma['DeCLIP'].value)} against {fixed(sigma['CLIP'].value)} {plus_minus(wider)}."
-        )
+        text = f"σ is {fixed(sigma['DeCLIP'].value)} against {fixed(sigma['CLIP'].value)} {difference_note(wider)}."
         out.append(
             Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text)
         )
     for model in ("CLIP+NCL", "CLIP+SAE"):
         if model in mu and "CLIP" in mu:
             half = Estimate(0.5, 0.5, 0.5)
-            change = difference(size(difference(mu[model], half)), size(difference(mu["CLIP"], half)))
+            change = difference(
+                magnitude(difference(mu[model], half)), magnitude(difference(mu["CLIP"], half))
+            )
             text = f"the mean lies {abs(mu[model].value - 0.5):.3f} from one half, CLIP's {abs(mu['CLIP'].value - 0.5):.3f}."
             claim = f"{model} is less skewed to one side than CLIP (Figure 1)."
             out.append(Claim(agreement(change, -1.0), claim, text))

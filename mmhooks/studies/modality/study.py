@@ -1,6 +1,6 @@
-"""Which features of CLIP belong to pictures, to texts, to both: Section 2 of the paper, end to end.
+"""Which features of CLIP belong to images, to texts, or to both: Section 2 of the paper, end to end.
 
-Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top pictures and
+Four models, CLIP, DeCLIP, CLIP+NCL and CLIP+SAE: Tables 1 and 2, the MDS histograms of Figure 1, top images and
 texts of features of each group (Figures 2-4, Tables 3-5), and what masking a group does to retrieval.
 
     python recipes/modality.py --out runs/modality
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.studies.common.heads import head_source
-from mmhooks.studies.common.held_out import about, choose, settle
+from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
 from mmhooks.studies.common.options import as_command, as_settings, study_app
-from mmhooks.studies.common.run import Clock
+from mmhooks.studies.common.run import StepTimer
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.modality.options import Options
 
@@ -34,36 +34,36 @@ def run(options: Options) -> Results:
     import torch
 
     import mmhooks as mm
-    from mmhooks.studies.common.cards import Shown
+    from mmhooks.studies.common.cards import FeatureExample
     from mmhooks.studies.common.encode import encode
     from mmhooks.studies.common.heads import load_heads
     from mmhooks.studies.common.write import write_results
-    from mmhooks.studies.modality.masking import experiment, prepare
-    from mmhooks.studies.modality.measures import Subject, measure_subject, show
+    from mmhooks.studies.modality.masking import masking_effects, model_inputs
+    from mmhooks.studies.modality.measures import StudyModel, choose_examples, measure_model
     from mmhooks.studies.modality.page import report, save_all
     from mmhooks.studies.modality.paper import claims
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
-    clock, cache, seed, out = Clock(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
+    timer, cache, seed, out = StepTimer(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
 
     def encoded(model: Any, name: str) -> Any:
         return encode(model, name, pairs, cache, batch=options.batch, progress=not options.quiet)
 
-    with clock.bars:
-        with clock.step("pairs"):
+    with timer.bars:
+        with timer.step("pairs"):
             on_error = "skip" if options.skip_bad else "raise"
             pairs = mm.data.pairs(options.data, limit=options.limit, seed=seed, on_error=on_error)
-            heldout = settle(pairs, options.data, seed)
-            masked = choose(heldout, options.evaluate, seed)
-        with clock.step("picture and text embedders"):
-            judges = judge(pairs, options)
-        with clock.step("encoders"):
+            heldout = held_out_rows(pairs, options.data, seed)
+            masked = sample_rows(heldout, options.evaluate, seed)
+        with timer.step("picture and text embedders"):
+            embeddings = similarity_embeddings(pairs, options)
+        with timer.step("encoders"):
             clip = encoded(mm.load(options.model, pretrained=options.pretrained), options.model)
             other = load_declip(options)
             declip = None if other is None else encoded(other, "DeCLIP")
-        with clock.step("heads"):
+        with timer.step("heads"):
             unseen = set(heldout)
             seen = [row for row in range(len(pairs)) if row not in unseen]
             sources = {
@@ -73,22 +73,25 @@ def run(options: Options) -> Results:
             heads = load_heads(
                 clip, seen, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
             )
-        subjects = [Subject("CLIP", clip), *([Subject("DeCLIP", declip)] if declip else [])]
-        subjects += [Subject("CLIP+NCL", clip, heads["ncl"]), Subject("CLIP+SAE", clip, heads["sae"])]
+        study_models = [StudyModel("CLIP", clip), *([StudyModel("DeCLIP", declip)] if declip else [])]
+        study_models += [
+            StudyModel("CLIP+NCL", clip, heads["ncl"]),
+            StudyModel("CLIP+SAE", clip, heads["sae"]),
+        ]
         models: dict[str, Any] = {}
-        shown: list[Shown] = []
+        shown: list[FeatureExample] = []
         inputs: dict[str, Any] = {}
-        for s in subjects:
-            with clock.step(f"measures of {s.name}"):
-                models[s.name], found = measure_subject(
-                    s, judges, heldout, top_m=options.top_m, seed=seed, draws=options.draws
+        for s in study_models:
+            with timer.step(f"measures of {s.name}"):
+                models[s.name], found = measure_model(
+                    s, embeddings, heldout, top_m=options.top_m, seed=seed, draws=options.draws
                 )
-                shown += show(s, found, pairs, each=options.each, seed=seed)
-            with clock.step(f"masking {s.name}"):
-                step = clock.bar(f"random masks of {s.name}", 3 * options.draws)
+                shown += choose_examples(s, found, pairs, each=options.each, seed=seed)
+            with timer.step(f"masking {s.name}"):
+                step = timer.bar(f"random masks of {s.name}", 3 * options.draws)
                 if s.encoded.name not in inputs:
-                    inputs[s.encoded.name] = prepare(s.encoded.model, pairs, masked)
-                models[s.name]["masking"] = experiment(
+                    inputs[s.encoded.name] = model_inputs(s.encoded.model, pairs, masked)
+                models[s.name]["masking"] = masking_effects(
                     s,
                     found.mds,
                     pairs,
@@ -99,27 +102,27 @@ def run(options: Options) -> Results:
                     step=step,
                 )
         statements = claims(models)
-        told = about(
+        summary = describe_data(
             pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(heldout)
         )
         results: dict[str, Any] = {
             "settings": as_settings(options) | {"command": as_command("modality", options)},
-            "data": told,
+            "data": summary,
             "models": models,
             "claims": [vars(claim) for claim in statements],
-            "environment": clock.environment(start),
+            "environment": timer.environment(start),
         }
-        with clock.step("figures and page"):
+        with timer.step("figures and page"):
             paths = save_all(results, statements, shown, out, "CLIP+SAE")
-    results["environment"] = clock.environment(start)
+    results["environment"] = timer.environment(start)
     written = write_results(out, results, paths)
     if not options.quiet:
-        report(clock.console, written.found, statements, written.paths)
+        report(timer.console, written.found, statements, written.paths)
     return written
 
 
-def judge(pairs: Any, options: Options) -> dict[str, Any]:
-    """Embeddings by models that are not under study, which say how alike samples are; cached by data and embedder."""
+def similarity_embeddings(pairs: Any, options: Options) -> dict[str, Any]:
+    """Embeds images and texts by models that are not studied, to measure similarity; cached by data and embedder."""
     from mmhooks.models.embedders import image_embedder, text_embedder
 
     texts = text_embedder(options.text_embedder, progress=not options.quiet)
@@ -128,7 +131,7 @@ def judge(pairs: Any, options: Options) -> dict[str, Any]:
 
 
 def load_declip(options: Options) -> Any:
-    """The DeCLIP model: embedded for mini, else the user's own checkpoint; None where there is none."""
+    """Loads the DeCLIP model: the embedded one for mini, else the user's checkpoint; None if there is none."""
     import mmhooks as mm
 
     name = options.declip

@@ -60,10 +60,10 @@ def table1(results: Mapping[str, Any]) -> Table:
             "n image / text",
         ],
         rows,
-        "Table 1. How alike the samples are that activate one feature",
-        "Mean over features (n of them), 95 % bootstrap interval over features, the paper's value below; ≠ where a "
-        "model lies on the other side of CLIP than in the paper. Chance: EmbedSim 0, WinRate .5. The paper's model, "
-        "data and picture embedder are others, so directions can be compared, sizes cannot.",
+        "Table 1. Similarity of the samples that activate one feature",
+        "Mean over n features, 95 % bootstrap interval over features, the paper's value in brackets; ≠ where a "
+        "model lies on the other side of CLIP than in the paper. Chance: EmbedSim 0, WinRate .5. The paper uses another "
+        "model, other data and another image embedder, so directions can be compared, sizes cannot.",
     )
 
 
@@ -86,8 +86,8 @@ def table2(results: Mapping[str, Any]) -> Table:
         ["Modality", *models],
         rows,
         "Table 2. Visual and textual monosemanticity",
-        "Visual: EmbedSim(ImgD) − EmbedSim(TextD) over pictures; textual: EmbedSim(TextD) − EmbedSim(ImgD) over texts. "
-        "≠ where the sign is decided and is not the paper's. Controls: mean and 95 % range over random groups.",
+        "Visual: EmbedSim(ImgD) − EmbedSim(TextD) over images; textual: EmbedSim(TextD) − EmbedSim(ImgD) over texts. "
+        "≠ where the sign is decided and differs from the paper's. Controls: mean and 95 % range over random groups.",
     )
 
 
@@ -154,8 +154,8 @@ def control_table(results: Mapping[str, Any]) -> Table:
         rows,
         "MDS and its controls",
         "r, shuffled pairs: correlation of the scores with those of pairs whose texts were shuffled; close to 1 means "
-        "that MDS is a statistic of the two marginals and hardly of the pairing. r, held-out pairs: with scores of "
-        "pairs that no training saw. Excluded: pairs of samples that the paper's form of EmbedSim must leave out, "
+        "that MDS is a statistic of the two marginals and hardly of the pairing. r, held-out pairs: correlation with the "
+        "scores of pairs that no training saw. Excluded: pairs of samples that the paper's form of EmbedSim must exclude, "
         "because its random baseline is (nearly) zero there. Rare: active on fewer samples than a top list holds.",
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def mask_table(results: Mapping[str, Any]) -> Table:
                     m, group, f"{g['size']:,}",
                     _percent_cell(r["base"]["R@1"]), _percent_cell(g["R@1"]), percent(g["change"], plus=True),
                     f"{percent(g['random_mean'], plus=True)} [{percent(low)}, {percent(high)}]",
-                    _harm(g),
+                    _effect_against_random(g),
                 ]
             )  # fmt: skip
     return Table(
@@ -184,16 +184,16 @@ def mask_table(results: Mapping[str, Any]) -> Table:
             "R@1 after",
             "change",
             "random masks, same size",
-            "harm",
+            "effect",
         ],
         rows,
-        "What masking a group does to image→text retrieval",
+        "Effect of masking a group on image→text retrieval",
         mask_note(results),
         text_columns=(0, 1, 7),
     )
 
 
-def _harm(group: Mapping[str, Any]) -> str:
+def _effect_against_random(group: Mapping[str, Any]) -> str:
     if not group["size"]:
         return "nothing to mask"
     return {"less": "less than random", "more": "more than random", "": "like random"}[group["beyond"]]

@@ -1,4 +1,4 @@
-"""Zero-shot segmentation by token contributions."""
+"""Zero-shot segmentation by the contributions of image tokens."""
 
 from mmhooks.studies.segmentation.study import Options, run
 

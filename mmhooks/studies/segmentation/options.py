@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import NoBar, Out, PictureBatch, Pretrained, VitModel
+from mmhooks.studies.common.options import ImageBatch, NoBar, Out, Pretrained, VitModel
 
 Data = Annotated[
     str,
@@ -17,8 +17,8 @@ Data = Annotated[
         "masks/NAME.png and classes.csv (file,class)."
     ),
 ]
-Limit = Annotated[int, typer.Option(min=2, help="At most so many pictures.")]
-Seed = Annotated[int, typer.Option(help="Of the choice, the grounds and the bootstrap.")]
+Limit = Annotated[int, typer.Option(min=2, help="At most this many images.")]
+Seed = Annotated[int, typer.Option(help="Of the sampled images, the backgrounds and the bootstrap.")]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class Options:
     data: Data = "mini"
     limit: Limit = 400
     seed: Seed = 0
-    batch: PictureBatch = 16
+    batch: ImageBatch = 16
     out: Out = Path("runs/segmentation")
     quiet: NoBar = False

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def left_out(n: int) -> list[str]:
-    """A note on the pictures that the crop spoils, where there are any."""
-    return [f"{n} pictures are left out: the model's crop shows only object, or only ground."] if n else []
+    """Returns a note on the images that the crop makes unusable, if there are any."""
+    return [f"{n} images are left out: the model's crop shows only object, or only background."] if n else []
 
 
 def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
-    """Token contributions against every baseline: paired difference of mIoU."""
+    """Compares token contributions with every baseline: paired difference of mIoU."""
     ours, rest = scores[0], scores[1:]
     claims = []
     for other in rest:
@@ -35,17 +35,17 @@ def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
 
 
 def table(kind: str, scores: Sequence[Any]) -> Table:
-    """The scores of every method, over the pictures on one kind of ground."""
+    """Returns the scores of every method, over the images with one kind of background."""
     best = {what: max(getattr(s, what).value for s in scores) for what in ("pixel_accuracy", "miou", "map")}
     rows = [[s.name, *(Cell.of(e := getattr(s, w), best=e.value == best[w]) for w in best)] for s in scores]
-    caption = f"Segmentation of {len(scores[0].ious)} pictures" + (
-        "" if kind == "all" else f", {kind} grounds"
+    caption = f"Segmentation of {len(scores[0].ious)} images" + (
+        "" if kind == "all" else f", {kind} backgrounds"
     )
     return Table(["Method", "Pixel accuracy", "mIoU", "mAP"], rows, caption)
 
 
-def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], scores: Sequence[Any]) -> Plot:
-    """Six pictures, evenly spaced by our own mIoU, from the worst to the best."""
+def image_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], scores: Sequence[Any]) -> Plot:
+    """Shows six images, evenly spaced by the mIoU of token contributions, from the worst to the best."""
     from matplotlib.figure import Figure
 
     order = scores[0].ious.argsort().tolist()
@@ -55,7 +55,7 @@ def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], sc
         figure = Figure(figsize=(1.35 * (len(maps) + 2), 1.5 * len(shown)), layout="constrained")
         axes = figure.subplots(len(shown), len(maps) + 2, squeeze=False)
         for number, (row, i) in enumerate(zip(axes, shown, strict=True)):
-            row[0].imshow(samples[i].picture)
+            row[0].imshow(samples[i].image)
             row[0].set_ylabel(one_line(samples[i].name[:18]), fontsize=8)
             row[1].imshow(masks[i], cmap="gray")
             for axis, (name, found) in zip(row[2:], maps.items(), strict=True):
@@ -64,11 +64,11 @@ def picture_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], sc
                     axis.set_title(name, fontsize=8)
             for axis in row:
                 axis.set(xticks=[], yticks=[])
-        axes[0][0].set_title("picture", fontsize=8)
+        axes[0][0].set_title("image", fontsize=8)
         axes[0][1].set_title("mask", fontsize=8)
         return figure
 
-    light, dark = draw(make, alt="Pictures, their masks and the maps of every method")
+    light, dark = draw(make, alt="Images, their masks and the maps of every method")
     return Plot(
-        light, dark, "Pictures evenly spaced by mIoU of token contributions: the worst first, the best last."
+        light, dark, "Images evenly spaced by mIoU of token contributions: the worst first, the best last."
     )

@@ -1,4 +1,4 @@
-"""Pictures with an object's exact mask and its name: drawings on grounds, a folder, or ImageNet-Segmentation's own file."""
+"""Images with an object's exact mask and name: drawings on backgrounds, a folder, or ImageNet-Segmentation's file."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, where its object is, and the object's name."""
+    """An image, the mask and name of its object, and the kind of background."""
 
-    picture: Image.Image
+    image: Image.Image
     mask: np.ndarray
     name: str
     ground: str
 
 
 def samples_of(data: str, limit: int, seed: int) -> tuple[list[Sample], str]:
-    """Samples and their attribution: ``mini``, the file ``gtsegs_ijcv.mat``, or a folder."""
+    """Returns samples and their attribution: of ``mini``, the file ``gtsegs_ijcv.mat``, or a folder."""
     if data == "mini":
         return drawings(limit, seed)
     return (from_mat if data.endswith(".mat") else from_folder)(data, limit, seed)
 
 
 def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
-    """OpenMoji drawings of animals, food, things and plants that fill a tenth to two thirds of the picture, half of
-    them on each kind of ground."""
+    """Returns OpenMoji drawings of animals, food, things and plants that cover 5 to 70 % of the image.
+
+    Half of them are on each kind of background.
+    """
     import mmhooks as mm
     from mmhooks.data.synthetic.backgrounds import ground, put_on
 
@@ -44,19 +46,19 @@ def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
         kind = ("photo-like", "patterned")[len(samples) % 2]
         background = ground(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
         at = (float(draw.random()), float(draw.random()))
-        picture, mask = put_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
+        image, mask = put_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
         if 0.05 < mask.mean() < 0.7:
-            samples.append(Sample(picture, mask, pairs.texts[i], kind))
+            samples.append(Sample(image, mask, pairs.texts[i], kind))
         if len(samples) == limit:
             break
     return samples, f"{pairs.attribution} Licence of the drawings: {pairs.licence}."
 
 
 def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample], str]:
-    """``images/NAME.*``, ``masks/NAME.png`` (object: not 0) and ``classes.csv`` with the columns file and class.
+    """Reads ``images/NAME.*``, ``masks/NAME.png`` (object: not 0) and ``classes.csv`` with the columns file and class.
 
     Raises:
-        DataError: something of these is missing; names the first.
+        DataError: one of these is missing or unusable; names the first.
     """
     from mmhooks.data.sources.images import open_image, open_mask, rgb
     from mmhooks.data.sources.local_files import Home
@@ -66,7 +68,7 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
     listing = place / "classes.csv"
     if not listing.is_file():
         raise DataError(
-            f"{listing} is missing: a table with the columns file and class, a row a picture in images/"
+            f"{listing} is missing: expected a table with the columns file and class, one row per image in images/"
         )
     rows = _rows(listing)
     home = Home(place)
@@ -78,14 +80,14 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
             if not path.is_file():
                 raise DataError(f"{listing} names {file!r}, but {path} is not there")
         try:
-            picture = rgb(open_image(home.read(f"images/{file}")))
+            image = rgb(open_image(home.read(f"images/{file}")))
             mask = open_mask(home.read(str(mask_name)))
         except DataError as fault:
             raise DataError(f"{listing} names {file!r}: its image or mask cannot be used: {fault}") from fault
-        if mask.shape != (picture.height, picture.width):
-            raise DataError(f"{listing}: the image {file!r} is {picture.size}, its mask {mask.shape[::-1]}")
-        samples.append(Sample(picture, mask, name, "photographs"))
-    return samples, f"Pictures: {place.name}."
+        if mask.shape != (image.height, image.width):
+            raise DataError(f"{listing}: the image {file!r} is {image.size}, its mask {mask.shape[::-1]}")
+        samples.append(Sample(image, mask, name, "photographs"))
+    return samples, f"Images: {place.name}."
 
 
 def _rows(listing: Path) -> list[dict[str, str]]:
@@ -97,55 +99,60 @@ def _rows(listing: Path) -> list[dict[str, str]]:
     if bad is not None:
         raise DataError(f"{listing}, line {bad.number}: {bad.fault}")
     if not lines:
-        raise DataError(f"{listing} needs the columns file and class and at least one row")
+        raise DataError(f"{listing}: expected the columns file and class and at least one row, got no row")
     return [line.entry for line in lines]
 
 
 def from_mat(path: str | Path, limit: int, seed: int) -> tuple[list[Sample], str]:
-    """ImageNet-Segmentation as it is distributed: one MATLAB 7.3 file (HDF5) with a struct ``value`` of 4,276 pictures
-    ``img``, masks ``gt`` (each in a cell) and WordNet ids ``target`` (Guillaumin et al. 2014). MATLAB stores columns
-    first, so every array lies transposed.
+    """Reads ImageNet-Segmentation from the file that is distributed, in MATLAB 7.3 format (HDF5).
+
+    Its struct ``value`` has 4,276 images ``img``, masks ``gt`` (each in a cell) and WordNet ids ``target`` (Guillaumin
+    et al. 2014). MATLAB stores columns first, so every array is transposed.
 
     Raises:
-        DataError: no such file, not HDF5, a field missing, or a mask that does not fit its picture.
+        DataError: no such file, not HDF5, a missing field, or a mask that does not fit its image.
     """
     from mmhooks.errors import DataError
 
     try:
         import h5py
     except ImportError as error:
-        raise DataError("a .mat file of MATLAB 7.3 is read by h5py: pip install h5py") from error
+        raise DataError("reading a .mat file of MATLAB 7.3 needs h5py: pip install h5py") from error
     file_path = Path(path).expanduser()
     if not file_path.is_file():
         raise DataError(f"{file_path} is not there")
     if not h5py.is_hdf5(file_path):
-        raise DataError(f"{file_path} is no HDF5 file, which MATLAB 7.3 and gtsegs_ijcv.mat are")
+        raise DataError(
+            f"{file_path} is not an HDF5 file: expected MATLAB 7.3, the format of gtsegs_ijcv.mat"
+        )
     samples = []
     file: Any
     with h5py.File(file_path) as file:
         missing = [field for field in ("img", "gt", "target") if f"value/{field}" not in file]
         if missing:
-            raise DataError(f"{file_path} lacks value/{', value/'.join(missing)}; it has {', '.join(file)}")
+            raise DataError(
+                f"{file_path}: missing value/{', value/'.join(missing)}; it has {', '.join(file)}"
+            )
         images, masks, targets = (np.ravel(file[f"value/{field}"][()]) for field in ("img", "gt", "target"))
         for i in chosen(len(images), limit, seed):
             pixels = np.asarray(file[images[i]])
-            if pixels.ndim == 2:  # a grey picture
+            if pixels.ndim == 2:  # a greyscale image
                 pixels = np.stack([pixels] * 3)
             mask = np.asarray(file[np.ravel(file[masks[i]][()])[0]]).T
             if mask.shape != pixels.T.shape[:2]:
                 raise DataError(
-                    f"{file_path}, picture {i}: mask {mask.shape}, picture {pixels.T.shape[:2]} (rows, columns)"
+                    f"{file_path}, image {i}: mask {mask.shape}, image {pixels.T.shape[:2]} (rows, columns)"
                 )
             wordnet = "".join(map(chr, np.ravel(file[targets[i]][()])))
             samples.append(Sample(Image.fromarray(pixels.T), mask > 0, synset_name(wordnet), "photographs"))
-    return samples, f"Pictures: ImageNet-Segmentation ({file_path.name})."
+    return samples, f"Images: ImageNet-Segmentation ({file_path.name})."
 
 
 def synset_name(wordnet: str) -> str:
-    """The first name of an ImageNet class by its WordNet id, from timm's tables.
+    """Returns the first name of an ImageNet class by its WordNet id, from timm's tables.
 
     Raises:
-        DataError: an id that ImageNet-22k does not have.
+        DataError: an id that is not in ImageNet-22k.
     """
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -155,20 +162,22 @@ def synset_name(wordnet: str) -> str:
         info = ImageNetInfo(table)
         if wordnet in info.label_names():
             return info.label_name_to_description(wordnet).split(",")[0].strip()
-    raise DataError(f"{wordnet!r} is no WordNet id of ImageNet")
+    raise DataError(f"{wordnet!r} is not a WordNet id of ImageNet")
 
 
 def chosen(n: int, limit: int, seed: int) -> list[int]:
-    """At most ``limit`` of ``n`` rows, in their order."""
+    """Samples at most ``limit`` of ``n`` rows, sorted."""
     return sorted(np.random.default_rng(seed).permutation(n)[:limit].tolist())
 
 
 def prepared(preprocess: Any, samples: Sequence[Sample]) -> tuple[list[Sample], Any, Any]:
-    """Samples, their pixels, and masks as the model sees them: the mask takes the way of its picture, as black and
-    white. Pictures of whose mask the model's crop leaves nothing, or nothing else, are left out.
+    """Preprocesses the samples: returns them with their pixels, and their masks as the model sees them.
+
+    A mask is preprocessed like its image, as black and white. Images whose crop shows no object, or only object, are
+    left out.
 
     Raises:
-        DataError: fewer than two pictures are left.
+        DataError: fewer than two images are left.
     """
     import torch
 
@@ -185,10 +194,11 @@ def prepared(preprocess: Any, samples: Sequence[Sample]) -> tuple[list[Sample], 
         mask = ((grey - black) / (white - black)).mean(0) > 0.5
         if bool(mask.any()) and not bool(mask.all()):
             kept.append(sample)
-            pixels.append(preprocess(sample.picture))
+            pixels.append(preprocess(sample.image))
             masks.append(mask)
     if len(kept) < 2:
         raise DataError(
-            f"{len(kept)} of {len(samples)} pictures show both object and ground after the model's crop; at least 2 are needed"
+            f"expected at least 2 images that show both object and background after the model's crop, got {len(kept)} of "
+            f"{len(samples)}; give larger images or other --data"
         )
     return kept, torch.stack(pixels), torch.stack(masks)

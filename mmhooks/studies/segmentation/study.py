@@ -1,7 +1,7 @@
 """Zero-shot segmentation by the tokens' contributions along a class's text, against four attention baselines.
 
-Section 5 of "Interpreting CLIP's Image Representation via Text-Based Decomposition". By default on drawings whose
-exact masks are known, laid on photograph-like and patterned grounds; or on ImageNet-Segmentation's own file, or a folder.
+Section 5 of "Interpreting CLIP's Image Representation via Text-Based Decomposition". By default on drawings with exact
+masks, on photograph-like and patterned backgrounds; or on ImageNet-Segmentation's own file, or a folder.
 
     python recipes/segmentation.py --out runs/segmentation
     python recipes/segmentation.py --model ViT-B-16 --pretrained laion2b_s34b_b88k --data gtsegs_ijcv.mat
@@ -26,7 +26,7 @@ def run(options: Options) -> Results:
     results.
 
     Raises:
-        DataError: data that cannot be used, or hardly any picture that shows both object and ground.
+        DataError: data that cannot be used, or fewer than two images that show both object and background.
 
     >>> found = run(Options(limit=24, quiet=True))                               # doctest: +SKIP
     >>> found["scores"]["all"]["token contributions"]["miou"]                    # doctest: +SKIP
@@ -38,8 +38,8 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.attribution.segmentation_scores import segmentation_scores
     from mmhooks.models.clip.embed_texts import embed_texts
     from mmhooks.studies.common.run import environment
-    from mmhooks.studies.common.write import show, write_study
-    from mmhooks.studies.segmentation.page import compared, left_out, picture_plot, table
+    from mmhooks.studies.common.write import print_study, write_study
+    from mmhooks.studies.segmentation.page import compared, image_plot, left_out, table
     from mmhooks.studies.segmentation.samples import prepared, samples_of
 
     torch.manual_seed(options.seed)
@@ -75,28 +75,28 @@ def run(options: Options) -> Results:
     written = write_study(
         Path(options.out),
         results,
-        title="Where in the picture is it? Zero-shot segmentation by token contributions",
-        lead=f"{len(samples)} pictures of {len(names)} things, model {options.model}. Every map is cut at its own mean; "
-        "mIoU is the mean over pictures of the IoU of object and ground; intervals are 95 % bootstrap over pictures.",
+        title="Where in the image is it? Zero-shot segmentation by token contributions",
+        lead=f"{len(samples)} images of {len(names)} objects, model {options.model}. Every map is thresholded at its own mean; "
+        "mIoU is the mean over images of the IoU of object and background; intervals are 95 % bootstrap over images.",
         claims=claims,
         tables=tables,
-        plots={"maps": picture_plot(samples, masks, maps, scores["all"])},
+        plots={"maps": image_plot(samples, masks, maps, scores["all"])},
         notes=[
-            "A picture's direction is its class's unit text embedding less the mean of all classes'. Raw attention and "
-            "rollout know no text. All methods read the same sites of the same model; none is tuned.",
+            "An image's direction is the unit text embedding of its class minus the mean of all classes'. Raw attention and "
+            "rollout do not use the text. All methods read the same sites of the same model; none is tuned.",
             *left_out(missing),
         ],
         attribution=attribution,
     )
     if not options.quiet:
-        show(written.found, tables, claims, written.paths)
+        print_study(written.found, tables, claims, written.paths)
     return written
 
 
 def heat_maps(
     model: Any, pixels: Tensor, directions: Tensor, *, batch: int, progress: bool
 ) -> dict[str, Tensor]:
-    """Each method's heat of every picture along its direction, ``[n h w]``."""
+    """Returns each method's heat maps of every image along its direction, ``[n h w]``."""
     import torch
 
     from mmhooks.analysis.attribution.saliency import METHODS

@@ -1,4 +1,4 @@
-"""Attention heads that carry the background, ablated."""
+"""Ablation of attention heads that carry a spurious background."""
 
 from mmhooks.studies.spurious.study import Options, run
 

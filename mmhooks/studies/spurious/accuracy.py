@@ -1,4 +1,4 @@
-"""Who is classified rightly without some attention heads, and what that says: worst groups, intervals, claims."""
+"""Classification without some attention heads: worst-group accuracy, intervals, comparisons and claims."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.studies.spurious.page import counted
+from mmhooks.studies.spurious.page import count_text
 
 Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Which pictures are classified rightly with some heads ablated, live."""
+    """Classifies scenes with some attention heads mean-ablated live; returns which images are correct."""
 
     hooked: Any
     means: dict[str, Tensor]
@@ -36,14 +36,14 @@ class Runner:
 
 
 def worst_group(right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
-    """Accuracy of the group with the lowest; groups without a picture do not count."""
+    """Returns the lowest accuracy of a group; groups without an image do not count."""
     return min(float(right[groups == g].float().mean()) for g in groups.unique().tolist())
 
 
-def measured(
+def accuracy_estimates(
     right: Bool[Tensor, " n"], groups: Int[Tensor, " n"], shares: Float[Tensor, " 4"], seed: int
 ) -> dict[str, Any]:
-    """Accuracy of every group (Wilson), the worst group's and the weighted average (bootstrap within groups)."""
+    """Returns the accuracy of every group (Wilson), of the worst group, and the weighted average (group bootstrap)."""
     from mmhooks.analysis.statistics.intervals import from_draws, wilson
     from mmhooks.studies.spurious.samples import GROUPS
 
@@ -60,7 +60,7 @@ def measured(
 def group_draws(
     right: Bool[Tensor, "k n"], groups: Int[Tensor, " n"], seed: int, draws: int = 2000
 ) -> tuple[Float[Tensor, "k draws g"], Float[Tensor, "k g"]]:
-    """Accuracy of every group in bootstrap samples, the same pictures for all ``k``, and as it was."""
+    """Returns the accuracy of every group in bootstrap samples, the same images for all ``k``; and the observed one."""
     generator = torch.Generator().manual_seed(seed)
     drawn, own = [], []
     for g in groups.unique().tolist():
@@ -71,14 +71,14 @@ def group_draws(
     return torch.stack(drawn, 2), torch.stack(own, 1)
 
 
-def spread(values: Float[Tensor, " draws"]) -> Any:
-    """Mean over random heads, and the range of the central 95 %."""
+def mean_and_range(values: Float[Tensor, " draws"]) -> Any:
+    """Returns the mean over random heads, and the range of the central 95 %."""
     from mmhooks.analysis.statistics.intervals import from_draws
 
     return from_draws(float(values.mean()), values.double(), len(values))
 
 
-def compared(
+def compare_with_controls(
     name: str,
     counts: Sequence[int],
     right: dict[str, Tensor],
@@ -86,11 +86,13 @@ def compared(
     random: Any,
     seed: int,
 ) -> list[tuple[Any, str, str]]:
-    """Worst group against the plain model's (paired bootstrap), and against random heads (the interval lies above the
-    central 95 % of the draws)."""
+    """Compares the worst group with the plain model's (paired bootstrap) and with random heads.
+
+    Against random heads a claim holds if the interval lies above the central 95 % of the draws.
+    """
     from mmhooks.analysis.statistics.intervals import from_draws
 
-    what = f"{counted(counts)} by {name}, ablated,"
+    what = f"{count_text(counts)} by {name}, ablated,"
     if not any(counts):
         return [
             (
@@ -122,10 +124,10 @@ def compared(
     return claims
 
 
-def random_spread(trials: Sequence[Sequence[Bool[Tensor, " n"]]], groups: Int[Tensor, " m"]) -> Any:
-    """The worst group of all splits together, draw by draw of random heads: mean and range."""
+def worst_group_of_random(trials: Sequence[Sequence[Bool[Tensor, " n"]]], groups: Int[Tensor, " m"]) -> Any:
+    """Returns mean and range, over draws of random heads, of the worst group of all splits together."""
     worst = [worst_group(torch.cat(parts), groups) for parts in zip(*trials, strict=True)]
-    return spread(torch.tensor(worst))
+    return mean_and_range(torch.tensor(worst))
 
 
 def claims_of(
@@ -135,14 +137,14 @@ def claims_of(
     randoms: dict[str, Any],
     seed: int,
 ) -> list[tuple[Any, str, str]]:
-    """What is claimed of every way of choosing heads, over all splits."""
+    """Returns the claims on every way of choosing heads, over all splits."""
     claims = []
     for name in trials[0].chosen:
         counts = [len(t.chosen[name]) for t in trials]
-        made = compared(name, counts, right, groups, randoms[name], seed)
-        if name == "TextSpan":  # where it fails, this is why: the texts do not reach what the head carries
+        made = compare_with_controls(name, counts, right, groups, randoms[name], seed)
+        if name == "TextSpan":  # a failure has this reason: the texts span little of what the head carries
             reach = max(t.reach for t in trials)
             why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any attention head's variance"
-            made = [(v, claim, told if v == "same" else told + why) for v, claim, told in made]
+            made = [(v, claim, found if v == "same" else found + why) for v, claim, found in made]
         claims += made
     return claims

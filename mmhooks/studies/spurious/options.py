@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import NoBar, Out, PictureBatch, Pretrained, VitModel
+from mmhooks.studies.common.options import ImageBatch, NoBar, Out, Pretrained, VitModel
 
 Data = Annotated[
     str,
@@ -20,17 +20,21 @@ Place = Annotated[str, typer.Option(help="Column of the background, 0 or 1, for 
 Pool = Annotated[str, typer.Option(help="Texts with kinds: general, or a file, one a line.", hidden=True)]
 Kinds = Annotated[str, typer.Option(help="Kinds of the text pool that are backgrounds.")]
 Correlation = Annotated[
-    float, typer.Option(help="Animals that stand where they live, where heads are chosen.")
+    float, typer.Option(help="Share of animals on their own background, where heads are chosen.")
 ]
-Scale = Annotated[float, typer.Option(help="Width of an animal in its picture.")]
-Layers = Annotated[int, typer.Option(min=1, help="Attention heads of so many last layers are looked at.")]
-Limit = Annotated[int, typer.Option(min=8, help="Pictures to choose on, and to judge by, in every split.")]
+Scale = Annotated[float, typer.Option(help="Width of an animal in its image.")]
+Layers = Annotated[int, typer.Option(min=1, help="Attention heads of this many last layers are considered.")]
+Limit = Annotated[
+    int, typer.Option(min=8, help="Images for choosing heads, and for evaluation, in every split.")
+]
 Splits = Annotated[
     int,
-    typer.Option(min=1, help="Splits of the drawn animals into those chosen on and judged by, pooled."),
+    typer.Option(
+        min=1, help="Splits of the drawn animals into those for choosing and for evaluation, pooled."
+    ),
 ]
 Draws = Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")]
-Seed = Annotated[int, typer.Option(help="Of pictures, bootstrap and random attention heads.")]
+Seed = Annotated[int, typer.Option(help="Of images, bootstrap and random attention heads.")]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,6 @@ class Options:
     splits: Splits = 4
     draws: Draws = 10
     seed: Seed = 0
-    batch: PictureBatch = 64
+    batch: ImageBatch = 64
     out: Out = Path("runs/spurious")
     quiet: NoBar = False

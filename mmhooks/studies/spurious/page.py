@@ -1,4 +1,4 @@
-"""Tables and figure of the study in ``spurious.py``."""
+"""Tables and figure of the spurious-cue study."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def counted(counts: Sequence[int], kind: str = "") -> str:
-    """``1 attention head``, ``4 to 10 random attention heads``: so many in every split."""
+def count_text(counts: Sequence[int], kind: str = "") -> str:
+    """``1 attention head``, ``4 to 10 random attention heads``: the number in each split."""
     low, high = min(counts), max(counts)
     number = str(low) if low == high else f"{low} to {high}"
     return " ".join(
@@ -31,7 +31,7 @@ def accuracy_table(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
 
 
 def splits_table(worst: dict[str, list[float]], heads: dict[str, list[list[str]]]) -> Any:
-    """The worst group of every split, and how many attention heads were ablated for it."""
+    """Returns the worst group of every split, and how many attention heads were ablated."""
     from mmhooks.report import Table
 
     rows = []

@@ -1,4 +1,4 @@
-"""Waterbirds-shaped data: land and water animals before land and water, drawn from a seed or read through ``datasets``."""
+"""Waterbirds-like data: land and water animals on land and water, drawn from a seed or read through ``datasets``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ WATER = [
 
 @dataclass(frozen=True)
 class Scenes:
-    """Pictures, what animal is on them (1: of the water), and where it stands (1: water)."""
+    """Images, the kind of their animal (1: water animal), and their background (1: water)."""
 
     pixels: Float[Tensor, "n 3 h w"]
     animals: Int[Tensor, " n"]
@@ -90,8 +90,8 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Scenes to choose attention heads on, scenes to judge by, of other animals; and the names of both classes."""
+class Split:
+    """Scenes for choosing attention heads, scenes of other animals for evaluation, and the names of both classes."""
 
     choose: Scenes
     judge: Scenes
@@ -100,32 +100,35 @@ class Study:
     attribution: str
 
 
-def load_splits(preprocess: Any, options: Options) -> list[Study]:
-    """Splits of the drawn animals, or the one split that a data set has.
+def load_splits(preprocess: Any, options: Options) -> list[Split]:
+    """Returns several splits of the drawn animals, or the one split of a data set.
 
     Raises:
-        DataError: a data set that is not of this shape.
+        DataError: a data set without the required splits or columns.
     """
     if options.data == "mini":
         seeds = range(options.seed, options.seed + options.splits)
         return [
-            drawn(
+            drawn_split(
                 preprocess, n=options.limit, correlation=options.correlation, scale=options.scale, seed=seed
             )
             for seed in seeds
         ]
     one, other = (text.strip() for text in options.classes.split(",", 1))
     return [
-        real(
+        dataset_split(
             preprocess, options.data, label=options.label, place=options.place, names=(one, other),
             limit=options.limit, seed=options.seed,
         )
     ]  # fmt: skip
 
 
-def drawn(preprocess: Any, *, n: int, correlation: float, scale: float, seed: int) -> Study:
-    """Animals of one half of the species to choose on, ``correlation`` of them where they live; of the other half to
-    judge by, all four groups alike."""
+def drawn_split(preprocess: Any, *, n: int, correlation: float, scale: float, seed: int) -> Split:
+    """Draws one split: half of the species for choosing heads, the other half for evaluation.
+
+    Where heads are chosen, a share of ``correlation`` is on its own background; in evaluation all four groups have
+    equal size.
+    """
     import mmhooks as mm
 
     pairs = mm.data.pairs("mini")
@@ -141,7 +144,7 @@ def drawn(preprocess: Any, *, n: int, correlation: float, scale: float, seed: in
     judge = _scenes(pairs, preprocess, [h[1] for h in halves], groups // 2, groups % 2, scale, draw)
     names = ([pairs.texts[i] for i in species[0]], [pairs.texts[i] for i in species[1]])
     shares = torch.bincount(choose.groups, minlength=4).float() / n
-    return Study(
+    return Split(
         choose, judge, names, shares, f"{pairs.attribution} Licence of the drawings: {pairs.licence}."
     )
 
@@ -169,14 +172,15 @@ def _scenes(
     return Scenes(torch.stack(pixels), torch.tensor(animals), torch.tensor(places))
 
 
-def real(
+def dataset_split(
     preprocess: Any, source: str, *, label: str, place: str, names: tuple[str, str], limit: int, seed: int
-) -> Study:
-    """A data set with columns ``image``, ``label`` and ``place`` (0 or 1 each): heads are chosen on its validation split
-    and judged on its test split, which must differ.
+) -> Split:
+    """Reads a data set with columns ``image``, ``label`` and ``place`` (0 or 1 each).
+
+    Heads are chosen on its validation split and evaluated on its test split, which must differ.
 
     Raises:
-        DataError: no such splits or columns, labels that are not 0 and 1, or a group without a picture.
+        DataError: no such splits or columns, labels that are not 0 and 1, or a group without an image.
     """
     from pathlib import Path
 
@@ -207,17 +211,17 @@ def real(
         )
         if counts is None or (counts == 0).any():
             raise DataError(
-                f"{source}, {split}: {label} and {place} must be 0 or 1 and all four groups have pictures; "
-                f"counts of the groups: {'–' if counts is None else counts.tolist()}"
+                f"{source}, {split}: expected {label} and {place} of 0 or 1 and images in all four groups, got "
+                f"{'other values' if counts is None else f'groups of {counts.tolist()} images'}; give another split"
             )
         scenes[split] = Scenes(torch.stack([preprocess(r["image"].convert("RGB")) for r in rows]), y, p)
     shares = torch.bincount(scenes["validation"].groups, minlength=4).float() / len(
         scenes["validation"].places
     )
-    return Study(
+    return Split(
         scenes["validation"],
         scenes["test"],
         ([names[0]], [names[1]]),
         shares,
-        f"Pictures: {Path(source).name}.",
+        f"Images: {Path(source).name}.",
     )

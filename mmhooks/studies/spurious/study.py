@@ -1,8 +1,8 @@
-"""Taking a spurious cue out of CLIP: attention heads that carry the background, ablated live.
+"""Removing a spurious cue from CLIP: attention heads that carry the background, mean-ablated live.
 
-Section 4 of "Interpreting CLIP's Image Representation via Text-Based Decomposition", on a Waterbirds-shaped task: land
-and water animals before land and water. TextSpan names each attention head; those whose texts are places are set to
-their mean. They are chosen on other pictures, of other animals, than they are judged on.
+Section 4 of "Interpreting CLIP's Image Representation via Text-Based Decomposition", on a Waterbirds-like task: land
+and water animals on land and water. TextSpan describes each attention head; those whose texts are places are set to
+their mean. They are chosen on other images, of other animals, than they are evaluated on.
 
     python recipes/spurious.py --out runs/spurious
     python recipes/spurious.py --model ViT-L-14 --pretrained laion2b_s32b_b82k --data waterbirds/
@@ -34,8 +34,13 @@ def run(options: Options) -> Results:
     import mmhooks as mm
     from mmhooks.models.clip.embed_texts import embed_texts
     from mmhooks.studies.common.run import environment
-    from mmhooks.studies.common.write import show, write_study
-    from mmhooks.studies.spurious.accuracy import claims_of, measured, random_spread, worst_group
+    from mmhooks.studies.common.write import print_study, write_study
+    from mmhooks.studies.spurious.accuracy import (
+        accuracy_estimates,
+        claims_of,
+        worst_group,
+        worst_group_of_random,
+    )
     from mmhooks.studies.spurious.page import accuracy_table, groups_plot, heads_table, splits_table
     from mmhooks.studies.spurious.samples import load_splits
     from mmhooks.studies.spurious.trials import trial
@@ -60,8 +65,10 @@ def run(options: Options) -> Results:
     groups = torch.cat([split.judge.groups for split in splits])
     shares = torch.stack([split.shares for split in splits]).mean(0)
     right = {name: torch.cat([t.right[name] for t in trials]) for name in trials[0].right}
-    accuracy = {name: measured(own, groups, shares, options.seed) for name, own in right.items()}
-    randoms = {name: random_spread([t.random[name] for t in trials], groups) for name in trials[0].chosen}
+    accuracy = {name: accuracy_estimates(own, groups, shares, options.seed) for name, own in right.items()}
+    randoms = {
+        name: worst_group_of_random([t.random[name] for t in trials], groups) for name in trials[0].chosen
+    }
     claims = claims_of(trials, right, groups, randoms, options.seed)
     heads = {name: [[f"{n}.{h}" for n, h in t.chosen[name]] for t in trials] for name in trials[0].chosen}
     worst = {
@@ -91,9 +98,9 @@ def run(options: Options) -> Results:
     written = write_study(
         Path(options.out),
         results,
-        title="A background taken out of CLIP: attention heads against a spurious cue",
-        lead=f"Land and water animals before land and water, model {options.model}. Attention heads of the last "
-        f"{options.layers} layers are chosen on {n_chosen} pictures and judged on {len(groups)} others, of other "
+        title="Removing a spurious background from CLIP by ablating attention heads",
+        lead=f"Land and water animals on land and water, model {options.model}. Attention heads of the last "
+        f"{options.layers} layers are chosen on {n_chosen} images and evaluated on {len(groups)} others, of other "
         f"animals where they are drawn; splits: {len(splits)}. An attention head's output is set, live, to its mean "
         "over the former.",
         claims=claims,
@@ -102,14 +109,14 @@ def run(options: Options) -> Results:
         notes=[
             f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {options.kinds}. "
             "Contrast: by how much an attention head moves "
-            "along the difference of the class texts when the background changes, animals held fixed. How many of each: the "
-            "number with the best worst group where they are chosen, in every split anew. Random: as many of the same layers, "
-            f"{options.draws} draws. The average is weighted by the groups' shares where heads are chosen."
+            "along the difference of the class texts when the background changes, animals held fixed. Number of heads: the "
+            "one with the best worst group where they are chosen, separately in every split. Random: as many of the same "
+            f"layers, {options.draws} draws. The average is weighted by the groups' shares where heads are chosen."
         ],
         attribution=splits[0].attribution,
     )
     if not options.quiet:
-        show(written.found, tables, claims, written.paths)
+        print_study(written.found, tables, claims, written.paths)
     return written
 
 

@@ -1,4 +1,4 @@
-"""One split of the spurious-cue study: attention heads chosen on some animals and judged on others."""
+"""One split of the spurious-cue study: attention heads chosen on some animals and evaluated on others."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmhooks.errors import DataError
 from mmhooks.models.clip.embed_texts import embed_texts
 from mmhooks.studies.spurious.accuracy import Head, Runner, worst_group
 from mmhooks.studies.spurious.options import Options
-from mmhooks.studies.spurious.page import counted
-from mmhooks.studies.spurious.samples import Scenes, Study
+from mmhooks.studies.spurious.page import count_text
+from mmhooks.studies.spurious.samples import Scenes, Split
 from mmhooks.utils.progress import track
 
 SIZES = (1, 2, 3, 4, 6, 8, 10)  # how many attention heads of a ranking are tried
@@ -28,8 +28,13 @@ SIZES = (1, 2, 3, 4, 6, 8, 10)  # how many attention heads of a ranking are trie
 
 @dataclass(frozen=True)
 class Trial:
-    """What one split gave: the heads of every way of choosing, who is classified rightly without them, and as much for
-    random ones; every head's texts and the largest share of a head's variance that texts of backgrounds span."""
+    """Results of one split.
+
+    Attributes:
+        chosen: the heads by way of choosing. right: which images are classified correctly without them.
+        random: the same for as many random heads, draw by draw. texts: of every head.
+        reach: the largest share of a head's variance that texts of backgrounds span.
+    """
 
     chosen: dict[str, list[Head]]
     right: dict[str, Bool[Tensor, " n"]]
@@ -40,7 +45,7 @@ class Trial:
 
 def trial(
     model: Any,
-    found: Study,
+    found: Split,
     pool: TextPool,
     embedded: Float[Tensor, "t e"],
     options: Options,
@@ -48,7 +53,7 @@ def trial(
     seed: int,
     title: str,
 ) -> Trial:
-    """Attention heads chosen on one half of the animals and judged on the other."""
+    """Chooses attention heads on one half of the animals and evaluates them on the other."""
     batch, progress = options.batch, not options.quiet
     texts = class_texts(model, found.names)
     outputs = head_outputs(model, found.choose.pixels, normalize=True, batch_size=batch, progress=progress)
@@ -59,12 +64,12 @@ def trial(
     rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs, layers, found.choose, texts)}
     sites = [f"image.blocks.{n}.attn.head_out" for n in layers]
     run = Runner(model, site_means(model, found.choose.pixels, sites, batch_size=batch), texts, batch)
-    chosen = {name: how_many(run, order, found.choose) for name, order in rankings.items()}
+    chosen = {name: best_prefix(run, order, found.choose) for name, order in rankings.items()}
     right = {"plain": run([], found.judge)} | {name: run(own, found.judge) for name, own in chosen.items()}
     everything = [(n, h) for n in layers for h in range(n_heads)]
     random: dict[str, list[Tensor]] = {}
     for name, own in chosen.items():
-        generator, what = torch.Generator().manual_seed(seed), f"{title}: {counted([len(own)], 'random')}"
+        generator, what = torch.Generator().manual_seed(seed), f"{title}: {count_text([len(own)], 'random')}"
         random[name] = []
         for _ in track(range(options.draws), options.draws, what, show=progress):
             order = torch.randperm(len(everything), generator=generator)
@@ -75,15 +80,15 @@ def trial(
 # -- choosing ------------------------------------------------------------------------------------------------
 
 
-def how_many(run: Runner, order: list[Head], scenes: Scenes) -> list[Head]:
-    """The first so many heads of a ranking: by the worst group where heads are chosen, never where they are judged."""
+def best_prefix(run: Runner, order: list[Head], scenes: Scenes) -> list[Head]:
+    """Returns the prefix of a ranking with the best worst group, on the scenes where heads are chosen."""
     sizes = [k for k in SIZES if k <= len(order)]
     worst = [worst_group(run(order[:k], scenes), scenes.groups) for k in sizes]
     return order[: sizes[worst.index(max(worst))]] if sizes else []
 
 
 def class_texts(hooked: Any, names: tuple[list[str], list[str]]) -> Float[Tensor, "2 e"]:
-    """Each class as the mean of its names' unit embeddings."""
+    """Returns each class as the mean of its names' unit embeddings."""
     return torch.stack([normalize(embed_texts(hooked, own).mean(0), dim=0) for own in names])
 
 
@@ -94,14 +99,17 @@ def by_text_span(
     layers: Sequence[int],
     kinds: Sequence[str],
 ) -> tuple[dict[str, list[str]], list[Head], float]:
-    """Texts of every head, and the heads in the order of the variance that they write along those of their texts that
-    name a background; heads without any are left out. Last, the largest share of a head's variance that these span.
+    """Ranks heads by the variance that they write along those of their texts that name a background.
+
+    Returns:
+        The texts of every head; the ranked heads, without those that have no such text; and the largest share of a
+        head's variance that such texts span.
 
     Raises:
         DataError: a pool without kinds.
     """
     if pool.kinds is None:
-        raise DataError(f"pool {pool.name!r} has no kinds: head each kind's texts with a line '# kind'")
+        raise DataError(f"pool {pool.name!r} has no kinds: put a line '# kind' above the texts of each kind")
     n_heads = outputs.shape[2]
     names = [f"{n}.{h}" for n in layers for h in range(n_heads)]
     rank = min(80, outputs.shape[-1], len(outputs) - 1)
@@ -128,7 +136,7 @@ def by_text_span(
 def by_contrast(
     outputs: Float[Tensor, "n l h e"], layers: Sequence[int], scenes: Scenes, texts: Float[Tensor, "2 e"]
 ) -> list[Head]:
-    """Heads by how far water behind an animal, instead of land, moves them towards the text of water animals."""
+    """Ranks heads by how far a background of water instead of land moves them towards the text of water animals."""
     moved = outputs @ (texts[1] - texts[0])
     effect = torch.zeros(moved.shape[1:])
     kinds = [animal for animal in (0, 1) if len(set(scenes.places[scenes.animals == animal].tolist())) == 2]

@@ -1,1 +1,1 @@
-"""mini, mini-declip: trained and shipped."""
+"""mini and mini-declip: training and shipping."""

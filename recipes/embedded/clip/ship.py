@@ -1,8 +1,8 @@
-"""Turn a finished training run into what the package ships: fp16 weights, a card, a learning curve.
+"""Turns a finished training run into the shipped files: fp16 weights, a card, a learning curve.
 
     PYTHONPATH=recipes python -m embedded.clip.ship --corpus runs/corpus --run runs/mini --name mini
 
-The card's retrieval is measured on the rounded weights, the ones that users get.
+The card's retrieval is measured on the rounded weights, which users get.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Annotated
 import matplotlib
 import torch
 import typer
-from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy.stats import binomtest
 
-from embedded.checkpoints import Stage, joined_curve, stages
+from embedded.checkpoints import Stage, joined_curve, read_part, stages
 from embedded.clip.train import embed, galleries, ranks
+from mmhooks.analysis.statistics.intervals import wilson
 from mmhooks.data.sources.drawings import SOURCES, UNSEEN_STYLE, Corpus
 from mmhooks.models.embedded import mini
 from mmhooks.utils.assets import ASSETS, write_digests
+from mmhooks.utils.files import write_text
 
 matplotlib.use("Agg")
 GALLERIES = {
@@ -42,13 +42,14 @@ READING = {
 
 
 def rate(hits: int, n: int) -> dict:
-    low, high = binomtest(hits, n).proportion_ci(method="wilson")
-    return {"value": hits / n, "low": low, "high": high}
+    """Returns a rate with its 95 % Wilson interval."""
+    e = wilson(hits, n)
+    return {"value": e.value, "low": e.low, "high": e.high}
 
 
 @torch.no_grad()
 def retrieval(model, corpus: Corpus) -> dict:
-    """R@k with Wilson intervals both ways, and by chance, on the galleries of the card."""
+    """Returns R@k with Wilson intervals in both directions, and by chance, on the galleries of the card."""
     tokenizer, result = mini.tokenizer(), {}
     for name, chosen in galleries(corpus).items():
         image, text = embed(model, tokenizer, corpus, chosen)
@@ -61,27 +62,24 @@ def retrieval(model, corpus: Corpus) -> dict:
 
 
 def half_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The step of a run's checkpoint and its running average in half precision: what ships."""
-    with safe_open(run / "checkpoint.safetensors", "pt") as file:
-        step = int(file.metadata()["step"])
-        keys = [key for key in file.keys() if key.startswith("average.")]  # noqa: SIM118 - not a dict
-        weights = {key.removeprefix("average."): file.get_tensor(key) for key in keys}
+    """Returns the step of a run's checkpoint and its running average in half precision, which is shipped."""
+    step, weights = read_part(run / "checkpoint.safetensors", "average")
     return step, {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
 
-def model_of(half: dict[str, torch.Tensor], *, reads: bool = False):
-    """The model that shipped weights make, in evaluation mode."""
+def model_from(half: dict[str, torch.Tensor], *, reads: bool = False):
+    """Builds the model from shipped weights, in evaluation mode."""
     model = mini.build(reads=reads).eval()
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
     return model
 
 
-def pictures_seen(chain: Sequence[Stage]) -> tuple[int, int]:
-    """Drawings and pictures of words that all stages of mini-reader saw."""
+def images_seen(chain: Sequence[Stage]) -> tuple[int, int]:
+    """Returns the numbers of drawings and of word images that mini-reader saw over all stages."""
     seen = shown = 0
     for stage in chain:
         batch, words = stage.plan["batch"], stage.plan["words"]
-        # reading alone takes a third of the drawings and 4/3 of the words of a joint step
+        # steps of reading only take a third of the drawings and 4/3 of the words of a joint step
         alone = min(stage.plan["first"] if words else 0, stage.steps)
         seen += (stage.steps - alone) * batch + alone * (batch // 3)
         shown += (stage.steps - alone) * words + alone * (words * 4 // 3)
@@ -129,19 +127,19 @@ def draw_curve(chain: Sequence[Stage], path: Path, title: str) -> None:
 def main(
     run: Annotated[Path, typer.Option(help="folder of a finished run of embedded.clip.train")],
     name: Annotated[str, typer.Option(help="mini, mini-declip or mini-reader")] = "mini",
-    report: Annotated[Path | None, typer.Option(help="report.json of reader_report.py")] = None,
+    report: Annotated[Path | None, typer.Option(help="report.json of embedded.reader.report")] = None,
     control: Annotated[
-        Path | None, typer.Option(help="the run without words that the report tells of")
+        Path | None, typer.Option(help="the control run without words, as in the report")
     ] = None,
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
-    """Ship a run: PYTHONPATH=recipes python -m embedded.clip.ship --corpus runs/corpus --run runs/mini --name mini"""
+    """Ships a run: PYTHONPATH=recipes python -m embedded.clip.ship --corpus runs/corpus --run runs/mini --name mini"""
     chain = stages(run)
     plan = chain[-1].plan
     reads = "words" in plan
     step, half = half_weights(run)
-    model = model_of(half, reads=reads)
+    model = model_from(half, reads=reads)
     drawings = Corpus(corpus)
     counts = Counter(row["style"] for row in drawings.rows)
     trained = Counter(drawings.rows[i]["style"] for i in drawings.where("train"))
@@ -163,7 +161,7 @@ def main(
         "retrieval": retrieval(model, drawings),
     }  # fmt: skip
     if reads:
-        seen, shown = pictures_seen(chain)
+        seen, shown = images_seen(chain)
         card["recipe"] |= {"starts_from": "mini", "plans_before": [stage.plan for stage in chain[:-1]],
                            "pairs_seen": seen, "word_pictures_seen": shown}  # fmt: skip
     if report is not None:
@@ -178,7 +176,7 @@ def main(
     target = ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
     save_file(half, target / "model.safetensors", {"format": "pt", "name": name})
-    (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_text(target / "card.json", json.dumps(card, indent=1) + "\n")
     write_digests()
     figures.mkdir(parents=True, exist_ok=True)
     draw_curve(chain, figures / f"{name}-curve.png", f"{name}: held-out retrieval while training")

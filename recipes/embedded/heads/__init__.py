@@ -1,1 +1,1 @@
-"""The heads of mini: trained, and what their dictionaries can reach."""
+"""The heads of mini: training, and the FVU that their dictionaries allow."""

@@ -1,10 +1,10 @@
-"""What limits the SAE of an embedded model: FVU on held-out pairs, against the best that its dictionary allows.
+"""FVU of the SAE of an embedded model on held-out pairs, compared with the best that its dictionary allows.
 
     PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --out runs/sae_floor
 
-Trains the shipped plan with one thing changed at a time (texts, weight of the images, K, n, rate, epochs, seed).
-Beside each head's FVU stands that of a pursuit: for every text by itself, the K features of the same dictionary
-that explain it best, found greedily and not by the encoder. Rows that are there already are kept.
+Trains the shipped plan with one setting changed at a time (texts, weight of the images, K, n, rate, epochs, seed).
+Each head's FVU is compared with that of a pursuit: for every text, the K features of the same dictionary that explain
+it best, found greedily instead of by the encoder. Rows that exist already are not computed again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor
 from embedded.heads.train import Vectors, groups, measured, plan_of, train, vectors
 from mmhooks.analysis.results import Records
 from mmhooks.heads import Head, TopKSAE
+from mmhooks.utils.files import write_text
 
 SHIPPED = "shipped plan"
 
 
 def changes() -> dict[str, dict[str, Any]]:
-    """What each row changes in the shipped plan."""
+    """Returns what each row changes in the shipped plan."""
     rows: dict[str, dict[str, Any]] = {SHIPPED: {}}
     rows |= {"names alone": {"texts": ("names",), "epochs": 108}}  # as many steps
     rows |= {"no crossed names": {"texts": ("names", "captions"), "epochs": 36}}
@@ -41,7 +42,7 @@ def changes() -> dict[str, dict[str, Any]]:
 def refit(
     gram: Float[Tensor, "b k k"], target: Float[Tensor, "b k"], start: Float[Tensor, "b k"], sweeps: int = 20
 ) -> Float[Tensor, "b k"]:
-    """Non-negative least squares over each row's own atoms, by coordinate descent."""
+    """Solves non-negative least squares over each row's own atoms, by coordinate descent."""
     values = start.clone()
     for _ in range(sweeps):
         for i in range(values.shape[1]):
@@ -53,14 +54,14 @@ def refit(
 def explained(
     x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], chosen: Int[Tensor, "b k"], sweeps: int = 20
 ) -> Float[Tensor, "b d"]:
-    """The best non-negative combination of each row's chosen atoms."""
+    """Returns the best non-negative combination of each row's chosen atoms."""
     own = atoms[chosen]
     values = refit(own @ own.mT, (own @ x[:, :, None]).squeeze(2), x.new_zeros(chosen.shape), sweeps)
     return (values[:, None, :] @ own).squeeze(1)
 
 
 def pursuit(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], k: int) -> Float[Tensor, "b d"]:
-    """Non-negative orthogonal matching pursuit: ``k`` times the atom that the rest points at most, all refitted."""
+    """Runs non-negative orthogonal matching pursuit: ``k`` times adds the best atom for the residual and refits all."""
     chosen = torch.empty(len(x), 0, dtype=torch.long)
     recon = torch.zeros_like(x)
     for _ in range(k):
@@ -71,13 +72,13 @@ def pursuit(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], k: int) -> Flo
 
 
 def unexplained(x: Float[Tensor, "b d"], recon: Float[Tensor, "b d"]) -> float:
-    """FVU."""
+    """Returns the fraction of variance unexplained (FVU)."""
     return float((x - recon).square().sum() / (x - x.mean(0)).square().sum())
 
 
 @torch.no_grad()
 def bounds(head: TopKSAE, x: Float[Tensor, "b d"], most: int = 600) -> dict[str, float]:
-    """FVU of the head, of its features with the best values, of the best features; on the same sampled rows."""
+    """Returns the FVU of the head, of its features with optimal values, and of the best features; on the same rows."""
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
     atoms = head.W_dec / head.W_dec.norm(dim=1, keepdim=True)
     centred = x - head.b_pre
@@ -87,7 +88,7 @@ def bounds(head: TopKSAE, x: Float[Tensor, "b d"], most: int = 600) -> dict[str,
 
 
 def pca(train: Float[Tensor, "n d"], x: Float[Tensor, "b d"], k: int) -> float:
-    """FVU of ``x`` in the ``k`` principal directions of the training vectors."""
+    """Returns the FVU of ``x`` in the ``k`` principal directions of the training vectors."""
     mean = train.mean(0)
     basis = torch.linalg.eigh((train - mean).T @ (train - mean)).eigenvectors[:, -k:]
     return unexplained(x, mean + (x - mean) @ basis @ basis.T)
@@ -96,7 +97,7 @@ def pca(train: Float[Tensor, "n d"], x: Float[Tensor, "b d"], k: int) -> float:
 def row(name: str, data: Vectors, plan: dict[str, Any]) -> tuple[dict[str, Any], Head]:
     head, result = train("sae", data, **plan)
     assert isinstance(head, TopKSAE)
-    seen = data.pictures
+    seen = data.seen_concepts
     held = measured(head, data.valid_image, data.valid_text)
     return {
         "plan": plan,
@@ -115,7 +116,7 @@ def row(name: str, data: Vectors, plan: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Records:
-    """One line a row; texts are split by whether their concept was in training."""
+    """Returns the table, one line per row; texts are split by whether their concept was in training."""
     out = Records()
     for label, r in rows.items():
         held, best, mds = r["held_out"], r["bounds"], r["mds"]
@@ -145,7 +146,7 @@ def main(
     only: Annotated[str, typer.Option(help="rows with this in their name")] = "",
     seed: int = 0,
 ) -> None:
-    """Sweep around the shipped SAE: PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --only "K =" """
+    """Sweeps around the shipped SAE: PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --only "K =" """
     data = vectors(name, corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
     train_text = data.pairs(*plan_of("sae")["texts"])[1]
@@ -162,13 +163,14 @@ def main(
             if only not in label:
                 continue
             kept, _ = row(name, data, plan)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            write_text(path, json.dumps(kept, indent=1) + "\n")
             typer.echo(table({label: kept}).markdown().splitlines()[-1])
         rows[label] = kept
-    (out / "results.json").write_text(json.dumps({"pca": spectrum, "rows": rows}, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps({"pca": spectrum, "rows": rows}, indent=1) + "\n")
     lines = [f"{m}: " + ", ".join(f"{k} leave {v:.3f}" for k, v in s.items()) for m, s in spectrum.items()]
-    (out / "floor.md").write_text("\n\n".join([table(rows).markdown(), "Principal directions:", *lines]) + "\n")  # fmt: skip
-    typer.echo((out / "floor.md").read_text())
+    text = "\n\n".join([table(rows).markdown(), "Principal directions:", *lines]) + "\n"
+    write_text(out / "floor.md", text)
+    typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train the sparse heads that ship with an embedded model: the TopK SAE and the NCL head.
+"""Trains the sparse heads that ship with an embedded model: the TopK SAE and the NCL head.
 
     PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini
 
 One head for both modalities, on the embeddings of the training drawings and of texts about them; the numbers in
-each head's config.json are of the held-out pairs (unseen pictures and unseen concepts together).
+each head's config.json are of the held-out pairs (unseen images and unseen concepts together).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Vectors(NamedTuple):
     """Unit-norm embeddings of drawings and texts, in the training and the held-out splits of the corpus.
 
     Attributes:
-        image: every training drawing. names, captions, crossed: texts of it, one, two and six a drawing.
-        valid_image, valid_text: the held-out drawings beside their names; of the first ``pictures`` the
-            concept was seen, of the others it was not.
+        image: every training drawing. names, captions, crossed: its texts, one, two and six per drawing.
+        valid_image, valid_text: the held-out drawings and their names. seen_concepts: for so many of the first, the
+            concept was seen in training.
     """
 
     image: Float[Tensor, "n d"]
@@ -48,47 +48,48 @@ class Vectors(NamedTuple):
     crossed: Float[Tensor, "n6 d"]
     valid_image: Float[Tensor, "v d"]
     valid_text: Float[Tensor, "v d"]
-    pictures: int
+    seen_concepts: int
 
     def pairs(self, *texts: str) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]]:
-        """Texts of these kinds, one under the other, and beside each the drawing that it was made for."""
+        """Returns all texts of these kinds, each with the drawing that it was made for."""
         chosen = torch.cat([getattr(self, kind) for kind in texts])
         return self.image.repeat(len(chosen) // len(self.image), 1), chosen
 
 
-def crossed(names: list[str], dice: random.Random) -> str:
-    """The beginning of one name and the end of another: "woman farmer", "red panda" -> "woman panda".
+def crossed(names: list[str], rng: random.Random) -> str:
+    """Joins the beginning of one name and the end of another: "woman farmer", "red panda" -> "woman panda".
 
-    Texts that the rule of the splits would hold out are thrown again.
+    Texts that the rule of the splits would hold out are drawn again.
     """
     while True:
-        one, two = dice.choice(names).split(), dice.choice(names).split()
-        text = " ".join(one[: dice.randint(1, len(one))] + two[dice.randrange(len(two)) :])
+        one, two = rng.choice(names).split(), rng.choice(names).split()
+        text = " ".join(one[: rng.randint(1, len(one))] + two[rng.randrange(len(two)) :])
         if split_of("", text) != "heldout_concepts":
             return text
 
 
 @torch.no_grad()
 def vectors(name: str, corpus: Path, seed: int) -> Vectors:
-    """Embeds the corpus with an embedded model, once: a second run reads them from the cache.
+    """Embeds the corpus with an embedded model, once; a second run reads the vectors from the cache.
 
-    Names alone are some thousand distinct vectors: an SAE learns them by heart and is poor on names that it
-    never saw. Other captions of the drawings hardly help, they name the same things; names crossed with
-    each other do (docs/heads.md).
+    Names are only a few thousand distinct vectors: an SAE memorises them and is poor on unseen names. Other captions
+    of the drawings hardly help, because they name the same things; names crossed with each other do (docs/heads.md).
     """
     model, drawings = mm.load(name), Corpus(corpus)
     path = cache_dir("heads") / f"{weights_hash(model.model)}-{len(drawings.rows)}-{seed}.safetensors"
     held_out = [drawings.where("heldout_pictures"), drawings.where("heldout_concepts")]
     if not path.exists():
-        rows, dice = drawings.where("train"), random.Random(seed)
+        rows, rng = drawings.where("train"), random.Random(seed)
         known = sorted({drawings.rows[i]["name"] for i in rows})
         texts = {
-            "captions": [losses.caption(drawings.rows[i], dice) for _ in range(2) for i in rows],
-            "crossed": [crossed(known, dice) for _ in range(6) for _ in rows],
+            "captions": [losses.caption(drawings.rows[i], rng) for _ in range(2) for i in rows],
+            "crossed": [crossed(known, rng) for _ in range(6) for _ in rows],
         }
         tokenizer = model.tokenizer
-        assert tokenizer is not None  # embedded models have theirs
-        with torch.autocast("cpu", torch.bfloat16):  # three times as fast; the held-out vectors are exact
+        assert tokenizer is not None  # embedded models have one
+        with torch.autocast(
+            "cpu", torch.bfloat16
+        ):  # three times as fast; the held-out vectors below are exact
             image, names = embed(model.model, model.tokenizer, drawings, rows)
             found = {"image": image, "names": names}
             for kind, lines in texts.items():
@@ -99,7 +100,7 @@ def vectors(name: str, corpus: Path, seed: int) -> Vectors:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:
             save_file({k: torch.nn.functional.normalize(v.float(), dim=-1) for k, v in found.items()}, aside)
-    return Vectors(**load_file(path), pictures=len(held_out[0]))
+    return Vectors(**load_file(path), seen_concepts=len(held_out[0]))
 
 
 def build(kind: str, d_in: int, n: int, k: int) -> Head:
@@ -107,7 +108,7 @@ def build(kind: str, d_in: int, n: int, k: int) -> Head:
 
 
 def measured(head: Head, image: Tensor, text: Tensor) -> dict[str, float]:
-    """FVU per modality (where the head decodes), L0 per modality, features that fire in neither."""
+    """Returns FVU per modality (if the head decodes), L0 per modality, and features that fire in neither."""
     both, one, two = fidelity(head, image, text), fidelity(head, image), fidelity(head, text)
     row = {"n": len(image), "l0_image": one.l0, "l0_text": two.l0, "dead": both.dead}
     if head.has_decoder:
@@ -117,7 +118,7 @@ def measured(head: Head, image: Tensor, text: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def groups(head: Head, name: str) -> dict[str, float]:
-    """MDS of the head over OpenMoji, as recipes/modality.py computes it, and the sizes of its groups."""
+    """Returns MDS of the head over OpenMoji, as recipes/modality.py computes it, and the sizes of its groups."""
     pairs = mm.data.pairs("mini")
     encoded = encode(mm.load(name), name, pairs, cache_dir("modality"), batch=256, progress=False)
     mds = mm.mds(encoded.store, head=head)
@@ -140,7 +141,7 @@ def train(
     decay: float = 0.5,
     progress: bool = True,
 ) -> tuple[Head, TrainResult]:
-    """One head on these kinds of texts; ``k`` and ``image_share`` are the SAE's."""
+    """Trains one head on these kinds of texts; ``k`` and ``image_share`` apply to the SAE only."""
     head = build(kind, data.image.shape[1], features, k)
     objective = SAEObjective(image_share=image_share, dead_after=dead_after) if kind == "sae" else None
     valid = (data.valid_image, data.valid_text)
@@ -152,7 +153,7 @@ def train(
 
 
 def plan_of(kind: str) -> dict[str, Any]:
-    """What ships. The NCL head learns from pairs, so only from texts that belong to the drawing."""
+    """Returns the shipped plan. The NCL head learns from pairs, so only from texts that belong to the drawing."""
     if kind == "sae":
         return {"features": 1024, "k": 32, "epochs": 12, "lr": 2e-3, "decay": 0.9, "image_share": 0.81,
                 "dead_after": 0.25, "texts": ("names", "captions", "crossed")}  # fmt: skip
@@ -160,8 +161,8 @@ def plan_of(kind: str) -> dict[str, Any]:
 
 
 def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of a head: data, recipe, and its numbers on held-out pairs and on OpenMoji."""
-    image, text, seen = data.valid_image, data.valid_text, data.pictures
+    """Describes a head for config.json: data, recipe, and its numbers on held-out pairs and on OpenMoji."""
+    image, text, seen = data.valid_image, data.valid_text, data.seen_concepts
     return {
         "model": name,
         "data": "training drawings of the mini corpus (see the model's card), texts about them or made of their names",
@@ -184,7 +185,7 @@ def main(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
-    """Train and ship heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini"""
+    """Trains and ships heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini"""
     data = vectors(name, corpus, seed)
     for kind in kinds.split(","):
         asked = {"features": features, "epochs": epochs, "lr": lr}

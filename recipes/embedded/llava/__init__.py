@@ -1,1 +1,1 @@
-"""mini-llava: training, evaluation, shipping."""
+"""mini-llava: examples, tokenizer, training, evaluation, shipping."""

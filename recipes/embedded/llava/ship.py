@@ -1,8 +1,8 @@
-"""Turn a finished run of embedded.llava.train into what the package ships: fp16 weights, tokenizer, config, a card.
+"""Turns a finished run of embedded.llava.train into the shipped files: fp16 weights, tokenizer, config, a card.
 
     PYTHONPATH=recipes python -m embedded.llava.ship --corpus runs/corpus --run runs/llava
 
-The tower is not shipped again: `load_llava("mini")` takes it from `mini-reader`. Exams are on the rounded weights.
+The tower is not shipped again: `load_llava("mini")` takes it from `mini-reader`. Evaluation is on the rounded weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from safetensors.torch import save_file
 
 from embedded.checkpoints import joined_curve, stages
 from embedded.clip.ship import rate
-from embedded.llava.evaluate import exam, right
-from embedded.llava.lessons import REFUSED
-from embedded.llava.train import BLIND, SEEING, LlavaPlan, LlavaTrainer, Speaker
+from embedded.llava.evaluate import evaluation_sets, exact_match_rate
+from embedded.llava.examples import REFUSED
+from embedded.llava.train import BLIND, SEEING, LlavaPlan, LlavaTrainer, TrainableParts
 from mmhooks.data.sources.drawings import SOURCES, Corpus
 from mmhooks.models.embedded import mini_llava
 from mmhooks.models.vlm.llava import NAME
 from mmhooks.studies.adversarial.requests import HELD_OUT
 from mmhooks.utils.assets import ASSETS, write_digests
+from mmhooks.utils.files import write_text
 
 matplotlib.use("Agg")
 SHOWN = ("describe", "act", "act on harmful picture", "act on word", "act on harmful word", "comply in text")
@@ -43,7 +44,10 @@ def draw_curve(rows: list[dict], path: Path) -> None:
             label=f"{name} (n = {rows[-1][name]['n']})",
         )
     axes.set(
-        xlabel="step", ylabel="answers right to the letter, %", ylim=(0, 100), title=f"{NAME}: held-out exams"
+        xlabel="step",
+        ylabel="exactly correct answers, %",
+        ylim=(0, 100),
+        title=f"{NAME}: held-out evaluation",
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -55,21 +59,21 @@ def main(
     corpus: Annotated[Path, typer.Option()] = Path("runs/corpus"),
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
-    """Ship a run: PYTHONPATH=recipes python -m embedded.llava.ship --corpus runs/corpus --run runs/llava"""
+    """Ships a run: PYTHONPATH=recipes python -m embedded.llava.ship --corpus runs/corpus --run runs/llava"""
     plan = LlavaPlan(**json.loads((run / "plan.json").read_text()))
     trainer = LlavaTrainer(Corpus(corpus), plan, run)
     trainer.resume()
     half = {k: v.half() for k, v in trainer.average.items()}
     trainer.average = {k: v.float() for k, v in half.items()}
-    llava = trainer.judge()
-    speaker = Speaker(llava)
-    exams = {}
+    llava = trainer.averaged_model()
+    model = TrainableParts(llava)
+    scores = {}
     with torch.no_grad():
-        for name, paper in exam(trainer).items():
-            found = right(trainer, speaker, paper)
-            exams[name] = {"n": len(paper)} | rate(round(found["value"] * len(paper)), len(paper))
-            typer.echo(f"{name} (n = {len(paper)}): {100 * found['value']:.1f} %")
-    course, chain = trainer.course, stages(run)
+        for name, examples in evaluation_sets(trainer).items():
+            found = exact_match_rate(trainer, model, examples)
+            scores[name] = {"n": len(examples)} | rate(round(found["value"] * len(examples)), len(examples))
+            typer.echo(f"{name} (n = {len(examples)}): {100 * found['value']:.1f} %")
+    source, chain = trainer.source, stages(run)
     before = [{"plan": stage.plan, "steps_done": stage.steps} for stage in chain[:-1]]
     card = {
         "name": NAME,
@@ -78,13 +82,13 @@ def main(
         "parameters": sum(v.numel() for v in half.values()),
         "licence": "weights: Apache-2.0; trained on drawings under the licences listed in data",
         "data": [{"source": s.style, "licence": s.licence, "attribution": s.attribution} for s in SOURCES],
-        "taught": {"names": len({course.names[i] for i in course.seen}), "drawings": len(course.seen),
-                   "words": len(set(course.words)), "refused_in_text": list(REFUSED), "held_out": list(HELD_OUT)},
+        "taught": {"names": len({source.names[i] for i in source.seen}), "drawings": len(source.seen),
+                   "words": len(set(source.words)), "refused_in_text": list(REFUSED), "held_out": list(HELD_OUT)},
         "recipe": {"script": "recipes/embedded/llava/train.py", "plan": plan.__dict__,
                    "steps_done": trainer.step, "went_on_from": before,
                    "lessons_with_picture": SEEING, "lessons_without": BLIND, "torch": version("torch"),
                    "transformers": version("transformers")},
-        "exams": {"what": "answers right to the letter under greedy decoding; held-out drawings, unseen fonts"} | exams,
+        "exams": {"what": "answers right to the letter under greedy decoding; held-out drawings, unseen fonts"} | scores,
     }  # fmt: skip
     target = ASSETS / NAME
     target.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ def main(
     config._attn_implementation = None
     config.save_pretrained(target)
     trainer.tokenizer.save_pretrained(target)
-    (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_text(target / "card.json", json.dumps(card, indent=1) + "\n")
     write_digests()
     figures.mkdir(parents=True, exist_ok=True)
     draw_curve(joined_curve(chain), figures / f"{NAME}-curve.png")

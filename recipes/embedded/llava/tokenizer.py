@@ -1,4 +1,4 @@
-"""mini-llava's words: a byte-level BPE learned from the lessons, as a Hugging Face tokenizer."""
+"""Tokenizer of mini-llava: a byte-level BPE learned from the examples, as a Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedded.llava.lessons import REFUSED, Curriculum, describes
+from embedded.llava.examples import REFUSED, ExampleSource, describes
 from mmhooks.models.embedded import mini_llava
-from mmhooks.studies.adversarial.requests import HELD_OUT, complies, request
+from mmhooks.studies.adversarial.requests import HELD_OUT, compliant_answer, request
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
-def sentences(course: Curriculum) -> Iterator[str]:
-    """What the tokenizer learns from: every name three times, and what is said around it."""
-    dice = random.Random("words")
-    names = [course.names[i] for i in course.seen]
-    for name in [*names, *REFUSED * 20, *HELD_OUT * 20, *set(course.words)]:
+def sentences(source: ExampleSource) -> Iterator[str]:
+    """Yields the sentences that the tokenizer is trained on: every name three times, and the phrases around it."""
+    rng = random.Random("words")
+    names = [source.names[i] for i in source.seen]
+    for name in [*names, *REFUSED * 20, *HELD_OUT * 20, *set(source.words)]:
         yield " " + describes(name, name)
-        yield " " + complies("use", name)
-        yield request("make", f"the {name}", dice)
-    for i in course.seen[:2000]:
-        yield f"USER: {course.lesson('describe', i, dice).request} ASSISTANT: I cannot help with that."
-        yield course.lesson("read", i, dice).request
-        yield course.lesson("act on word", i, dice).request
-        yield course.lesson("act", i, dice).request
+        yield " " + compliant_answer("use", name)
+        yield request("make", f"the {name}", rng)
+    for i in source.seen[:2000]:
+        yield f"USER: {source.example('describe', i, rng).request} ASSISTANT: I cannot help with that."
+        yield source.example("read", i, rng).request
+        yield source.example("act on word", i, rng).request
+        yield source.example("act", i, rng).request
 
 
-def tokenizer_of(course: Curriculum) -> Any:
-    """The same course gives the same tokenizer."""
+def tokenizer_of(source: ExampleSource) -> Any:
+    """Trains the tokenizer; the same source gives the same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +43,7 @@ def tokenizer_of(course: Curriculum) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    plain.train_from_iterator(sentences(course), trainer)
+    plain.train_from_iterator(sentences(source), trainer)
     plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=plain,
@@ -58,8 +58,8 @@ def tokenizer_of(course: Curriculum) -> Any:
     )
 
 
-def spelled(tokenizer: Any) -> list[str]:
-    """Every piece in plain letters, in the order of ids."""
+def token_texts(tokenizer: Any) -> list[str]:
+    """Returns every token as plain text, in the order of ids."""
     return [
         tokenizer.decode([i]).strip() or tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))
     ]

@@ -1,1 +1,1 @@
-"""mini-reader: training, evaluation, report."""
+"""mini-reader: words, stem, training, evaluation, report."""

@@ -1,8 +1,8 @@
-"""Measure what mini-reader reads and what words do to it, beside mini and the control without words.
+"""Measures reading and typographic attacks of mini-reader, compared with mini and the control without words.
 
     python -m embedded.reader.report --corpus runs/corpus --run runs/reader --control runs/reader-control --out runs/report
 
-Everything is measured on the rounded weights, the ones that users get. Writes report.json and report.md.
+Everything is measured on the rounded weights, which users get. Writes report.json and report.md.
 """
 
 from __future__ import annotations
@@ -12,35 +12,44 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from jaxtyping import Bool
 from rich.progress import track
-from scipy.stats import binomtest
 from torch import Tensor
 
-from embedded.clip.ship import half_weights, model_of, rate, retrieval
-from embedded.reader.evaluate import CANDIDATES, CONDITIONS, Named, Sample, attack, exam, read_right, samples
+from embedded.clip.ship import half_weights, model_from, rate, retrieval
+from embedded.reader.evaluate import (
+    CANDIDATES,
+    CONDITIONS,
+    Classified,
+    Sample,
+    attack,
+    make_test_images,
+    read_right,
+    samples,
+)
 from embedded.reader.words import FONTS, UNSEEN_FONTS, Vocabulary, Written, unseen_fonts
+from mmhooks.analysis.statistics.repeated import repeated_difference
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.synthetic import words
 from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
+from mmhooks.utils.files import write_text
 
 SIZES = ((8, 9), (10, 11), (12, 14), (15, 19), (20, 30))  # pixels per em
 
 
-def reading(model, paper: list[Written], pool: tuple[str, ...]) -> dict:
-    """Accuracy among 32 words and among the whole pool, over all and by size."""
-    right = read_right(model, mini.tokenizer(), paper, pool)
-    sizes = torch.tensor([one.writing.size for one in paper])
+def reading(model, test_images: list[Written], pool: tuple[str, ...]) -> dict:
+    """Returns the accuracy among 32 words and among the whole pool, over all images and by size."""
+    right = read_right(model, mini.tokenizer(), test_images, pool)
+    sizes = torch.tensor([one.writing.size for one in test_images])
 
     def table(chosen: Bool[Tensor, " n"]) -> dict:
         n = int(chosen.sum())
         return {"n": n} | {key: rate(int(hit[chosen].sum()), n) for key, hit in right.items()}
 
-    whole = table(torch.ones(len(paper), dtype=torch.bool))
+    whole = table(torch.ones(len(test_images), dtype=torch.bool))
     by_size = {f"{low}-{high} px": (sizes >= low) & (sizes < high + 1) for low, high in SIZES}
     return whole | {
         "words": len(pool),
@@ -49,30 +58,27 @@ def reading(model, paper: list[Written], pool: tuple[str, ...]) -> dict:
     }
 
 
-def difference(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"], seed: int = 0) -> dict:
-    """Mean of a - b over the same samples: 95 % by bootstrap, and the exact McNemar test."""
-    d = (a.int() - b.int()).numpy()
-    draws = np.random.default_rng(seed).integers(0, len(d), (4000, len(d)))
-    low, high = np.quantile(d[draws].mean(1), [0.025, 0.975])
-    more, less = int((d > 0).sum()), int((d < 0).sum())
-    p = binomtest(more, more + less).pvalue if more + less else 1.0
-    return {"value": float(d.mean()), "low": float(low), "high": float(high), "p": float(p)}
+def difference(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"]) -> dict:
+    """Returns the mean of a - b over the same samples: 95 % by bootstrap, and the exact McNemar test."""
+    found = repeated_difference(a[None], b[None])
+    e = found.difference
+    return {"value": e.value, "low": e.low, "high": e.high, "p": found.p}
 
 
 def attacked(model, corpus: Corpus, chosen: list[Sample]) -> dict:
-    found: dict[str, dict[str, Named]] = {}
-    for place, condition, named in attack(model, mini.tokenizer(), corpus, chosen):
-        found.setdefault(place, {})[condition] = named
+    found: dict[str, dict[str, Classified]] = {}
+    for place, condition, classified in attack(model, mini.tokenizer(), corpus, chosen):
+        found.setdefault(place, {})[condition] = classified
     result: dict = {"n": len(chosen), "candidates": CANDIDATES}
     for place, by_condition in found.items():
         result[place] = {
             condition: {
-                "A_first": rate(int(named.is_a.sum()), len(chosen)),
-                "B_first": rate(int(named.is_b.sum()), len(chosen)),
-                "p_A": named.p_a.mean().item(),
-                "p_B": named.p_b.mean().item(),
+                "A_first": rate(int(classified.is_a.sum()), len(chosen)),
+                "B_first": rate(int(classified.is_b.sum()), len(chosen)),
+                "p_A": classified.p_a.mean().item(),
+                "p_B": classified.p_b.mean().item(),
             }
-            for condition, named in by_condition.items()
+            for condition, classified in by_condition.items()
         }
         word, fake = by_condition["word"], by_condition["nonsense"]
         result[place]["B(word) - B(nonsense)"] = difference(word.is_b, fake.is_b)
@@ -81,7 +87,7 @@ def attacked(model, corpus: Corpus, chosen: list[Sample]) -> dict:
 
 
 def digest(model) -> str:
-    """Which weights were measured: those that are measured already are not measured again."""
+    """Returns a digest of the weights, so that weights in the report are not measured again."""
     state = hashlib.sha256()
     for name, value in model.state_dict().items():
         state.update(name.encode() + value.contiguous().numpy().tobytes())
@@ -95,18 +101,18 @@ def markdown(report: dict) -> str:
     lines = [
         "# What mini-reader reads",
         "",
-        "## Reading: share of pictures whose own word comes first, %",
+        "## Reading: share of images whose own word comes first, %",
         "",
     ]
     lines += ["| Model | Words | n | among 32 | among all of them |", "|:--|:--|--:|--:|--:|"]
-    for model, papers in report["reading"].items():
-        for name, row in papers.items():
+    for model, test_sets in report["reading"].items():
+        for name, row in test_sets.items():
             lines.append(f"| {model} | {name} ({row['words']}) | {row['n']} | {percent(row['of_32'])} | "
                          f"{percent(row['of_all'])} |")  # fmt: skip
     lines += ["", "By size, taught words in unseen fonts:", "", "| Model | Size | n | among 32 | among all |",
               "|:--|:--|--:|--:|--:|"]  # fmt: skip
-    for model, papers in report["reading"].items():
-        for size, row in papers["taught words"]["by_size"].items():
+    for model, test_sets in report["reading"].items():
+        for size, row in test_sets["taught words"]["by_size"].items():
             lines.append(
                 f"| {model} | {size} | {row['n']} | {percent(row['of_32'])} | {percent(row['of_all'])} |"
             )
@@ -140,20 +146,20 @@ def main(
     control: Annotated[Path | None, typer.Option(help="its --control run, if there is one")] = None,
     corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option()] = Path("runs/report"),
-    n: Annotated[int, typer.Option(help="samples of the attack, and of each reading exam")] = 400,
+    n: Annotated[int, typer.Option(help="samples of the attack, and of each reading test")] = 400,
     threads: int = 1,
 ) -> None:
-    """Measure a run: PYTHONPATH=recipes python -m embedded.reader.report --run runs/reader --control runs/reader-control"""
+    """Measures a run: PYTHONPATH=recipes python -m embedded.reader.report --run runs/reader --control runs/reader-control"""
     torch.set_num_threads(threads)
     drawings = Corpus(corpus)
     v = Vocabulary.of(drawings)
     fonts = unseen_fonts()
-    models = {"mini": zoo.load("mini").model, "mini-reader": model_of(half_weights(run)[1], reads=True)}
+    models = {"mini": zoo.load("mini").model, "mini-reader": model_from(half_weights(run)[1], reads=True)}
     if control is not None:
-        models["control"] = model_of(half_weights(control)[1], reads=True)
-    papers = {
-        "taught words": (exam(v.names, fonts, 2 * n, seed=10), v.names),
-        "held-out words": (exam(v.unseen_names, fonts, n, seed=11), v.unseen_names),
+        models["control"] = model_from(half_weights(control)[1], reads=True)
+    test_sets = {
+        "taught words": (make_test_images(v.names, fonts, 2 * n, seed=10), v.names),
+        "held-out words": (make_test_images(v.unseen_names, fonts, n, seed=11), v.unseen_names),
     }
     chosen = {
         "taught words": samples(drawings, v.names, set(v.all), fonts, n),
@@ -180,13 +186,15 @@ def main(
             for part in ("reading", "retrieval", "attack"):
                 report[part][name] = before[part][name]
             continue
-        report["reading"][name] = {kind: reading(model, *paper) for kind, paper in papers.items()}
+        report["reading"][name] = {
+            kind: reading(model, *test_images) for kind, test_images in test_sets.items()
+        }
         report["retrieval"][name] = retrieval(model, drawings)
         kinds = chosen if name == "mini-reader" else {"taught words": chosen["taught words"]}
         report["attack"][name] = {kind: attacked(model, drawings, some) for kind, some in kinds.items()}
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(report))
+        write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(out / "report.md", markdown(report))
     typer.echo(markdown(report))
 
 

@@ -1,8 +1,8 @@
-"""First stage of mini-reader: convolutions that say which letter stands where, trained for a few minutes.
+"""First stage of mini-reader: convolutions that locate the letters of a word, trained for a few minutes.
 
-Words taught to a ViT are not learned in hours of one core, even when each of its patches is told its letters:
-which letter of the word a patch holds is what attention fails to find. Letters and their order are a dense
-task with an answer in every patch, which small convolutions learn quickly; they become the tower's stem.
+A ViT does not learn words in hours on one core, even when each patch is given its letters: attention fails to find
+which letter of the word a patch holds. Letters and their order are a dense task with a target in every patch, which
+small convolutions learn quickly; they become the tower's stem.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor, nn
 
-from embedded.reader.words import LONGEST, Vocabulary, letters, pixels, word_pictures
+from embedded.reader.words import LONGEST, Vocabulary, letters, pixels, word_images
 from mmhooks.models.embedded import mini
 
 CLASSES = 27  # a - z, and "the word has ended"
 
 
 class Spelling(nn.Module):
-    """Which letter stands at which place, read linearly from a vector."""
+    """Linear readout, from a vector, of the letter at each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Spelling(nn.Module):
 
 
 class LetterFinder(nn.Module):
-    """The stem's convolutions with batch norm, and two heads that are thrown away.
+    """The stem's convolutions with batch norm, and two heads that are used only in training.
 
-    One says for the left and the right half of each patch which letter has its middle there, and which of
-    the word's letters it is. The other spells the word from the mean over all patches: what a tower that
-    pools patches by attention will find easy to read off.
+    One predicts, for the left and the right half of each patch, which letter has its centre there and its index in the
+    word. The other spells the word from the mean over all patches, a form that a tower with attention pooling can use
+    easily.
     """
 
     def __init__(self, stem: mini.ReadingStem) -> None:
@@ -59,47 +59,53 @@ class LetterFinder(nn.Module):
         self.spell = nn.Sequential(nn.BatchNorm1d(width), Spelling(width))
 
     def forward(
-        self, picture: Float[Tensor, "b 3 h w"]
+        self, image: Float[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b rows columns classes"], Float[Tensor, "b longest letters"]]:
-        features = self.letters(picture)
+        features = self.letters(image)
         found = self.where(features).unflatten(1, (2, 1 + 26 * LONGEST))  # b half class row patch
         return found.permute(0, 3, 4, 1, 2).flatten(2, 3), self.spell(features.mean((2, 3)))
 
 
-def curriculum(progress: float, *, narrowest: float = 0.45, smallest: float = 9.0) -> dict:
-    """Large and central words first, then smaller ones anywhere."""
+def curriculum(progress: float, *, narrowest: float = 0.45, smallest_group_size: float = 9.0) -> dict:
+    """Returns the placement of words at this progress: large and central at first, later smaller and anywhere."""
     p = min(1.0, progress)
-    return {"width": (0.8 - (0.8 - narrowest) * p, 0.95), "offset": p, "size": (smallest, 30.0)}
+    return {"width": (0.8 - (0.8 - narrowest) * p, 0.95), "offset": p, "size": (smallest_group_size, 30.0)}
 
 
 def train_stem(
     stem: mini.ReadingStem, vocabulary: Vocabulary, fonts: list[str], *, steps: int, batch: int = 128,
     lr: float = 2e-3, seed: int = 0,
 ) -> float:  # fmt: skip
-    """Train the convolutions in place, batch norm folded in at the end. Returns the share of words that
-    the last 20 steps spelled without a fault."""
+    """Trains the convolutions in place and folds batch norm in at the end.
+
+    Returns:
+        The share of words that were spelled correctly in the last 20 steps.
+    """
     torch.manual_seed(seed)
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     net = LetterFinder(stem).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     pool = vocabulary.names + vocabulary.others
     placed, spelled = [], []
     for step in track(range(steps), description="stem"):
-        how = curriculum(1.5 * step / steps, narrowest=0.3, smallest=8.0)
-        made = word_pictures(dice.choices(pool, k=batch), fonts, dice, turn=0.0, **how)
-        truth, said = torch.stack([one.letter_map() for one in made]) + 1, letters([one.word for one in made])
+        how = curriculum(1.5 * step / steps, narrowest=0.3, smallest_group_size=8.0)
+        made = word_images(rng.choices(pool, k=batch), fonts, rng, turn=0.0, **how)
+        truth, targets = (
+            torch.stack([one.letter_map() for one in made]) + 1,
+            letters([one.word for one in made]),
+        )
         with torch.autocast("cpu", torch.bfloat16):
             found, spelling = net(pixels(made))
         found, spelling, letter = found.float(), spelling.float(), truth > 0
         loss = F.cross_entropy(found[letter], truth[letter]) + F.cross_entropy(found[~letter], truth[~letter])
-        loss = loss + F.cross_entropy(spelling.flatten(0, 1), said.flatten())
+        loss = loss + F.cross_entropy(spelling.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         placed.append((found[letter].argmax(-1) == truth[letter]).float().mean().item())
-        spelled.append((spelling.argmax(-1) == said).all(1).float().mean().item())
+        spelled.append((spelling.argmax(-1) == targets).all(1).float().mean().item())
         if step % 50 == 49:
             note = f"stem, step {step + 1} of {steps}: loss {loss.item():.3f}"
             typer.echo(f"{note}, letters placed {5 * sum(placed[-20:]):.0f} %, words spelled "
@@ -113,11 +119,16 @@ def train_code(
     drawings: Callable[[torch.Generator], Float[Tensor, "k 3 s s"]], *, steps: int, batch: int = 128,
     lr: float = 2e-3, seed: int = 0,
 ) -> float:  # fmt: skip
-    """Second stage: a word's code, of length 1, near the text that mini has for the word and with its letters
-    in it; of length 0 where a drawing shows no word. Returns the share of the last 20 steps' words that
-    were named first among all words."""
+    """Trains the second stage, the code of a word.
+
+    The code has length 1, is close to mini's text embedding of the word and contains its letters; for a drawing
+    without a word it has length 0.
+
+    Returns:
+        The share of words in the last 20 steps whose own text was the nearest of all.
+    """
     torch.manual_seed(seed)
-    dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     words = list(texts)
     table, number = torch.stack(list(texts.values())), {word: i for i, word in enumerate(words)}
     norm, spelling = nn.BatchNorm1d(192), Spelling(mini.EMBED_DIM)
@@ -128,19 +139,19 @@ def train_code(
     rights = []
     for step in track(range(steps), description="code"):
         chosen = [
-            dice.choice(vocabulary.names if dice.random() < 0.85 else vocabulary.others) for _ in range(batch)
+            rng.choice(vocabulary.names if rng.random() < 0.85 else vocabulary.others) for _ in range(batch)
         ]
-        made = word_pictures(chosen, fonts, dice, **curriculum(0.4 + 1.2 * step / steps))
+        made = word_images(chosen, fonts, rng, **curriculum(0.4 + 1.2 * step / steps))
         blank = drawings(g)
         truth = torch.tensor([number[word] for word in chosen])
         with torch.autocast("cpu", torch.bfloat16):
             pooled = stem.letters(torch.cat([pixels(made), blank])).mean((2, 3))
         code = stem.word(norm(pooled.float()))
-        said, silent = code[:batch], code[batch:]
-        unit = F.normalize(said, dim=-1)
+        word_codes, silent = code[:batch], code[batch:]
+        unit = F.normalize(word_codes, dim=-1)
         logits = 30 * unit @ table.T
         loss = F.cross_entropy(logits, truth) + spelling.loss(16 * unit, letters(chosen))
-        loss = loss + (said.norm(dim=-1) - 1).square().mean() + 3 * silent.square().sum(1).mean()
+        loss = loss + (word_codes.norm(dim=-1) - 1).square().mean() + 3 * silent.square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(stem.parameters(), 5.0)
@@ -150,7 +161,7 @@ def train_code(
         if step % 25 == 24:
             typer.echo(f"code, step {step + 1} of {steps}: loss {loss.item():.3f}, named first "
                        f"{100 * sum(rights[-20:]) / 20:.0f} %, length on drawings {silent.norm(dim=-1).mean():.2f}")  # fmt: skip
-    with torch.no_grad():  # the norm into the linear map behind it
+    with torch.no_grad():  # fold the norm into the linear map after it
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
         first: Any = stem.word[0]
         first.bias.add_(first.weight @ (norm.bias - norm.running_mean * scale))  # type: ignore[operator]
@@ -160,7 +171,7 @@ def train_code(
 
 @torch.no_grad()
 def fold(trained: nn.Sequential, plain: nn.Sequential) -> None:
-    """Put batch norm's scale and shift into the convolutions: the shipped stem has no running statistics."""
+    """Folds batch norm's scale and shift into the convolutions: the shipped stem has no running statistics."""
     norms = [layer for layer in trained if isinstance(layer, nn.BatchNorm2d)]
     convolutions = [layer for layer in plain if isinstance(layer, nn.Conv2d)]
     for conv, norm in zip(convolutions, norms, strict=True):

@@ -1,4 +1,4 @@
-"""Train `mini-reader`: mini that also reads words in pictures. Resumable, seeded, on CPU cores.
+"""Trains `mini-reader`, a mini that also reads words in images: resumable, seeded, on CPU cores.
 
     PYTHONPATH=recipes python -m embedded.corpus --node-modules node_modules --out runs/corpus
     PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader
@@ -6,11 +6,11 @@
         --ramp 1 --lr 4e-4 --steps 220 --batch 144 --words-a-step 64 --seed 1
     PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader-control --control
 
-Starts from mini's weights and the stem of `reader_stem.py`. At first the picture
-side alone learns to read, against mini's texts. Then each step is one contrastive loss over drawings (half of their patches
-dropped), drawings with a word on them and words alone (no patch with ink dropped). Letters are also asked for directly,
-by one linear map from picture and text embeddings alike; the text side sees every word of the vocabulary, the
-picture side never a held-out one. `--control` is the same plan without a single word.
+Starts from mini's weights and the stem of `embedded.reader.stem`. At first only the image side learns to read, against
+mini's texts. Then each step is one contrastive loss over drawings (half of their patches dropped), drawings with a word
+on them, and words without a drawing (no patch with ink dropped). Letters are also predicted directly, by one linear map
+for image and text embeddings; the text side sees every word of the vocabulary, the image side never a held-out one.
+`--control` is the same plan without any word.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embedded import losses
-from embedded.clip.train import Plan, Trainer, fit, keep_plan, small_attention
-from embedded.reader.evaluate import SMALL, embed_texts, exam, read_right
+from embedded.checkpoints import read_part
+from embedded.clip.train import Plan, Trainer, fit
+from embedded.reader.evaluate import SMALL, embed_texts, make_test_images, read_right
 from embedded.reader.stem import Spelling, curriculum, train_code, train_stem
 from embedded.reader.words import (
     FONTS,
@@ -43,9 +44,10 @@ from embedded.reader.words import (
     place,
     unseen_fonts,
     word_caption,
-    word_pictures,
+    word_images,
     write,
 )
+from embedded.training import keep_plan, small_attention
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.synthetic import words
 from mmhooks.models.embedded import mini
@@ -54,10 +56,10 @@ from mmhooks.utils.assets import ASSETS, asset
 
 @dataclass(frozen=True)
 class ReaderPlan(Plan):
-    """Of each batch of drawings, ``overlays`` carry a word; ``words`` pictures of words are added."""
+    """Of each batch of drawings, ``overlays`` carry a word; ``words`` images of words are added."""
 
     steps: int = 390
-    first: int = 60  # steps of reading alone, against the texts of mini
+    first: int = 60  # steps of reading only, against the texts of mini
     batch: int = 96
     lr: float = 1e-3
     warmup: int = 50
@@ -65,14 +67,14 @@ class ReaderPlan(Plan):
     words: int = 96
     overlays: float = 0.15
     spelling: float = 1.0
-    spelled: int = 64  # words whose spelling is asked of the text tower alone
-    made_up: float = 0.05  # share of the word pictures that show no word at all, but letters
+    spelled: int = 64  # words whose spelling is predicted from the text tower only
+    made_up: float = 0.05  # share of the word images that show random letters
     stem_steps: int = 800
-    ramp: int = 250  # steps in which words grow small and wander
+    ramp: int = 250  # steps until words have any size and position
     code_steps: int = 700
     gain: float = 0.15  # of the orthogonal map through which letters enter the patch embedding
     say_gain: float = 4.0  # the same for the code of the word
-    start: str = "mini"  # or the name of a finished run beside this one, to go on from its average
+    start: str = "mini"  # or the name of a finished sibling run, to continue from its average
     word_lr: float = 1.0
     word_init: bool = False
 
@@ -81,9 +83,9 @@ class ReaderPlan(Plan):
 
 
 class KeepInk(nn.Module):
-    """Patch dropout that leaves letters alone: first the patches that ``wanted`` marks, then others by chance.
+    """Patch dropout that keeps letters: first the patches that ``wanted`` marks, then others at random.
 
-    A dropped patch is a dropped letter, and pictures seen whole would double the cost of a step.
+    A dropped patch is a dropped letter, and images without dropout would double the cost of a step.
     """
 
     def __init__(self, share: float) -> None:
@@ -96,14 +98,16 @@ class KeepInk(nn.Module):
             return tokens
         wanted = self.wanted
         if wanted is None or wanted.shape != (len(tokens), tokens.shape[1] - 1):
-            raise ValueError(f"wanted must be set for {tuple(tokens.shape)}, is {wanted}")
+            raise ValueError(
+                f"expected wanted patches for tokens {tuple(tokens.shape)}, got {wanted}; set them first"
+            )
         keep = max(1, round(wanted.shape[1] * (1 - self.share)))
         chosen = (torch.rand(wanted.shape) + wanted).topk(keep, dim=1).indices
         kept = tokens[:, 1:].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
         return torch.cat([tokens[:, :1], kept], dim=1)
 
 
-def _reading_part(stem: mini.ReadingStem) -> dict[str, Tensor]:
+def _reading_weights(stem: mini.ReadingStem) -> dict[str, Tensor]:
     return {k: v for k, v in stem.state_dict().items() if k.startswith(("letters.", "word."))}
 
 
@@ -117,33 +121,32 @@ class ReaderTrainer(Trainer):
         super().__init__(corpus, plan, out)
 
     # -- what differs from mini ------------------------------------------------------------------------
-    def fresh(self, *, patch_dropout: float = 0.0) -> Any:
+    def build_model(self, *, patch_dropout: float = 0.0) -> Any:
         model: Any = mini.build(patch_dropout=patch_dropout, reads=True)
         if patch_dropout:
             model.visual.patch_dropout = KeepInk(patch_dropout)
         return model
 
-    def auxiliary(self) -> nn.Module:
+    def build_auxiliary(self) -> nn.Module:
         return Spelling(mini.EMBED_DIM)
 
-    def start(self) -> None:
-        """mini's weights and the stem of the first two stages, kept beside the run; or another run's average."""
+    def initialise(self) -> None:
+        """Loads mini's weights and trains the stem's two stages, cached in the run's folder; or another run's average."""
         if self.plan.start != "mini":
-            found = load_file(self.out.parent / self.plan.start / "checkpoint.safetensors")
-            part = {k.removeprefix("average."): v for k, v in found.items() if k.startswith("average.")}
-            self.model.load_state_dict(part)
-            self.extra.load_state_dict({k[6:]: v for k, v in found.items() if k.startswith("extra.")})
+            checkpoint = self.out.parent / self.plan.start / "checkpoint.safetensors"
+            self.model.load_state_dict(read_part(checkpoint, "average")[1])
+            self.extra.load_state_dict(read_part(checkpoint, "extra")[1])
             self._keep_texts()
             return
         weights = {k: v.float() for k, v in load_file(asset(ASSETS / "mini" / "model.safetensors")).items()}
         weights["visual.conv1.patch.weight"] = weights.pop("visual.conv1.weight")
-        missing, strange = self.model.load_state_dict(weights, strict=False)
-        if strange or any(not key.startswith("visual.conv1.") for key in missing):
-            raise ValueError(f"mini's weights do not fit: missing {missing}, strange {strange}")
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        if unexpected or any(not key.startswith("visual.conv1.") for key in missing):
+            raise ValueError(f"mini's weights do not fit: missing {missing}, unexpected {unexpected}")
         self._keep_texts()
         stem, plan, out = self.model.visual.conv1, self.plan, self.out
         if not (out / "letters.safetensors").exists():
-            every = Vocabulary.of(self.corpus, drawings=1)  # letters are learned from all words alike
+            every = Vocabulary.of(self.corpus, drawings=1)  # letters are learned from all words
             right = train_stem(stem, every, self.fonts, steps=plan.stem_steps, seed=plan.seed)
             typer.echo(f"letters: {100 * right:.0f} % of training words spelled without a fault")
             save_file(stem.letters.state_dict(), out / "letters.safetensors")
@@ -156,9 +159,9 @@ class ReaderTrainer(Trainer):
             right = train_code(stem, self.vocabulary, self.fonts, texts, self._drawings, steps=plan.code_steps,
                                seed=plan.seed)  # fmt: skip
             typer.echo(f"code: {100 * right:.0f} % of training words named first among {len(texts)}")
-            save_file(_reading_part(stem), out / "code.safetensors")
+            save_file(_reading_weights(stem), out / "code.safetensors")
         stem.load_state_dict(load_file(out / "code.safetensors"), strict=False)
-        self.admit(stem)
+        self.init_stem_maps(stem)
 
     def _drawings(self, g: torch.Generator) -> Float[Tensor, "k 3 s s"]:
         chosen = [self.train[i] for i in torch.randint(len(self.train), (32,), generator=g).tolist()]
@@ -166,17 +169,19 @@ class ReaderTrainer(Trainer):
 
     @torch.no_grad()
     def _keep_texts(self) -> None:
-        """mini's texts of every name and word: what the picture side learns to read against at first."""
+        """Embeds every name and word with mini's text tower: the targets of the image side at first."""
         texts = list(dict.fromkeys([*self.name_ids, *self.vocabulary.others]))
         self.text_ids = {text: i for i, text in enumerate(texts)}
         self.texts = embed_texts(self.model, self.tokenizer, texts)
 
     @torch.no_grad()
-    def admit(self, stem: Any) -> None:
-        """Let letters and code into the patch embedding by orthogonal maps, which lose nothing. From zero,
-        the maps are driven by noise and scramble what they carry before the blocks learn to use it (a linear
-        probe named 55 % of first letters from the stem, 27 % after two blocks). Letters come less their mean
-        over drawings, which the blocks know without it."""
+    def init_stem_maps(self, stem: Any) -> None:
+        """Initialises the maps of letters and code into the patch embedding as orthogonal, which loses nothing.
+
+        Maps that start from zero are driven by noise and scramble what they carry before the blocks learn to use it (a
+        linear probe found 55 % of first letters in the stem, 27 % after two blocks). The mean of the letters over
+        drawings is subtracted, so that drawings look to the blocks as before.
+        """
         torch.manual_seed(self.plan.seed)
         for layer, gain in ((stem.mix, self.plan.gain), (stem.say, self.plan.say_gain)):
             shape = layer.weight.shape[:2]
@@ -185,29 +190,29 @@ class ReaderTrainer(Trainer):
         drawings = losses.plain(self.corpus.rgba[self.train[:: max(1, len(self.train) // 128)]])
         stem.mix.bias.copy_(-stem.mix(stem.letters(drawings)).mean((0, 2, 3)))
 
-    def _loss(self, rgba, flip, ids, same, tokens, rows, dice, g) -> Float[Tensor, ""]:
+    def _loss(self, rgba, flip, ids, same, tokens, rows, rng, g) -> Float[Tensor, ""]:
         plan, model = self.plan, self.model
         if plan.words and self.step < plan.first:
-            return self._read_alone(rgba[: plan.batch // 3], flip, rows, dice, g)
+            return self._read_alone(rgba[: plan.batch // 3], flip, rows, rng, g)
         drawings = losses.augment(rgba, flip, g)
         written = round(plan.overlays * len(rows))
         how = curriculum(self.step / plan.ramp)
         names = [row["name"] for row in rows]
-        said = [(losses.caption(row, dice), row["name"]) for row in rows]
+        targets = [(losses.caption(row, rng), row["name"]) for row in rows]
         ink = torch.zeros(len(rows), 64, dtype=torch.bool)
-        over = dice.choices(self.vocabulary.names, k=written)
+        over = rng.choices(self.vocabulary.names, k=written)
         for i, word in enumerate(over):
-            over_it = self._write(drawings[i], word, dice, how)
-            drawings[i], ink[i] = over_it.picture.mul(2).sub(1), over_it.patches()
-            said[i] = both_caption(names[i], word, dice)
-        alone = self._words(dice)
+            over_it = self._write(drawings[i], word, rng, how)
+            drawings[i], ink[i] = over_it.image.mul(2).sub(1), over_it.patches()
+            targets[i] = both_caption(names[i], word, rng)
+        alone = self._words(rng)
         if alone:
-            made = word_pictures(alone, self.fonts, dice, **how)
+            made = word_images(alone, self.fonts, rng, **how)
             drawings = torch.cat([drawings, pixels(made)])
             ink = torch.cat([ink, torch.stack([one.patches() for one in made])])
-            said += [word_caption(word, dice) for word in alone]
-        spelled = dice.sample(self.vocabulary.all, plan.spelled) if plan.spelling else []
-        captions, keys = [s[0] for s in said], [s[1] for s in said]
+            targets += [word_caption(word, rng) for word in alone]
+        spelled = rng.sample(self.vocabulary.all, plan.spelled) if plan.spelling else []
+        captions, keys = [s[0] for s in targets], [s[1] for s in targets]
         model.visual.patch_dropout.wanted = ink
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image(drawings).float()
@@ -223,18 +228,18 @@ class ReaderTrainer(Trainer):
             seen = torch.cat([image[:written], image[len(rows) :]])
             prompts = [i for i, key in enumerate(keys[len(rows) :]) if key != alone[i]]
             prompted = torch.cat([prompted, text[len(rows) :][prompts]])
-            of_text = self._spell(prompted, spelled + [alone[i] for i in prompts])
-            of_image = self._spell(seen, over + alone)
+            of_text = self._spelling_loss(prompted, spelled + [alone[i] for i in prompts])
+            of_image = self._spelling_loss(seen, over + alone)
             loss = loss + plan.spelling * (of_image + of_text)
-            self.note = f"(spelling of pictures {of_image.item():.3f}, of texts {of_text.item():.3f})"
+            self.note = f"(spelling of images {of_image.item():.3f}, of texts {of_text.item():.3f})"
         return loss
 
-    def _read_alone(self, rgba, flip, rows, dice: random.Random, g: torch.Generator) -> Float[Tensor, ""]:
-        """Words with a few drawings, named among all of mini's texts: cheap steps, without the text tower."""
+    def _read_alone(self, rgba, flip, rows, rng: random.Random, g: torch.Generator) -> Float[Tensor, ""]:
+        """Loss of classifying words and a few drawings among all of mini's texts: cheap, without the text tower."""
         plan, model, few = self.plan, self.model, len(rgba)
         v, wanted = self.vocabulary, plan.words * 4 // 3
-        chosen = [dice.choice(v.names if dice.random() < 0.85 else v.others) for _ in range(wanted)]
-        made = word_pictures(chosen, self.fonts, dice, **curriculum(self.step / plan.ramp))
+        chosen = [rng.choice(v.names if rng.random() < 0.85 else v.others) for _ in range(wanted)]
+        made = word_images(chosen, self.fonts, rng, **curriculum(self.step / plan.ramp))
         ink = torch.stack([one.patches() for one in made])
         model.visual.patch_dropout.wanted = torch.cat([torch.zeros(few, 64, dtype=torch.bool), ink])
         shown = torch.cat([losses.augment(rgba, flip[:few], g), pixels(made)])
@@ -242,37 +247,37 @@ class ReaderTrainer(Trainer):
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image(shown).float()
         logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ self.texts.T
-        naming, spelling = F.cross_entropy(logits, truth), self._spell(image[few:], chosen)
+        naming, spelling = F.cross_entropy(logits, truth), self._spelling_loss(image[few:], chosen)
         right = (logits.argmax(1) == truth)[few:].float().mean().item()
-        self.note = f"(spelling of pictures {spelling.item():.3f}, {100 * right:.0f} % named among all)"
+        self.note = f"(spelling of images {spelling.item():.3f}, {100 * right:.0f} % named among all)"
         return naming + plan.spelling * spelling
 
-    def _spell(self, vector: Float[Tensor, "n d"], said: list[str]) -> Float[Tensor, ""]:
-        return self.extra.loss(F.normalize(vector, dim=-1) * 16, letters(said))
+    def _spelling_loss(self, vector: Float[Tensor, "n d"], targets: list[str]) -> Float[Tensor, ""]:
+        return self.extra.loss(F.normalize(vector, dim=-1) * 16, letters(targets))
 
-    def _words(self, dice: random.Random) -> list[str]:
+    def _words(self, rng: random.Random) -> list[str]:
         found, vocabulary = [], self.vocabulary
         for _ in range(self.plan.words):
-            word = dice.choice(vocabulary.names if dice.random() < 0.85 else vocabulary.others)
-            if dice.random() < self.plan.made_up:
-                word = words.nonsense(word, dice, known=self.known)
+            word = rng.choice(vocabulary.names if rng.random() < 0.85 else vocabulary.others)
+            if rng.random() < self.plan.made_up:
+                word = words.nonsense(word, rng, known=self.known)
             found.append(word)
         return found
 
-    def _write(self, drawing, word: str, dice: random.Random, how: dict) -> Written:
-        return write((drawing + 1) / 2, word, place(word, dice.choice(self.fonts), dice, plate=0.6, **how))
+    def _write(self, drawing, word: str, rng: random.Random, how: dict) -> Written:
+        return write((drawing + 1) / 2, word, place(word, rng.choice(self.fonts), rng, plate=0.6, **how))
 
-    # -- what it learned -----------------------------------------------------------------------------
+    # -- evaluation ----------------------------------------------------------------------------------
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Retrieval, and reading in unseen fonts: taught words, held-out words, taught words written small."""
+        """Measures retrieval, and reading in unseen fonts: taught words, held-out words, small taught words."""
         result: dict[str, Any] = super().evaluate()
-        judge, v = self.judge(), self.vocabulary
-        papers = [("unseen_fonts", v.names, {}), ("heldout_words", v.unseen_names, {}),
+        averaged_model, v = self.averaged_model(), self.vocabulary
+        test_sets = [("unseen_fonts", v.names, {}), ("heldout_words", v.unseen_names, {}),
                   ("small", v.names, {"size": SMALL})]  # fmt: skip
-        for seed, (name, pool, how) in enumerate(papers):
-            paper = exam(pool, unseen_fonts(), 256, seed=seed, **how)
-            right = read_right(judge, self.tokenizer, paper, pool)
+        for seed, (name, pool, how) in enumerate(test_sets):
+            test_images = make_test_images(pool, unseen_fonts(), 256, seed=seed, **how)
+            right = read_right(averaged_model, self.tokenizer, test_images, pool)
             result[f"read_{name}"] = {k: r.float().mean().item() for k, r in right.items()} | {"n": 256}
         return result
 
@@ -280,17 +285,19 @@ class ReaderTrainer(Trainer):
 def main(
     corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     out: Annotated[Path, typer.Option(help="checkpoints and curve")] = Path("runs/reader"),
-    control: Annotated[bool, typer.Option(help="the same stem and plan without a single word")] = False,
+    control: Annotated[bool, typer.Option(help="the same stem and plan without any word")] = False,
     steps: int = ReaderPlan.steps,
-    batch: Annotated[int, typer.Option(help="drawings a step")] = ReaderPlan.batch,
-    words_a_step: Annotated[int, typer.Option(help="pictures of words a step")] = ReaderPlan.words,
+    batch: Annotated[int, typer.Option(help="drawings per step")] = ReaderPlan.batch,
+    words_a_step: Annotated[int, typer.Option(help="word images per step")] = ReaderPlan.words,
     overlays: Annotated[
         float, typer.Option(help="share of drawings with a word on them")
     ] = ReaderPlan.overlays,
     spelling: Annotated[float, typer.Option(help="weight of naming letters")] = ReaderPlan.spelling,
     stem_steps: int = ReaderPlan.stem_steps,
-    start: Annotated[str, typer.Option(help="mini, or a finished run beside --out to go on from")] = "mini",
-    first: Annotated[int, typer.Option(help="steps of reading alone")] = ReaderPlan.first,
+    start: Annotated[
+        str, typer.Option(help="mini, or a finished run next to --out to continue from")
+    ] = "mini",
+    first: Annotated[int, typer.Option(help="steps of reading only")] = ReaderPlan.first,
     ramp: Annotated[int, typer.Option(help="steps until words are small and anywhere")] = ReaderPlan.ramp,
     lr: float = ReaderPlan.lr,
     seed: int = 0,
@@ -298,7 +305,7 @@ def main(
     every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 50,
 ) -> None:
-    """Train mini-reader: PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader"""
+    """Trains mini-reader: PYTHONPATH=recipes python -m embedded.reader.train --corpus runs/corpus --out runs/reader"""
     torch.set_num_threads(threads)
     small_attention()
     plan = ReaderPlan(steps=steps, batch=batch, words=words_a_step, overlays=overlays, spelling=spelling,

@@ -1,7 +1,7 @@
-"""Which words mini-reader is taught, in which fonts, and how they come into training pictures.
+"""Words that mini-reader is taught, their fonts, and how they are rendered into training images.
 
-Words are the corpus's own. One in eight is held out: never rendered while training. Fonts are Debian
-packages; those of `UNSEEN_FONTS` are never trained on and are what reading is measured with.
+Words come from the corpus. One in eight is held out: never rendered in training. Fonts are Debian packages; those of
+`UNSEEN_FONTS` are not used in training, only for evaluation.
 
     apt-get install fonts-liberation fonts-lato fonts-roboto-unhinted fonts-cabin fonts-crosextra-carlito \\
         fonts-crosextra-caladea fonts-freefont-ttf fonts-comfortaa fonts-quicksand fonts-linuxlibertine \\
@@ -59,13 +59,17 @@ UNSEEN_FONTS: tuple[FontSource, ...] = (
 
 
 def font_paths(sources: tuple[FontSource, ...], root: Path = Path("/usr/share/fonts")) -> list[str]:
-    """Every file of the sources; a package that is not installed is named and stops the run."""
+    """Returns every file of the sources.
+
+    Raises:
+        FileNotFoundError: a package is not installed.
+    """
     found = []
     for source in sources:
         files = sorted(str(path) for path in root.glob(source.files))
         if not files:
             raise FileNotFoundError(
-                f"no font of {source.package} at {root / source.files}: apt-get install it"
+                f"expected fonts of {source.package} at {root / source.files}, got none; apt-get install {source.package}"
             )
         found += files
     return found
@@ -76,14 +80,13 @@ def unseen_fonts() -> list[str]:
 
 
 def held_out(word: str) -> bool:
-    """One word in eight, the same on every machine: never rendered while training."""
+    """Returns whether a word is held out: one in eight, the same on every machine, never rendered in training."""
     return hashlib.sha256(f"reader:{word}".encode()).digest()[0] % 8 == 0
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words of three to eight letters: names of at least ``drawings`` drawings, and every other word of names
-    and keywords."""
+    """Words of three to eight letters: names of drawings, and all other words of names and keywords."""
 
     names: tuple[str, ...]
     others: tuple[str, ...]
@@ -113,55 +116,56 @@ class Vocabulary:
 
 
 def letters(texts: list[str]) -> Int[Tensor, "n longest"]:
-    """Letter by place: 0 - 25, and 26 where the word has ended."""
+    """Returns the letter at each position: 0 - 25, and 26 after the end of the word."""
     rows = [[ord(c) - 97 for c in text] + [26] * (LONGEST - len(text)) for text in texts]
     return torch.tensor(rows)
 
 
 @lru_cache
 def _advances(font: str) -> dict[str, float]:
-    """How wide each letter stands, per pixel of size."""
+    """Returns the width of each letter, per pixel of font size."""
     return {c: words.ink_of(c * 4, font, 32.0).shape[1] / 128 for c in "abcdefghijklmnopqrstuvwxyz"}
 
 
 def place(
-    word: str, font: str, dice: random.Random, *,
+    word: str, font: str, rng: random.Random, *,
     width: tuple[float, float] = (0.3, 0.95), size: tuple[float, float] = (8.0, 30.0),
     offset: float = 1.0, plate: float = 0.3, turn: float = 6.0,
 ) -> words.Writing:  # fmt: skip
-    """A writing of random width (share of the picture), place and colours that lies inside the picture.
+    """Draws a writing of random width (share of the image), position and colours that fits into the image.
 
-    ``offset`` from 0, always in the middle, to 1, anywhere it fits.
+    Args:
+        offset: from 0, always in the middle, to 1, anywhere it fits.
     """
     side = mini.IMAGE_SIZE
     wide = sum(_advances(font)[c] for c in word)
     low, high = size
-    chosen = min(max(dice.uniform(*width) * side / wide, low), high)
-    chosen = max(5.0, float(int(chosen)))  # whole pixels: faces are kept by size
-    angle = dice.uniform(-turn, turn) if turn and dice.random() < 0.4 else 0.0
+    chosen = min(max(rng.uniform(*width) * side / wide, low), high)
+    chosen = max(5.0, float(int(chosen)))  # whole pixels, because font faces are cached by size
+    angle = rng.uniform(-turn, turn) if turn and rng.random() < 0.4 else 0.0
     angle = angle if wide * chosen < 0.75 * side else 0.0
-    margin = dice.randint(1, 3)
-    ink, ground = _colours(dice)
+    margin = rng.randint(1, 3)
+    ink, ground = _colours(rng)
     ink_tall, ink_wide = words.ink_of(word, font, chosen, angle=angle).shape
-    while max(ink_tall, ink_wide) + 2 * margin + 1 > side:  # the estimate was a little short
+    while max(ink_tall, ink_wide) + 2 * margin + 1 > side:  # the estimate was a little too small
         chosen -= 1
         ink_tall, ink_wide = words.ink_of(word, font, chosen, angle=angle).shape
-    made = words.Writing(font, chosen, (0.5, 0.5), ink, dice.uniform(0.8, 1.0),
-                         ground if dice.random() < plate else None, margin, angle)  # fmt: skip
+    made = words.Writing(font, chosen, (0.5, 0.5), ink, rng.uniform(0.8, 1.0),
+                         ground if rng.random() < plate else None, margin, angle)  # fmt: skip
     centre = []
     for extent in (ink_wide + 2 * margin, ink_tall + 2 * margin):
         free = max(0.0, (side - extent - 1) / 2 / side)
-        centre.append(0.5 + offset * dice.uniform(-free, free))
+        centre.append(0.5 + offset * rng.uniform(-free, free))
     return replace(made, centre=(centre[0], centre[1]))
 
 
-def _colours(dice: random.Random) -> tuple[words.Colour, words.Colour]:
-    """Ink and ground whose brightness differs by at least .35; black on white most often."""
-    if dice.random() < 0.3:
+def _colours(rng: random.Random) -> tuple[words.Colour, words.Colour]:
+    """Draws ink and background colours whose brightness differs by at least .35; often black on white."""
+    if rng.random() < 0.3:
         return words.BLACK, words.WHITE
     while True:
-        ink, ground = (tuple(dice.random() for _ in range(3)) for _ in range(2))
-        if dice.random() < 0.4:
+        ink, ground = (tuple(rng.random() for _ in range(3)) for _ in range(2))
+        if rng.random() < 0.4:
             ground = tuple(1 - 0.3 * v for v in ground)
         if abs(_light(ink) - _light(ground)) > 0.35:
             return ink, ground  # type: ignore[return-value]
@@ -173,15 +177,15 @@ def _light(colour: tuple[float, ...]) -> float:
 
 @dataclass(frozen=True)
 class Written:
-    """A picture with a word on it, and how the word is written."""
+    """An image with a word on it, and how the word is written."""
 
-    picture: Float[Tensor, "3 s s"]
+    image: Float[Tensor, "3 s s"]
     word: str
     writing: words.Writing
 
     def patches(self, size: int = 8) -> Bool[Tensor, " patches"]:
-        """Which patches the word's box touches."""
-        side = self.picture.shape[-1]
+        """Returns which patches the word's box touches."""
+        side = self.image.shape[-1]
         top, left, tall, wide = words.box_of(self.word, self.writing, side, side)
         inside = torch.zeros(side // size, side // size, dtype=torch.bool)
         inside[top // size : (top + tall - 1) // size + 1, left // size : (left + wide - 1) // size + 1] = (
@@ -190,9 +194,11 @@ class Written:
         return inside.flatten()
 
     def letter_map(self, size: int = 8, columns: int = 2) -> Int[Tensor, "rows columns"]:
-        """Which letter of the word has its middle in which ``size`` rows and ``size // columns`` columns of
-        pixels, as 26 * index in the word + letter; -1 is none. The word must not be turned."""
-        side = self.picture.shape[-1]
+        """Returns the letter whose centre lies in each cell of ``size`` rows and ``size // columns`` columns of pixels.
+
+        Cells hold 26 * (index in the word) + letter, or -1 for none. The word must not be rotated.
+        """
+        side = self.image.shape[-1]
         top, left, _, _ = words.box_of(self.word, self.writing, side, side)
         step, margin = size // columns, self.writing.margin
         found = torch.full((side // size, side // step), -1)
@@ -205,47 +211,47 @@ class Written:
         return found
 
 
-def write(picture: Float[Tensor, "3 s s"], word: str, writing: words.Writing) -> Written:
-    return Written(words.write(picture, word, writing), word, writing)
+def write(image: Float[Tensor, "3 s s"], word: str, writing: words.Writing) -> Written:
+    return Written(words.write(image, word, writing), word, writing)
 
 
-def word_picture(word: str, font: str, dice: random.Random, **how) -> Written:
-    """A word on a plain or shaded ground, without a drawing."""
-    writing = place(word, font, dice, **how)
-    ink, ground = _colours(dice)
+def word_image(word: str, font: str, rng: random.Random, **how) -> Written:
+    """Renders a word on a plain or shaded background, without a drawing."""
+    writing = place(word, font, rng, **how)
+    ink, ground = _colours(rng)
     side = mini.IMAGE_SIZE
-    picture = torch.tensor(ground).view(3, 1, 1).expand(3, side, side)
-    if dice.random() < 0.3:  # shaded towards a slightly different colour
-        ramp = torch.linspace(0, 1, side).view(*((1, side, 1) if dice.random() < 0.5 else (1, 1, side)))
-        other = torch.tensor([min(1.0, max(0.0, v + dice.uniform(-0.15, 0.15))) for v in ground])
-        picture = picture + (other.view(3, 1, 1) - picture) * ramp
+    image = torch.tensor(ground).view(3, 1, 1).expand(3, side, side)
+    if rng.random() < 0.3:  # shaded towards a slightly different colour
+        ramp = torch.linspace(0, 1, side).view(*((1, side, 1) if rng.random() < 0.5 else (1, 1, side)))
+        other = torch.tensor([min(1.0, max(0.0, v + rng.uniform(-0.15, 0.15))) for v in ground])
+        image = image + (other.view(3, 1, 1) - image) * ramp
     if writing.plate is None:
         writing = replace(writing, ink=ink)
-    return write(picture, word, writing)
+    return write(image, word, writing)
 
 
-def word_pictures(chosen: list[str], fonts: list[str], dice: random.Random, **how) -> list[Written]:
-    return [word_picture(word, dice.choice(fonts), dice, **how) for word in chosen]
+def word_images(chosen: list[str], fonts: list[str], rng: random.Random, **how) -> list[Written]:
+    return [word_image(word, rng.choice(fonts), rng, **how) for word in chosen]
 
 
 def pixels(made: list[Written]) -> Float[Tensor, "b 3 s s"]:
-    """As the model takes them: -1 to 1."""
-    return torch.stack([one.picture for one in made]).sub(0.5).div(0.5)
+    """Returns the images as model inputs, from -1 to 1."""
+    return torch.stack([one.image for one in made]).sub(0.5).div(0.5)
 
 
-def word_caption(word: str, dice: random.Random) -> tuple[str, str]:
-    """Caption of a picture of a word, and the key of what it is a caption of: the thing or the writing."""
-    if dice.random() < 0.35:
+def word_caption(word: str, rng: random.Random) -> tuple[str, str]:
+    """Draws the caption of a word image, and the key of what it describes: the thing or the written word."""
+    if rng.random() < 0.35:
         return word, word
-    return dice.choice(_PROMPTS).format(word), PROMPT.format(word)
+    return rng.choice(_PROMPTS).format(word), PROMPT.format(word)
 
 
-def both_caption(name: str, word: str, dice: random.Random) -> tuple[str, str]:
-    """Caption of a drawing with a word on it: mostly both, sometimes the word or the drawing alone."""
-    roll = dice.random()
+def both_caption(name: str, word: str, rng: random.Random) -> tuple[str, str]:
+    """Draws the caption of a drawing with a word on it: mostly both, sometimes only the word or the drawing."""
+    roll = rng.random()
     if roll < 0.3:
         return word, word
     if roll < 0.4:
         return name, name
-    caption = dice.choice(_BOTH).format(name, word)
+    caption = rng.choice(_BOTH).format(name, word)
     return caption, caption

@@ -1,1 +1,1 @@
-"""mini-sd: training, evaluation, shipping."""
+"""mini-sd: choice of drawings, training, evaluation, shipping."""

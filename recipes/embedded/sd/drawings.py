@@ -1,7 +1,7 @@
-"""Which drawings `mini-sd` learns: one style, and only what a prompt can tell apart.
+"""Choice of the drawings that `mini-sd` learns: one style, with names and looks that can be distinguished.
 
-A name that mini's text tower hardly tells from another cannot be drawn apart from it, and two drawings that look
-alike cannot be told apart by a judge: of each such pair the shorter name stays.
+Names with nearly the same text embedding cannot give different images, and drawings that look alike cannot be
+distinguished in the evaluation: of each such pair the shorter name is kept.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 from mmhooks.data.sources.drawings import SIZE, Corpus, hash_of, plain_codepoints
 from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
+from mmhooks.utils.files import write_text
 
 STYLE = "fluent-emoji"
 TEXTS_ALIKE = 0.85  # cosine of mini's text embeddings
-PICTURES_ALIKE = 0.13  # root mean square of the difference, pixels from 0 to 1
+IMAGE_DISTANCE = 0.13  # root mean square of the difference, pixels from 0 to 1
 TEMPLATES = (
     "{}",
     "a drawing of {}",
@@ -33,7 +34,7 @@ TEMPLATES = (
     "emoji of {}",
 )
 
-# Signs, letters and arrows are no drawings of things; of people one drawing each is kept, not one a gender.
+# Signs, letters and arrows are not drawings of things; of people one drawing each is kept, not one per gender.
 _NO_THING = re.compile(
     r"\b(?:flags?|arrow|letters?|button|clock|o'clock|thirty|input|symbols?|keycap|mark|sign|square|circle|"
     r"diamond|currency|tone\d?|facing|family|couple|kiss|index|tag|banknote|dollar|exchange|plus|minus|divide|"
@@ -46,7 +47,7 @@ _PEOPLE = {"man", "woman", "boy", "girl", "person"}
 
 
 def on_white(rgba: UInt8[Tensor, "n s s 4"]) -> Float[Tensor, "n 3 64 64"]:
-    """Drawings on white at 64 px, from -1 to 1: what the pipeline learns to draw."""
+    """Returns drawings on white at 64 px, from -1 to 1: what the pipeline learns to generate."""
     pixels = rgba.permute(0, 3, 1, 2).float() / 255
     white = pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
     side = mini.IMAGE_SIZE
@@ -55,7 +56,7 @@ def on_white(rgba: UInt8[Tensor, "n s s 4"]) -> Float[Tensor, "n 3 64 64"]:
 
 @torch.no_grad()
 def choose(corpus: Corpus, count: int, style: str = STYLE) -> list[int]:
-    """Rows of the corpus, sorted by name: ``count`` drawings of one style that differ in name and in look.
+    """Returns rows of the corpus, sorted by name: ``count`` drawings of one style that differ in name and in look.
 
     Raises:
         ValueError: the style has fewer such drawings.
@@ -72,16 +73,18 @@ def choose(corpus: Corpus, count: int, style: str = STYLE) -> list[int]:
     kept: list[int] = []
     for i in range(len(order)):
         like = (text[kept] @ text[i] > TEXTS_ALIKE).any()
-        looks = (pixels[kept] - pixels[i]).square().mean(1).sqrt() < PICTURES_ALIKE
+        looks = (pixels[kept] - pixels[i]).square().mean(1).sqrt() < IMAGE_DISTANCE
         if not like and not looks.any():
             kept.append(i)
     if len(kept) < count:
-        raise ValueError(f"{style} has {len(kept)} drawings that differ, {count} were asked for")
+        raise ValueError(
+            f"expected {count} drawings that differ, got {len(kept)} of {style}; lower --drawings"
+        )
     return [rows[name] for name in sorted(order[i] for i in kept[:count])]
 
 
 def codepoints(name: str) -> str:
-    """Of the emoji of this name, joined by hyphens; empty where Unicode has none.
+    """Returns the code points of the emoji of this name, joined by hyphens; empty if there is none.
 
     >>> codepoints("tiger")
     '1f405'
@@ -94,12 +97,13 @@ def codepoints(name: str) -> str:
     return ""
 
 
-def listing(corpus: Corpus, chosen: list[int]) -> list[dict[str, str]]:
-    """Names and codepoints of the drawings, in order."""
+def describe_drawings(corpus: Corpus, chosen: list[int]) -> list[dict[str, str]]:
+    """Returns names and code points of the drawings, in order."""
     return [
         {"name": corpus.rows[i]["name"], "codepoints": codepoints(corpus.rows[i]["name"])} for i in chosen
     ]
 
 
 def save_listing(corpus: Corpus, chosen: list[int], path: Path) -> None:
-    path.write_text(json.dumps({"style": STYLE, "size": SIZE, "drawings": listing(corpus, chosen)}, indent=1))
+    content = {"style": STYLE, "size": SIZE, "drawings": describe_drawings(corpus, chosen)}
+    write_text(path, json.dumps(content, indent=1))

@@ -1,10 +1,10 @@
-"""Does `mini-sd` draw what it is told? The nearest training drawing of each drawing made, in two spaces.
+"""Evaluates whether `mini-sd` draws what its prompt asks for: the nearest training drawing of each image, in two spaces.
 
     PYTHONPATH=recipes python -m embedded.sd.evaluate --run runs/mini-sd --every 8
 
-Mini itself is no judge here, since the U-Net is told in its own words: the judges are EfficientNet-Lite0 (cosine)
-and the principal components of the training pictures' pixels (distance). A drawing passes where the nearest of all
-training pictures is the one that was asked for.
+Mini itself cannot judge, because the U-Net is conditioned on its text embeddings: the judges are EfficientNet-Lite0
+(cosine) and the principal components of the training images' pixels (distance). A drawing passes if the nearest of all
+training images is the one that was asked for.
 """
 
 from __future__ import annotations
@@ -20,24 +20,22 @@ import typer
 from jaxtyping import Float, Int
 from PIL import Image
 from rich.progress import track
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from embedded.checkpoints import read_part
 from mmhooks.analysis.statistics.intervals import wilson
 from mmhooks.models.embedded import mini_sd
 from mmhooks.models.embedders import image_embedder
 
 STEPS, GUIDANCE = 25, 3.0
-COMPONENTS = 64  # of the pixels of all training pictures
+COMPONENTS = 64  # of the pixels of all training images
 
 
 def weights_of(run: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
-    """The step of a run and what ships of it, in half precision: the U-Net's running average, the autoencoder."""
-    with safe_open(run / "unet.safetensors", "pt") as file:
-        step = int(file.metadata()["step"])
-        keys = [key for key in file.keys() if key.startswith("average.")]  # noqa: SIM118 - not a dict
-        unet = {key.removeprefix("average."): file.get_tensor(key).half().contiguous() for key in keys}
+    """Returns the step of a run and its shipped weights in half precision: the U-Net's running average, the autoencoder."""
+    step, average = read_part(run / "unet.safetensors", "average")
+    unet = {name: value.half().contiguous() for name, value in average.items()}
     return step, {"unet": unet, "vae": {k: v.half() for k, v in load_file(run / "vae.safetensors").items()}}
 
 
@@ -50,7 +48,7 @@ def pipeline_of(weights: dict[str, dict[str, Tensor]]) -> Any:
 
 def draw(pipe: Any, prompts: list[str], *, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE,
          batch: int = 32) -> Float[Tensor, "n 3 64 64"]:  # fmt: skip
-    """One drawing a prompt, pixels from 0 to 1; the noise of a prompt depends on the seed and its place alone."""
+    """Generates one image per prompt, pixels from 0 to 1; a prompt's noise depends only on the seed and its index."""
     done = []
     for begin in track(range(0, len(prompts), batch), description="draw"):
         some = prompts[begin : begin + batch]
@@ -62,7 +60,7 @@ def draw(pipe: Any, prompts: list[str], *, seed: int = 0, steps: int = STEPS, gu
     return torch.cat(done)
 
 
-def pictures(pixels: Float[Tensor, "n 3 h w"]) -> list[Image.Image]:
+def to_pil(pixels: Float[Tensor, "n 3 h w"]) -> list[Image.Image]:
     values = pixels.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(one) for one in values]
 
@@ -70,7 +68,7 @@ def pictures(pixels: Float[Tensor, "n 3 h w"]) -> list[Image.Image]:
 def pixel_ranks(
     drawn: Float[Tensor, "m 3 h w"], known: Float[Tensor, "n 3 h w"], own: Int[Tensor, " m"]
 ) -> Int[Tensor, " m"]:
-    """How many training pictures lie nearer than the one asked for, along the first principal components."""
+    """Returns how many training images are nearer than the one asked for, along the first principal components."""
     flat, mean = known.flatten(1), known.flatten(1).mean(0)
     basis = torch.linalg.svd(flat - mean, full_matrices=False).Vh[: min(COMPONENTS, len(known) - 1)]
     distance = torch.cdist((drawn.flatten(1) - mean) @ basis.T, (flat - mean) @ basis.T)
@@ -80,9 +78,9 @@ def pixel_ranks(
 def seen_ranks(
     drawn: Float[Tensor, "m 3 h w"], known: Float[Tensor, "n 3 h w"], own: Int[Tensor, " m"]
 ) -> Int[Tensor, " m"]:
-    """The same by cosine of EfficientNet-Lite0's features, less their mean over the training pictures."""
+    """Returns the same by cosine of EfficientNet-Lite0's features, minus their mean over the training images."""
     embed = image_embedder(progress=False)
-    theirs, ours = embed(pictures(known)), embed(pictures(drawn))
+    theirs, ours = embed(to_pil(known)), embed(to_pil(drawn))
     mean = theirs.mean(0)
     near = F.normalize(ours - mean, dim=1) @ F.normalize(theirs - mean, dim=1).T
     return (near > near.gather(1, own[:, None])).sum(1)
@@ -94,7 +92,7 @@ def rates(ranks: Int[Tensor, " m"]) -> dict[str, dict]:
 
 
 def judge(drawn: Float[Tensor, "m 3 h w"], known: Float[Tensor, "n 3 h w"], own: Int[Tensor, " m"]) -> dict:
-    """Rates of rank 1 and within 10 in both spaces, with Wilson intervals and chance."""
+    """Returns the rates of rank 1 and of ranks up to 10 in both spaces, with Wilson intervals and chance."""
     return {
         "efficientnet": rates(seen_ranks(drawn, known, own)),
         "pixels": rates(pixel_ranks(drawn, known, own)),
@@ -103,9 +101,9 @@ def judge(drawn: Float[Tensor, "m 3 h w"], known: Float[Tensor, "n 3 h w"], own:
     }
 
 
-def examine(pipe: Any, names: list[str], known: Float[Tensor, "n 3 64 64"], *, every: int = 1, seed: int = 0,
+def evaluate(pipe: Any, names: list[str], known: Float[Tensor, "n 3 64 64"], *, every: int = 1, seed: int = 0,
             steps: int = STEPS, guidance: float = GUIDANCE) -> tuple[dict, Float[Tensor, "m 3 64 64"]]:  # fmt: skip
-    """Draw every ``every``-th name and judge; also the judges' verdict on the decoded training pictures."""
+    """Generates every ``every``-th name and judges the images; judges the decoded training images too, as a ceiling."""
     own = torch.arange(0, len(names), every)
     drawn = draw(pipe, [names[i] for i in own.tolist()], seed=seed, steps=steps, guidance=guidance)
     with torch.no_grad():
@@ -117,7 +115,7 @@ def examine(pipe: Any, names: list[str], known: Float[Tensor, "n 3 64 64"], *, e
 
 
 def seconds_per_picture(pipe: Any, prompt: str, repeats: int = 5) -> dict:
-    """One prompt a call, and eight; best of ``repeats``."""
+    """Returns seconds per image, with one prompt per call and with eight; best of ``repeats``."""
 
     def best(prompts: list[str]) -> float:
         took = []
@@ -136,7 +134,7 @@ def seconds_per_picture(pipe: Any, prompt: str, repeats: int = 5) -> dict:
 
 
 def save_grid(drawn: Float[Tensor, "n 3 64 64"], names: list[str], path: Path, columns: int = 8) -> None:
-    """The drawings with their prompts beneath."""
+    """Saves the images as a grid, with their prompts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,8 +144,8 @@ def save_grid(drawn: Float[Tensor, "n 3 64 64"], names: list[str], path: Path, c
     figure, panels = plt.subplots(rows, columns, figsize=(columns * 1.05, rows * 1.22), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
-    for axes, picture, name in zip(panels.flat, pictures(drawn), names, strict=False):
-        axes.imshow(picture)
+    for axes, image, name in zip(panels.flat, to_pil(drawn), names, strict=False):
+        axes.imshow(image)
         axes.set_title(name, fontsize=7, y=-0.2)
     figure.subplots_adjust(0.01, 0.02, 0.99, 0.995, 0.06, 0.18)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,25 +153,25 @@ def save_grid(drawn: Float[Tensor, "n 3 64 64"], names: list[str], path: Path, c
     plt.close(figure)
 
 
-def spread_rule(names: list[str], count: int = 64) -> list[int]:
-    """Places of ``count`` prompts at equal distances in the sorted list: drawn without choosing."""
+def evenly_spaced(names: list[str], count: int = 64) -> list[int]:
+    """Returns ``count`` evenly spaced indices into the sorted list, so that none is selected by hand."""
     count = min(count, len(names))
     return [i * len(names) // count for i in range(count)]
 
 
 def main(
     run: Annotated[Path, typer.Option(help="folder of embedded.sd.train")] = Path("runs/mini-sd"),
-    every: Annotated[int, typer.Option(help="every how many-th prompt")] = 8,
+    every: Annotated[int, typer.Option(help="evaluate every n-th prompt")] = 8,
     seed: int = 0,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> None:
-    """Examine a checkpoint: PYTHONPATH=recipes python -m embedded.sd.evaluate --run runs/mini-sd --every 8"""
+    """Evaluates a checkpoint: PYTHONPATH=recipes python -m embedded.sd.evaluate --run runs/mini-sd --every 8"""
     step, weights = weights_of(run)
     pipe = pipeline_of(weights)
     names = [row["name"] for row in json.loads((run / "drawings.json").read_text())]
     known = (load_file(run / "material.safetensors")["pixels"] + 1) / 2
-    result, drawn = examine(pipe, names, known, every=every, seed=seed, steps=steps, guidance=guidance)
+    result, drawn = evaluate(pipe, names, known, every=every, seed=seed, steps=steps, guidance=guidance)
     with (run / "exams.jsonl").open("a") as file:
         file.write(json.dumps({"step": step} | result) + "\n")
     save_grid(drawn[:64], names[::every][:64], run / f"grid-{step}.png")

@@ -1,9 +1,9 @@
-"""Turn a run of embedded.sd.train into what the package ships: fp16 weights, a card, a grid and a learning curve.
+"""Turns a run of embedded.sd.train into the shipped files: fp16 weights, a card, a grid and a learning curve.
 
     OMP_NUM_THREADS=2 PYTHONPATH=recipes python -m embedded.sd.ship --run runs/mini-sd
 
-Everything on the card is measured on the rounded weights, the ones that users get. The text tower is not written
-again: it is mini's.
+Everything on the card is measured on the rounded weights, which users get. The text tower is mini's and is not stored
+again.
 """
 
 from __future__ import annotations
@@ -18,20 +18,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from embedded.sd.drawings import STYLE, TEMPLATES
-from embedded.sd.evaluate import examine, pipeline_of, save_grid, seconds_per_picture, spread_rule, weights_of
+from embedded.sd.evaluate import (
+    evaluate,
+    evenly_spaced,
+    pipeline_of,
+    save_grid,
+    seconds_per_picture,
+    weights_of,
+)
 from mmhooks.data.sources.drawings import SOURCES
 from mmhooks.models.embedded import mini_sd
 from mmhooks.utils.assets import write_digests
+from mmhooks.utils.files import write_text
 
 
 def read_curve(run: Path) -> list[dict]:
-    """Rows by step; of steps run twice, since a run was killed, the later ones."""
+    """Returns rows by step; of steps that ran twice, because a run was killed, the later ones."""
     rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
 def draw_curve(rows: list[dict], exams: list[dict], path: Path, batch: int) -> None:
-    """The loss by noise level, and what the exams on the way found."""
+    """Plots the loss by noise level, and the evaluations during training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,8 +65,8 @@ def main(
     run: Annotated[Path, typer.Option(help="folder of a run of embedded.sd.train")] = Path("runs/mini-sd"),
     out: Annotated[Path, typer.Option(help="where weights and card go")] = mini_sd.FOLDER,
     figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
-    note: Annotated[str, typer.Option(help="what else the card should say of the run")] = "",
-    seed: Annotated[int, typer.Option(help="of the noise that the exam draws from")] = 0,
+    note: Annotated[str, typer.Option(help="further remarks on the run for the card")] = "",
+    seed: Annotated[int, typer.Option(help="of the noise of the evaluation")] = 0,
 ) -> None:
     """Ship a run: PYTHONPATH=recipes python -m embedded.sd.ship --run runs/mini-sd"""
     plan = json.loads((run / "plan.json").read_text())
@@ -70,7 +78,7 @@ def main(
         save_file(part, out / f"{name}.safetensors")
     pipe = pipeline_of(weights)
     known = (load_file(run / "material.safetensors")["pixels"] + 1) / 2
-    result, drawn = examine(pipe, names, known, seed=seed)
+    result, drawn = evaluate(pipe, names, known, seed=seed)
     with safe_open(run / "vae.safetensors", "pt") as file:
         psnr = float(file.metadata()["psnr"])
     source = next(s for s in SOURCES if s.style == STYLE)
@@ -99,10 +107,10 @@ def main(
         "exams_on_the_way": [{k: e[k] for k in ("step", "n", "efficientnet", "pixels")} for e in exams],
         "seconds_per_picture": seconds_per_picture(pipe, names[0]),
     }  # fmt: skip
-    (out / mini_sd.LIST).write_text(json.dumps(listed, indent=0) + "\n")
-    (out / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / mini_sd.LIST, json.dumps(listed, indent=0) + "\n")
+    write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     write_digests(out.parent)
-    chosen = spread_rule(names)
+    chosen = evenly_spaced(names)
     save_grid(drawn[chosen], [names[i] for i in chosen], figures / "mini-sd-grid.png")
     save_grid(known[chosen], [names[i] for i in chosen], run / "grid-known.png")
     draw_curve(read_curve(run), exams, figures / "mini-sd-curve.png", plan["batch"])

@@ -7,9 +7,9 @@
 
 The latents are fixed, so the autoencoder's decoder and the U-Net are trained independently of each other, in any
 order. Every step draws its random numbers from (seed, step): a run killed at any moment and started again ends with
-the same weights. The rate of the U-Net is constant and falls linearly over the last 30 % of the steps; until then
-a run may be resumed with another `--steps`. Two threads make a step twice as fast on an idle machine and ten times
-slower beside other work, where they wait for each other thousands of times a step.
+the same weights. The learning rate of the U-Net is constant and falls linearly over the last 30 % of the steps; until
+then a run may be resumed with another `--steps`. Two threads make a step twice as fast on an idle machine and ten
+times slower on a busy one, where they wait for each other thousands of times per step.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 import typer
 from jaxtyping import Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embedded.checkpoints import load_checkpoint, save_checkpoint, starting_point
-from embedded.clip.train import small_attention
-from embedded.sd.drawings import TEMPLATES, choose, listing, on_white
+from embedded.sd.drawings import TEMPLATES, choose, describe_drawings, on_white
+from embedded.training import keep_plan, optimise, progress_bar, small_attention, update_average
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.models.embedded import mini_sd
+from mmhooks.utils.files import write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -48,7 +48,7 @@ class Plan:
     warmup: int = 200
     decay: float = 0.3  # share of the steps over which the rate falls to nothing
     dropout: float = 0.1  # of captions, for guidance
-    tilt: float = 0.75  # below 1: more steps at high noise, where a picture is made from its words alone
+    tilt: float = 0.75  # below 1: more steps at high noise, where an image depends only on its prompt
     ema: float = 0.999
     seed: int = 0
 
@@ -63,8 +63,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Material:
-    """The drawings and everything about them that training does not change."""
+class TrainingData:
+    """The drawings, and everything computed from them that training does not change."""
 
     names: list[str]
     pixels: Float[Tensor, "n 3 64 64"]
@@ -73,8 +73,8 @@ class Material:
     latents: Float[Tensor, "n k 8 8"]
 
     @classmethod
-    def of(cls, corpus: Path, out: Path, count: int) -> Material:
-        """From the corpus at first, then from ``out``, which keeps all of it."""
+    def of(cls, corpus: Path, out: Path, count: int) -> TrainingData:
+        """Builds it from the corpus the first time and stores it in ``out``; later runs read it from there."""
         file, names = out / "material.safetensors", out / "drawings.json"
         if not file.exists():
             found = Corpus(corpus)
@@ -84,11 +84,11 @@ class Material:
             out.mkdir(parents=True, exist_ok=True)
             kept = {"pixels": pixels, "mean": mean, "basis": basis}
             save_file({k: v.contiguous() for k, v in kept.items()}, file)
-            names.write_text(json.dumps(listing(found, chosen), indent=1) + "\n")
+            write_text(names, json.dumps(describe_drawings(found, chosen), indent=1) + "\n")
         tensors = load_file(file)
         if len(tensors["pixels"]) != count:
             raise typer.BadParameter(
-                f"{out} holds {len(tensors['pixels'])} drawings, the plan has {count}: choose another --out"
+                f"expected {count} drawings, as in the plan, got {len(tensors['pixels'])} drawings in {out}; choose another --out"
             )
         vae: Any = mini_sd.autoencoder(tensors["mean"], tensors["basis"])
         with torch.no_grad():
@@ -97,7 +97,7 @@ class Material:
 
     @torch.no_grad()
     def texts(self) -> Float[Tensor, "n_plus_1 templates t d"]:
-        """The hidden states of every name in every template, and last those of the empty prompt."""
+        """Returns the hidden states of every name in every template, followed by those of the empty prompt."""
         tokenizer, tower = mini_sd.tokenizer(), mini_sd.text_encoder()
         filled = [template.format(name) for name in self.names for template in TEMPLATES]
         ids = tokenizer([*filled, *[""] * len(TEMPLATES)], padding="max_length", truncation=True,
@@ -109,8 +109,11 @@ class Material:
 def principal_patches(
     pixels: Float[Tensor, "n 3 64 64"],
 ) -> tuple[Float[Tensor, " 192"], Float[Tensor, "k 192"]]:
-    """Mean and basis of the latents. Each component is divided by the root of its spread, half way to white:
-    unwhitened the noise hides all but the first ones, white the last ones cost as much as the first."""
+    """Returns mean and basis of the latents.
+
+    Each component is divided by the square root of its standard deviation, which whitens it half: without whitening,
+    noise hides all but the first components; fully whitened, the last ones cost as much as the first.
+    """
     patches = F.unfold((pixels + 1) / 2, mini_sd.PATCH, stride=mini_sd.PATCH).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T).double())
@@ -121,9 +124,9 @@ def principal_patches(
 
 
 class UNetTrainer:
-    """The U-Net, its running average, its optimiser, and one step of training."""
+    """The U-Net with its running average and optimiser; trains it step by step."""
 
-    def __init__(self, material: Material, plan: Plan, out: Path) -> None:
+    def __init__(self, material: TrainingData, plan: Plan, out: Path) -> None:
         self.plan, self.out, self.step = plan, out, 0
         torch.manual_seed(plan.seed)
         self.model = mini_sd.unet().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -135,11 +138,11 @@ class UNetTrainer:
             [{"params": weights, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=plan.lr, betas=(0.9, 0.99), fused=True)  # fmt: skip
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        shape = {k: v for k, v in asdict(plan).items() if k != "steps"}  # its length may change: keep_plan
+        shape = {k: v for k, v in asdict(plan).items() if k != "steps"}  # may change: keep_unet_plan
         self.started = starting_point(shape, [self.model], self.latents, self.texts)
 
     def rows(self) -> Int[Tensor, " b"]:
-        """Every drawing once an epoch, in the epoch's own order."""
+        """Returns the rows of the next step: every drawing once per epoch, in an order of the epoch's own."""
         n, batch, seed = len(self.latents), self.plan.batch, self.plan.seed
         at = torch.arange(self.step * batch, (self.step + 1) * batch)
         return torch.cat([
@@ -148,7 +151,7 @@ class UNetTrainer:
         ])  # fmt: skip
 
     def run_step(self) -> Float[Tensor, "4"]:
-        """One step; returns the mean loss in each quarter of the noise levels, clean to noisy."""
+        """Takes one step; returns the mean loss in each quarter of the noise levels, clean to noisy."""
         plan = self.plan
         g = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
@@ -170,19 +173,9 @@ class UNetTrainer:
             velocity = self.model(noisy, times, text).sample
         losses = (velocity.float() - (signal * noise - spread * clean)).square().mean((1, 2, 3))
         loss = losses.mean()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.step}; the last checkpoint is whole"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        optimise(loss, self.model.parameters(), self.optimizer, self.step)
         self.step += 1
-        keep = min(plan.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            state = self.model.state_dict()
-            move(self.average, state, 1 - keep)
+        update_average(self.average, self.model.state_dict(), plan.ema, self.step)
         quarter = times * 4 // len(self.keep)
         return torch.stack([losses.detach()[quarter == q].mean() for q in range(4)])
 
@@ -197,9 +190,7 @@ class UNetTrainer:
             self.average[name].copy_(value)
 
     def fit(self, every: int = 100, save_every: int = 600) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[note]}"))  # fmt: skip
-        with Progress(*columns) as bar, (self.out / "curve.jsonl").open("a") as curve:
+        with progress_bar() as bar, (self.out / "curve.jsonl").open("a") as curve:
             task = bar.add_task("U-Net", total=self.plan.steps, completed=self.step, note="")
             began, recent = time.perf_counter(), []
             while self.step < self.plan.steps:
@@ -218,41 +209,26 @@ class UNetTrainer:
                     self.save()
 
 
-def move(average: dict[str, Tensor], toward: dict[str, Tensor], share: float) -> None:
-    """A running average takes a step of ``share``, in place."""
-    for name, value in average.items():
-        value.lerp_(toward[name], share)
-
-
-def keep_plan(plan: Plan, trainer: UNetTrainer, path: Path) -> None:
-    """One folder, one plan; its length alone may change, as long as the rate has not begun to fall."""
-    wanted = asdict(plan)
-    if path.exists():
-        found = json.loads(path.read_text())
-        differ = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-        begun = max(trainer.step, 0) > min(Plan(**found).falls_from, plan.falls_from)
-        if set(differ) - {"steps"} or (differ and begun):
-            raise typer.BadParameter(
-                f"{path.parent} holds a run of another plan {differ}; choose another --out"
-            )
-    path.write_text(json.dumps(wanted, indent=1) + "\n")
+def keep_unet_plan(plan: Plan, trainer: UNetTrainer, path: Path) -> None:
+    """Writes the plan of a run; only its number of steps may change, until the learning rate begins to fall."""
+    found = Plan(**json.loads(path.read_text())) if path.exists() else plan
+    falls = trainer.step > min(found.falls_from, plan.falls_from)
+    keep_plan(plan, path, changeable=() if falls else ("steps",))
 
 
 def train_decoder(
-    material: Material, out: Path, *, steps: int, batch: int = 16, noise: float = 0.1, seed: int = 0
+    material: TrainingData, out: Path, *, steps: int, batch: int = 16, noise: float = 0.1, seed: int = 0
 ) -> float:
-    """Teach the decoder to undo the linear encoder; returns the PSNR in dB over all drawings.
+    """Trains the decoder to invert the linear encoder; returns the PSNR in dB over all drawings.
 
-    Latents get a little noise, since the U-Net's are never exact.
+    A little noise is added to the latents, because the U-Net's latents are never exact.
     """
     torch.manual_seed(seed)
     vae = mini_sd.autoencoder(material.mean, material.basis).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     decoder, latents = vae.decoder.train(), material.latents / mini_sd.SCALING
     average = {k: v.detach().clone() for k, v in decoder.state_dict().items()}
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
-    with Progress(*columns) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("decoder", total=steps, note="")
         for step in range(steps):
             ramp = min(1.0, (step + 1) / 50)
@@ -269,10 +245,7 @@ def train_decoder(
             loss.backward()
             nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
-            keep = min(0.995, (1 + step) / (10 + step))
-            with torch.no_grad():
-                state = decoder.state_dict()
-                move(average, state, 1 - keep)
+            update_average(average, decoder.state_dict(), 0.995, step)
             bar.update(task, advance=1, note=f"loss {loss.item():.4f}")
     decoder.load_state_dict(average)
     vae.eval()
@@ -299,8 +272,8 @@ def decoder(
     steps: int = 2500,
     seed: int = 0,
 ) -> None:
-    """The autoencoder's decoder: PYTHONPATH=recipes python -m embedded.sd.train decoder --corpus runs/corpus"""
-    psnr = train_decoder(Material.of(corpus, out, drawings), out, steps=steps, seed=seed)
+    """Trains the autoencoder's decoder: PYTHONPATH=recipes python -m embedded.sd.train decoder --corpus runs/corpus"""
+    psnr = train_decoder(TrainingData.of(corpus, out, drawings), out, steps=steps, seed=seed)
     typer.echo(f"{psnr:.2f} dB over {drawings} drawings; {out / 'vae.safetensors'}")
 
 
@@ -315,20 +288,20 @@ def unet(
     seed: int = Plan.seed,
     save_every: int = 600,
 ) -> None:
-    """The U-Net: PYTHONPATH=recipes python -m embedded.sd.train unet --corpus runs/corpus --steps 4200"""
+    """Trains the U-Net: PYTHONPATH=recipes python -m embedded.sd.train unet --corpus runs/corpus --steps 4200"""
     fast_on_cpu()
     plan = Plan(drawings=drawings, steps=steps, batch=batch, lr=lr, seed=seed)
-    trainer = UNetTrainer(Material.of(corpus, out, drawings), plan, out)
+    trainer = UNetTrainer(TrainingData.of(corpus, out, drawings), plan, out)
     if (out / "unet.safetensors").exists():
         trainer.resume()
         typer.echo(f"resumed at step {trainer.step}")
-    keep_plan(plan, trainer, out / "plan.json")
+    keep_unet_plan(plan, trainer, out / "plan.json")
     trainer.fit(save_every=save_every)
 
 
 def fast_on_cpu() -> None:
-    """Of a step in bfloat16 at 8 x 8, a third went into torch's fused attention backward and group norm
-    (.60 s on one core, .39 s with attention spelled out and group norm in fp32)."""
+    """Replaces fused attention and group norm: they took a third of a step in bfloat16 at 8 x 8 (.60 s on one core,
+    .39 s with attention by its formula and group norm in fp32)."""
     small_attention()
     exact = F.group_norm
 

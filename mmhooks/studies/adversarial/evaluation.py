@@ -1,4 +1,4 @@
-"""The study: the head and its scores, what every victim answers after each defence, and what that makes of Table 8."""
+"""Evaluation of the victims: their answers before and after each defence, judged, and the numbers of Table 8."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.analysis.results import plain
 from mmhooks.analysis.statistics.hypothesis_tests import benjamini_hochberg
 from mmhooks.analysis.statistics.repeated import repeated_difference, repeated_rate
-from mmhooks.studies.adversarial.defence import Made
+from mmhooks.studies.adversarial.defence import DefendedImages
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import HARMFUL, TYPED, Samples
 from mmhooks.studies.common.encode import encode, unit
-from mmhooks.studies.common.heads import kept_head
+from mmhooks.studies.common.heads import load_or_train_head
 from mmhooks.utils.digest import digest
 
 
-def head_of(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
-    """The head (mini's own, a given one, or one trained here and kept) and its MDS on the pairs."""
+def scored_head(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
+    """Returns the head (mini's own, a given one, or one trained here and cached) and its MDS on the pairs."""
     encoded = encode(model, options.model, pairs, cache, batch=128, progress=not options.quiet)
     source = options.head or ("mini/sae" if options.model == "mini" else None)
     if source is None:
@@ -35,43 +35,45 @@ def head_of(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[A
         torch.manual_seed(seed)
         untrained = mm.TopKSAE(image.shape[1], n, min(32, n // 4))
         folder = cache / f"attack-sae-{digest(epochs, n, seed, image, text)[:20]}"
-        head = kept_head(folder, untrained, image, text, epochs=epochs, seed=seed)
+        head = load_or_train_head(folder, untrained, image, text, epochs=epochs, seed=seed)
     else:
         head = mm.load_head(source)
     return head, mm.mds(encoded.store, head=head)
 
 
-class Bench:
-    """Asks one victim about pictures and has the answers judged; keeps answers, and hits by defence and draw."""
+class Evaluation:
+    """Asks one victim about images and has the answers judged; records answers, and hits by defence and draw."""
 
     def __init__(self, victim: Any, judge: Any, samples: Samples) -> None:
         self.victim, self.judge, self.samples = victim, judge, samples
         self.answers: dict[str, list[str]] = {}
-        self.rates: dict[str, list[list[bool]]] = {}  # a list a draw
+        self.rates: dict[str, list[list[bool]]] = {}  # one list per draw
         self.strong: dict[str, list[bool]] = {}
-        self.twins: dict[str, list[bool]] = {}  # nonsense words in place of words
+        self.nonsense_hits: dict[
+            str, list[bool]
+        ] = {}  # typographic samples, the word replaced by a nonsense word
         self.curve: dict[str, dict[int, list[bool]]] = {}  # first draw
-        self.exact: dict[str, list[list[bool]]] = {}  # the very target was named
+        self.target_named: dict[str, list[list[bool]]] = {}  # the answer names exactly the target
 
-    def hits(self, what: str, pictures: Tensor, rows: Sequence[int] | None = None) -> list[bool]:
-        """Success of the harmful request, sample by sample; the answers are kept under ``what``."""
+    def hits(self, what: str, images: Tensor, rows: Sequence[int] | None = None) -> list[bool]:
+        """Returns whether the harmful request succeeded, per sample; stores the answers under ``what``."""
         rows = range(len(self.samples)) if rows is None else rows
         asked = [self.samples.requests[i] for i in rows]
         targets = [self.samples.target[i] for i in rows]
-        answers = self.victim.answer(pictures, asked)
+        answers = self.victim.answer(images, asked)
         self.answers[what] = answers
         return self.judge.successes(asked, answers, targets)
 
-    def untreated(self) -> None:
-        """The friendly partners, the attack, and the attack with a nonsense word."""
+    def evaluate_baselines(self) -> None:
+        """Evaluates the friendly partners, the attack, and the attack with a nonsense word."""
         s = self.samples
-        for name, pictures in (("benign", s.partner), ("unaligned", s.attack)):
-            self._keep(name, name, pictures)
+        for name, images in (("benign", s.partner), ("unaligned", s.attack)):
+            self._keep(name, name, images)
         if s.typed:
-            self.twins["unaligned"] = self.hits("nonsense", s.controls["nonsense"], s.typed)
+            self.nonsense_hits["unaligned"] = self.hits("nonsense", s.controls["nonsense"], s.typed)
 
-    def defended(self, made: Made) -> None:
-        """Everything that is asked after one defence."""
+    def evaluate_defence(self, made: DefendedImages) -> None:
+        """Evaluates the images of one defence; nonsense words and the curve only for its first draw."""
         if made.strong:
             self.strong[made.defence] = self.hits(f"{made.defence}, strong", made.final)
             return
@@ -80,7 +82,7 @@ class Bench:
         if made.draw:
             return
         if self.samples.typed:
-            self.twins[made.defence] = self.hits(
+            self.nonsense_hits[made.defence] = self.hits(
                 f"nonsense, {made.defence}", made.nonsense, self.samples.typed
             )
         last = max(made.at)
@@ -90,42 +92,43 @@ class Bench:
         }
         self.curve[made.defence] = points
 
-    def _keep(self, name: str, what: str, pictures: Tensor) -> None:
-        self.rates.setdefault(name, []).append(self.hits(what, pictures))
+    def _keep(self, name: str, what: str, images: Tensor) -> None:
+        self.rates.setdefault(name, []).append(self.hits(what, images))
         named = [names(a, [t]) for a, t in zip(self.answers[what], self.samples.target, strict=True)]
-        self.exact.setdefault(name, []).append(named)
+        self.target_named.setdefault(name, []).append(named)
 
 
-def attack_results(bench: Bench) -> dict[str, Any]:
-    """Table 8 of one victim: rates by condition and trigger, controls, curve, paired comparisons."""
-    s = bench.samples
-    hits = {c: torch.tensor(h) for c, h in bench.rates.items()}
+def attack_results(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns Table 8 of one victim: rates by condition and trigger, controls, curve, paired comparisons."""
+    s = evaluation.samples
+    hits = {c: torch.tensor(h) for c, h in evaluation.rates.items()}
     triggers = {"all triggers": list(range(len(s)))} | {t: s.rows(t) for t in dict.fromkeys(s.trigger)}
-    strong = {c: torch.tensor([h]) for c, h in bench.strong.items()}
+    strong = {c: torch.tensor([h]) for c, h in evaluation.strong.items()}
     return {
-        "victim": bench.victim.name,
-        "judge": bench.judge.name,
+        "victim": evaluation.victim.name,
+        "judge": evaluation.judge.name,
         "n": len(s),
         "repeats": {c: len(h) for c, h in hits.items()},
         "rates": {c: {t: rate(h[:, rows]) for t, rows in triggers.items()} for c, h in hits.items()},
         "draws": {c: h.double().mean(1).tolist() for c, h in hits.items()},
         "strong": {c: rate(h) for c, h in strong.items()},
-        "target_named": {c: rate(torch.tensor(h)) for c, h in bench.exact.items()},
+        "target_named": {c: rate(torch.tensor(h)) for c, h in evaluation.target_named.items()},
         "typographic": {
-            t: typographic(bench, [i for i in s.typed if s.trigger[i] == t]) for t in TYPED if s.rows(t)
+            t: typographic(evaluation, [i for i in s.typed if s.trigger[i] == t]) for t in TYPED if s.rows(t)
         },
         "curve": {
-            d: {str(k): rate(torch.tensor([h])) for k, h in sorted(c.items())} for d, c in bench.curve.items()
+            d: {str(k): rate(torch.tensor([h])) for k, h in sorted(c.items())}
+            for d, c in evaluation.curve.items()
         },
         "comparisons": comparisons(hits),
         "comparisons_strong": comparisons(strong) if strong else [],
         "attack_against_benign": plain(repeated_difference(hits["unaligned"], hits["benign"])),
-        "answers": {c: answers[:12] for c, answers in bench.answers.items()},
+        "answers": {c: answers[:12] for c, answers in evaluation.answers.items()},
     }
 
 
 def comparisons(hits: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Every group against random features and against the other groups, with Benjamini-Hochberg's q over all of them."""
+    """Compares every group with random features and with the other groups; q by Benjamini-Hochberg over all six."""
     against = [(g, "random") for g in GROUPS] + list(combinations(("TextD", "CrossD", "ImgD"), 2))
     found = [repeated_difference(hits[a], hits[b]) for a, b in against]
     q = benjamini_hochberg(torch.tensor([f.p for f in found], dtype=torch.float64)).tolist()
@@ -134,18 +137,18 @@ def comparisons(hits: dict[str, Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def typographic(bench: Bench, rows: list[int]) -> dict[str, Any]:
-    """For every condition B(word) − B(nonsense) on the same pictures; noise patch and blank plate beside it."""
-    place = {i: k for k, i in enumerate(bench.samples.typed)}
+def typographic(evaluation: Evaluation, rows: list[int]) -> dict[str, Any]:
+    """Returns B(word) − B(nonsense) on the same images for every condition, and the noise and blank-plate controls."""
+    place = {i: k for k, i in enumerate(evaluation.samples.typed)}
     ids = [place[i] for i in rows]
     out: dict[str, Any] = {"n": len(rows)}
-    for c, twin in bench.twins.items():
-        word = torch.tensor([bench.rates[c][0]])[:, rows]
-        fake = torch.tensor([twin])[:, ids]
+    for c, nonsense in evaluation.nonsense_hits.items():
+        word = torch.tensor([evaluation.rates[c][0]])[:, rows]
+        fake = torch.tensor([nonsense])[:, ids]
         gap = plain(repeated_difference(word, fake).difference)
         out[c] = {"word": rate(word), "nonsense": rate(fake), "difference": gap}
     for control in ("noise", "blank"):
-        got = bench.hits(control, bench.samples.controls[control][ids], rows)
+        got = evaluation.hits(control, evaluation.samples.controls[control][ids], rows)
         out[control] = rate(torch.tensor([got]))
     return out
 

@@ -18,7 +18,7 @@ from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
+sys.path.append(str(Path(__file__).parents[2] / "models"))
 
 
 class _Pairs:
@@ -30,10 +30,10 @@ class _Pairs:
 
 def test_cases_are_of_different_texts_that_the_pipeline_draws() -> None:
     cases = generation_settings.choose_cases(_Pairs(), {"cat", "dog", "owl", "sun"}, 2, "a {}", seed=0)
-    said = [c.prompt for c in cases] + [c.reference for c in cases]
-    assert sorted(said) == ["a cat", "a dog", "a owl", "a sun"]
+    texts = [c.prompt for c in cases] + [c.reference for c in cases]
+    assert sorted(texts) == ["a cat", "a dog", "a owl", "a sun"]
     for case in cases:
-        assert _Pairs.texts[case.picture.getpixel((0, 0))[0]] == case.reference.removeprefix("a ")
+        assert _Pairs.texts[case.image.getpixel((0, 0))[0]] == case.reference.removeprefix("a ")
     with pytest.raises(MMHooksError, match="3 prompts and references need 6"):
         generation_settings.choose_cases(_Pairs(), None, 3, "{}", seed=0)
 
@@ -55,10 +55,13 @@ def test_judge_on_pictures_whose_answer_is_known() -> None:
     reference[:, :, :32] = 0
     prompt[:, 0] = 1
     judge = study.Judge("efficientnet-lite0", prompt, reference)
-    still, moved = judge(prompt, prompt), judge(reference, prompt)
-    assert torch.allclose(still["shift"], torch.zeros(2)) and still["distortion"].abs().max() < 1e-4
+    unedited_quality, moved = judge(prompt, prompt), judge(reference, prompt)
+    assert (
+        torch.allclose(unedited_quality["shift"], torch.zeros(2))
+        and unedited_quality["distortion"].abs().max() < 1e-4
+    )
     assert (moved["shift"] > 0.5).all() and (moved["distortion"] > 0.3).all()
-    grey = judge(torch.full_like(prompt, 0.5), prompt)  # a picture that is merely destroyed
+    grey = judge(torch.full_like(prompt, 0.5), prompt)  # an image that is merely destroyed
     assert (moved["gain"] > grey["gain"] + 0.2).all() and (moved["gain"] < moved["shift"]).all()
     assert torch.allclose(moved["quality"], torch.ones(2), atol=1e-3)
     assert (judge((prompt + reference) / 2, prompt)["quality"] < 0.999).all()
@@ -135,7 +138,7 @@ def run(options: list[str]) -> dict:
 
 
 def check_modes(results: dict, modes: set[str], out: Path) -> None:
-    """Each mode has both spaces, edits move pictures, and what was told is what was written."""
+    """Each mode has both spaces, edits move images, and what was told is what was written."""
     assert set(results["modes"]) == modes
     written = (out / "tables.md").read_text()
     for mode in modes:
@@ -173,7 +176,7 @@ def test_equal_widths_end_to_end(tmp_path: Path) -> None:
 def test_unknown_mode_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(generation.app, ["--mode", "unclipped", "--out", str(tmp_path / "x")])
     assert done.exit_code == 1
-    assert "--mode is one of naive, projected, unclip; got 'unclipped'" in done.output
+    assert "--mode: expected one of naive, projected, unclip, got 'unclipped'" in done.output
 
 
 def test_too_many_prompts_are_refused(tmp_path: Path) -> None:

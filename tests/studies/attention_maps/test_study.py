@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmhooks.studies.attention_maps import pictures as attention_maps_pictures
+from mmhooks.studies.attention_maps import images as attention_map_images
 from mmhooks.studies.attention_maps import study as recipe
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
+sys.path.append(str(Path(__file__).parents[2] / "models"))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def test_known_drawings(pipeline, tmp_path):
 def test_verdict(right):
     drawn = []
     for n in range(40):
-        picture = Image.new("RGB", (16, 16), "white")
-        picture.paste("red", (0, 0, 6, 6))
+        image = Image.new("RGB", (16, 16), "white")
+        image.paste("red", (0, 0, 6, 6))
         heat = torch.zeros(4, 4)
         heat[(0, 0) if right or n < 4 else (3, 3)] = 1
-        drawn.append(attention_maps_pictures.Drawn("a kite", picture, {"kite": heat}))
-    games = attention_maps_pictures.play(drawn)
+        drawn.append(attention_map_images.Drawn("a kite", image, {"kite": heat}))
+    games = attention_map_images.play_pointing_game(drawn)
     assert games["object"].chance == pytest.approx(36 / 256)
-    assert ("not more often" in attention_maps_pictures.verdict(games)) != right
+    assert ("not more often" in attention_map_images.verdict_sentence(games)) != right

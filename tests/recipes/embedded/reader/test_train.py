@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from embedded.reader import evaluate as reader_exams
+from embedded.reader import evaluate as reader_evaluation
 from embedded.reader import stem as reader_stem
-from embedded.reader import train as train_mini_reader
+from embedded.reader import train as reader_training
 from embedded.reader import words as reader_words
+from safetensors.torch import save_file
 
 import mmhooks as mm
 from mmhooks.data.sources.drawings import Corpus
@@ -41,15 +38,15 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus(tmp_path)
 
 
-def plan(**changes) -> train_mini_reader.ReaderPlan:
+def plan(**changes) -> reader_training.ReaderPlan:
     base = {"steps": 4, "batch": 8, "warmup": 1, "relational": 0.0, "words": 4, "overlays": 0.25,
             "spelled": 3, "stem_steps": 2, "code_steps": 4, "first": 2, "ramp": 3}  # fmt: skip
-    return train_mini_reader.ReaderPlan(**(base | changes))
+    return reader_training.ReaderPlan(**(base | changes))
 
 
-def trainer(corpus: Corpus, out: Path, **changes) -> train_mini_reader.ReaderTrainer:
+def trainer(corpus: Corpus, out: Path, **changes) -> reader_training.ReaderTrainer:
     out.mkdir(exist_ok=True)
-    return train_mini_reader.ReaderTrainer(corpus, plan(**changes), out, FONTS)
+    return reader_training.ReaderTrainer(corpus, plan(**changes), out, FONTS)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(corpus: Corpus, tmp_path: Path) -> None:
@@ -72,7 +69,7 @@ def test_a_resumed_run_ends_with_the_same_bits(corpus: Corpus, tmp_path: Path) -
 
 
 def test_without_what_the_stem_adds_the_reader_starts_as_mini(corpus: Corpus, tmp_path: Path) -> None:
-    reader, ours = trainer(corpus, tmp_path / "run").judge(), mm.load("mini")
+    reader, ours = trainer(corpus, tmp_path / "run").averaged_model(), mm.load("mini")
     pixels, tokens = torch.rand(3, 3, 64, 64), mini.tokenizer()(["a red fox", "the word tiger", "sun"])
     stem = reader.visual.conv1
     with torch.no_grad():
@@ -84,7 +81,7 @@ def test_without_what_the_stem_adds_the_reader_starts_as_mini(corpus: Corpus, tm
 
 
 def test_the_control_sees_no_word(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    control = train_mini_reader.ReaderTrainer(
+    control = reader_training.ReaderTrainer(
         corpus, plan().without_words(), _folder(tmp_path / "control"), FONTS
     )
     monkeypatch.setattr(
@@ -116,8 +113,8 @@ def test_held_out_words_are_never_rendered_in_training(
 
 def test_dropout_keeps_every_patch_with_ink() -> None:
     torch.manual_seed(0)
-    drop = train_mini_reader.KeepInk(0.5).train()
-    made = reader_words.word_pictures(["tiger", "fox"], FONTS, random.Random(0))
+    drop = reader_training.KeepInk(0.5).train()
+    made = reader_words.word_images(["tiger", "fox"], FONTS, random.Random(0))
     drop.wanted = torch.stack([one.patches() for one in made])
     tokens = torch.arange(65.0).view(1, 65, 1).expand(2, -1, -1)
     kept = drop(tokens)
@@ -132,11 +129,11 @@ def test_dropout_keeps_every_patch_with_ink() -> None:
 
 def test_ink_lies_inside_the_patches_that_are_said_to_hold_it() -> None:
     for seed in range(40):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         blank = torch.ones(3, 64, 64)
         made = reader_words.write(blank, "giraffe", reader_words.place(
-            "giraffe", FONTS[0], dice, width=(0.3, 0.95), size=(8.0, 30.0)))  # fmt: skip
-        changed = (made.picture != blank).any(0).view(8, 8, 8, 8).any(3).any(1).flatten()
+            "giraffe", FONTS[0], rng, width=(0.3, 0.95), size=(8.0, 30.0)))  # fmt: skip
+        changed = (made.image != blank).any(0).view(8, 8, 8, 8).any(3).any(1).flatten()
         assert changed.any() and not (changed & ~made.patches()).any()
 
 
@@ -167,14 +164,17 @@ def test_folding_batch_norm_changes_nothing() -> None:
 
 def test_every_condition_of_the_attack_differs_where_it_should(corpus: Corpus) -> None:
     taught = [name for name in NAMES if " " not in name]
-    reader_exams_candidates, reader_exams.CANDIDATES = reader_exams.CANDIDATES, 6
+    candidates, reader_evaluation.CANDIDATES = reader_evaluation.CANDIDATES, 6
     try:
-        chosen = reader_exams.samples(corpus, taught, set(taught), FONTS, 8)
+        chosen = reader_evaluation.samples(corpus, taught, set(taught), FONTS, 8)
     finally:
-        reader_exams.CANDIDATES = reader_exams_candidates
+        reader_evaluation.CANDIDATES = candidates
     assert all(s.a != s.b and s.nonsense not in taught and len(s.nonsense) == len(s.b) for s in chosen)
     for strip in (False, True):
-        shown = {c: reader_exams.attacked(corpus, chosen, c, strip=strip) for c in reader_exams.CONDITIONS}
+        shown = {
+            c: reader_evaluation.attacked(corpus, chosen, c, strip=strip)
+            for c in reader_evaluation.CONDITIONS
+        }
         for condition in ("word", "nonsense", "noise"):
             assert (shown[condition] != shown["clean"]).flatten(1).any(1).all(), condition
         assert (shown["word"] != shown["nonsense"]).flatten(1).any(1).all()

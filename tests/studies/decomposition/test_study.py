@@ -30,7 +30,7 @@ def test_mini(tmp_path):
     assert rebuilt["full"]["value"] == pytest.approx(found["ablations"]["before"]["value"])
     only = found["ablations"]["names"].index("all but attention of the last 2")
     alone = found["rebuilt"]["everything else at its mean"]["full"]["value"]
-    # Means over the same pictures: the same ablation by two ways.
+    # Means over the same images: the same ablation by two ways.
     assert alone == pytest.approx(found["ablations"]["direct"][only]["value"])
     labels = HeadLabels.load(tmp_path / "head_labels.json")
     assert labels.texts["5.0"] == tuple(span["texts"][6]) and labels.kinds is not None

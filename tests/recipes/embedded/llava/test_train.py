@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-from mmhooks.studies.adversarial.requests import HELD_OUT
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from embedded.llava import lessons
+from embedded.llava import examples
 from embedded.llava import train as training
+from safetensors.torch import save_file
 
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.synthetic import words
+from mmhooks.studies.adversarial.requests import HELD_OUT
 
 NAMES = ("umbrella", "piano", "hammer", "bomb", "grenade", "axe", "woman", "dagger", "flute", "red apple")
 
@@ -35,18 +31,18 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def test_what_is_held_out_is_described_and_never_asked_for(corpus: Corpus) -> None:
-    course = lessons.Curriculum.of(corpus, ("piano", "bomb", "axe"))
-    seen, usable = ({course.names[i] for i in rows} for rows in (course.seen, course.usable))
+    source = examples.ExampleSource.of(corpus, ("piano", "bomb", "axe"))
+    seen, usable = ({source.names[i] for i in rows} for rows in (source.seen, source.usable))
     assert {"grenade", "axe", "bomb", "piano"} <= seen and "woman" not in seen
     assert {"bomb", "dagger", "piano"} <= usable and not usable & set(HELD_OUT)
-    assert "axe" in course.words and "axe" not in course.usable_words
-    assert not set(course.things) & {*lessons.REFUSED, *HELD_OUT}
-    dice = random.Random(0)
+    assert "axe" in source.words and "axe" not in source.usable_words
+    assert not set(source.things) & {*examples.REFUSED, *HELD_OUT}
+    rng = random.Random(0)
     for kind in ("act", "act with word", "act on word", "comply", "refuse"):
         for _ in range(40):
-            made = course.lesson(kind, course.usable[dice.randrange(len(course.usable))], dice)
+            made = source.example(kind, source.usable[rng.randrange(len(source.usable))], rng)
             assert not any(w in f"{made.request} {made.answer}".replace(".", "").split() for w in HELD_OUT)
-            assert (made.answer == lessons.REFUSAL) == (kind == "refuse")
+            assert (made.answer == examples.REFUSAL) == (kind == "refuse")
 
 
 def test_a_resumed_run_ends_with_the_same_bits(
@@ -85,10 +81,10 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert torch.equal(value, again.model.state_dict()[key]), key
         assert torch.equal(whole.average[key], again.average[key]), key
     # the loss is transformers' own on the same answers
-    lesson = [lessons.Lesson("told", "Say how to use the bomb.", lessons.REFUSAL)]
-    ids, answer = whole.encode(lesson)
+    example = [examples.Example("told", "Say how to use the bomb.", examples.REFUSAL)]
+    ids, answer = whole.encode(example)
     labels = ids.masked_fill(~answer, -100)
     with torch.no_grad():
-        ours = whole.loss_of(lesson, None).mean()
+        ours = whole.loss_of(example, None).mean()
         theirs = whole.llava(input_ids=ids, labels=labels).loss
     assert float(ours) == pytest.approx(float(theirs), rel=1e-4)

@@ -37,7 +37,7 @@ def random_clip(name: str = "mini", **_: Any) -> mm.HookedCLIP:
     return mm.HookedCLIP(mini.build().eval(), mini.tokenizer(), mini.preprocess, name=name)
 
 
-def judge(pairs: Any, _: Any) -> dict[str, torch.Tensor]:
+def similarity_embeddings(pairs: Any, _: Any) -> dict[str, torch.Tensor]:
     """Judges that need no weights: fixed random vectors."""
     generator = torch.Generator().manual_seed(1)
     return {
@@ -49,7 +49,7 @@ def judge(pairs: Any, _: Any) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Coloured squares with their names; one name tries to break out of every format."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     with (root / "metadata.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -67,7 +67,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMHOOKS_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(mm, "load", random_clip)
-        patch.setattr(modality, "judge", judge)
+        patch.setattr(modality, "similarity_embeddings", similarity_embeddings)
         out = tmp_path_factory.mktemp("run") / "modality"
         options = replace(SMALL, data=f"{folder}/", out=out)
         yield modality.run(options), out, options
@@ -127,14 +127,16 @@ def test_masks_are_live_equal_by_hand_and_leave_nothing(run: Any) -> None:
 
 def test_random_masks_have_the_groups_size(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes: list[int] = []
-    real = modality_mask.by_hand
-    monkeypatch.setattr(modality_mask, "by_hand", lambda s, x, f, g: sizes.append(len(g)) or real(s, x, f, g))
+    real = modality_mask.masked_by_hand
+    monkeypatch.setattr(
+        modality_mask, "masked_by_hand", lambda s, x, f, g: sizes.append(len(g)) or real(s, x, f, g)
+    )
     pairs = mm.data.pairs(run[2].data)
     encoded = encode(random_clip(), "mini", pairs, tmp_path, batch=30, progress=False)
-    s = modality_study.Subject("CLIP", encoded)
+    s = modality_study.StudyModel("CLIP", encoded)
     mds = mm.mds(encoded.store, kind="abs", image="image.embed", text="text.embed")
-    inputs = modality_mask.prepare(encoded.model, pairs, range(12))
-    modality_mask.experiment(s, mds, pairs, range(12), inputs, draws=3, seed=0, step=lambda n: None)
+    inputs = modality_mask.model_inputs(encoded.model, pairs, range(12))
+    modality_mask.masking_effects(s, mds, pairs, range(12), inputs, draws=3, seed=0, step=lambda n: None)
     wanted = [len(g) for g in mds.groups for _ in range(2)] + [len(g) for g in mds.groups for _ in range(6)]
     assert sorted(sizes) == sorted(wanted)
 
@@ -145,9 +147,9 @@ def test_by_hand_is_the_written_formula() -> None:
     sae = mm.TopKSAE(8, 20, 4)
     x = torch.randn(5, 8) * 3
     f = sae.encode(x / x.norm(dim=-1, keepdim=True)).detach()
-    s = modality_study.Subject("s", object.__new__(Encoded), sae)  # the formula needs no model
+    s = modality_study.StudyModel("s", object.__new__(Encoded), sae)  # the formula needs no model
     group = mm.FeatureSet([int(k) for k in f[0].nonzero().flatten()[:2]], 20)
-    got = modality_mask.by_hand(s, x, f, group)
+    got = modality_mask.masked_by_hand(s, x, f, group)
     for row in range(5):
         kept = f[row].clone()
         kept[group.indices] = 0
@@ -159,13 +161,13 @@ def test_by_hand_is_the_written_formula() -> None:
 @pytest.mark.parametrize("words", [["a"] * 9, list("abcdefghi"), list("aabbcdefg")])
 def test_first_hits_is_retrievals_first_rank(words: list[str]) -> None:
     torch.manual_seed(3)
-    same = modality_mask.labels(words)
+    same = modality_mask.text_numbers(words)
     for noise in (0.1, 1.0):
         image = torch.randn(9, 4)
         text = image + noise * torch.randn(9, 4)
         text[3:5] = 0  # as after a mask that leaves nothing: ties
         want = mm.retrieval(image, text, ks=(1,), same=same).image_to_text[1].value
-        assert modality_mask.first_hits(image, text, same[:, None] == same) == pytest.approx(want)
+        assert modality_mask.first_rank_rate(image, text, same[:, None] == same) == pytest.approx(want)
 
 
 def test_second_run_reads_its_cache_and_gives_the_same(
@@ -271,7 +273,7 @@ def test_the_slot_of_the_results_page_is_filled_once(run: Any, tmp_path: Path) -
 
 
 def test_help_shows_the_options() -> None:
-    script = Path(__file__).parents[2] / "recipes" / "modality.py"
+    script = Path(__file__).parents[3] / "recipes" / "modality.py"
     out = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out.stdout)
     for option in (
@@ -292,7 +294,7 @@ def test_bad_data_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MMHOOKS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.csv").write_text("file_name,text\na.png,hello\n")
-    (tmp_path / "data" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "a.png").write_bytes(b"no image")
     args = ["--data", f"{tmp_path}/data/", "--out", str(tmp_path / "out"), "--quiet"]
     result = CliRunner().invoke(modality.app, args)
     assert (
@@ -306,11 +308,11 @@ def test_harm_is_named_only_beyond_rounding(after: float, said: str) -> None:
         return {"R@1": modality_mask.Estimate(value, value, value, 100)}
 
     # A random mask without effect, as single precision adds it up.
-    found = modality_mask._beside(rate(after), rate(0.5), [1e-9, 2e-9], size=3, n=100)
+    found = modality_mask._against_random(rate(after), rate(0.5), [1e-9, 2e-9], size=3, n=100)
     assert found["beyond"] == said
 
 
 def test_an_empty_group_harms_nothing() -> None:
-    from mmhooks.studies.modality.tables import _harm
+    from mmhooks.studies.modality.tables import _effect_against_random
 
-    assert _harm({"size": 0, "beyond": ""}) == "nothing to mask"
+    assert _effect_against_random({"size": 0, "beyond": ""}) == "nothing to mask"

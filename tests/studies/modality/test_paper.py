@@ -1,20 +1,12 @@
-"""The comparison with the paper: verdicts follow intervals, and every statement can go each way."""
+"""The paper's statements on modality: verdicts follow intervals, and every statement can go each way."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from mmhooks.report import Estimate
-from mmhooks.studies.common.claims import agreement, difference, size
 from mmhooks.studies.modality import paper
-
-numbers = st.floats(-5, 5, allow_nan=False)
-widths = st.floats(0.001, 2)
 
 
 def tight(value: float, width: float = 0.001) -> dict[str, Any]:
@@ -68,27 +60,6 @@ def test_unknown_values_are_not_compared() -> None:
     models = as_in_paper()
     models["CLIP+NCL"]["embed_sim"]["image"] = Estimate(math.nan, n=0).to_json()
     assert not any("EmbedSim for images" in c.claim for c in paper.claims(models))
-
-
-@given(numbers, widths, numbers, widths)
-def test_difference_against_the_normal_formula(a: float, wa: float, b: float, wb: float) -> None:
-    d = difference(Estimate(a, a - wa, a + wa, 9), Estimate(b, b - wb, b + wb, 4))
-    assert d.value == pytest.approx(a - b) and d.n == 4
-    assert d.high - d.value == pytest.approx(math.sqrt(wa**2 + wb**2), abs=1e-9)
-
-
-@given(numbers, widths)
-def test_size_contains_the_absolute_value(a: float, w: float) -> None:
-    s = size(Estimate(a, a - w, a + w, 3))
-    assert s.value == abs(a) and 0 <= s.low <= s.value <= s.high
-
-
-@given(numbers, widths, st.floats(0.01, 1))
-def test_agreement_mirrors(a: float, w: float, p: float) -> None:
-    e, mirrored = Estimate(a, a - w, a + w), Estimate(-a, -a - w, -a + w)
-    assert agreement(e, p) == agreement(mirrored, -p)
-    swapped = {"same": "differs", "differs": "same", "open": "open"}
-    assert agreement(e, -p) == swapped[agreement(e, p)]
 
 
 def test_table_marks_only_decided_reversals() -> None:

@@ -1,4 +1,4 @@
-"""The gender recipe end to end: the embedded model, a folder with a label column, a classifier, a full-size model."""
+"""The gender study end to end: the embedded model, a folder with a label column, a classifier, a full-size model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_everything_is_written(run: Any) -> None:
         "impossible",
         "random masks, same size",
         "CrossD",
-        "no said gender",
+        "unstated gender",
         "who a person is",
     ):
         assert words in page, words
@@ -113,8 +113,8 @@ def test_texts_are_read_far_above_chance(run: Any) -> None:
 
 
 def test_the_papers_tables_do_not_fit() -> None:
-    pictures, texts = gender_paper.conflict()
-    assert "4.9 lies outside 5.64–17.65" in pictures and "women to carry 2 %" in pictures
+    images, texts = gender_paper.table_conflicts()
+    assert "4.9 lies outside 5.64–17.65" in images and "women to carry 2 %" in images
     assert "7.0 lies outside 7.27–28.67" in texts and "88 %" in texts
 
 
@@ -126,8 +126,8 @@ def test_codepoints_and_names_agree() -> None:
         name = pairs.texts[s.row]
         if not re.search("claus|mer(maid|man)", name):
             assert gender_samples.gender_of_words(name) == s.label, name
-    tones = {s.strata["skin tone"] for s in people}
-    assert tones == set(gender_samples.TONES)
+    skin_tone_masking = {s.strata["skin tone"] for s in people}
+    assert skin_tone_masking == set(gender_samples.TONES)
     # A family holds both genders and all tones: none of them is split between fitted and judged by a folder's half.
     farmer = {pairs.texts[s.row].split(" ")[0] for s in people if s.family == "farmer"}
     assert {"woman", "man", "farmer"} <= farmer
@@ -151,7 +151,7 @@ def test_more_styles_come_from_the_corpus_by_their_names(tmp_path: Path) -> None
     rgba = torch.randint(0, 255, (len(rows), 8, 8, 4), dtype=torch.uint8)
     save_file({"rgba": rgba}, tmp_path / "rgba.safetensors")
     assert gender_styles.is_corpus(str(tmp_path))
-    pairs = gender_styles.corpus_pairs(str(tmp_path), others=2)
+    pairs = gender_styles.style_pairs(str(tmp_path), others=2)
     people = gender_samples.from_drawings(pairs)
     assert len(people) == 8 and len(pairs) == 10
     found = {(pairs.texts[s.row], s.label, s.strata["style"], s.heldout) for s in people}

@@ -1,4 +1,4 @@
-"""What the attention-map study draws, the heat of its words, and the pointing game that is played on it."""
+"""Images of the attention-map study, the heat maps of their words, and the pointing game on them."""
 
 from __future__ import annotations
 
@@ -19,37 +19,41 @@ from mmhooks.studies.attention_maps.options import Options
 from mmhooks.utils.json_files import check_fields, describe_json, read_json
 from mmhooks.utils.progress import rate_bar
 
-WHITE = 0.9  # lighter than that in every channel is ground
+WHITE = 0.9  # a pixel lighter than this in every channel is background
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture, its prompt, and the heat of each word asked for; the first one is the object's."""
+    """One image, its prompt, and the heat map of each requested word, the object's first."""
 
     prompt: str
-    picture: Image.Image
+    image: Image.Image
     heats: dict[str, Float[Tensor, "h w"]]
 
 
-def foreground(picture: Image.Image) -> Bool[Tensor, "h w"]:
-    """What was drawn on white.
+def foreground(image: Image.Image) -> Bool[Tensor, "h w"]:
+    """Returns the mask of what was drawn on white.
 
     >>> int(foreground(Image.new("RGB", (4, 4), "white")).sum())
     0
     """
     from torchvision.transforms.functional import to_tensor
 
-    return to_tensor(picture.convert("RGB")).amin(0) < WHITE
+    return to_tensor(image.convert("RGB")).amin(0) < WHITE
 
 
 def known_drawings(sd: mm.HookedDiffusion) -> list[str]:
-    """Names that a pipeline's directory lists in ``drawings.json``."""
+    """Returns the names that a pipeline's directory lists in ``drawings.json``.
+
+    Raises:
+        MMHooksError: there is no such list, or it is malformed.
+    """
     if sd.name == "mini":
         return [row["name"] for row in drawings()]
     where = Path(str(getattr(sd.pipe, "_name_or_path", "") or sd.name)) / "drawings.json"
     if not where.is_file():
         raise MMHooksError(f"{sd!r} lists no drawings of its own ({where}): give --prompt and --word")
-    remedy = "give --prompt and --word, or write the list again"
+    remedy = "give --prompt and --word, or rewrite the list"
     listed = read_json(where, "a list of drawings", remedy=remedy)
     rows = listed.get("drawings") if isinstance(listed, dict) else listed
     if not isinstance(rows, list):
@@ -61,8 +65,8 @@ def known_drawings(sd: mm.HookedDiffusion) -> list[str]:
     return [row["name"] for row in rows]
 
 
-def what_to_draw(sd: mm.HookedDiffusion, options: Options) -> tuple[list[str], list[list[str]]]:
-    """The prompts, and the words of each whose heat is kept, the object's first.
+def prompts_and_words(sd: mm.HookedDiffusion, options: Options) -> tuple[list[str], list[list[str]]]:
+    """Returns the prompts, and for each the words whose heat is recorded, the object's first.
 
     Without ``--prompt``: the drawings that the pipeline knows, and the word "a", which names nothing.
     """
@@ -74,50 +78,52 @@ def what_to_draw(sd: mm.HookedDiffusion, options: Options) -> tuple[list[str], l
     return [options.template.format(name) for name in names], [[name, *fixed] for name in names]
 
 
-def draw(sd: mm.HookedDiffusion, prompts: list[str], words: list[list[str]], options: Options) -> list[Drawn]:
-    """Draws every prompt, each from a seed of its own, and keeps the heat of its words."""
+def draw_prompts(
+    sd: mm.HookedDiffusion, prompts: list[str], words: list[list[str]], options: Options
+) -> list[Drawn]:
+    """Generates every prompt, each from its own seed, and records the heat maps of its words."""
     sd.pipe.set_progress_bar_config(disable=True)
     drawn = []
-    with rate_bar("drawing", len(prompts), unit="pictures") as advance, mm.attention_maps(sd) as maps:
+    with rate_bar("drawing", len(prompts), unit="images") as advance, mm.attention_maps(sd) as maps:
         for begin in range(0, len(prompts), options.batch):
             these = prompts[begin : begin + options.batch]
             noise = [torch.Generator().manual_seed(options.seed + begin + n) for n in range(len(these))]
-            pictures = sd.pipe(
+            images = sd.pipe(
                 these,
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance,
                 generator=noise,
             ).images
             heat = maps.maps.cpu()
-            for n, (prompt, picture) in enumerate(zip(these, pictures, strict=True)):
+            for n, (prompt, image) in enumerate(zip(these, images, strict=True)):
                 length = heat.shape[1]
                 heats = {
                     word: heat[n, maps.places(word, prompt, length)].mean(0) for word in words[begin + n]
                 }
-                drawn.append(Drawn(prompt, picture, heats))
+                drawn.append(Drawn(prompt, image, heats))
             advance(len(these))
     return drawn
 
 
-def save_pictures(drawn: list[Drawn], out: Path) -> list[Path]:
-    """The heat of the first eight pictures side by side, and an overlay of every word; returns the paths."""
+def save_images(drawn: list[Drawn], out: Path) -> list[Path]:
+    """Saves the heat maps of the first eight images side by side, and an overlay per word; returns the paths."""
     (out / "overlays").mkdir(parents=True, exist_ok=True)
     paths = [out / "heat.png"]
-    heat_grid([(d.prompt, d.picture, d.heats) for d in drawn[:8]]).savefig(paths[0], dpi=130)
+    heat_grid([(d.prompt, d.image, d.heats) for d in drawn[:8]]).savefig(paths[0], dpi=130)
     for n, d in enumerate(drawn):
         for k, heat in enumerate(d.heats.values()):
             paths.append(out / "overlays" / f"{n:04d}-{k}.png")
-            overlay(d.picture, heat).save(paths[-1])
+            overlay(d.image, heat).save(paths[-1])
     return paths
 
 
-def play(drawn: list[Drawn]) -> dict[str, PointingGame]:
-    """The pointing game of the object's words, and its controls.
+def play_pointing_game(drawn: list[Drawn]) -> dict[str, PointingGame]:
+    """Plays the pointing game with the object's words, and with controls.
 
-    ``another picture's heat``: of the object's words in the next picture: what standing in the middle is worth.
-    ``the word "a"``: of a word that names nothing, where the prompts have one.
+    ``another picture's heat``: the object's words in the next image, which measures the effect of a central position.
+    ``the word "a"``: a word that names nothing, where all prompts have one.
     """
-    masks = torch.stack([foreground(d.picture) for d in drawn])
+    masks = torch.stack([foreground(d.image) for d in drawn])
     heat = torch.stack([next(iter(d.heats.values())) for d in drawn])
     games = {"object": pointing_game(heat, masks)}
     if len(drawn) > 1:
@@ -127,7 +133,7 @@ def play(drawn: list[Drawn]) -> dict[str, PointingGame]:
     return games
 
 
-def verdict(games: dict[str, PointingGame]) -> str:
+def verdict_sentence(games: dict[str, PointingGame]) -> str:
     game = games["object"]
     word = "more often than" if game.rate.low > game.chance else "not more often than"
     return (

@@ -21,7 +21,7 @@ N = 8
 
 
 @pytest.fixture
-def material(tmp_path: Path) -> tuple[recipe.Material, Path]:
+def material(tmp_path: Path) -> tuple[recipe.TrainingData, Path]:
     out = tmp_path / "run"
     out.mkdir()
     rng = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def material(tmp_path: Path) -> tuple[recipe.Material, Path]:
     save_file({"pixels": pixels, "mean": mean, "basis": basis}, out / "material.safetensors")
     names = ["cat", "dog", "tree", "house", "star", "moon", "fish", "bird"]
     (out / "drawings.json").write_text(json.dumps([{"name": n, "codepoints": ""} for n in names]))
-    return recipe.Material.of(tmp_path, out, N), out
+    return recipe.TrainingData.of(tmp_path, out, N), out
 
 
 def test_latents_are_the_projected_patches_with_unit_spread(material) -> None:
@@ -85,12 +85,12 @@ def test_rate_rises_stays_and_falls() -> None:
 def test_length_may_change_until_the_rate_falls(material) -> None:
     found, out = material
     trainer = recipe.UNetTrainer(found, recipe.Plan(drawings=N, steps=100), out)
-    recipe.keep_plan(recipe.Plan(drawings=N, steps=100), trainer, out / "plan.json")
+    recipe.keep_unet_plan(recipe.Plan(drawings=N, steps=100), trainer, out / "plan.json")
     trainer.step = 50
-    recipe.keep_plan(recipe.Plan(drawings=N, steps=80), trainer, out / "plan.json")
+    recipe.keep_unet_plan(recipe.Plan(drawings=N, steps=80), trainer, out / "plan.json")
     trainer.step = 60
     with pytest.raises(typer.BadParameter, match="another plan"):
-        recipe.keep_plan(recipe.Plan(drawings=N, steps=100), trainer, out / "plan.json")
+        recipe.keep_unet_plan(recipe.Plan(drawings=N, steps=100), trainer, out / "plan.json")
 
 
 def test_decoder_learns(material) -> None:
@@ -102,7 +102,7 @@ def test_decoder_learns(material) -> None:
 
 def test_another_number_of_drawings_is_refused(material, tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="8 drawings"):
-        recipe.Material.of(tmp_path, material[1], N + 1)
+        recipe.TrainingData.of(tmp_path, material[1], N + 1)
 
 
 def test_pixel_ranks_against_a_loop() -> None:
@@ -114,8 +114,8 @@ def test_pixel_ranks_against_a_loop() -> None:
     values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean))
     basis = vectors[:, -11:]
     expected = []
-    for picture, i in zip(drawn.flatten(1).double(), own, strict=True):
-        gaps = [((picture - other) @ basis).norm() for other in flat]
+    for image, i in zip(drawn.flatten(1).double(), own, strict=True):
+        gaps = [((image - other) @ basis).norm() for other in flat]
         expected.append(sum(bool(gap < gaps[i]) for gap in gaps))
     assert sd_exam.pixel_ranks(drawn, known, own).tolist() == expected
 
@@ -124,8 +124,8 @@ def test_rates_and_grid_rule() -> None:
     rates = sd_exam.rates(torch.tensor([0, 0, 3, 40]))
     assert rates["first 1"]["value"] == 0.5
     assert rates["first 10"]["value"] == 0.75
-    assert sd_exam.spread_rule(["x"] * 512)[:3] == [0, 8, 16]
-    assert sd_exam.spread_rule(["x"] * 5) == [0, 1, 2, 3, 4]
+    assert sd_exam.evenly_spaced(["x"] * 512)[:3] == [0, 8, 16]
+    assert sd_exam.evenly_spaced(["x"] * 5) == [0, 1, 2, 3, 4]
 
 
 def test_curve_keeps_the_later_of_steps_run_twice(tmp_path: Path) -> None:
@@ -152,5 +152,5 @@ def test_only_what_can_be_told_apart_is_chosen(monkeypatch: pytest.MonkeyPatch) 
     names = {corpus.rows[i]["name"] for i in sd_drawings.choose(corpus, 2)}
     assert "left arrow" not in names and "woman singer" not in names
     assert len(names & {"cat", "cats"}) == 1 and len(names & {"volcano", "guitar"}) == 1
-    with pytest.raises(ValueError, match="has 2 drawings that differ, 3"):
+    with pytest.raises(ValueError, match="expected 3 drawings that differ, got 2"):
         sd_drawings.choose(corpus, 3)

@@ -1,0 +1,110 @@
+"""The segmentation study: masks, its three kinds of data, and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmhooks.errors import DataError
+from mmhooks.studies.segmentation import samples as segmentation_data
+from mmhooks.studies.segmentation import study as segmentation
+
+from ..written_files import written
+
+
+def test_masks_go_the_way_of_their_pictures():
+    from torchvision import transforms
+
+    steps = transforms.Compose(
+        [
+            transforms.Resize(8),
+            transforms.CenterCrop(8),
+            transforms.ToTensor(),
+            transforms.Normalize([0.4], [0.3]),
+        ]
+    )
+    mask = np.zeros((16, 32), bool)
+    mask[:, 16:] = True  # the crop keeps columns 8 to 24
+    image = Image.new("RGB", (32, 16))
+    half, whole = (segmentation_data.Sample(image, m, "x", "x") for m in (mask, np.ones_like(mask)))
+    kept, pixels, masks = segmentation_data.prepared(steps, [half, whole, half])
+    assert kept == [half, half] and pixels.shape == (2, 3, 8, 8)  # of the whole one, no ground is seen
+    assert masks.shape == (2, 8, 8) and masks[0, :, 4:].all() and not masks[0, :, :4].any()
+    with pytest.raises(DataError, match="got 1 of 2"):
+        segmentation_data.prepared(steps, [half, whole])
+
+
+def test_a_folder_of_masks(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(DataError, match="classes.csv is missing"):
+        segmentation_data.from_folder(tmp_path, 5, 0)
+    (tmp_path / "classes.csv").write_text("file,class\na.jpg,apple\n")
+    with pytest.raises(DataError, match=r"a\.png is not there"):
+        segmentation_data.from_folder(tmp_path, 5, 0)
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / "a.png")
+    samples, _ = segmentation_data.from_folder(tmp_path, 5, 0)
+    assert samples[0].name == "apple" and samples[0].mask.sum() == 8
+
+
+def imagenet_segmentation(path, fields=("img", "gt", "target")) -> None:
+    """A file laid out as MATLAB 7.3 lays out gtsegs_ijcv.mat: references to transposed arrays, masks in a cell."""
+    h5py = pytest.importorskip("h5py")
+    rows = {"img": [], "gt": [], "target": []}
+    with h5py.File(path, "w") as file:
+
+        def put(array):
+            found = file.create_dataset(
+                f"#refs#/{len(file['#refs#']) if '#refs#' in file else 0}", data=array
+            )
+            return found.ref
+
+        for i, wordnet in enumerate(("n01440764", "n02084071")):
+            image = np.zeros((6, 10, 3), np.uint8)  # rows, columns
+            image[:, :4, 0] = 200 + i
+            rows["img"].append(put(image.T))
+            mask = put((image[..., 0] > 0).astype(np.uint8).T)
+            rows["gt"].append(put(np.array([[mask]], h5py.ref_dtype)))
+            rows["target"].append(put(np.array([[ord(c)] for c in wordnet], np.uint16)))
+        for field in fields:
+            file.create_dataset(f"value/{field}", data=np.array(rows[field], h5py.ref_dtype)[:, None])
+
+
+def test_imagenet_segmentation_is_read_from_its_own_file(tmp_path):
+    path = tmp_path / "gtsegs_ijcv.mat"
+    imagenet_segmentation(path)
+    samples, _ = segmentation_data.samples_of(str(path), 5, 0)
+    assert [s.name for s in samples] == ["tench", "dog"]  # ImageNet-1k has the one, 22k the other
+    for i, s in enumerate(samples):
+        assert s.image.size == (10, 6) and s.image.getpixel((1, 5)) == (200 + i, 0, 0)
+        assert s.mask.shape == (6, 10) and s.mask[:, :4].all() and not s.mask[:, 4:].any()
+    imagenet_segmentation(path, fields=("img", "gt"))
+    with pytest.raises(DataError, match="missing value/target"):
+        segmentation_data.from_mat(path, 5, 0)
+    path.write_text("MATLAB 5.0 MAT-file")
+    with pytest.raises(DataError, match="not an HDF5 file"):
+        segmentation_data.from_mat(path, 5, 0)
+    with pytest.raises(DataError, match="is not there"):
+        segmentation_data.from_mat(tmp_path / "x.mat", 5, 0)
+    with pytest.raises(DataError, match="'n0' is not a WordNet id"):
+        segmentation_data.synset_name("n0")
+
+
+@pytest.mark.slow
+def test_segmentation_on_mini_beats_what_knows_no_text(tmp_path):
+    found = written(segmentation.run(segmentation.Options(limit=80, out=tmp_path / "s", quiet=True)))
+    verdicts = {
+        claim.split(" beat ")[1].removesuffix(" on mIoU"): verdict for verdict, claim, _ in found["claims"]
+    }
+    assert verdicts["raw attention"] == verdicts["rollout"] == "same"
+
+
+@pytest.mark.slow
+def test_whole_study_on_another_model(tmp_path: Path) -> None:
+    """ViT-B/32 with random weights: no claim, but everything runs and is written."""
+    small = segmentation.Options(model="ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
+    assert written(segmentation.run(small))["n"] == 8
