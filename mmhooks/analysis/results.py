@@ -1,4 +1,4 @@
-"""What all results share: numbers with intervals, rows that print as Markdown, and a JSON file."""
+"""Base classes of results: estimates with intervals, tables that print as Markdown, and saving as JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.utils.escape import markdown
+from mmhooks.utils.files import write_text
 
 Side = Literal["above", "below", "undecided"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its interval, and how many features or samples it rests on.
+    """A number, its interval, and the number of features or samples it is computed from.
 
-    ``low`` and ``high`` are NaN where there is no interval (n < 2); ``n`` is None where the count is not known.
+    ``low`` and ``high`` are NaN if there is no interval (n < 2); ``n`` is None if the count is unknown.
     """
 
     value: float
@@ -40,7 +41,7 @@ class Estimate:
         return not (math.isnan(self.low) or math.isnan(self.high))
 
     def side(self, of: float = 0.0) -> Side:
-        """On which side of ``of`` the whole interval lies; ``"undecided"`` where it contains it.
+        """Says on which side of ``of`` the whole interval lies; ``"undecided"`` if it contains ``of``.
 
         >>> Estimate(.2, .1, .3).side(), Estimate(.2, -.1, .3).side()
         ('above', 'undecided')
@@ -52,7 +53,7 @@ class Estimate:
         return "below" if self.high < of else "undecided"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON without NaN: what is not known is ``null``."""
+        """Converts to JSON values; NaN becomes ``null``."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
@@ -66,7 +67,7 @@ class Estimate:
 
 
 class Records(list[dict[str, Any]]):
-    """Rows as dicts with the same keys.
+    """Rows of a table, as dicts with the same keys.
 
     >>> print(Records([{"group": "ImgD", "size": 3}]).markdown())
     | group | size |
@@ -88,21 +89,19 @@ class Records(list[dict[str, Any]]):
 
 
 class Result:
-    """Base of the frozen results: :meth:`save` writes every field as JSON, NaN as ``null``."""
+    """Base of the frozen result dataclasses: :meth:`save` writes every field as JSON, NaN as ``null``."""
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the result as JSON and returns the path."""
-        path = Path(path)
+        """Writes the result as JSON, atomically, and returns the path."""
         content = {"kind": type(self).__name__, **self.to_json()}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON's words."""
+    """Converts ``value`` to plain JSON values; NaN and infinity become None."""
     if isinstance(value, Result):
         return value.to_json()
     if isinstance(value, FeatureSet):
@@ -126,7 +125,7 @@ def plain(value: Any) -> Any:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's r over the entries known in both; NaN where fewer than three are, or one side is constant."""
+    """Computes Pearson's r over the entries known in both; NaN if fewer than three are, or one side is constant."""
     both = ~(a.isnan() | b.isnan())
     if int(both.sum()) < 3:
         return math.nan

@@ -1,4 +1,4 @@
-"""The ``mmhooks`` command: thin commands, one file a subject."""
+"""The ``mmhooks`` command line: thin commands, one module per subject."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is there: models, sites, pairs."""
+"""Commands that list what is available: models, their sites, and image-text pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the we
 NOTES = {
     "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
     "mini-declip": "the same size with DeCLIP's self-supervision",
-    "mini-reader": "mini that also reads short words in pictures",
+    "mini-reader": "mini that also reads short words in images",
 }
 
 
 def models() -> None:
-    """What can be loaded: the embedded models and heads, and open_clip's names with their tags."""
+    """List what can be loaded: embedded models and heads, and open_clip names with their tags."""
     import open_clip
 
     from mmhooks.heads.hub import embedded_heads, load_head
@@ -33,7 +33,7 @@ def models() -> None:
             head = load_head(name)
             say(f"  {name:<18} head: {type(head).__name__}, {head.n_features:,} features")
         typer.echo()
-        say("open_clip (fetched on first use): mm.load(NAME, pretrained=TAG)")
+        say("open_clip (downloaded on first use): mm.load(NAME, pretrained=TAG)")
         tags: dict[str, list[str]] = {}
         for name, tag in open_clip.list_pretrained():
             tags.setdefault(name, []).append(tag)
@@ -48,7 +48,7 @@ def sites(
     glob: Annotated[str, typer.Argument(help="Which sites, e.g. 'image.blocks.*.resid_post'.")] = "*",
     pretrained: Pretrained = None,
 ) -> None:
-    """The names of the places where a model can be read and edited."""
+    """List the sites where a model can be read and edited."""
     import mmhooks as mm
 
     with clear_errors():
@@ -61,7 +61,7 @@ def pairs(
     limit: Annotated[int, typer.Option(help="How many texts to show.")] = 8,
     split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
 ) -> None:
-    """How many pairs a source has, under which licence, and its first texts."""
+    """Show how many pairs a source has, their licence, and the first texts."""
     import mmhooks as mm
 
     with clear_errors():

@@ -1,4 +1,4 @@
-"""All measures of a store, in one pass."""
+"""The ``mmhooks measure`` command: all measures of a store in one pass."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from mmhooks.utils.say import say, say_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-Vectors = "a site of the store, or a .safetensors file with one table of a vector a pair"
+VECTORS_HELP = "a site of the store, or a .safetensors file with one tensor of one vector per pair"
 
 
 def measure(
-    store: Annotated[Path, typer.Argument(help="Folder that mmhooks extract wrote.")],
+    store: Annotated[Path, typer.Argument(help="A store of activations, as mmhooks extract writes it.")],
     head: Annotated[
         str | None,
         typer.Option(
-            help="Head to run over stored embeddings: mini/sae, a folder, a Hub id. None: stored latents."
+            help="Head to run on stored embeddings: mini/sae, a folder, a Hub id. Without it, stored latents are read."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the results go; default STORE-measures beside the store.")
+        Path | None, typer.Option(help="Output folder; default STORE-measures beside the store.")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="Site of the image side; default image.embed, or its latents.")
+        str | None,
+        typer.Option(help="Site of the image side; default image.embed, without a head its latents."),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Site of the text side; default text.embed, or its latents.")
+        str | None,
+        typer.Option(help="Site of the text side; default text.embed, without a head its latents."),
     ] = None,
     image_vectors: Annotated[
-        str | None, typer.Option(help=f"How alike pictures are: {Vectors}. Default image.embed.")
+        str | None,
+        typer.Option(help=f"Vectors that say how similar images are: {VECTORS_HELP}. Default image.embed."),
     ] = None,
     text_vectors: Annotated[
-        str | None, typer.Option(help=f"How alike texts are: {Vectors}. Default text.embed.")
+        str | None,
+        typer.Option(help=f"Vectors that say how similar texts are: {VECTORS_HELP}. Default text.embed."),
     ] = None,
     kind: Annotated[str, typer.Option(help="relu, or abs for a model's own signed coordinates.")] = "relu",
-    m: Annotated[int, typer.Option(help="Top samples of each feature.")] = 20,
-    pool: Annotated[int, typer.Option(help="Random samples that WinRate compares with.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of pools, controls and intervals.")] = 0,
+    m: Annotated[int, typer.Option(help="Top samples per feature.")] = 20,
+    pool: Annotated[int, typer.Option(help="Random samples that WinRate compares against.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of random pools, controls and intervals.")] = 0,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
-    """Every measure of a store in one pass: MDS and groups, density, EmbedSim, WinRate, MonoSemanticity, gap, bridges.
+    """Compute every measure of a store in one pass: MDS and groups, density, EmbedSim, WinRate, MonoSemanticity, gap, bridges.
 
     Writes measures.json, measures.md and figures into --out.
 
     Example: mmhooks measure runs/acts --head mini/sae --out runs/measures
 
-    On several processes: torchrun --nproc-per-node 2 -m mmhooks.cli measure runs/acts --head mini/sae
+    With several processes: torchrun --nproc-per-node 2 -m mmhooks.cli measure runs/acts --head mini/sae
     """
     import mmhooks as mm
     from mmhooks.report.measures_page import write_measures
@@ -90,10 +94,8 @@ def _vectors(given: str) -> Tensor | str:
     from mmhooks.utils.tensors import read_safetensors
 
     if not Path(given).is_file():
-        raise DataError(f"no file {given}; give {Vectors}")
+        raise DataError(f"expected {VECTORS_HELP}, got {given}, which is not a file")
     tables = read_safetensors(given)
     if len(tables) != 1:
-        raise DataError(
-            f"{given} holds {len(tables)} tensors ({', '.join(tables)}); it should hold one table"
-        )
+        raise DataError(f"{given}: expected one tensor, got {len(tables)} ({', '.join(tables)})")
     return next(iter(tables.values()))

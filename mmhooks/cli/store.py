@@ -1,4 +1,4 @@
-"""Activations on disk: extract them, look at stores, check and merge them."""
+"""Commands for activation stores: extract, inspect, verify and merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
-store = typer.Typer(help="Look at, check and merge activation stores.", no_args_is_help=True)
+store = typer.Typer(help="Inspect, verify and merge activation stores.", no_args_is_help=True)
 
 
 def extract(
@@ -32,44 +32,47 @@ def extract(
         list[str] | None,
         typer.Option(help="A site or glob, repeatable. Default: image.embed and text.embed."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The store's folder: new, or one that a killed run left.")] = Path(
-        "runs/acts"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="The store's folder: a new one, or that of an interrupted run.")
+    ] = Path("runs/acts"),
     head: Annotated[
         list[str] | None,
         typer.Option(
-            help="HEAD@SITE, repeatable: attaches a head, e.g. mini/sae@image.embed; adds its latents to the sites."
+            help="HEAD@SITE, repeatable: attach a head, e.g. mini/sae@image.embed, and store its latents too."
         ),
     ] = None,
     pretrained: Pretrained = None,
     split: Annotated[str | None, typer.Option(help="Only this split of the pairs.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of pairs.")] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read the data set as a stream; nothing is kept of it.")
+        bool, typer.Option("--streaming", help="Stream the data set instead of keeping a copy.")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out pairs that cannot be read instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Skip pairs that cannot be read instead of stopping.")
     ] = False,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Also read files that the data set names elsewhere.")
+        bool,
+        typer.Option("--allow-outside", help="Also read files outside the data set's folder that it names."),
     ] = False,
     image_column: Annotated[
-        str | None, typer.Option(help="Of a data set, where it is not found by itself.")
+        str | None, typer.Option(help="The data set's image column, if it is not detected.")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="The data set's text column, if it is not detected.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 128,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that decode pictures. Default: spare cores, at most 8.")
+        int | None, typer.Option(help="Processes that decode images. Default: spare cores, at most 8.")
     ] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(help="Rows of a shard. Default: 8192, less for large rows.")
+        int | None, typer.Option(help="Rows per shard. Default: 8192, fewer for large rows.")
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, …; under torchrun, cuda means the rank's own.")
     ] = "cpu",
 ) -> None:
-    """Run a model over pairs and write what flows at its sites into a store. Repeat the command to go on after a kill.
+    """Run a model over pairs and write the activations at its sites into a store. Repeat the command to resume.
 
     Example: mmhooks extract mini --pairs mini --head mini/sae@image.embed --head mini/sae@text.embed --out runs/acts
 
@@ -84,7 +87,7 @@ def extract(
             name, _, at = entry.rpartition("@")
             if not name:
                 raise mm.errors.MMHooksError(
-                    f"--head takes HEAD@SITE, e.g. mini/sae@image.embed, came {entry!r}"
+                    f"--head: expected HEAD@SITE, e.g. mini/sae@image.embed, got {entry!r}"
                 )
             sites += [
                 f"{place}.latents" for place in hooked.attach(mm.load_head(name, device=hooked.device), at=at)
@@ -104,19 +107,19 @@ def extract(
 
 @store.command()
 def info(folder: Folder, as_json: AsJson = False) -> None:
-    """What a store holds and where it comes from, finished or not. Example: mmhooks store info runs/acts"""
+    """Show what a store holds and where it comes from, finished or not. Example: mmhooks store info runs/acts"""
     from mmhooks.data.store.check import summary
 
     with clear_errors():
         found = summary(folder)
         if as_json:
-            typer.echo(json.dumps(found, indent=1))  # ASCII: what a terminal could obey is spelled out
+            typer.echo(json.dumps(found, indent=1))  # ASCII: control characters are escaped
             return
         of = f" of {found['of']}" if found["of"] else ""
-        state = "finished" if found["complete"] else "unfinished: the same extract command goes on"
+        state = "finished" if found["complete"] else "unfinished: repeat the extract command to resume"
         say(f"{found['pairs']}{of} pairs in {found['shards']} shards, {_size(found['bytes'])}, {state}")
         if found["skipped"]:
-            say(f"{found['skipped']} pairs were skipped; manifest.json says which and why")
+            say(f"{found['skipped']} pairs were skipped; manifest.json lists them with the reasons")
         model, data = found["model"], found["data"]
         say(f"model  {model['name']} ({model.get('class', '')}, weights {model['weights']})")
         say(f"data   {data['name']} (fingerprint {data['fingerprint']}) · {data.get('licence', '')}")
@@ -129,7 +132,7 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
 
 @store.command()
 def verify(folder: Folder, as_json: AsJson = False) -> None:
-    """Read every byte and name every fault; exit code 1 where there is one. Example: mmhooks store verify runs/acts"""
+    """Read every byte and report every fault; exit code 1 if there is one. Example: mmhooks store verify runs/acts"""
     from dataclasses import asdict
 
     from mmhooks.data.store.check import verify
@@ -141,7 +144,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         else:
             for fault in faults:
                 say(str(fault))
-            say(f"{folder}: {f'{len(faults)} faults' if faults else 'no fault'}")
+            say(f"{folder}: {f'{len(faults)} faults' if faults else 'no faults'}")
         raise typer.Exit(1 if faults else 0)
 
 
@@ -150,7 +153,7 @@ def merge(
     stores: Annotated[list[Path], typer.Argument(help="Stores of the same sites and model, in order.")],
     out: Annotated[Path, typer.Option(help="The folder of the new store.")],
 ) -> None:
-    """Make one store of several; shards are linked, not copied. Example: mmhooks store merge runs/a runs/b --out runs/ab"""
+    """Merge several stores into one; shards are linked, not copied. Example: mmhooks store merge runs/a runs/b --out runs/ab"""
     from mmhooks.data.store.merge import merge
 
     with clear_errors():
@@ -158,7 +161,7 @@ def merge(
 
 
 def _device(asked: str) -> str:
-    """``cuda`` of a rank is the card of its local rank."""
+    """Resolves ``cuda`` under torchrun to the GPU of the local rank."""
     import os
 
     return f"cuda:{os.environ['LOCAL_RANK']}" if asked == "cuda" and "LOCAL_RANK" in os.environ else asked

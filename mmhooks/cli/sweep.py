@@ -1,4 +1,4 @@
-"""``mmhooks sweep``: a grid of heads on one store, one table and one figure."""
+"""The ``mmhooks sweep`` command: trains a grid of heads on one store and compares them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from mmhooks.utils.say import say, say_lines
 
 def sweep(
     store: Annotated[Path, typer.Argument(help="A store of activations, as mmhooks extract writes it.")],
-    out: Annotated[Path, typer.Option(help="Where runs, heads, table and figure go.")] = Path("runs/sweep"),
-    k: Annotated[str, typer.Option("--k", help="Values of K, with commas.")] = "16,32,64",
-    n: Annotated[str, typer.Option("--n", help="Numbers of features, with commas.")] = "1024",
+    out: Annotated[Path, typer.Option(help="Output folder of runs, heads, table and figure.")] = Path(
+        "runs/sweep"
+    ),
+    k: Annotated[str, typer.Option("--k", help="Values of K, separated by commas.")] = "16,32,64",
+    n: Annotated[str, typer.Option("--n", help="Numbers of features, separated by commas.")] = "1024",
     variants: Annotated[
-        str, typer.Option(help="topk, batchtopk, matryoshka, jumprelu, with commas.")
+        str, typer.Option(help="topk, batchtopk, matryoshka, jumprelu, separated by commas.")
     ] = "topk",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     valid: Annotated[
-        Path | None, typer.Option(help="A store of held-out pairs; by default every tenth pair is held out.")
+        Path | None, typer.Option(help="A store of held-out pairs; default: every tenth pair is held out.")
     ] = None,
     sites: Annotated[str, typer.Option(help="Image site and text site.")] = "image.embed,text.embed",
     epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = 60,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs a step; by default the objective's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; by default the objective's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per step; default: the objective's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the objective's.")] = None,
 ) -> None:
-    """Trains a head for every K, n, variant and seed, and compares them on held-out pairs.
+    """Train a head for every K, n, variant and seed, and compare them on held-out pairs.
 
-    A killed sweep goes on where it was when the same command is given again.
+    Repeat the command to resume an interrupted sweep.
 
     Example: mmhooks sweep runs/acts --k 16,32,64 --n 1024,4096 --seeds 0,1 --out runs/sweep
     """
@@ -60,4 +62,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"whole numbers with commas were expected, got {text!r}") from None
+        raise typer.BadParameter(f"expected integers separated by commas, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""``mmhooks train``: a head from a store of activations."""
+"""The ``mmhooks train`` command: trains a head on a store of activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Kind(StrEnum):
     ncl = "ncl"
 
 
-class Fall(StrEnum):
+class Schedule(StrEnum):
     linear = "linear"
     cosine = "cosine"
     constant = "constant"
@@ -46,41 +46,51 @@ class Start(StrEnum):
 
 def train(
     store: Annotated[Path, typer.Argument(help="A store of activations, as mmhooks extract writes it.")],
-    out: Annotated[Path, typer.Option(help="Where the head, its history and its checkpoint go.")] = Path(
-        "runs/head"
-    ),
-    kind: Annotated[Kind, typer.Option(help="Which head.")] = Kind.topk,
+    out: Annotated[
+        Path, typer.Option(help="Output folder of the head, its history and its checkpoint.")
+    ] = Path("runs/head"),
+    kind: Annotated[Kind, typer.Option(help="Kind of head.")] = Kind.topk,
     features: Annotated[int, typer.Option(help="Number of features n.")] = 1024,
-    k: Annotated[int, typer.Option("--k", help="Active features a vector (target L0 of jumprelu).")] = 32,
+    k: Annotated[int, typer.Option("--k", help="Active features per vector (target L0 of jumprelu).")] = 32,
     valid: Annotated[
-        Path | None, typer.Option(help="A store of held-out pairs; by default every tenth pair is held out.")
+        Path | None, typer.Option(help="A store of held-out pairs; default: every tenth pair is held out.")
     ] = None,
-    sites: Annotated[str, typer.Option(help="Image site and text site, or one.")] = "image.embed,text.embed",
+    sites: Annotated[
+        str, typer.Option(help="Image site and text site, or just one site.")
+    ] = "image.embed,text.embed",
     epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = 60,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs a step; by default the objective's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the objective's.")] = None,
-    schedule: Annotated[Fall, typer.Option(help="How the rate falls.")] = Fall.linear,
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.")] = 0.05,
-    decay: Annotated[float, typer.Option(help="Share of the steps over which it falls.")] = 0.5,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per step; default: the objective's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the objective's.")] = None,
+    schedule: Annotated[Schedule, typer.Option(help="How the learning rate decays.")] = Schedule.linear,
+    warmup: Annotated[
+        float, typer.Option(help="Fraction of the steps over which the learning rate rises.")
+    ] = 0.05,
+    decay: Annotated[float, typer.Option(help="Fraction of the steps over which it decays.")] = 0.5,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without gain held out.")
+        int | None, typer.Option(help="Stop after this many epochs without improvement on held-out pairs.")
     ] = None,
-    b_pre: Annotated[Start, typer.Option(help="Where an SAE's pre-bias starts.")] = Start.median,
-    centre: Annotated[Centre, typer.Option(help="One centre, or one for each modality.")] = Centre.pooled,
+    b_pre: Annotated[Start, typer.Option(help="Initial value of an SAE's pre-bias.")] = Start.median,
+    centre: Annotated[
+        Centre, typer.Option(help="One centre for both modalities, or one per modality.")
+    ] = Centre.pooled,
     resample_every: Annotated[
         int | None, typer.Option(help="Epochs between revivals of dead features.")
     ] = None,
     normalize: Annotated[bool, typer.Option(help="Give vectors unit norm.")] = True,
-    precision: Annotated[Precision, typer.Option(help="Of the large products.")] = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the large matrix products.")
+    ] = Precision.fp32,
     compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …; accelerate chooses its own.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, …; ignored under accelerate, which chooses the device.")
+    ] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints inside an epoch.")
     ] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard's files.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None,
 ) -> None:
-    """Trains a sparse head on stored activations; started again with the same options, it goes on where it was.
+    """Train a sparse head on stored activations. Repeat the command to resume an interrupted run.
 
     Example: mmhooks train runs/acts --features 4096 --k 32 --epochs 40 --out runs/sae
 
@@ -137,7 +147,7 @@ def train(
         for name, row in rows.items():
             say(
                 f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "
-                f"L0 {row['l0']:.1f}, fire for none {row['dead']:.1%}"
+                f"L0 {row['l0']:.1f}, dead {row['dead']:.1%}"
             )
 
 

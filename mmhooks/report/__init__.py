@@ -1,4 +1,4 @@
-"""Figures, tables and one self-contained page. This floor knows results, never models.
+"""Figures, tables and self-contained HTML pages. This package imports results, never models.
 
 >>> from mmhooks.report import Page, Prose, Section
 >>> page = Page("A study", [Section("Result", [Prose("Nothing <b>moved</b>.")])])
@@ -12,10 +12,10 @@ from mmhooks.analysis.results import Estimate
 from mmhooks.report.blocks import (
     Block,
     Details,
+    EncodedImage,
     FeatureCard,
     Gallery,
     Listing,
-    Picture,
     Plot,
     Prose,
     Section,
@@ -31,12 +31,12 @@ __all__ = [
     "Block",
     "Cell",
     "Details",
+    "EncodedImage",
     "Estimate",
     "FeatureCard",
     "Gallery",
     "Listing",
     "Page",
-    "Picture",
     "Plot",
     "Prose",
     "Section",

@@ -1,4 +1,4 @@
-"""What a page is made of. Plain frozen records; the template alone knows how they look."""
+"""The blocks of a page, as frozen dataclasses; only the template decides how they look."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "imag
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Encoded picture bytes and the words that stand for them."""
+class EncodedImage:
+    """An encoded image (PNG, JPEG or WebP bytes) with its alternative text."""
 
     data: bytes
     alt: str = ""
 
     @classmethod
-    def of(cls, image: Image, alt: str = "", *, side: int = 96) -> Picture:
-        """A PIL picture as WebP, shrunk (never enlarged) to ``side`` pixels."""
+    def from_pil(cls, image: Image, alt: str = "", *, side: int = 96) -> EncodedImage:
+        """Encodes a PIL image as WebP, shrunk (never enlarged) to at most ``side`` pixels."""
         shown = image.convert("RGB")
         if max(shown.size) > side:
             shown.thumbnail((side, side))
@@ -35,15 +35,17 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """A ``data:`` address, so that the page needs no other file."""
+        """A ``data:`` URI, so that the page needs no other file."""
         kind = next((t for magic, t in _MAGIC.items() if self.data.startswith(magic)), None)
         if kind is None:
-            raise ValueError(f"a picture must be PNG, JPEG or WebP; came bytes starting {self.data[:8]!r}")
+            raise ValueError(
+                f"expected PNG, JPEG or WebP bytes, got bytes starting with {self.data[:8]!r}; encode it first"
+            )
         return f"data:{kind};base64,{base64.b64encode(self.data).decode()}"
 
     @property
     def shown_width(self) -> int | None:
-        """CSS pixels of a PNG drawn at 160 dots an inch, so that text has one size in all figures."""
+        """Width in CSS pixels of a PNG drawn at 160 dpi, so that text has the same size in all figures."""
         if not self.data.startswith(b"\x89PNG"):
             return None
         return round(int.from_bytes(self.data[16:20], "big") / 1.8)
@@ -56,7 +58,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Prose(Block):
-    """A paragraph; ``words in backticks`` become code. ``tone`` sets it apart."""
+    """A paragraph; ``words in backticks`` become code, ``tone`` selects its style."""
 
     kind: ClassVar[str] = "prose"
     text: str
@@ -65,11 +67,11 @@ class Prose(Block):
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A figure in two dresses, for light and dark pages."""
+    """A figure in two versions, for light and dark pages."""
 
     kind: ClassVar[str] = "plot"
-    light: Picture
-    dark: Picture | None = None
+    light: EncodedImage
+    dark: EncodedImage | None = None
     caption: str = ""
     anchor: str = ""
 
@@ -83,14 +85,14 @@ class TableBlock(Block):
 
 @dataclass(frozen=True)
 class FeatureCard:
-    """One feature: its name, what is known of it, its top pictures and its top texts."""
+    """One feature: its title, facts about it, its top images and its top texts."""
 
     title: str
     group: Literal["ImgD", "TextD", "CrossD", ""] = ""
     facts: str = ""
-    pictures: Sequence[Picture] = ()
+    images: Sequence[EncodedImage] = ()
     texts: Sequence[tuple[str, str]] = ()  # text, activation
-    empty: str = ""  # said where a side has no active sample
+    empty: str = ""  # shown where a side has no active sample
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Tiles(Block):
 
 @dataclass(frozen=True)
 class Listing(Block):
-    """Statements, each with a verdict: ``same``, ``differs`` or ``open``."""
+    """Claims of the paper, each with a verdict: ``same``, ``differs`` or ``open``."""
 
     kind: ClassVar[str] = "listing"
     items: Sequence[tuple[Literal["same", "differs", "open"], str, str]]  # verdict, claim, what was measured
@@ -123,7 +125,7 @@ class Listing(Block):
 
 @dataclass(frozen=True)
 class Details(Block):
-    """Blocks folded away behind a line."""
+    """Blocks that unfold on a click on the summary line."""
 
     kind: ClassVar[str] = "details"
     summary: str

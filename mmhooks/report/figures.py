@@ -1,4 +1,4 @@
-"""The figures of a modality study. Each takes numbers and pictures, and returns a matplotlib ``Figure``."""
+"""Figures of a modality study. Each function takes numbers and images and returns a matplotlib ``Figure``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUPS = ("ImgD", "CrossD", "TextD")
 
 @dataclass(frozen=True)
 class Histogram:
-    """One panel of Figure 1: the scores of the alive features of a model and the groups' thresholds."""
+    """One panel of Figure 1: the scores of a model's alive features and the thresholds of its groups."""
 
     title: str
     scores: Sequence[float]
@@ -36,7 +36,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of a picture figure: a feature, its pictures, its texts."""
+    """One row of an image figure: a feature, its top images and its top texts."""
 
     title: str
     group: str
@@ -46,7 +46,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit changed, with the same for random sets of the same size."""
+    """The change that an edit caused, with that of random sets of the same size."""
 
     label: str
     group: str
@@ -56,17 +56,17 @@ class Effect:
 
 
 def mds_histograms(panels: Sequence[Histogram], palette: Palette = LIGHT) -> Figure:
-    """Figure 1: one histogram a model on a shared axis from 0 (text alone) to 1 (image alone)."""
+    """Draws Figure 1: one histogram per model on a shared axis from 0 (text only) to 1 (image only)."""
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ShapeMismatch("no histogram to draw: expected at least one panel")
+        raise ShapeMismatch("expected at least one panel, got none: there is no histogram to draw")
     figure = Figure(figsize=(max(4.8, 3.1 * len(panels) + 0.4), 3.0), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _histogram(axis, panel, palette)
     axes[0].set_ylabel("features")
-    label = "Modality Dominance Score      0 = text alone, 1 = image alone"
+    label = "Modality Dominance Score      0 = text only, 1 = image only"
     figure.supxlabel(label, fontsize=10, color=palette.soft)
     return figure
 
@@ -98,12 +98,12 @@ def _histogram(axis: Axes, panel: Histogram, palette: Palette) -> None:
     axis.tick_params(length=3)
 
 
-def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns: int = 8) -> Figure:
-    """Figures 2-4: a row of top pictures a feature, its top texts (Tables 3-5) to the right."""
+def image_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns: int = 8) -> Figure:
+    """Draws Figures 2-4: per feature a row of its top images, with its top texts (Tables 3-5) to the right."""
     from matplotlib.figure import Figure
 
     if not strips:
-        raise ShapeMismatch("no feature to draw: expected at least one strip")
+        raise ShapeMismatch("expected at least one strip, got none: there is no feature to draw")
     side, wide = 0.92, 4.3
     figure = Figure(figsize=(columns * side + wide, len(strips) * (side + 0.42) + 0.1))
     total_w, total_h = figure.get_size_inches()
@@ -121,7 +121,7 @@ def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns
             for spine in axis.spines.values():
                 spine.set(visible=True, color=palette.line, linewidth=0.8)
         if not strip.images:
-            figure.text(0.1 / total_w, (top - 0.75) / total_h, "no active picture", color=palette.soft)
+            figure.text(0.1 / total_w, (top - 0.75) / total_h, "no active image", color=palette.soft)
         lines = [shorten(t, 46) for t in list(strip.texts)[:5]] or ["no active text"]
         figure.text(
             (columns * side + 0.3) / total_w, (top - 0.3) / total_h, "\n".join(lines), fontsize=10,
@@ -133,11 +133,11 @@ def picture_strips(strips: Sequence[Strip], palette: Palette = LIGHT, *, columns
 def summary(
     panel: Histogram, strips: Sequence[Strip], palette: Palette = LIGHT, *, columns: int = 6
 ) -> Figure:
-    """The result in one picture: the scores of one model, and one feature of each group beside them."""
+    """Draws the result in one figure: the scores of one model, with one feature per group beside them."""
     from matplotlib.figure import Figure
 
     if not strips:
-        raise ShapeMismatch("no feature to draw: expected at least one strip")
+        raise ShapeMismatch("expected at least one strip, got none: there is no feature to draw")
     side, left, texts = 0.78, 4.1, 2.5
     height = max(len(strips) * (side + 0.42) + 0.15, 3.2)
     width = left + columns * side + texts
@@ -145,7 +145,7 @@ def summary(
     _histogram(
         figure.add_axes((0.5 / width, 0.55 / height, 3.2 / width, (height - 1.3) / height)), panel, palette
     )
-    figure.axes[0].set_xlabel("Modality Dominance Score: 0 = text alone, 1 = image alone", fontsize=9.5)
+    figure.axes[0].set_xlabel("Modality Dominance Score: 0 = text only, 1 = image only", fontsize=9.5)
     for row, strip in enumerate(strips):
         top = height - 0.1 - row * (side + 0.42)
         figure.text(
@@ -157,7 +157,7 @@ def summary(
             axis = figure.add_axes((x / width, y / height, (side - 0.06) / width, (side - 0.06) / height))
             axis.imshow(np.asarray(image.convert("RGB")), interpolation="lanczos")
             axis.set_axis_off()
-        lines = [shorten(t, 28) for t in list(strip.texts)[:4]] or ["active on no text"]
+        lines = [shorten(t, 28) for t in list(strip.texts)[:4]] or ["no active text"]
         figure.text(
             (left + columns * side + 0.15) / width, (top - 0.3) / height, "\n".join(lines), fontsize=9.5,
             linespacing=1.4, va="top", color=palette.ink if strip.texts else palette.soft, parse_math=False,
@@ -168,11 +168,11 @@ def summary(
 def mask_effects(
     panels: Mapping[str, Sequence[Effect]], palette: Palette = LIGHT, *, label: str = "change of R@1, points"
 ) -> Figure:
-    """What masking each group does (dot), over the same number of random features (grey ticks and band)."""
+    """Plots the effect of masking each group (dot) over that of equally many random features (grey ticks and band)."""
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ShapeMismatch("no effect to draw: expected at least one model")
+        raise ShapeMismatch("expected at least one model, got none: there is no effect to draw")
     rows = max(len(v) for v in panels.values())
     figure = Figure(figsize=(3.1 * len(panels) + 0.6, 0.55 * rows + 1.25), layout="constrained")
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -198,11 +198,11 @@ def mask_effects(
 def beside_paper(
     panels: Mapping[str, Sequence[tuple[str, Estimate, float | None]]], palette: Palette = LIGHT
 ) -> Figure:
-    """Measured values with their intervals (filled) beside the paper's (hollow), one panel a measure."""
+    """Plots measured values with their intervals (filled) and the paper's values (hollow), one panel per measure."""
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ShapeMismatch("no measure to draw: expected at least one panel")
+        raise ShapeMismatch("expected at least one panel, got none: there is no measure to draw")
     rows = max(len(v) for v in panels.values())
     figure = Figure(figsize=(3.3 * len(panels) + 0.8, 0.5 * rows + 1.3), layout="constrained")
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -225,7 +225,7 @@ def beside_paper(
 
 
 def shorten(text: str, width: int) -> str:
-    """One line of at most ``width`` characters.
+    """Shortens ``text`` to one line of at most ``width`` characters.
 
     >>> shorten("a  long\\nline", 6)
     'a lon…'

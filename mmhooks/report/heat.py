@@ -1,4 +1,4 @@
-"""Heat maps over pictures."""
+"""Heat maps drawn over images."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def overlay(picture: Image, heat: Any, *, strength: float = 0.6, colours: str = "inferno") -> Image:
-    """The picture with ``heat`` (``[h w]``, any size) laid over it, from its coldest to its hottest place.
+def overlay(image: Image, heat: Any, *, strength: float = 0.6, colours: str = "inferno") -> Image:
+    """Draws ``heat`` (``[h w]``, any size) over the image; colours span its own minimum to maximum.
 
     Raises:
-        ShapeMismatch: heat that is no map.
-        NotFinite: heat that is NaN or infinite.
+        ShapeMismatch: ``heat`` does not have two dimensions.
+        NotFinite: ``heat`` holds NaN or infinity.
     """
     from matplotlib import colormaps
-    from PIL import Image as Pictures
+    from PIL import Image as PILImage
 
     values = np.asarray(heat, dtype=np.float32)
     if values.ndim != 2:
-        raise ShapeMismatch(f"heat is a map [h w], came shape {values.shape}")
+        raise ShapeMismatch(f"heat: expected a map of shape [h w], got shape {values.shape}")
     if not np.isfinite(values).all():
         raise NotFinite(
-            f"heat: NaN or infinity in {int((~np.isfinite(values)).sum())} of {values.size} places"
+            f"heat: {int((~np.isfinite(values)).sum())} of {values.size} numbers are NaN or infinite"
         )
     spread = float(values.max() - values.min())
     values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-    large = Pictures.fromarray(values).resize(picture.size, Pictures.Resampling.BILINEAR)
+    large = PILImage.fromarray(values).resize(image.size, PILImage.Resampling.BILINEAR)
     shades = colormaps[colours](np.asarray(large))[..., :3]
-    ground = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    mixed = (1 - strength) * ground + strength * shades
-    return Pictures.fromarray((mixed.clip(0, 1) * 255).round().astype(np.uint8))
+    background = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    mixed = (1 - strength) * background + strength * shades
+    return PILImage.fromarray((mixed.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def heat_grid(
     rows: Sequence[tuple[str, Image, Mapping[str, Any]]], palette: Palette = LIGHT, *, cell: float = 1.3
 ) -> Figure:
-    """One row a picture: the picture under its prompt, then the heat of each word over it."""
+    """Draws one row per image: the image under its prompt, then the image with the heat of each word."""
     from matplotlib.figure import Figure
 
     if not rows:
-        raise ShapeMismatch("a grid of heat maps needs at least one picture")
+        raise ShapeMismatch("expected at least one row, got none: there is no image to draw")
     columns = 1 + max(len(heats) for _, _, heats in rows)
     figure = Figure(figsize=(cell * columns, (cell + 0.25) * len(rows)), facecolor=palette.ground)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for line, (prompt, picture, heats) in zip(axes, rows, strict=True):
-        cells = [(prompt, picture), *((word, overlay(picture, heat)) for word, heat in heats.items())]
+    for line, (prompt, image, heats) in zip(axes, rows, strict=True):
+        cells = [(prompt, image), *((word, overlay(image, heat)) for word, heat in heats.items())]
         for axis, (title, shown) in zip(line, cells, strict=False):
             axis.imshow(shown, interpolation="nearest")
             axis.set_title(one_line(title), fontsize=7, color=palette.ink, parse_math=False)

@@ -1,4 +1,4 @@
-"""The measures of one store written down: JSON, Markdown and figures."""
+"""Writes all measures of a store: JSON, Markdown and figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def write_measures(result: Measures, out: str | Path) -> list[Path]:
     """Writes ``measures.json`` (every number), ``measures.md`` and the figures into the folder ``out``.
 
-    Each file is written aside and renamed. Returns their paths.
+    Each file is written atomically. Returns their paths.
     """
     folder = make_folder(out)
     content = json.dumps({"kind": "Measures", **result.to_json()}, indent=1) + "\n"
@@ -40,13 +40,13 @@ def write_measures(result: Measures, out: str | Path) -> list[Path]:
 
 
 def markdown(result: Measures, figures: Mapping[str, str] | None = None) -> str:
-    """The tables of ``result`` with the figures (file name to caption) under them; data is escaped."""
+    """Formats the tables of ``result``, then the figures (file name to caption); data is escaped."""
     about = {
         "head": result.head,
         "data": result.data,
         "pairs": result.n_pairs,
         **{f"{side} latents from": site for side, site in result.sites.items()},
-        **{f"alike ({side}) by": judge for side, judge in result.judges.items()},
+        **{f"similarity ({side}) by": judge for side, judge in result.judges.items()},
         **result.settings,
     }
     lines = ["# Measures", "", Records({"": k, "value": str(v)} for k, v in about.items()).markdown(), ""]
@@ -62,7 +62,7 @@ def markdown(result: Measures, figures: Mapping[str, str] | None = None) -> str:
 def density_histograms(
     panels: Mapping[str, tuple[Sequence[float], Sequence[int]]], palette: Palette = LIGHT
 ) -> Figure:
-    """How many features fire how often, on a logarithmic axis; one line a side (edges, counts)."""
+    """Plots how many features fire how often, on a logarithmic axis; one line per side (edges, counts)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.0), layout="constrained")
@@ -79,7 +79,7 @@ def density_histograms(
 def by_group(
     panels: Mapping[str, Sequence[float]], groups: Sequence[str], palette: Palette = LIGHT
 ) -> Figure:
-    """Every feature's value as a dot, a row a group, the group's mean as a bar; one panel a measure."""
+    """Plots every feature's value as a dot, one row per group with its mean as a bar, one panel per measure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.9 * len(panels) + 0.6, 2.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""How numbers are written: a true minus sign, no zero before the point, a dash for what is not known."""
+"""Number formatting: a true minus sign, no zero before the decimal point, a dash for unknown values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MINUS = "−"
 
 
 def fixed(x: float | None, digits: int = 3, *, plus: bool = False) -> str:
-    """A number with a fixed count of digits; ``None`` and NaN become a dash.
+    """Formats a number with ``digits`` decimals; ``None`` and NaN become a dash.
 
     >>> fixed(0.1234), fixed(-1.5, 1), fixed(None), fixed(float("nan")), fixed(0.5, 2, plus=True)
     ('.123', '−1.5', '–', '–', '+.50')
@@ -29,12 +29,12 @@ def fixed(x: float | None, digits: int = 3, *, plus: bool = False) -> str:
 
 
 def signed(x: float | None, digits: int = 3) -> str:
-    """:func:`fixed` with a plus before what is positive."""
+    """:func:`fixed` with a plus sign before positive numbers."""
     return fixed(x, digits, plus=True)
 
 
 def percent(x: float | None, digits: int = 1, *, plus: bool = False) -> str:
-    """A share as a percentage, without its sign.
+    """Formats a share as a percentage, without the percent sign.
 
     >>> percent(0.1234), percent(-0.02, plus=True)
     ('12.3', '−2.0')
@@ -48,7 +48,7 @@ def percent(x: float | None, digits: int = 1, *, plus: bool = False) -> str:
 
 
 def interval(estimate: Estimate, digits: int = 3) -> str:
-    """``"[.1, .3]"``, or nothing where there is none.
+    """Formats an interval as ``"[.1, .3]"``; empty if the estimate has none.
 
     >>> interval(Estimate(0.2, 0.1, 0.3), 1), interval(Estimate(0.2))
     ('[.1, .3]', '')

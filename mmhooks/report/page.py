@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no address to fetch, every text from data escaped."""
+"""A self-contained HTML page: no scripts, no external resources, all text from data escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CODE = re.compile(r"`([^`]+)`")
 
 @dataclass(frozen=True)
 class Page:
-    """A title, a lead, sections and a footer; :meth:`html` gives the page, :meth:`save` writes it."""
+    """A title, a lead paragraph, sections and a footer; :meth:`html` renders the page, :meth:`save` writes it."""
 
     title: str
     sections: Sequence[Section]
@@ -30,7 +30,7 @@ class Page:
         return _environment().get_template("page.html.j2").render(page=self, sections=sections)
 
     def save(self, path: str | Path) -> Path:
-        """Written aside and renamed, so that a killed run never leaves half a page."""
+        """Writes the page atomically, so that a killed run never leaves half a file."""
         path = Path(path)
         make_folder(path.parent)
         return write_text(path, self.html())
@@ -45,14 +45,14 @@ def _environment() -> Any:
     from markupsafe import Markup, escape
 
     def inline(text: str) -> Markup:
-        """Escape first, then turn `code` spans into elements: data can never open a tag."""
+        """Escapes first, then turns `code` spans into elements, so that data can never open a tag."""
         return Markup(_CODE.sub(r"<code>\1</code>", str(escape(readable(text)))))
 
     def readable(value: Any) -> Any:
-        """Signs that turn the reading direction, or that HTML forbids, are written out; mark-up is the escape's."""
+        """Spells out characters that change the reading direction or that HTML forbids; autoescape does the mark-up."""
         return terminal(value, lines=True) if type(value) is str else value
 
-    # Autoescape is on for every template, whatever its name: the default looks at file endings.
+    # Autoescape is on for every template: the default depends on the file name's ending.
     environment = Environment(
         loader=PackageLoader("mmhooks.report", "templates"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Colours and matplotlib settings of the figures, in a light and a dark dress."""
+"""Colours and matplotlib settings of the figures, as a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmhooks.report.blocks import Picture
+from mmhooks.report.blocks import EncodedImage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +33,8 @@ DARK = Palette("#1c1f23", "#e7e6e3", "#a9aeb7", "#3a3f46", "#e58a6f", "#7fb2d9",
 
 
 @contextmanager
-def dressed(palette: Palette) -> Any:
-    """matplotlib's settings for one palette; the caller's own settings are untouched afterwards."""
+def themed(palette: Palette) -> Any:
+    """Applies matplotlib settings for one palette and restores the caller's settings afterwards."""
     import matplotlib as mpl
 
     settings: Any = {
@@ -64,22 +64,24 @@ def dressed(palette: Palette) -> Any:
         yield
 
 
-def draw(make: Callable[[Palette], Figure], *, alt: str, dark: bool = True) -> tuple[Picture, Picture | None]:
-    """A figure in both dresses as PNG; ``make(palette)`` builds it on a bare ``Figure`` (no pyplot state)."""
-    return _one(make, LIGHT, alt), (_one(make, DARK, alt) if dark else None)
+def draw(
+    make: Callable[[Palette], Figure], *, alt: str, dark: bool = True
+) -> tuple[EncodedImage, EncodedImage | None]:
+    """Draws a figure in both themes as PNG; ``make(palette)`` builds it on a bare ``Figure`` (no pyplot state)."""
+    return _png(make, LIGHT, alt), (_png(make, DARK, alt) if dark else None)
 
 
-def _one(make: Callable[[Palette], Figure], palette: Palette, alt: str) -> Picture:
+def _png(make: Callable[[Palette], Figure], palette: Palette, alt: str) -> EncodedImage:
     import logging
     import warnings
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # absent fonts fall through
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # missing fonts fall back
     buffer = io.BytesIO()
-    with dressed(palette), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # captions may hold signs that the font lacks
+    with themed(palette), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # captions may hold characters that the font lacks
         figure = make(palette)
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png", dpi=160)
-    return Picture(buffer.getvalue(), alt)
+    return EncodedImage(buffer.getvalue(), alt)

@@ -1,4 +1,4 @@
-"""One table, written twice: as Markdown and, through the page's template, as HTML."""
+"""Tables that render as Markdown and, through the page's template, as HTML."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mmhooks.utils.escape import markdown
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with what belongs beside it: its interval, and the value printed in the paper.
+    """A value with its interval and the value printed in the paper.
 
-    ``differs`` marks a cell whose direction is not the paper's; ``best`` the best of its column.
+    ``differs`` marks a value whose direction contradicts the paper's; ``best`` the best of its column.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows of strings or :class:`Cell`, a caption, and the note that stands under it.
+    """Columns, rows of strings or :class:`Cell`, a caption above and a note below.
 
     >>> print(Table(["Model", "R"], [["CLIP", Cell(".5", "[.4, .6]")]]).markdown())
     | Model | R |
@@ -70,14 +70,14 @@ class Table:
         for i, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ShapeMismatch(
-                    f"row {i} of table {self.caption!r} has {len(row)} cells, expected {len(self.columns)}"
+                    f"row {i} of table {self.caption!r}: expected {len(self.columns)} cells, got {len(row)}"
                 )
 
     def cells(self) -> list[list[Cell]]:
         return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
 
     def markdown(self) -> str:
-        """A GitHub table, its caption in bold above and its note below; every text is escaped, but for `code` in both."""
+        """Formats a GitHub table, caption in bold above, note below; text is escaped, except `code` in both of these."""
         rule = "|".join(":--" if i in self.text_columns else "--:" for i in range(len(self.columns)))
         lines = [f"**{markdown(self.caption, code=True)}**", ""] if self.caption else []
         lines += ["| " + " | ".join(markdown(c) for c in self.columns) + " |", f"|{rule}|"]

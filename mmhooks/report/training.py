@@ -1,4 +1,4 @@
-"""Figures of training: the curves of one run, and what the heads of a sweep cost and leave unexplained."""
+"""Figures of training: the curves of one run, and L0 against unexplained variance for the heads of a sweep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MARKERS = "osD^vP*X"
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) -> Figure:
-    """L0 against held-out FVU; beside it, L0 against the spread of the MDS and against EmbedSim.
+    """Plots L0 against held-out FVU, against the spread of the MDS, and against EmbedSim.
 
     Args:
-        rows: of ``SweepResult.rows``. A marker a variant, larger for wider heads; the Pareto front of FVU is a line.
+        rows: ``SweepResult.rows``. One marker shape per variant, larger for wider heads; a line joins the Pareto front.
 
     >>> row = {"variant": "topk", "n": 64, "K": 4, "seed": 0, "L0": 4.0, "FVU": 0.2, "pareto": True,
     ...        "MDS sigma": 0.1, "EmbedSim image": 0.3, "EmbedSim text": 0.1}
@@ -29,7 +29,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
     from matplotlib.figure import Figure
 
     if not rows:
-        raise ShapeMismatch("no run to draw: expected at least one row")
+        raise ShapeMismatch("expected at least one row, got none: there is no run to draw")
     figure = Figure(figsize=(11.5, 3.6), layout="constrained")
     fvu, spread, alike = figure.subplots(1, 3)
     kinds = sorted({(row["variant"], row["n"]) for row in rows})
@@ -70,7 +70,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
 
 
 def training_figure(history: Sequence[Mapping[str, float]], palette: Palette = LIGHT) -> Figure:
-    """What a training's history says, epoch by epoch: errors, active features, features that fell silent.
+    """Plots a training history by epoch: errors, active features, features that did not fire.
 
     >>> [axis.get_ylabel() for axis in training_figure([{"epoch": 1.0, "loss": 0.5, "l0": 4.0, "silent": 0.1}]).axes]
     ['loss', 'L0', 'silent for an epoch']
@@ -78,7 +78,7 @@ def training_figure(history: Sequence[Mapping[str, float]], palette: Palette = L
     from matplotlib.figure import Figure
 
     if not history:
-        raise ShapeMismatch("no epoch to draw: expected at least one row of history")
+        raise ShapeMismatch("expected at least one row of history, got none: there is no epoch to draw")
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
     colours = {"image": palette.img, "text": palette.text}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,11 @@ from mmhooks.analysis.measures.bridges import Bridge
 from mmhooks.analysis.measures.cknna import cknna
 from mmhooks.analysis.measures.density import density
 from mmhooks.analysis.measures.fidelity import fidelity
+from mmhooks.analysis.measures.groups import groups_of
 from mmhooks.analysis.measures.modality_gap import modality_gap
 from mmhooks.analysis.measures.monosemanticity import monosemanticity
 from mmhooks.analysis.measures.retrieval import retrieval
+from mmhooks.analysis.measures.sweep import sweep
 from mmhooks.analysis.measures.top_activating import top_activating
 
 N, K, M = 24, 5, 4
@@ -118,6 +121,49 @@ def flat(samples: Any) -> list[int]:
     return [int(i) for own in samples for i in (*own, -1)]
 
 
+def across(x: Any) -> Any:
+    """Samples as features, of which groups need six or more; what is not a table of numbers stays as it is."""
+    return x.T if isinstance(x, Tensor) and x.ndim == 2 else x
+
+
+def groups(image: Any, text: Any) -> list[int]:
+    found, _ = groups_of(mm.mds(across(image), across(text)))
+    return flat(sorted(found[name]) for name in ("ImgD", "TextD", "CrossD"))
+
+
+def naive_groups(image: Tensor, text: Tensor) -> list[int]:
+    alive = sorted((r, k) for k, r in enumerate(naive_mds(image.T, text.T)) if not math.isnan(r))
+    mu = sum(r for r, _ in alive) / len(alive)
+    sigma = math.sqrt(sum((r - mu) ** 2 for r, _ in alive) / len(alive))
+    first, last = [k for r, k in alive if r > mu + sigma], [k for r, k in alive if r < mu - sigma]
+    if not (first and last and len(first) + len(last) < len(alive)):
+        sixth = len(alive) // 6
+        first, last = [k for _, k in alive[-sixth:]], [k for _, k in alive[:sixth]]
+    rest = [k for _, k in alive if k not in first and k not in last]
+    return flat(map(sorted, (first, last, rest)))
+
+
+def swept(image: Any, text: Any) -> list[float]:
+    """FVU, L0 and dead features of a head trained on these rows, which are held out too."""
+    with tempfile.TemporaryDirectory() as out:
+        (row,) = sweep(image, text, out=out, k=[2], n=[12], epochs=1, batch_size=8, valid=(image, text), top=M,
+                       progress=False).rows  # fmt: skip
+    return [row["FVU"], row["L0"], row["dead"]]
+
+
+def swept_as_float32(image: Tensor, text: Tensor) -> list[float]:
+    return swept(image.float().contiguous(), text.float().contiguous())
+
+
+def held_out(image: Any, text: Any) -> list[float]:
+    """As :func:`swept`, trained on good rows: what is wrong with the held-out ones must show before that."""
+    rows = [inputs(False, seed) for seed in range(2)]
+    with tempfile.TemporaryDirectory() as out:
+        (row,) = sweep(*rows, out=out, k=[2], n=[12], epochs=1, batch_size=8, valid=(image, text), top=M,
+                       progress=False).rows  # fmt: skip
+    return [row["FVU"], row["L0"], row["dead"]]
+
+
 SAE = mm.TopKSAE(K, 12, 3, seed=0)
 # Name: the measure, a loop for it (None: only what it refuses is looked at), and whether each side is activations.
 MEASURES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool, bool]] = {
@@ -138,6 +184,9 @@ MEASURES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool, b
         lambda a, b: text_span(a, b, list(map(str, range(N if b is None else len(b)))), n_texts=2, rank=3).mean[0].tolist(),
         lambda a, b: a.double().mean(0).tolist(), False, False,
     ),
+    "groups": (groups, naive_groups, True, True),
+    "sweep": (swept, swept_as_float32, False, False),
+    "sweep, held out": (held_out, lambda a, b: held_out(a.float().contiguous(), b.float().contiguous()), False, False),
 }  # fmt: skip
 ONE_SIDED = ("density", "top", "moments")
 

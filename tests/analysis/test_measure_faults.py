@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("measure_faults.py")
 MEASURES = ("mds", "density", "top", "embed_sim", "win_rate", "monosemanticity", "retrieval", "gap", "moments", "cknna",
-            "fidelity", "bridge", "text_span")  # fmt: skip
+            "fidelity", "bridge", "text_span", "groups", "sweep", "sweep, held out")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

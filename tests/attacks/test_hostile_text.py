@@ -206,11 +206,11 @@ def whole_page(text: str) -> str:
     from mmhooks.report import (
         Cell,
         Details,
+        EncodedImage,
         FeatureCard,
         Gallery,
         Listing,
         Page,
-        Picture,
         Plot,
         Prose,
         Section,
@@ -220,7 +220,7 @@ def whole_page(text: str) -> str:
         Tiles,
     )  # fmt: skip
 
-    picture = Picture.of(Image.new("RGB", (2, 2)), text)
+    picture = EncodedImage.from_pil(Image.new("RGB", (2, 2)), text)
     table = Table([text, "b"], [[text, Cell(text, text, text, True, True)]], text, text)
     blocks = [
         *(Prose(text, tone) for tone in ("plain", "note", "warn", "code")),
@@ -311,8 +311,8 @@ def test_figures_are_drawn_whatever_their_texts_are(dressed, rounds):
         Histogram,
         Strip,
         beside_paper,
+        image_strips,
         mask_effects,
-        picture_strips,
         summary,
     )
     from mmhooks.report.heat import heat_grid
@@ -325,7 +325,7 @@ def test_figures_are_drawn_whatever_their_texts_are(dressed, rounds):
         strips = [Strip(text, "ImgD", [picture], [text])]
         return [
             lambda p: summary(panel, strips, p),
-            lambda p: picture_strips(strips, p),
+            lambda p: image_strips(strips, p),
             lambda p: mask_effects({text: [Effect(text, "ImgD", 0.1, [0.1, 0.2])]}, p),
             lambda p: beside_paper({text: [(text, Estimate(0.1, 0.0, 0.2), 0.3)]}, p),
             lambda p: heat_grid([(text, picture, {text: [[0.0, 1.0]]})], p),

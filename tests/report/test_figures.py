@@ -18,9 +18,9 @@ from mmhooks.report.figures import (
     Histogram,
     Strip,
     beside_paper,
+    image_strips,
     mask_effects,
     mds_histograms,
-    picture_strips,
 )
 from mmhooks.report.style import DARK, LIGHT, draw
 
@@ -55,7 +55,7 @@ def test_every_figure_draws_in_both_dresses() -> None:
     rows = [("CLIP", Estimate(0.1, 0.0, 0.2), 0.3), ("NCL", Estimate(float("nan")), None)]
     makers = (
         lambda p: mds_histograms([panel(RNG.random(50)), panel(RNG.random(50))], p),
-        lambda p: picture_strips(strips, p),
+        lambda p: image_strips(strips, p),
         lambda p: mask_effects({"CLIP": effects}, p),
         lambda p: beside_paper({"Pictures": rows, "Texts": rows}, p),
     )
@@ -70,7 +70,7 @@ def test_every_figure_draws_in_both_dresses() -> None:
 
 
 def test_pictures_are_shown_in_order() -> None:
-    figure = picture_strips([Strip("f", "ImgD", SQUARES)])
+    figure = image_strips([Strip("f", "ImgD", SQUARES)])
     for axis, square in zip(figure.axes, SQUARES, strict=True):
         assert np.array_equal(np.asarray(axis.images[0].get_array()), np.asarray(square))
 
@@ -81,7 +81,7 @@ def test_callers_settings_are_left_alone() -> None:
     assert dict(mpl.rcParams) == before
 
 
-@pytest.mark.parametrize("make", [mds_histograms, picture_strips])
+@pytest.mark.parametrize("make", [mds_histograms, image_strips])
 def test_nothing_to_draw_is_said(make: object) -> None:
     with pytest.raises(ShapeMismatch, match="at least one"):
         make([])  # type: ignore[operator]

@@ -17,12 +17,12 @@ from mmhooks.errors import ShapeMismatch
 from mmhooks.report import (
     Cell,
     Details,
+    EncodedImage,
     Estimate,
     FeatureCard,
     Gallery,
     Listing,
     Page,
-    Picture,
     Plot,
     Prose,
     Section,
@@ -58,8 +58,8 @@ class Reader(html.parser.HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def picture(alt: str = "") -> Picture:
-    return Picture.of(Image.new("RGB", (8, 8), "teal"), alt)
+def picture(alt: str = "") -> EncodedImage:
+    return EncodedImage.from_pil(Image.new("RGB", (8, 8), "teal"), alt)
 
 
 def full_page(words: str) -> str:
@@ -99,13 +99,13 @@ def test_page_fetches_nothing() -> None:
 
 def test_pictures_are_whole_inside_the_page() -> None:
     shown = picture("a teal square")
-    page = Page("t", [Section("s", [Gallery([FeatureCard("f", pictures=[shown])])])]).html()
+    page = Page("t", [Section("s", [Gallery([FeatureCard("f", images=[shown])])])]).html()
     encoded = re.search(r'src="data:image/webp;base64,([^"]+)" alt="a teal square"', page)
     assert encoded is not None and base64.b64decode(encoded.group(1)) == shown.data
 
 
 def test_dark_figures_are_served_to_dark_pages() -> None:
-    light, dark = picture(), Picture.of(Image.new("RGB", (8, 8), "black"))
+    light, dark = picture(), EncodedImage.from_pil(Image.new("RGB", (8, 8), "black"))
     page = Page("t", [Section("s", [Plot(light, dark)])]).html()
     assert f'media="(prefers-color-scheme: dark)" srcset="{dark.uri}"' in page
     assert f'src="{light.uri}"' in page
@@ -127,7 +127,7 @@ def test_save_is_whole_or_absent(tmp_path: Any) -> None:
 
 def test_unknown_picture_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="PNG, JPEG or WebP"):
-        _ = Picture(b"<svg onload=alert(1)>").uri
+        _ = EncodedImage(b"<svg onload=alert(1)>").uri
 
 
 def test_anchors_match_the_contents() -> None:
@@ -146,7 +146,7 @@ def test_markdown_rows_keep_their_columns(a: str, b: str) -> None:
 
 
 def test_table_of_uneven_rows_is_refused() -> None:
-    with pytest.raises(ShapeMismatch, match="row 1 of table 'Sizes' has 1 cells, expected 2"):
+    with pytest.raises(ShapeMismatch, match="row 1 of table 'Sizes': expected 2 cells, got 1"):
         Table(["a", "b"], [["1", "2"], ["1"]], "Sizes")
 
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint: retries, a rate limit, answers kept on disk, the key from the environment."""
+"""An OpenAI-compatible chat endpoint: retries, a rate limit, answers cached on disk, the key from the environment."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 class Endpoint:
     """One model behind ``POST {base_url}/chat/completions``.
 
-    The key is sent to the host of ``base_url`` alone: redirects are not followed. It stands in no file, message,
-    ``repr`` or log; where the server's words repeat it, it is replaced.
+    The key is sent only to the host of ``base_url``: redirects are not followed. It appears in no file, message,
+    ``repr`` or log; if the server's reply repeats it, it is replaced.
 
     Args:
         model, base_url: DeepSeek's chat model by default; https, or http to this machine or a private address.
         key_variable: environment variable that holds the key; never written anywhere.
-        tries: per question; timeouts, broken connections, 408, 409, 425, 429, 5xx and answers that are not what they
-            should be are tried again, after 1, 2, 4, ... seconds or what ``Retry-After`` says.
+        tries: per question; timeouts, broken connections, 408, 409, 425, 429, 5xx and malformed answers are retried
+            after 1, 2, 4, ... seconds or what ``Retry-After`` says.
         timeout: seconds for one whole try, from the connection to the reply's last byte.
-        per_minute: at most so many requests a minute.
-        cache: folder of answers, one file a question (a hash of model, address, options and messages); default: in
+        per_minute: maximum number of requests per minute.
+        cache: folder of answers, one file per question (a hash of model, address, options and messages); default: in
             the user's cache.
-        keep: whether answers are kept and read at all.
+        keep: whether answers are cached on disk and read from there.
         sleep, clock: replaced in tests.
 
     Raises:
-        EndpointError: an address, a variable's name or a key that cannot be used; on asking, no key, a status that does
-            not pass by itself, no answer after all tries, or a damaged file among the answers kept.
+        EndpointError: the address, the variable's name or the key cannot be used; on asking: no key, a permanent error
+            status, no answer after all tries, or a damaged file in the cache.
     """
 
     model: str = "deepseek-chat"
@@ -61,7 +61,7 @@ class Endpoint:
         check_address(self.base_url)
         Secret.from_environment(
             self.key_variable, EndpointError
-        )  # a key that cannot be sent is told before any work
+        )  # a key that cannot be sent fails before any work
         if self.tries < 1 or not (self.timeout > 0 and self.per_minute > 0):
             raise EndpointError(
                 "expected tries of at least 1, and timeout and per_minute above 0, got "
@@ -69,14 +69,14 @@ class Endpoint:
             )
 
     def ask(self, messages: Sequence[dict[str, Any]], check: Callable[[str], Any] | None = None) -> str:
-        """The answer's text, from the cache where this was asked before.
+        """Returns the answer's text, from the cache if the question was asked before.
 
         Args:
-            check: raises ValueError on an answer that is nonsense; it is then asked again, and nonsense is never kept.
+            check: raises ValueError for a nonsensical answer, which is then asked for again and never cached.
         """
         path = self._path(messages)
         if self.keep and path.is_file():
-            return _kept(path)
+            return _cached(path)
         fault = ""
         for attempt in range(self.tries):
             wait = 2.0**attempt * random.uniform(0.75, 1.25)
@@ -84,8 +84,8 @@ class Endpoint:
                 answer = self._post(messages)
                 if check is not None:
                     check(answer)
-            except _Passing as passing:
-                fault, wait = str(passing), passing.wait or wait
+            except _Transient as transient:
+                fault, wait = str(transient), transient.wait or wait
             except ValueError as nonsense:
                 fault = f"nonsense: {nonsense}"
             else:
@@ -100,7 +100,7 @@ class Endpoint:
         )
 
     def _post(self, messages: Sequence[dict[str, Any]]) -> str:
-        check_address(self.base_url)  # both may have been set anew
+        check_address(self.base_url)  # both may have been changed since
         key = Secret.from_environment(self.key_variable, EndpointError)
         if key is None:
             raise EndpointError(
@@ -112,22 +112,22 @@ class Endpoint:
         try:
             reply = post(url, body, key, seconds=self.timeout)
         except PostFailed as failed:
-            raise _Passing(str(failed)) from None
+            raise _Transient(str(failed)) from None
         if reply.status in _RETRY:
-            raise _Passing(f"status {reply.status}", _seconds(reply.retry_after))
+            raise _Transient(f"status {reply.status}", _seconds(reply.retry_after))
         if reply.status != 200:
             raise EndpointError(
-                f"{url} answered {reply.status}: {_said(reply.body, key)}{_redirected(reply.status)}"
+                f"{url} answered {reply.status}: {_reply_excerpt(reply.body, key)}{_redirected(reply.status)}"
             )
         try:
             answer = json.loads(reply.body)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             answer = None
         if not isinstance(answer, str):
-            raise _Passing(
-                f"expected a chat completion whose content is a text, got {_said(reply.body, key)}"
+            raise _Transient(
+                f"expected a chat completion whose content is a text, got {_reply_excerpt(reply.body, key)}"
             )
-        # Half of a surrogate pair is no text: it could be neither printed nor written to a UTF-8 file.
+        # Half of a surrogate pair is not text: it can be neither printed nor written to a UTF-8 file.
         return key.redact(re.sub("[\ud800-\udfff]", "\ufffd", answer))
 
     def _wait_for_turn(self) -> None:
@@ -142,22 +142,22 @@ class Endpoint:
         return (self.cache or cache_dir("endpoint")) / f"{name}.json"
 
 
-class _Passing(Exception):
-    """A fault that may be gone next time."""
+class _Transient(Exception):
+    """A fault that may not occur on the next try."""
 
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
         self.wait = wait
 
 
-def _kept(path: Path) -> str:
+def _cached(path: Path) -> str:
     content = read_json(path, "an answer of an endpoint", {"answer": str}, error=EndpointError,
                         remedy="delete the file and the question is asked again")  # fmt: skip
     return content["answer"]
 
 
-def _said(body: bytes, key: Secret) -> str:
-    """The beginning of what a server said, without the key and without signs that act on a terminal."""
+def _reply_excerpt(body: bytes, key: Secret) -> str:
+    """The beginning of a server's reply, without the key and without terminal control characters."""
     text = body[:4000].decode(errors="replace")
     return repr(key.redact(text)[:300])
 
@@ -172,4 +172,4 @@ def _seconds(header: str | None) -> float | None:
     try:
         return min(120.0, max(0.0, float(header))) if header else None
     except ValueError:
-        return None  # a date: our own waiting will do
+        return None  # a date: use our own waiting time

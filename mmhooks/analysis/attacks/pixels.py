@@ -1,4 +1,4 @@
-"""Pictures as what is optimised: Adam on pixels that stay pictures, shared by attack and defence."""
+"""Optimisation of pixels: Adam on images whose pixels stay in range, shared by attack and defence."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Loss = Callable[[Float[Tensor, "b 3 h w"], Tensor], Float[Tensor, " b"]]
 
 @dataclass(frozen=True)
 class Optimised(Result):
-    """Pictures after Adam on their pixels.
+    """Images after Adam on their pixels, with losses and distances.
 
     Attributes:
-        pictures: ``[n 3 h w]``, from 0 to 1.
-        history: each picture's loss before every step and after the last one, ``[steps + 1 n]``.
-        kept: pictures after the steps that ``keep`` asked for.
-        psnr, linf: of each picture against what it was, in dB and from 0 to 1.
+        images: ``[n 3 h w]``, with values from 0 to 1.
+        history: each image's loss before every step and after the last one, ``[steps + 1 n]``.
+        kept: images after the steps in ``keep``.
+        psnr, linf: distance of each image from its original, in dB and from 0 to 1.
     """
 
-    pictures: Float[Tensor, "n 3 h w"] = field(repr=False)
+    images: Float[Tensor, "n 3 h w"] = field(repr=False)
     history: Float[Tensor, "points n"] = field(repr=False)
     kept: dict[int, Float[Tensor, "n 3 h w"]] = field(repr=False)
     psnr: Float[Tensor, " n"] = field(repr=False)
@@ -38,13 +38,13 @@ class Optimised(Result):
     epsilon: float | None
 
     def to_json(self) -> dict:
-        """Everything but the pictures."""
+        """Everything except the images."""
         found = {"steps": self.steps, "lr": self.lr, "epsilon": self.epsilon, "kept": sorted(self.kept)}
         return found | {name: getattr(self, name).tolist() for name in ("history", "psnr", "linf")}
 
 
 def optimise_pixels(
-    pictures: Float[Tensor, "n 3 h w"],
+    images: Float[Tensor, "n 3 h w"],
     loss: Loss,
     *,
     steps: int = 40,
@@ -55,32 +55,32 @@ def optimise_pixels(
     progress: bool = True,
     label: str = "optimising pixels",
 ) -> Optimised:
-    """Lowers ``loss`` with Adam on the pixels of all pictures at once; after each step they are pictures again.
+    """Minimises ``loss`` with Adam on the pixels of all images; after each step pixels are clipped to their range.
 
     Args:
-        pictures: from 0 to 1.
-        loss: of ``(pictures [b 3 h w], their numbers [b])``, one value a picture. Each depends on its own picture
-            alone, and Adam scales every pixel by itself, so the batch size changes nothing but the time.
-        epsilon: keeps every pixel within this distance of where it was; None: anywhere from 0 to 1.
-        keep: steps after which the pictures are kept (0: as they came).
+        images: with values from 0 to 1.
+        loss: maps ``(images [b 3 h w], their numbers [b])`` to one value per image. As each value depends only on its
+            own image, and Adam scales every pixel separately, the batch size changes only the run time.
+        epsilon: keeps every pixel within this distance of its original value; None: anywhere from 0 to 1.
+        keep: steps after which the images are kept (0: the originals).
 
     Raises:
-        ShapeMismatch: no pictures [n 3 h w] from 0 to 1, or a loss that is not one value a picture.
-        NotFinite: a loss or gradient that is NaN or infinite, with the picture's number.
-        MMHooksError: the loss does not depend on the pixels, or ``steps`` or ``keep`` make no sense.
+        ShapeMismatch: the images are not [n 3 h w] from 0 to 1, or the loss is not one value per image.
+        NotFinite: a loss or gradient is NaN or infinite; names the image.
+        MMHooksError: the loss does not depend on the pixels, or ``steps`` or ``keep`` is out of range.
 
     >>> made = optimise_pixels(torch.zeros(2, 3, 4, 4), lambda x, i: (x - 1).square().mean((1, 2, 3)), progress=False)
     >>> bool((made.history[-1] < made.history[0]).all()), made.history.shape
     (True, torch.Size([41, 2]))
     """
-    check_pictures(pictures)
+    check_images(images)
     if steps < 0 or any(not 0 <= k <= steps for k in keep):
-        raise MMHooksError(f"steps must be 0 or more and keep within them, came {steps} and {list(keep)}")
+        raise MMHooksError(f"expected steps of at least 0 and keep within them, got {steps} and {list(keep)}")
     done, histories = [], []
     kept: dict[int, list[Tensor]] = {k: [] for k in keep}
-    with rate_bar(label, len(pictures) * steps, unit="pictures", show=progress) as advance:
-        for begin in range(0, len(pictures), batch):
-            start = pictures[begin : begin + batch].detach()
+    with rate_bar(label, len(images) * steps, unit="images", show=progress) as advance:
+        for begin in range(0, len(images), batch):
+            start = images[begin : begin + batch].detach()
             ids = torch.arange(begin, begin + len(start))
             x = start.clone().requires_grad_()
             adam = torch.optim.Adam([x], lr=lr)
@@ -91,7 +91,9 @@ def optimise_pixels(
                 with torch.enable_grad():
                     values = _checked(loss(x, ids), ids)
                     if not values.requires_grad:
-                        raise MMHooksError("the loss does not depend on the pixels: nothing can be optimised")
+                        raise MMHooksError(
+                            "loss: expected one that depends on the pixels, got one that does not depend on them"
+                        )
                     (x.grad,) = torch.autograd.grad(values.sum(), x)
                 _finite(x.grad.flatten(1).sum(1), ids, "gradient")
                 history.append(values.detach())
@@ -112,8 +114,8 @@ def optimise_pixels(
         made,
         torch.cat(histories, 1),
         {k: torch.cat(v) for k, v in kept.items()},
-        psnr(made, pictures),
-        (made - pictures).abs().flatten(1).amax(1),
+        psnr(made, images),
+        (made - images).abs().flatten(1).amax(1),
         steps,
         lr,
         epsilon,
@@ -121,30 +123,32 @@ def optimise_pixels(
 
 
 def psnr(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n2 3 h2 w2"]) -> Float[Tensor, " n"]:
-    """Peak signal-to-noise ratio of pictures from 0 to 1, in dB; infinite where they are equal.
+    """Computes the peak signal-to-noise ratio of images with values from 0 to 1, in dB; infinite for equal images.
 
     >>> psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.1)).round()
     tensor([20.])
     """
     if a.shape != b.shape:
-        raise ShapeMismatch(f"two sets of pictures of one shape, came {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ShapeMismatch(
+            f"psnr: expected two sets of images of the same shape, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     return -10 / math.log(10) * (a - b).square().flatten(1).mean(1).log()
 
 
-def check_pictures(pictures: Tensor, what: str = "pictures") -> None:
+def check_images(images: Tensor, what: str = "images") -> None:
     """Raises ShapeMismatch unless ``[n 3 h w]`` with n >= 1 and values from 0 to 1."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or not len(pictures):
-        raise ShapeMismatch(f"{what}: expected [n 3 h w] with at least one, came {tuple(pictures.shape)}")
-    low, high = (float(v) for v in pictures.detach().aminmax())
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ShapeMismatch(f"{what}: expected [n 3 h w] with at least one, got {tuple(images.shape)}")
+    low, high = (float(v) for v in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
         raise ShapeMismatch(
-            f"{what} must lie between 0 and 1, before any normalisation; came {low:.3f} to {high:.3f}"
+            f"{what}: expected values between 0 and 1, before any normalisation, got {low:.3f} to {high:.3f}"
         )
 
 
 def _checked(values: Tensor, ids: Tensor) -> Float[Tensor, " b"]:
     if values.shape != ids.shape:
-        raise ShapeMismatch(f"the loss must be one value a picture, [{len(ids)}]; came {tuple(values.shape)}")
+        raise ShapeMismatch(f"loss: expected one value per image, [{len(ids)}], got {tuple(values.shape)}")
     _finite(values, ids, "loss")
     return values
 
@@ -154,5 +158,5 @@ def _finite(values: Tensor, ids: Tensor, what: str) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise NotFinite(
-            f"{what} of picture {int(ids[bad][0])} is {float(values[bad][0])}; a smaller lr may help"
+            f"{what} of image {int(ids[bad][0])} is {float(values[bad][0])}; a smaller lr may help"
         )

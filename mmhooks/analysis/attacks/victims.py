@@ -1,4 +1,4 @@
-"""What is attacked, behind one protocol: a picture and a request in, an answer in words out."""
+"""Models under attack, behind one protocol: an image and a request in, a text answer out."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mmhooks.utils.modes import evaluating
 
 @runtime_checkable
 class Victim(Protocol):
-    """Anything that answers requests about pictures ``[n 3 h w]`` from 0 to 1."""
+    """Anything that answers requests about images ``[n 3 h w]`` with values from 0 to 1."""
 
     name: str
 
-    def answer(self, pictures: Tensor, requests: Sequence[str]) -> list[str]: ...
+    def answer(self, images: Tensor, requests: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class ZeroShotVictim:
-    """Zero-shot classification as an answer: the label whose prompt lies nearest; the request is not read.
+    """Answers by zero-shot classification, with the label whose prompt is nearest; the request is ignored.
 
     >>> import mmhooks as mm
     >>> victim = ZeroShotVictim(mm.load("mini"), ("cat", "dog"))
@@ -44,20 +44,20 @@ class ZeroShotVictim:
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < 2:
-            raise DataError(f"zero-shot needs at least two different labels, got {self.labels}")
+            raise DataError(f"labels: expected at least two different ones for zero-shot, got {self.labels}")
 
     @cached_property
     def texts(self) -> Float[Tensor, "k d"]:
         return embed_texts(self.model, [self.template.format(label) for label in self.labels])
 
     def answer(
-        self, pictures: Float[Tensor, "n 3 h w"], requests: Sequence[str], *, batch: int = 128
+        self, images: Float[Tensor, "n 3 h w"], requests: Sequence[str], *, batch: int = 128
     ) -> list[str]:
         mean, std = pixel_scale(self.model)
         with torch.no_grad(), evaluating(self.model.model):
             parts = [
                 self.model.encode_image(self.model.to_input((p - mean) / std), normalize=True).float().cpu()
-                for p in pictures.cpu().split(batch)
+                for p in images.cpu().split(batch)
             ]
         return [self.labels[i] for i in (torch.cat(parts) @ self.texts.T).argmax(1).tolist()]
 
@@ -73,14 +73,14 @@ class LlavaVictim:
     def name(self) -> str:
         return self.llava.name
 
-    def answer(self, pictures: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
+    def answer(self, images: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
         with evaluating(self.llava.model):
-            return self.llava.answer(pictures, requests, max_new_tokens=self.max_new_tokens)
+            return self.llava.answer(images, requests, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class EndpointVictim:
-    """A vision model behind an OpenAI-compatible endpoint; pictures travel as PNG data addresses."""
+    """A vision model behind an OpenAI-compatible endpoint; images are sent as PNG data URIs."""
 
     endpoint: Endpoint
 
@@ -88,24 +88,24 @@ class EndpointVictim:
     def name(self) -> str:
         return self.endpoint.model
 
-    def answer(self, pictures: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
+    def answer(self, images: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
         return [
             self.endpoint.ask(
                 [{"role": "user", "content": [
                     {"type": "text", "text": request},
-                    {"type": "image_url", "image_url": {"url": _png(picture)}},
+                    {"type": "image_url", "image_url": {"url": _png(image)}},
                 ]}]
             )
-            for picture, request in zip(pictures, requests, strict=True)
+            for image, request in zip(images, requests, strict=True)
         ]  # fmt: skip
 
 
-def _png(picture: Float[Tensor, "3 h w"]) -> str:
+def _png(image: Float[Tensor, "3 h w"]) -> str:
     import base64
     import io
 
     from torchvision.transforms.functional import to_pil_image
 
     buffer = io.BytesIO()
-    to_pil_image(picture.detach().cpu().mul(255).round().clamp(0, 255).byte()).save(buffer, "PNG")
+    to_pil_image(image.detach().cpu().mul(255).round().clamp(0, 255).byte()).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,9 +1,9 @@
-"""Where words act in a generated picture: cross-attention patterns of a diffusion run, averaged (DAAM).
+"""DAAM: where words act in a generated image, from averaged cross-attention patterns of a diffusion run.
 
-The heat of a text token is its attention from every place of the picture, averaged over attention heads, layers and
-denoising steps, each layer brought to the size of the latents (Tang et al. 2022, "What the DAAM", eq. 4-6; bilinear
-instead of bicubic, which would make negative heat). Sums are kept, never the patterns: memory does not grow with
-the number of steps.
+The heat of a text token is the attention it gets from every position of the image, averaged over attention heads, layers
+and denoising steps, with each layer resized to the latents (Tang et al. 2022, "What the DAAM", eq. 4-6; bilinear instead
+of bicubic, which would give negative heat). Only sums are kept, not the patterns, so memory does not grow with the
+number of steps.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mmhooks.hooks.steps import chosen_steps, halves
 
 
 class AttentionMaps:
-    """Sums of cross-attention, filled by :func:`attention_maps`; a new run of another shape begins anew.
+    """Sums of cross-attention, filled by :func:`attention_maps`; each new run resets them.
 
     Args:
         tokenize: text -> token ids, with start and end; the pipeline's own.
-        pieces: token ids -> the tokenizer's own pieces, whose marks say where words begin and end.
-        half: whose attention is kept.
-        steps: of these denoising steps only.
+        pieces: token ids -> the tokenizer's pieces, whose markers show where words begin and end.
+        half: the half of a guided batch whose attention is kept.
+        steps: only these denoising steps are counted.
     """
 
     def __init__(
@@ -48,24 +48,26 @@ class AttentionMaps:
         self._tokenize, self._pieces = tokenize, pieces
         self.half, self._steps = half, chosen_steps(steps)
         self.sum: Tensor | None = None
-        self.layers = 0  # patterns that went in, one a layer and step
+        self.layers = 0  # number of patterns added, one per layer and step
         self._size: tuple[int, int] | None = None
 
     def begin_step(self, latents: Float[Tensor, "b c h w"], *, hook: Any) -> None:
-        """Notes the latents' height and width, and forgets what an earlier run left."""
+        """Records the latents' height and width; at the first step, resets what an earlier run left."""
         if hook.step == 0:
             self.sum, self.layers = None, 0
         self._size = (latents.shape[-2], latents.shape[-1])
 
     def update(self, pattern: Float[Tensor, "b heads pixel token"], *, hook: Any) -> None:
-        """Adds one layer's pattern of one step."""
+        """Adds the pattern of one layer and step."""
         if self._steps is not None and hook.step not in self._steps:
             return
         parts = dict(halves(len(pattern), hook.name) or [(hook.guidance or "cond", slice(None))])
         if self.half not in parts:
             return
         if self._size is None:
-            raise MMHooksError(f"{hook.name!r} ran before the U-Net's first convolution: its size is unknown")
+            raise MMHooksError(
+                f"{hook.name!r}: expected the U-Net's first convolution to run before, got none: the latents' size is unknown"
+            )
         rows, _ = layer_size(pattern.shape[2], self._size)
         pattern = pattern[parts[self.half]].detach().float()
         small = reduce(pattern, "b head (h w) token -> b token h w", "mean", h=rows)
@@ -75,29 +77,31 @@ class AttentionMaps:
 
     @property
     def maps(self) -> Float[Tensor, "b token h w"]:
-        """Mean attention on every token, at the size of the latents; over all tokens it sums to 1."""
+        """Mean attention to every token, at the size of the latents; it sums to 1 over all tokens."""
         if self.sum is None:
             raise HookDidNotFire(
-                f"no attention of the half {self.half!r} came by: run the pipeline inside the context, with "
-                "steps= that it has" + ("" if self.half == "cond" else " and with guidance")
+                f"no attention of the half {self.half!r} was recorded: run the pipeline inside the context, with "
+                "steps= that the run has" + ("" if self.half == "cond" else " and with guidance")
             )
         return self.sum / self.layers
 
     def word(self, word: str, prompt: str | Sequence[str]) -> Float[Tensor, "b h w"]:
-        """Heat of a word, averaged over its tokens and occurrences; a part of a longer word is none.
+        """Computes the heat of a word, averaged over its tokens and occurrences; parts of longer words do not count.
 
         Args:
-            word: one or several words that stand in the prompt one after the other.
-            prompt: that of the run; one a row, where the rows have several.
+            word: one or several words that follow each other in the prompt.
+            prompt: that of the run; one per row if the rows differ.
 
         Raises:
-            MMHooksError: the word is not in the prompt, or was cut off with its end.
-            ShapeMismatch: the run had another number of prompts.
+            MMHooksError: the word is not in the prompt, or was truncated.
+            ShapeMismatch: the run had a different number of prompts.
         """
         maps = self.maps
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(maps) % len(prompts):
-            raise ShapeMismatch(f"{len(prompts)} prompts for a run of {len(maps)} pictures")
+            raise ShapeMismatch(
+                f"expected one prompt per image, or per equally many, got {len(prompts)} prompts for a run of {len(maps)} images"
+            )
         each = len(maps) // len(prompts)  # num_images_per_prompt
         heats = []
         for n, text in enumerate(prompts):
@@ -106,10 +110,10 @@ class AttentionMaps:
         return torch.cat(heats)
 
     def places(self, word: str, prompt: str, length: int = 77) -> list[int]:
-        """Positions of a word's tokens in the prompt.
+        """Finds the positions of a word's tokens in the prompt.
 
         Raises:
-            MMHooksError: it is not there.
+            MMHooksError: the word is not in the prompt.
         """
         text, wanted = list(self._tokenize(prompt)), list(self._tokenize(word))[1:-1]
         text = text[: length - 1]  # the last one is the end
@@ -125,8 +129,8 @@ class AttentionMaps:
 
 
 def begins_word(pieces: Sequence[str], i: int) -> bool:
-    """Does a word begin at piece ``i``: by CLIP's ``</w>`` at ends, by ``▁`` or ``Ġ`` at beginnings (T5, GPT-2), by ``##``
-    inside (BERT). Where pieces bear no marks, and behind the last one, it does.
+    """Whether a word begins at piece ``i``, judged by CLIP's ``</w>`` at ends, ``▁`` or ``Ġ`` at beginnings (T5, GPT-2), or
+    ``##`` inside words (BERT). True if pieces have no markers, and after the last piece.
 
     >>> begins_word(["con", "cat</w>", "cat</w>"], 1), begins_word(["con", "cat</w>", "cat</w>"], 2)
     (False, True)
@@ -136,7 +140,7 @@ def begins_word(pieces: Sequence[str], i: int) -> bool:
     if i <= 0 or i >= len(pieces):
         return True
     if any(p.endswith("</w>") for p in pieces):
-        # Special tokens and what the text begins with stand alone.
+        # Special tokens are words of their own.
         return pieces[i - 1].endswith("</w>") or _special(pieces[i - 1]) or _special(pieces[i])
     if any(p.startswith(("▁", "Ġ")) for p in pieces):
         return pieces[i].startswith(("▁", "Ġ")) or _special(pieces[i - 1]) or _special(pieces[i])
@@ -155,26 +159,26 @@ def attention_maps(
     guidance: Literal["cond", "uncond"] = "cond",
     steps: Any = None,
 ) -> Iterator[AttentionMaps]:
-    """Collects the cross-attention of the pictures drawn inside the context; of the last run, if there are several.
+    """Collects the cross-attention of the images generated inside the context; of the last run, if there are several.
 
     Args:
         model: a :class:`~mmhooks.models.diffusion.model.HookedDiffusion`.
-        sites: which layers; one pattern or several, a layer that several name counts once.
-        guidance: whose attention, in a guided run; with guidance or without, ``cond`` is the prompt's.
-        steps: denoising steps, all by default.
+        sites: which layers; one pattern or several. A layer that several patterns match counts once.
+        guidance: which half of a guided run; ``cond`` is the prompt's, with or without guidance.
+        steps: denoising steps; default all.
 
     Raises:
-        UnknownSite: on entry, no such layer. MMHooksError: an attention processor that hides its pattern.
+        UnknownSite: on entry, there is no such layer. MMHooksError: an attention processor hides its pattern.
 
     >>> sd = mm.load_diffusion("mini")                                   # doctest: +SKIP
     >>> with attention_maps(sd) as maps:                                 # doctest: +SKIP
-    ...     picture = sd.pipe("a red panda").images[0]
+    ...     image = sd.pipe("a red panda").images[0]
     >>> maps.word("panda", "a red panda").shape                          # doctest: +SKIP
     torch.Size([1, 8, 8])
     """
     if not hasattr(model, "pipe"):
         raise MMHooksError(
-            f"expected a mm.HookedDiffusion, got a {type(model).__name__}: mm.load_diffusion(...) makes one"
+            f"expected a mm.HookedDiffusion, got a {type(model).__name__}: make one by mm.load_diffusion(...)"
         )
     if guidance not in ("cond", "uncond"):
         raise MMHooksError(f'guidance: expected "cond" or "uncond", got {guidance!r}')
@@ -190,7 +194,7 @@ def attention_maps(
 
 
 def _each(model: Any, sites: Pattern | Sequence[Pattern]) -> list[Pattern]:
-    """Patterns to hook: one as it is, of several the sites that they name, each once."""
+    """Resolves the patterns to hook: a single one as it is, several to the sites they match, each once."""
     if isinstance(sites, str) or callable(sites):
         return [sites]
     if not sites:
@@ -199,7 +203,7 @@ def _each(model: Any, sites: Pattern | Sequence[Pattern]) -> list[Pattern]:
 
 
 def layer_size(pixels: int, full: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a layer with so many pixels: the latents' own, halved some times, rounded up.
+    """Computes height and width of a layer of ``pixels`` pixels: the latents' own, halved repeatedly, rounded up.
 
     >>> layer_size(24, (16, 24))
     (4, 6)
@@ -209,19 +213,19 @@ def layer_size(pixels: int, full: tuple[int, int]) -> tuple[int, int]:
         height, width = -(-height // 2), -(-width // 2)
     if height * width != pixels:
         raise ShapeMismatch(
-            f"a layer of {pixels} pixels is no halving of latents of {full[0]} x {full[1]}: where they lie is unknown"
+            f"expected a layer that halves latents of {full[0]} x {full[1]}, got {pixels} pixels: their layout is unknown"
         )
     return height, width
 
 
 @dataclass(frozen=True)
 class PointingGame(Result):
-    """How often the hottest place lies on the object.
+    """How often the position with the most heat lies on the object.
 
     Attributes:
-        rate: hits of the hottest place, with its Wilson interval.
-        chance: mean share of the picture that the object covers: a place drawn blindly.
-        centre: hits of the middle of the picture, the better guess where objects stand in the middle.
+        rate: share of hits of the hottest position, with its Wilson interval.
+        chance: mean share of the image that the object covers, the hit rate of a random position.
+        centre: share of hits of the image's centre, a better baseline where objects are centred.
         energy: mean share of the heat that lies on the object.
     """
 
@@ -236,21 +240,23 @@ class PointingGame(Result):
 
 
 def pointing_game(heat: Float[Tensor, "n h w"], masks: Bool[Tensor, "n2 H W"]) -> PointingGame:
-    """Zhang et al. 2016: the hottest place of each map, at the masks' resolution, against the object's mask.
+    """Compares each map's hottest position, at the masks' resolution, with the object's mask (Zhang et al. 2016).
 
-    Masks that cover nothing or everything decide nothing and are left out.
+    Masks that cover nothing or everything are left out.
 
     Raises:
-        ShapeMismatch: as many maps as masks are needed, and one that decides.
-        NotFinite: heat that is NaN or infinite.
+        ShapeMismatch: the numbers of maps and masks differ, or no mask is left.
+        NotFinite: heat is NaN or infinite.
     """
     if len(heat) != len(masks):
-        raise ShapeMismatch(f"{len(heat)} maps and {len(masks)} masks: one mask a map")
+        raise ShapeMismatch(f"expected one mask per map, got {len(heat)} maps and {len(masks)} masks")
     check_finite(heat.flatten(1), "heat")
     flat = masks.flatten(1)
     decides = flat.any(1) & ~flat.all(1)
     if not decides.any():
-        raise ShapeMismatch(f"none of the {len(masks)} masks has both object and ground")
+        raise ShapeMismatch(
+            f"masks: expected one with both object and background, got none of the {len(masks)} masks"
+        )
     heat, masks, flat = heat[decides].float(), masks[decides], flat[decides]
     size = (masks.shape[-2], masks.shape[-1])
     large = F.interpolate(heat[:, None], size, mode="bilinear", align_corners=False)[:, 0].flatten(1)

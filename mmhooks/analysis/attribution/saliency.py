@@ -1,7 +1,7 @@
-"""Where in a picture an embedding's likeness to a text comes from: token contributions, and four baselines.
+"""Saliency maps: where in an image an embedding's similarity to a text comes from; token contributions, four baselines.
 
-All read the engine's own sites, take a picture's text as a direction of its own, and give one map of the patches,
-``[b rows columns]``: larger is more the text's. Their scales differ; compare ranks, or thresholds of each map's own.
+Each method reads mmhooks' own sites, takes one text direction per image, and returns one map of the patches, ``[b rows
+columns]``; larger values belong more to the text. Their scales differ: compare ranks, or thresholds set per map.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _SCORED = 8  # images whose tokens are scored together
 
 
 def token_contributions(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
-    """Contributions of the patches through all attention heads along each picture's direction (Gandelsman et al.
-    2024, Section 5). For their segmentation a direction is the class's unit text embedding less the mean of all."""
+    """Computes the patches' contributions through all attention heads along each image's direction (Gandelsman et al.
+    2024, Section 5). For segmentation they use the class's unit text embedding minus the mean of all classes."""
     check(model, pixels, directions)
     maps = []
-    # A batch's scores are along the directions of all its images: few at a time, or memory grows with their square.
+    # Scores are along the directions of all images of a batch, so memory grows with its square: use small ones.
     for images, own in zip(pixels.split(_SCORED), directions.split(_SCORED), strict=True):
         scores = decompose_batch(model, images, against=own).scores
         assert scores is not None
@@ -41,7 +41,7 @@ def token_contributions(model: Model, pixels: Vectors, directions: Vectors) -> F
 
 @torch.no_grad()
 def raw_attention(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
-    """Attention of the tokens that are read, in the last block, mean over attention heads. Knows no text."""
+    """Attention of the tokens that are read, in the last block, mean over attention heads. Ignores the text."""
     check(model, pixels, directions)
     patterns, reading, _ = _patterns(model, pixels, directions)
     return as_grid(torch.einsum("bq,bqt->bt", reading, patterns[-1].float().mean(1)))
@@ -49,7 +49,7 @@ def raw_attention(model: Model, pixels: Vectors, directions: Vectors) -> Float[T
 
 @torch.no_grad()
 def rollout(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
-    """Attention rollout (Abnar, Zuidema 2020): the product of all blocks' ``(A + I) / 2``. Knows no text."""
+    """Attention rollout (Abnar, Zuidema 2020): the product of all blocks' ``(A + I) / 2``. Ignores the text."""
     check(model, pixels, directions)
     patterns, reading, _ = _patterns(model, pixels, directions)
     for pattern in reversed(patterns):  # from the last block back to the patches
@@ -62,7 +62,7 @@ def gradient_attention(model: Model, pixels: Vectors, directions: Vectors) -> Fl
     """Chefer, Gur, Wolf 2021: ``R ← R + mean_h (∇A ⊙ A)⁺ R`` through all blocks, ∇ of the cosine with the direction."""
     check(model, pixels, directions)
     patterns, reading, cache = _patterns(model, pixels, directions, grad=True)
-    similarity = _likeness(cache["image.embed"], directions)
+    similarity = _similarity(cache["image.embed"], directions)
     with torch.no_grad():
         for pattern, slope in zip(
             reversed(patterns), reversed(torch.autograd.grad(similarity, patterns)), strict=True
@@ -75,8 +75,8 @@ def gradient_attention(model: Model, pixels: Vectors, directions: Vectors) -> Fl
 
 @torch.enable_grad()
 def legrad(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, "b r s"]:
-    """LeGrad (Bousselham et al. 2024): of every block, the gradient of *its own* output's likeness to the text by its
-    attention map, positive part, mean over attention heads and queries; mean over blocks."""
+    """LeGrad (Bousselham et al. 2024): per block, the gradient of *its own* output's similarity to the text with respect to
+    its attention map, positive part, mean over attention heads and queries; then the mean over blocks."""
     check(model, pixels, directions)
     patterns, _, cache = _patterns(model, pixels, directions, grad=True)
     readout = image_readout(model.model)
@@ -84,7 +84,7 @@ def legrad(model: Model, pixels: Vectors, directions: Vectors) -> Float[Tensor, 
     for n, pattern in enumerate(patterns):
         stream = _read(readout, cache[f"image.blocks.{n}.resid_post"], pixels)
         embedding = readout.freeze(stream.float())(stream.float())
-        similarity = _likeness(embedding, directions)
+        similarity = _similarity(embedding, directions)
         (slope,) = torch.autograd.grad(similarity, pattern, retain_graph=n + 1 < len(patterns))
         total = total + slope.float().clamp_min(0).mean((1, 2))
     return as_grid(total / len(patterns))  # type: ignore[operator]
@@ -100,7 +100,7 @@ METHODS: dict[str, Maps] = {
 
 
 def as_grid(tokens: Float[Tensor, "b t"]) -> Float[Tensor, "b r s"]:
-    """The patches' part of a row of tokens, as the square that they lie in; class and register tokens come first.
+    """Reshapes the patch tokens of a row to their square grid; class and register tokens, which come first, are dropped.
 
     >>> as_grid(torch.arange(5.0)[None]).tolist()
     [[[1.0, 2.0], [3.0, 4.0]]]
@@ -110,8 +110,8 @@ def as_grid(tokens: Float[Tensor, "b t"]) -> Float[Tensor, "b r s"]:
 
 
 def check(model: Model, pixels: Vectors, directions: Vectors) -> None:
-    """Raises ShapeMismatch unless these are images that the model reads, square, each with its direction; MMHooksError
-    unless it is a hooked CLIP."""
+    """Raises ShapeMismatch unless these are square images that the model reads, with one direction each; MMHooksError
+    unless ``model`` is a hooked CLIP."""
     check_model(model)
     check_batch(model, pixels, "image")
     if not len(pixels):
@@ -119,21 +119,19 @@ def check(model: Model, pixels: Vectors, directions: Vectors) -> None:
     check_directions(directions, None, "directions")
     if len(pixels) != len(directions) or pixels.shape[-1] != pixels.shape[-2]:
         raise ShapeMismatch(
-            f"{len(directions)} directions for pictures {tuple(pixels.shape)}: give one a picture, and square pictures"
+            f"expected square images with one direction per image, got {tuple(pixels.shape)} and {len(directions)} directions"
         )
 
 
 def _patterns(
     model: Model, pixels: Tensor, directions: Tensor, *, grad: bool = False
 ) -> tuple[list[Tensor], Float[Tensor, "b q"], ActivationCache]:
-    """Attention maps of all blocks, what share of the embedding's reading each token has, and the cache."""
+    """Returns the attention maps of all blocks, the weight with which the embedding reads each token, and the cache."""
     readout = image_readout(model.model)
     depth = len(readout.blocks)
     sites = [f"image.blocks.{n}.{leaf}" for n in range(depth) for leaf in ("attn.pattern", "resid_post")]
     given = model.to_input(pixels)
-    if (
-        grad
-    ):  # so that patterns have a graph even where weights are frozen; of a copy: the caller's stays as it is
+    if grad:  # patterns need a graph even if weights are frozen; on a copy, so that the caller's tensor stays as it is
         given = given.detach().clone().requires_grad_()
     with evaluating(model.model), model.caching([*sites, "image.embed"], detach=not grad) as cache:
         check_directions(directions, model.encode_image(given).shape[1], "directions")
@@ -149,8 +147,8 @@ def _patterns(
     return [cache[f"image.blocks.{n}.attn.pattern"] for n in range(depth)], reading, cache
 
 
-def _likeness(embedding: Float[Tensor, "b e"], directions: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
-    """Sum of the cosines; directions are no part of the graph."""
+def _similarity(embedding: Float[Tensor, "b e"], directions: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
+    """Sums the cosines; directions are not part of the graph."""
     return cosine_similarity(embedding.float(), directions.detach().to(embedding.device).float(), dim=1).sum()
 
 

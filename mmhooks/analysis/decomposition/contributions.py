@@ -1,4 +1,4 @@
-"""Direct contributions of layers, attention heads and tokens to an embedding (seed 002)."""
+"""Direct contributions of layers, attention heads and tokens to an embedding."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mmhooks.utils.modes import evaluating
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """Direct contributions to the embeddings of a batch; they add up to ``embedding``.
+    """Direct contributions to the embeddings of a batch; they sum to ``embedding``.
 
     Attributes:
-        embedding: the model's own, raw unless ``normalize=True``.
-        initial: of the stream before the first block: patches (or tokens), class token, positions.
-        heads: of every attention head. ``heads.sum(2)`` are the attention layers.
+        embedding: the model's embedding, raw unless ``normalize=True``.
+        initial: contribution of the stream before the first block: patches (or tokens), class token, positions.
+        heads: of every attention head; ``heads.sum(2)`` are those of the attention layers.
         mlps: of every MLP.
-        pool: of the MLP inside an attention pooling (SigLIP), None where there is none.
-        tokens: of every head by the token that it attends to, if asked; ``tokens.sum(3)`` is ``heads``.
-        scores: ``tokens @ against.T``, if asked; made without ``tokens``.
-        error: of every row, ``‖sum - embedding‖ / ‖embedding‖``.
-        origin: tower, normalize, model and weights; what takes means asks them for it.
+        pool: of the MLP inside an attention pooling (SigLIP); None if there is none.
+        tokens: of every head by attended token, if requested; ``tokens.sum(3)`` is ``heads``.
+        scores: ``tokens @ against.T``, if requested; computed without ``tokens``.
+        error: per row, ``‖sum - embedding‖ / ‖embedding‖``.
+        origin: tower, normalize, model and weights; functions that take means check it.
     """
 
     embedding: Float[Tensor, "b e"]
@@ -48,22 +48,22 @@ class Decomposition:
 
     @property
     def attention(self) -> Float[Tensor, "b l e"]:
-        """Of every attention layer."""
+        """Contribution of every attention layer."""
         return self.heads.sum(2)
 
     @property
     def layers(self) -> Float[Tensor, "b l e"]:
-        """Of every block: its attention layer and its MLP."""
+        """Contribution of every block: its attention layer and its MLP."""
         return self.attention + self.mlps
 
     @property
     def total(self) -> Float[Tensor, "b e"]:
-        """The sum of all of them: ``embedding``, but for rounding."""
+        """The sum of all contributions: ``embedding`` up to rounding."""
         rest = 0 if self.pool is None else self.pool
         return self.initial + self.layers.sum(1) + rest
 
     def normalized(self) -> Decomposition:
-        """Of the unit-norm embedding: everything over the norm of its row."""
+        """The decomposition of the unit-norm embedding: everything divided by the norm of its row."""
         norm = self.embedding.norm(dim=-1).clamp_min(1e-12)
         scaled = {
             f.name: value / norm.view(-1, *[1] * (value.dim() - 1))
@@ -73,8 +73,8 @@ class Decomposition:
         return replace(self, **scaled, origin=replace(self.origin, normalize=True))
 
     def shares(self) -> dict[str, Tensor]:
-        """``⟨contribution, embedding⟩ / ‖embedding‖²`` of ``initial [b]``, ``heads [b l h]``, ``mlps [b l]`` and, where
-        there is one, ``pool [b]``: how much of the embedding's own length each brings. All together they are 1."""
+        """``⟨contribution, embedding⟩ / ‖embedding‖²`` of ``initial [b]``, ``heads [b l h]``, ``mlps [b l]`` and, if
+        there is one, ``pool [b]``: the fraction of the embedding's length that each contributes. They sum to 1."""
         direction = self.embedding / self.embedding.pow(2).sum(-1, keepdim=True).clamp_min(1e-24)
         named = {"initial": self.initial, "heads": self.heads, "mlps": self.mlps, "pool": self.pool}
         return {
@@ -84,13 +84,13 @@ class Decomposition:
         }
 
     def table(self) -> Records:
-        """Mean shares, a row a block."""
+        """Mean shares, one row per block."""
         shares = {name: value.mean(0) for name, value in self.shares().items()}
         return shares_table(shares)
 
 
 def shares_table(shares: dict[str, Tensor]) -> Records:
-    """Rows "initial", each block's attention and MLP with its strongest head, "pool"."""
+    """Makes the rows: "initial", per block its attention and MLP with the strongest head, and "pool"."""
     rows = [
         {"part": "initial", "attention": "", "mlp": "", "all": float(shares["initial"]), "strongest head": ""}
     ]
@@ -123,11 +123,11 @@ def decompose_batch(
     tokens: bool = False,
     against: Vectors | None = None,
 ) -> Decomposition:
-    """:func:`decompose` of one batch in one forward pass, in evaluation mode."""
+    """Decomposes one batch in one forward pass, in evaluation mode; arguments as in ``mm.decompose``."""
     check_model(model)
     check_batch(model, inputs, tower)
     if not len(inputs):
-        raise ShapeMismatch("nothing to decompose: the batch has no rows")
+        raise ShapeMismatch("decompose: expected at least one row, got a batch of no rows")
     readout = image_readout(model.model) if tower == "image" else text_readout(model.model)
     with evaluating(model.model):
         kept, embedding, allowed = _run(model, readout, inputs, by_token=tokens or against is not None)
@@ -176,15 +176,16 @@ def decompose_batch(
 def _run(
     model: HookedCLIP, readout: Readout, inputs: Tensor, *, by_token: bool
 ) -> tuple[dict[str, Tensor], Float[Tensor, "b e"], float]:
-    """What the sites wrote, at the tokens that are read, the embedding, and the error that rounding may leave."""
+    """Runs the model and returns what the sites wrote at the tokens that are read, the embedding, and the error that
+    rounding may cause."""
     inputs = model.to_input(inputs)
     at = None if readout.positions is None else readout.positions(inputs)
     row = torch.arange(len(inputs), device=inputs.device)
     kept: dict[str, Tensor] = {}
-    dtypes: set[torch.dtype] = set()  # what flows, which under autocast is not what the weights are in
+    dtypes: set[torch.dtype] = set()  # of the activations; under autocast not those of the weights
 
     def keep(name: str, axis: int | None) -> Any:
-        """``axis`` of the tokens that are read; None keeps all of them."""
+        """Makes a hook that keeps the tokens that are read along ``axis``; None keeps all tokens."""
 
         def hook(value: Tensor, *, hook: Any) -> None:
             if at is None or axis is None:
@@ -230,7 +231,7 @@ def _by_token(
     constant: Float[Tensor, "b e"],
     against: Float[Tensor, "m e"] | None,
 ) -> Float[Tensor, "b h t m"]:
-    """Of every head and attended token, in the embedding or along ``against``."""
+    """Splits every head by attended token, in the embedding space or along ``against``."""
     t = v.shape[1]
     total = (constant if against is None else constant @ against.T)[:, None, None] / t
     for p, to_embedding in enumerate(frozen.maps):
@@ -242,14 +243,14 @@ def _by_token(
 
 
 def _check(found: Decomposition, error: Float[Tensor, " b"], against: Tensor | None, allowed: float) -> None:
-    """Never a decomposition that does not add up: of a block that adds what no site shows, or under an edit behind
-    the sites that are read."""
+    """Raises NoExactSum unless the contributions sum to the embedding. They do not if a block adds something that no
+    site shows, or if an edit acts behind the sites that are read."""
     worst = float(error.max())
     if not worst <= allowed:
         raise NoExactSum(
-            f"contributions add up to the embedding with a relative error of {worst:.2g}, above {allowed:g}: a block of "
-            "this tower adds something that attn.z and mlp_out do not show, or an open edit acts behind them "
-            "(attn.head_out, attn_out, resid_mid): decompose outside of it"
+            f"contributions: expected them to sum to the embedding within a relative error of {allowed:g}, got "
+            f"{worst:.2g}: a block of this tower adds something that attn.z and mlp_out do not show, or an open edit "
+            "acts behind them (attn.head_out, attn_out, resid_mid); if so, decompose outside of it"
         )
     scale = found.heads.abs().amax()
     for split, whole in (
@@ -263,8 +264,9 @@ def _check(found: Decomposition, error: Float[Tensor, " b"], against: Tensor | N
         )
         if not gap <= 10 * allowed:
             raise NoExactSum(
-                f"tokens add up to their heads with a relative error of {gap:.2g}: this attention changes z between "
-                "pattern and output projection (an inner norm), so heads have no sum over tokens"
+                f"tokens: expected them to sum to their heads within a relative error of {10 * allowed:g}, got "
+                f"{gap:.2g}: this attention changes z between pattern and output projection (an inner norm), so heads "
+                "have no sum over tokens"
             )
 
 

@@ -1,4 +1,4 @@
-"""Decompositions over a data set: batch by batch, as running means, or the outputs of its attention heads alone."""
+"""Decompositions over a data set: batch by batch, as running means, or only the outputs of attention heads."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from mmhooks.utils.progress import rate_bar
 if TYPE_CHECKING:
     Inputs = Pairs | PairStream | Iterable[Any]  # batches of tensors
 else:
-    Inputs = Any  # :func:`batches` checks them, with a sentence
+    Inputs = Any  # :func:`batches` checks them, with a better message
 
 
 @dataclass(frozen=True, eq=False)
 class MeanDecomposition(Result):
-    """Means of :class:`~mmhooks.analysis.decomposition.contributions.Decomposition` over ``n`` images or texts.
+    """Means of a :class:`~mmhooks.analysis.decomposition.contributions.Decomposition` over ``n`` images or texts.
 
-    They add up to the mean ``embedding``. What mean-ablation puts in the place of a component.
+    They sum to the mean ``embedding``. Mean-ablation replaces a component by its mean.
 
-    ``shares``: mean share of every part in the length of its embedding, see ``Decomposition.shares``. ``origin``: tower,
-    normalize, model, weights and data; it is in the file too, and whatever takes means asks them for it.
+    ``shares``: mean share of every component in the length of its embedding, see ``Decomposition.shares``. ``origin``:
+    tower, normalize, model, weights and data; saved in the file too, and checked by functions that take means.
     """
 
     n: int
@@ -55,11 +55,11 @@ class MeanDecomposition(Result):
         )
 
     def table(self) -> Records:
-        """Mean shares, a row a block."""
+        """Mean shares, one row per block."""
         return shares_table(self.shares)
 
     def save(self, path: str | Path) -> Path:
-        """All tensors as one safetensors file."""
+        """Writes all tensors to one safetensors file."""
         from safetensors.torch import save_file
 
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -79,17 +79,19 @@ class MeanDecomposition(Result):
 
     @classmethod
     def load(cls, path: str | Path) -> MeanDecomposition:
-        """What :meth:`save` wrote.
+        """Reads a file written by :meth:`save`.
 
         Raises:
-            DataError: not a file of it, or an older one that does not say what its means belong to.
+            DataError: not such a file, or an older one that does not say what its means belong to.
         """
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             if about.get("kind") != cls.__name__:
-                raise DataError(f"{path} holds {about.get('kind', 'something else')}, not a {cls.__name__}")
+                raise DataError(
+                    f"{path}: expected a {cls.__name__}, got {about.get('kind', 'something else')}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         shares = {n.removeprefix("shares."): t for n, t in tensors.items() if n.startswith("shares.")}
         origin = Origin.from_metadata(about, path)
@@ -101,23 +103,22 @@ class MeanDecomposition(Result):
         return cls(n=int(about["n"]), error=float(about["error"]), shares=shares, origin=origin, **own)  # type: ignore[arg-type]
 
     def check_for(self, parts: Decomposition, what: str = "means") -> None:
-        """Raises WrongOrigin unless they are of the tower, normalization and model that ``parts`` are of."""
+        """Raises WrongOrigin unless the means have the tower, normalization and model of ``parts``."""
         self.origin.check(parts.origin, what, "these parts")
 
 
 def check_means(means: Any, what: str = "means=") -> MeanDecomposition:
-    """``means`` themselves.
+    """Returns ``means``, checked to be a MeanDecomposition.
 
     Raises:
-        WrongOrigin: a Decomposition of single images, which would broadcast and leave each at its own value, or
-            something else.
+        WrongOrigin: anything else; a Decomposition of single images would broadcast and leave each image unchanged.
     """
     if isinstance(means, MeanDecomposition):
         return means
     got = type(means).__name__
     raise WrongOrigin(
         f"{what}: expected a MeanDecomposition, means over a data set, got a {got}: "
-        "mm.decompose(model, mm.data.pairs(...)) makes them, or mm.decompose(model, [pixels]) of a tensor"
+        "make them by mm.decompose(model, mm.data.pairs(...)), or for a tensor by mm.decompose(model, [pixels])"
     )
 
 
@@ -133,16 +134,16 @@ def decompositions(
     workers: int = 0,
     progress: bool = False,
 ) -> Iterator[Decomposition]:
-    """One :class:`~mmhooks.analysis.decomposition.contributions.Decomposition` a batch of ``inputs``, in order; nothing is kept.
+    """Yields one :class:`~mmhooks.analysis.decomposition.contributions.Decomposition` per batch of ``inputs``, in order.
 
     Args:
         inputs: pixels or tokens as one tensor, an iterable of batches of them (any size), or pairs.
         tower: "image" or "text".
-        workers: processes that decode the pictures of pairs.
-        tokens, against, normalize: of :func:`~mmhooks.analysis.decomposition.decompose.decompose`.
+        workers: processes that decode the images of pairs.
+        tokens, against, normalize: as in :func:`~mmhooks.analysis.decomposition.decompose.decompose`.
 
     Raises:
-        DataError: no input at all; and as there.
+        DataError: there is no input. Also the errors of ``decompose``.
 
     >>> for parts in decompositions(model, mm.data.pairs("mini")):          # doctest: +SKIP
     ...     moments.add(parts.heads)                                         # [b layers heads d]
@@ -156,7 +157,7 @@ def decompositions(
             advance(len(batch))
             yield found.normalized() if normalize else found
     if not seen:
-        raise DataError("nothing to decompose: the data set has no images or texts")
+        raise DataError("decompose: expected at least one input, got a data set with no images or texts")
 
 
 def mean_decomposition(
@@ -169,10 +170,10 @@ def mean_decomposition(
     workers: int = 0,
     progress: bool = False,
 ) -> MeanDecomposition:
-    """Running means over a data set; what ``mm.decompose`` gives for one. Memory does not depend on its length.
+    """Computes running means over a data set, as ``mm.decompose`` does; memory does not depend on its length.
 
     Raises:
-        DataError: no input at all.
+        DataError: there is no input.
     """
     n, worst = 0, 0.0
     sums: dict[str, Tensor] = {}
@@ -210,12 +211,11 @@ def head_outputs(
     workers: int = 0,
     progress: bool = False,
 ) -> Float[Tensor, "n l h e"]:
-    """Direct contributions of the attention heads of ``layers`` (whole numbers, negative ones from the end, or a bool
-    mask; all by default), every
-    input a row. For data that does not fit in memory take :func:`decompositions`.
+    """Computes direct contributions of the attention heads of ``layers`` (integers, negative ones from the end, or a
+    bool mask; default all), one row per input. For data that does not fit in memory use :func:`decompositions`.
 
     Raises:
-        ShapeMismatch: a layer that the tower does not have. DataError: no input.
+        ShapeMismatch: the tower does not have a layer. DataError: there is no input.
 
     >>> head_outputs(model, mm.data.pairs("mini"), layers=[-4, -3, -2, -1]).shape   # doctest: +SKIP
     torch.Size([3953, 4, 6, 256])
@@ -234,7 +234,7 @@ def head_outputs(
         what = f"layers of a tower of {depth} layers"
         chosen = list(range(depth)) if layers is None else as_places(layers, depth, what).tolist()
         if not chosen:
-            raise ShapeMismatch(f"{what}: none was chosen")
+            raise ShapeMismatch(f"{what}: expected at least one, got none")
         rows.append(parts.heads[:, chosen].cpu())
     return torch.cat(rows)
 
@@ -242,11 +242,11 @@ def head_outputs(
 def batches(
     model: Model, inputs: Tensor | Inputs, tower: str, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
-    """Pixels or tokens of ``inputs``, batch by batch.
+    """Yields the pixels or tokens of ``inputs``, batch by batch.
 
     Raises:
-        ShapeMismatch: something else than pixels or tokens that the model reads, or batches of them.
-        MMHooksError: not a hooked CLIP; pairs, and no preprocess or tokenizer.
+        ShapeMismatch: neither pixels or tokens that the model reads, nor batches of them.
+        MMHooksError: not a hooked CLIP, or pairs for a model without preprocess or tokenizer.
     """
     check_model(model)
     check_tower(tower)
@@ -264,7 +264,9 @@ def batches(
     needed = model.preprocess if tower == "image" else model.tokenizer
     if needed is None:
         what = "preprocess" if tower == "image" else "tokenizer"
-        raise MMHooksError(f"pairs need the model's {what}: give it to mm.HookedCLIP(..., {what}=...)")
+        raise MMHooksError(
+            f"pairs: expected a model with {what}, got one without: give it to mm.HookedCLIP(..., {what}=...)"
+        )
     decoder = Decoder(
         inputs, model.preprocess if tower == "image" else None, model.tokenizer if tower == "text" else None
     )

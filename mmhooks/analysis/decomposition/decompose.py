@@ -1,8 +1,8 @@
-"""mm.decompose: a tower's embedding as the sum of what every attention head and MLP writes into it directly.
+"""mm.decompose: a tower's embedding as the sum of the direct contributions of all attention heads and MLPs.
 
 "Interpreting CLIP's Image Representation via Text-Based Decomposition" (Gandelsman, Efros, Steinhardt 2024), Section 3:
-the residual stream is a sum, so with the final LayerNorm's σ frozen the embedding is one too. What belongs to no
-component (LayerNorm's mean and bias, biases of projections) is shared out evenly, as there.
+the residual stream is a sum, so with the final LayerNorm's σ frozen the embedding is one too. Terms that belong to no
+component (LayerNorm's mean and bias, biases of projections) are divided evenly among the components, as in the paper.
 """
 
 from __future__ import annotations
@@ -83,28 +83,29 @@ def decompose(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Decomposition | MeanDecomposition:
-    """Direct contributions of all attention heads and MLPs to the embedding of images, or of texts.
+    """Computes the direct contributions of all attention heads and MLPs to the embedding of images, or of texts.
 
     Exact for ViTs of open_clip and timm that read a class token, an average or an attention pooling (SigLIP, CoCa:
-    the pooling's pattern is frozen like σ, its MLP is a part of its own, ``pool``), and for open_clip's text towers
-    at the end-of-text position. Edits of open contexts act, those at ``attn.head_out`` excepted.
+    the pooling's pattern is frozen like σ, and its MLP is a separate component, ``pool``), and for open_clip's text
+    towers at the end-of-text position. Edits of open contexts apply, except those at ``attn.head_out``.
 
     Args:
         model: a hooked CLIP.
-        images: pixels ``[n 3 h w]``; or a data set, ``mm.data.pairs(...)`` or an iterable of pixel batches, of
-            which running means come back (:class:`MeanDecomposition`) and memory does not depend on its length.
+        images: pixels ``[n 3 h w]``; or a data set, ``mm.data.pairs(...)`` or an iterable of pixel batches, for
+            which running means are returned (:class:`MeanDecomposition`) in memory that does not depend on its length.
         texts: tokens ``[n l]`` or a data set, instead of images.
         tokens: also split every head by the token it attends to, ``[b l h t e]``.
-        against: directions in the embedding space, usually unit text embeddings: the tokens' contributions along
-            these alone, ``[b l h t m]``, without ever holding the former.
-        normalize: contributions to the unit-norm embedding.
-        batch_size: images of a forward pass.
-        progress: show a bar (data sets).
+        against: directions in the embedding space, usually unit text embeddings: adds the tokens' contributions along
+            these, ``[b l h t m]``, without materialising ``[b l h t e]``.
+        normalize: decompose the unit-norm embedding.
+        batch_size: images per forward pass.
+        progress: show a progress bar (data sets).
 
     Raises:
-        NoExactSum: the architecture's embedding is no such sum (says why), or the sum is not the embedding.
-        ShapeMismatch: neither or both of images and texts; something else than pixels or tokens of this model's
-            size; ``against`` of another width. MMHooksError: ``model`` is not a hooked CLIP.
+        NoExactSum: the architecture's embedding is not such a sum (says why), or the sum differs from the embedding.
+        ShapeMismatch: neither or both of images and texts are given, they are not pixels or tokens of this model's
+            size, or ``against`` has another width.
+        MMHooksError: ``model`` is not a hooked CLIP.
 
     >>> import torch, mmhooks as mm
     >>> parts = mm.decompose(mm.load("mini"), torch.randn(2, 3, 64, 64))
@@ -115,12 +116,12 @@ def decompose(
 
     check_model(model)
     if (images is None) == (texts is None):
-        raise ShapeMismatch("mm.decompose takes images or texts, one of them")
+        raise ShapeMismatch("mm.decompose: expected images or texts, one of them, got both or neither")
     tower, given = ("image", images) if texts is None else ("text", texts)
     if not isinstance(given, Tensor):
         if tokens or against is not None:
             raise MMHooksError(
-                "tokens= and against= are for tensors of images or texts; over a data set go through "
+                "tokens= and against=: expected a tensor of images or texts, got a data set; use "
                 "mmhooks.analysis.decomposition.dataset.decompositions(...), batch by batch"
             )
         return mean_decomposition(

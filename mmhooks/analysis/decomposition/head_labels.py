@@ -1,4 +1,4 @@
-"""What texts say of attention heads, as a small file that other studies read."""
+"""Text labels of attention heads, saved as a small file that other studies read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class HeadLabels(Result):
-    """Ranked texts of attention heads of one model, with the kind of each text where the pool has kinds.
+    """Ranked texts of a model's attention heads, with the kind of each text if the pool has kinds.
 
     >>> labels = HeadLabels("mini", {"5.2": ("a red thing", "a beach")}, kinds={"5.2": ("colour", "place")})
     >>> labels.share("place"), labels.of_kind("place", at_least=0.5)
@@ -31,25 +31,25 @@ class HeadLabels(Result):
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def share(self, *kinds: str, top: int | None = None) -> dict[str, float]:
-        """Share of each head's first ``top`` texts that is of one of these kinds.
+        """Computes, per head, the share of its first ``top`` texts that is of one of these kinds.
 
         Raises:
-            MMHooksError: the labels have no kinds, or none of this name.
+            MMHooksError: the labels have no kinds, or none of these names.
         """
         if self.kinds is None:
             raise MMHooksError(
-                f"labels of {self.model} were made with the pool {self.pool!r}, which has no kinds"
+                f"expected labels with kinds, got those of {self.model} with the pool {self.pool!r}, which has no kinds"
             )
         known = {k for own in self.kinds.values() for k in own}
         if not known.intersection(kinds):
-            raise MMHooksError(f"no text of kind {', '.join(kinds)}; there are {', '.join(sorted(known))}")
+            raise MMHooksError(f"kinds: expected one of {', '.join(sorted(known))}, got {', '.join(kinds)}")
         return {
             head: sum(k in kinds for k in own[:top]) / max(len(own[:top]), 1)
             for head, own in self.kinds.items()
         }
 
     def of_kind(self, *kinds: str, at_least: float = 0.5, top: int | None = None) -> list[str]:
-        """Heads of whose first ``top`` texts at least this share is of these kinds, most first."""
+        """Lists the heads with at least this share of their first ``top`` texts of these kinds, largest share first."""
         shares = self.share(*kinds, top=top)
         return sorted((h for h, s in shares.items() if s >= at_least), key=lambda h: -shares[h])
 
@@ -71,7 +71,7 @@ class HeadLabels(Result):
         """Reads labels written by :meth:`save`.
 
         Raises:
-            MMHooksError: the file is damaged or something else; names it, what was expected and what was found.
+            MMHooksError: the file is damaged or of another kind; names it, what was expected and what it holds.
         """
         what, remedy = f"a file of head labels of format {FORMAT}", "write it again with labels.save(path)"
         fields = {"kind": str, "format": int, "model": str, "texts": dict, "kinds": (dict, type(None)), "pool": str,
@@ -83,11 +83,11 @@ class HeadLabels(Result):
             )
         texts, kinds = content["texts"], content["kinds"]
         for name, lists in (("texts", texts), ("kinds", kinds or {})):
-            for head, said in lists.items():
-                if not isinstance(said, list) or not all(isinstance(t, str) for t in said):
+            for head, listed in lists.items():
+                if not isinstance(listed, list) or not all(isinstance(t, str) for t in listed):
                     raise MMHooksError(
                         f"{path} is not {what}: expected a list of texts as {name!r} of {head!r}, got "
-                        f"{describe_json(said)}; {remedy}"
+                        f"{describe_json(listed)}; {remedy}"
                     )
         if kinds is not None and kinds.keys() != texts.keys():
             raise MMHooksError(

@@ -1,4 +1,4 @@
-"""Mean and covariance of what several attention heads write, streaming: all that TextSpan needs of the pictures."""
+"""Streaming mean and covariance of attention heads' outputs, all that TextSpan needs of the images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmhooks.errors import ShapeMismatch
 class HeadMoments(Metric):
     """Mean ``[h d]`` and covariance ``[h d d]`` of ``h`` attention heads' outputs over a data set.
 
-    Sums are kept in double precision, so that batches, processes and :func:`merged` parts give what one pass
-    over everything gives. Memory: ``8 h d²`` bytes, whatever the number of pictures.
+    Sums are kept in float64, so that batches, processes and :func:`merged` parts give the same as one pass over
+    everything. Memory: ``8 h d²`` bytes, for any number of images.
 
     >>> moments = HeadMoments(1, 2)
     >>> moments.update(torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]]))
@@ -43,15 +43,15 @@ class HeadMoments(Metric):
 
     @torch.no_grad()
     def update(self, outputs: Float[Tensor, "n h d"]) -> None:
-        """Adds a batch: what each head writes into the embedding of each picture.
+        """Adds a batch: what each head writes into the embedding of each image.
 
         Raises:
-            ShapeMismatch: other heads or another width. NotFinite: NaN or infinity.
+            ShapeMismatch: the number of heads or the width differs. NotFinite: NaN or infinity.
         """
         check_numbers(outputs, "head outputs", ndim=3)
         if outputs.shape[1:] != (self.heads, self.dim):
             raise ShapeMismatch(
-                f"outputs of {outputs.shape[1]} heads x {outputs.shape[2]}, expected {self.heads} x {self.dim}"
+                f"head outputs: expected {self.heads} heads x {self.dim}, got {outputs.shape[1]} x {outputs.shape[2]}"
             )
         start = int(self.n_samples)
         for begin, part in chunks(outputs.flatten(1)):
@@ -74,7 +74,7 @@ class HeadMoments(Metric):
 
 
 def merged(parts: list[HeadMoments]) -> HeadMoments:
-    """Moments of several disjoint parts of the data together; the parts stay as they are.
+    """Merges the moments of disjoint parts of the data; the parts are not changed.
 
     >>> a, b = HeadMoments(1, 2), HeadMoments(1, 2)
     >>> a.update(torch.ones(3, 1, 2)); b.update(torch.ones(2, 1, 2))
@@ -82,12 +82,12 @@ def merged(parts: list[HeadMoments]) -> HeadMoments:
     5
     """
     if not parts:
-        raise ShapeMismatch("no moments to merge")
+        raise ShapeMismatch("merged: expected at least one part, got none")
     shapes = {(p.heads, p.dim) for p in parts}
     if len(shapes) > 1:
-        raise ShapeMismatch(f"moments of different heads and widths cannot be merged: {sorted(shapes)}")
+        raise ShapeMismatch(f"merged: expected parts of the same heads and width, got {sorted(shapes)}")
     out = HeadMoments(parts[0].heads, parts[0].dim).to(parts[0].second.device)
     for part in parts:
         out.merge_state(part)
-        out._update_count += 1  # merge_state leaves it, and compute() would warn that nothing came
+        out._update_count += 1  # merge_state does not, and compute() would warn
     return out

@@ -1,4 +1,4 @@
-"""What a mean, a decomposition or another statistic belongs to: it is written with it and asked before it is used."""
+"""The origin of a statistic (model, tower, normalization, data): saved with it, and checked before it is used."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mmhooks.errors import DataError, WrongOrigin
 from mmhooks.models.clip.model import HookedCLIP
 from mmhooks.models.provenance import weights_hash
 
-# A hash reads all weights, so it is kept while no tensor was written to and no module was put in.
+# A hash reads all weights, so it is cached until a tensor is written to or a module is replaced.
 _HASHES: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a statistic comes from.
+    """Where a statistic was computed.
 
     Attributes:
         tower: "image" or "text".
-        normalize: of the unit-norm embedding, or of the raw one.
+        normalize: whether it is of the unit-norm embedding or of the raw one.
         model: its name, for messages.
         weights: hash of its weights.
-        data: name and fingerprint of the data set; what was given, where it has none. Not compared: means of other
-            data than they are used on are the rule.
+        data: name and fingerprint of the data set, else a description of the input. Not compared: means are usually
+            used on other data than they were computed from.
     """
 
     tower: str
@@ -39,7 +39,7 @@ class Origin:
     data: str = ""
 
     def check(self, other: Origin, what: str, against: str) -> None:
-        """Raises WrongOrigin unless ``what``, which is of here, may be used with ``against``, which is of ``other``."""
+        """Raises WrongOrigin unless ``what``, of this origin, may be used with ``against``, of the origin ``other``."""
         faults = []
         if self.tower != other.tower:
             faults.append(f"of the {self.tower} tower, not of the {other.tower} tower")
@@ -53,20 +53,20 @@ class Origin:
             )
         if faults:
             raise WrongOrigin(
-                f"{what} do not belong to {against}: they are {'; '.join(faults)}. Compute both from the same model, "
-                "tower and normalize="
+                f"{what}: expected the origin of {against}, got one that differs: they are {'; '.join(faults)}. Compute "
+                "both from the same model, tower and normalize="
             )
 
     def to_metadata(self) -> dict[str, str]:
-        """As a safetensors file keeps it."""
+        """Converts to safetensors metadata."""
         return {name: str(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_metadata(cls, about: dict[str, str], path: Any) -> Origin:
-        """What :meth:`to_metadata` gave.
+        """The inverse of :meth:`to_metadata`.
 
         Raises:
-            DataError: the file is older than that and does not say what its numbers belong to.
+            DataError: the file is older and does not say what its numbers belong to.
         """
         missing = [name for name in ("tower", "normalize", "model", "weights", "data") if name not in about]
         if missing:
@@ -80,14 +80,14 @@ class Origin:
 
 
 def origin_of(model: HookedCLIP, tower: str, normalize: bool, data: Any = "") -> Origin:
-    """The origin of what ``model`` gives for ``data``: a data set, a tensor or an iterable of batches."""
+    """The origin of a statistic of ``model`` on ``data``: a data set, a tensor or an iterable of batches."""
     name = model.name or type(model.model).__name__
-    return Origin(tower, normalize, name, _weights(model.model), _described(data))
+    return Origin(tower, normalize, name, _cached_weights_hash(model.model), _describe_data(data))
 
 
-def _weights(module: nn.Module) -> str:
+def _cached_weights_hash(module: nn.Module) -> str:
     tensors = [*module.parameters(), *module.buffers()]
-    if any(t.is_inference() for t in tensors):  # these have no version to tell that they were written to
+    if any(t.is_inference() for t in tensors):  # these have no version counter that shows writes
         return weights_hash(module)
     state = (*map(id, module.modules()), *((id(t), t.data_ptr(), t._version) for t in tensors))
     known = _HASHES.get(module)
@@ -96,7 +96,7 @@ def _weights(module: nn.Module) -> str:
     return known[1]
 
 
-def _described(data: Any) -> str:
+def _describe_data(data: Any) -> str:
     if isinstance(data, str):
         return data
     if isinstance(data, (Pairs, PairStream)):

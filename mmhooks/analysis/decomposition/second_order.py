@@ -1,11 +1,11 @@
-"""Second-order effects of MLP neurons: what a neuron says in the embedding through the attention heads after it.
+"""Second-order effects of MLP neurons: what a neuron adds to the embedding through later attention heads.
 
 "Interpreting the Second-Order Effects of Neurons in CLIP" (Gandelsman, Efros, Steinhardt 2024), Section 3: the
-neuron writes ``p · w_out`` into the residual stream, a later attention head reads it at every token by its pattern
-and writes it on, and the embedding is linear in what heads write. LayerNorms and patterns are frozen. All of a
-neuron's effect on an image is then ``Σ_head s · direction[head, neuron]``: one number a head, ``s = Σ_token reach ·
-p / σ``, and directions that the weights alone give. Nothing of size [image, token, neuron, d] is ever made, and over
-a data set only the second moments of these numbers are kept.
+neuron writes ``p · w_out`` into the residual stream, a later attention head reads it at every token according to its
+pattern and writes it on, and the embedding is linear in what heads write. LayerNorms and patterns are frozen. The
+whole effect of a neuron on an image is then ``Σ_head s · direction[head, neuron]``: one number per head, ``s = Σ_token
+reach · p / σ``, and directions that depend only on the weights. Nothing of size [image, token, neuron, d] is ever
+computed, and over a data set only the second moments of these numbers are kept.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from mmhooks.utils.progress import track
 
 @dataclass(frozen=True)
 class SecondOrder(Result):
-    """Neurons of one layer over a data set.
+    """Second-order effects of the neurons of one layer over a data set.
 
     Attributes:
         neurons: their numbers in the MLP.
-        direction: first principal direction (uncentred) of each neuron's effects, towards the largest of the centred
-            ones: it says what the neuron's strongest images have that others have not. The mean does not say that; for
+        direction: first principal direction (uncentred) of each neuron's effects, oriented towards the largest centred
+            ones: it says what the neuron's strongest images have that others do not. The mean does not say that; for
             more than a third of neurons it points the other way.
-        explained: its share of the sum of squares: how far the effects are rank 1.
-        size: root mean square of the effects' norm; ``reference``: that of the embeddings.
+        explained: its share of the sum of squares, that is, how close the effects are to rank 1.
+        size: root mean square of the effects' norm. ``reference``: that of the embeddings.
         top: images whose effect lies farthest from the mean of all, farthest first, as the paper's code ranks them;
-            ``top_sizes``: the distances. -1: fewer images than asked. By the effects themselves the images would be
-            those of the mean, and for a third of neurons show the opposite of what ``direction`` says.
+            ``top_sizes``: the distances. -1: fewer images than requested. Ranked by the effects themselves, the images
+            would be those of the mean, and for a third of neurons show the opposite of ``direction``.
     """
 
     layer: int
@@ -78,13 +78,13 @@ class SecondOrder(Result):
 
 
 class Effects(NamedTuple):
-    """Of one batch: ``coefficients`` [b n c] along ``directions`` [c n e]; c counts later attention heads."""
+    """Effects of one batch, factored: ``coefficients`` [b n c] along ``directions`` [c n e] of c later attention heads."""
 
     coefficients: Float[Tensor, "b n c"]
     directions: Float[Tensor, "c n e"]
 
     def vectors(self) -> Float[Tensor, "b n e"]:
-        """The effects themselves."""
+        """Multiplies the factors: the effects as vectors."""
         return torch.einsum("bnc,cne->bne", self.coefficients, self.directions)
 
 
@@ -99,19 +99,20 @@ def second_order(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SecondOrder:
-    """Second-order effects of the neurons of the MLP of ``layer`` on the raw image embedding.
+    """Computes second-order effects of the MLP neurons of ``layer`` on the raw image embedding.
 
     Args:
-        images: pixels, a list of batches of them, or pairs; read twice, for the mean and for what lies far from it.
+        images: pixels, a list of batches of them, or pairs; read twice, for the mean and for the distances from it.
             Memory does not depend on their number.
         layer: of the MLP; negative from the end. The last one has no attention after it.
-        neurons: whole numbers, or a bool mask of the MLP's width; default all.
-        top: so many most significant images are kept a neuron.
+        neurons: integers, or a bool mask of the MLP's width; default all.
+        top: number of most significant images to keep per neuron.
 
     Raises:
-        ShapeMismatch: a layer or neuron that is not there, or without attention after it.
-        NoExactSum: blocks that are not open_clip's own, or a pooling by attention.
-        DataError: no image, an iterator, which can be read only once, or images that differ when read again.
+        ShapeMismatch: a layer or neuron does not exist, or has no attention after it.
+        NoExactSum: the blocks are not open_clip's own, or the tower pools by attention.
+        DataError: there is no image, an iterator was given, which can be read only once, or the images differ when
+            read again.
 
     >>> import mmhooks as mm
     >>> found = second_order(mm.load("mini"), torch.randn(4, 3, 64, 64), layer=3, neurons=[0, 1], top=2)
@@ -121,7 +122,7 @@ def second_order(
     check_model(model)
     if isinstance(images, Iterator):
         raise DataError(
-            f"expected images that can be read twice, got a {type(images).__name__}, which is empty after the first time: "
+            f"expected images that can be read twice, got a {type(images).__name__}, which is empty after the first read: "
             "give pixels, pairs, or list(batches)"
         )
     readout, layer, chosen = _chosen(model, layer, neurons)
@@ -143,7 +144,7 @@ def second_order(
             largest.update(moments.distances(s).float())
     seen = moments.n
     if not seen:
-        raise DataError("no images: second-order effects are means over a data set")
+        raise DataError("second-order effects: expected at least one image, got no images")
     if int(largest.n_samples) != seen:
         raise DataError(f"expected the same images twice, got {seen} and then {int(largest.n_samples)}")
     direction, explained, squares = _principal(moments, directions.cpu().double())
@@ -163,11 +164,11 @@ def second_order(
 
 @torch.no_grad()
 def second_order_effects(model: Model, pixels: Vectors, *, layer: Any, neurons: Any = None) -> Effects:
-    """Effects of one batch, factored; ``.vectors()`` multiplies them out. Arguments as in :func:`second_order`."""
+    """Computes the effects of one batch, factored (see ``Effects.vectors``). Arguments as in :func:`second_order`."""
     check_model(model)
     check_batch(model, pixels, "image")
     if not len(pixels):
-        raise DataError("no images: expected at least one")
+        raise DataError("expected at least one image, got no images")
     readout, layer, chosen = _chosen(model, layer, neurons)
     with evaluating(model.model):
         s, _ = _coefficients(model, readout, pixels, layer, chosen)
@@ -175,7 +176,7 @@ def second_order_effects(model: Model, pixels: Vectors, *, layer: Any, neurons: 
 
 
 class _Moments:
-    """Sums over images of the coefficients ``s`` [b n c]: all that direction, size and sign of the effects need."""
+    """Sums over images of the coefficients ``s`` [b n c], from which direction, size and sign of the effects follow."""
 
     def __init__(self, gram: Float[Tensor, "n c c"]) -> None:
         self.gram, self.n = gram, 0
@@ -184,7 +185,7 @@ class _Moments:
         self.third = torch.zeros_like(self.total)
 
     def distances(self, s: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
-        """How far the effects of a batch lie from the mean of all that was added."""
+        """Computes the distance of each effect of a batch from the mean of all effects added."""
         centred = s - self.total / self.n
         return torch.einsum("bnc,nck,bnk->bn", centred, self.gram, centred).clamp_min(0).sqrt()
 
@@ -196,44 +197,44 @@ class _Moments:
         self.second += torch.einsum("bnc,bnk->nck", s, s)
         self.third += torch.einsum("bn,bnc->nc", squares, s)
 
-    def towards(self, along: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-        """1 or -1: where the largest centred effects lie along a direction, whose product with what ``c`` stands for is
-        ``along``.
+    def signs(self, along: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+        """Computes the side, 1 or -1, on which the largest centred effects lie along a direction; ``along`` holds its
+        inner products with the directions that ``c`` counts.
 
-        The paper's code takes the majority of the hundred largest, which needs all effects of all images at hand. Here
-        every centred effect ``x`` counts by ``|x|²``: ``Σ |x|² x``, which sums give in one pass. Where that is nothing
-        but rounding (one image, or two) the mean decides.
+        The paper's code takes the majority of the hundred largest, which needs all effects of all images. Here every
+        centred effect ``x`` is weighted by ``|x|²``: ``Σ |x|² x``, which sums give in one pass. If that is only
+        rounding (one image, or two), the mean decides.
         """
         mean = self.total / self.n
         toward = torch.einsum("nck,nk->nc", self.gram, mean)  # products of coefficients with the mean effect
         length = (mean * toward).sum(1, keepdim=True)
-        # |x|² = |e|² - 2 e·mean + |mean|², and the same times e
+        # |x|² = |e|² - 2 e·mean + |mean|², and this times e
         weighted = self.third - 2 * torch.einsum("nck,nk->nc", self.second, toward) + length * self.total
         squares = torch.einsum("nck,nck->n", self.second, self.gram)
         weights = squares[:, None] - self.n * length
-        lean = ((weighted - weights * mean) * along).sum(1)
+        third_moment = ((weighted - weights * mean) * along).sum(1)
         typical = (squares / self.n).clamp_min(0).sqrt()
-        lean = torch.where(lean.abs() > 1e-9 * self.n * typical**3, lean, (mean * along).sum(1))
-        return torch.where(lean < 0, -1.0, 1.0)
+        decides = third_moment.abs() > 1e-9 * self.n * typical**3
+        return torch.where(torch.where(decides, third_moment, (mean * along).sum(1)) < 0, -1.0, 1.0)
 
 
 def _chosen(model: HookedCLIP, layer: Any, neurons: Any) -> tuple[Readout, int, list[int]]:
     if getattr(model.model.visual, "attn_pool", None) is not None:
         raise NoExactSum(
-            "the image tower pools by attention, with LayerNorms on both sides: second-order effects are known for a "
-            "class token and for the average"
+            "second-order effects: expected an image tower that reads a class token or the average, got one that pools by "
+            "attention, with LayerNorms on both sides"
         )
     readout = image_readout(model.model)
     depth = len(readout.blocks)
     for block in readout.blocks:
         if not is_multihead(getattr(block, "attn", nn.Identity())) or hasattr(block, "ln_attn"):
             raise NoExactSum(
-                f"second-order effects read the weights of open_clip's own residual blocks; these are {type(block).__name__}"
+                f"second-order effects: expected open_clip's own residual blocks, got {type(block).__name__}"
             )
     layer = one_place(layer, depth, f"layers of a tower of {depth} layers")
     if layer == depth - 1:
         raise ShapeMismatch(
-            f"layer {layer} of {depth}: a neuron acts through attention after it, so layer lies in 0..{depth - 2}"
+            f"layer: expected one in 0..{depth - 2}, as a neuron acts through later attention, got layer {layer} of {depth}"
         )
     for n in range(layer + 1, depth):
         check_norm(readout.blocks[n].ln_1, f"the first norm of block {n}")
@@ -241,18 +242,18 @@ def _chosen(model: HookedCLIP, layer: Any, neurons: Any) -> tuple[Readout, int, 
     what = f"neurons of an MLP of {width} neurons"
     chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
     if not chosen:
-        raise ShapeMismatch(f"{what}: none was chosen")
+        raise ShapeMismatch(f"{what}: expected at least one, got none")
     return readout, layer, chosen
 
 
 def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[int]) -> Float[Tensor, "c n e"]:
-    """What each neuron's unit write becomes in the embedding, through each attention head of each later block, before σ
-    and pattern."""
+    """Maps each neuron's unit output to the embedding through each attention head of each later block, without σ and
+    pattern."""
     block = readout.blocks[layer]
     write = linear_weights(block.mlp.c_proj)[0][:, chosen].T  # [n d]
     scale = getattr(getattr(block, "ls_2", None), "gamma", None)
     write = write if scale is None else write * scale.detach().float()
-    write = write - write.mean(1, keepdim=True)  # LayerNorm takes the mean out
+    write = write - write.mean(1, keepdim=True)  # LayerNorm removes the mean
     maps = _frozen_maps(readout, write)
     rows = []
     for n in range(layer + 1, len(readout.blocks)):
@@ -267,7 +268,7 @@ def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[in
 
 
 def _frozen_maps(readout: Readout, like: Tensor) -> Float[Tensor, "p d e"]:
-    """The maps of the readout, which the weights alone give, whatever the stream."""
+    """The maps of the readout, which depend only on the weights, not on the stream."""
     tokens = 1 if readout.positions is not None else 2
     frozen = readout.freeze(torch.randn(1, tokens, like.shape[1], device=like.device))
     return frozen.maps
@@ -276,7 +277,7 @@ def _frozen_maps(readout: Readout, like: Tensor) -> Float[Tensor, "p d e"]:
 def _coefficients(
     model: HookedCLIP, readout: Readout, pixels: Tensor, layer: int, chosen: list[int]
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b e"]]:
-    """``Σ_token reach · p / σ`` of every neuron and later head, and the embeddings."""
+    """Computes ``Σ_token reach · p / σ`` of every neuron and later head, and the embeddings."""
     pixels = model.to_input(pixels)
     depth = len(readout.blocks)
     later = range(layer + 1, depth)
@@ -307,9 +308,9 @@ def _coefficients(
 def _principal(
     moments: _Moments, directions: Float[Tensor, "c n e"]
 ) -> tuple[Float[Tensor, "n e"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """First right singular vector of all effects of each neuron, its share of their squares, and these squares.
+    """Computes the first right singular vector of each neuron's effects, its share of their squares, and these squares.
 
-    With ``S = U Λ Uᵀ`` the effects' ``Dᵀ S D`` is ``BᵀB`` for ``B = √Λ Uᵀ D``, whose other product is only c x c.
+    With ``S = U Λ Uᵀ`` the effects' ``Dᵀ S D`` is ``BᵀB`` for ``B = √Λ Uᵀ D``, and ``BBᵀ`` is only c x c.
     """
     values, vectors = torch.linalg.eigh(moments.second)
     by_neuron = directions.transpose(0, 1)
@@ -317,7 +318,7 @@ def _principal(
     squares, left = torch.linalg.eigh(b @ b.transpose(1, 2))
     first = torch.einsum("nce,nc->ne", b, left[:, :, -1])
     first = torch.nn.functional.normalize(first, dim=1)
-    sign = moments.towards(torch.einsum("nce,ne->nc", by_neuron, first))
-    everything = squares.clamp_min(0).sum(1)
-    share = torch.where(everything > 0, squares[:, -1] / everything.clamp_min(1e-300), torch.nan)
-    return first * sign[:, None], share, everything
+    sign = moments.signs(torch.einsum("nce,ne->nc", by_neuron, first))
+    sum_of_squares = squares.clamp_min(0).sum(1)
+    share = torch.where(sum_of_squares > 0, squares[:, -1] / sum_of_squares.clamp_min(1e-300), torch.nan)
+    return first * sign[:, None], share, sum_of_squares

@@ -1,4 +1,4 @@
-"""Embeddings as sparse non-negative sums of texts: SpLiCE."""
+"""SpLiCE: embeddings as sparse non-negative sums of text embeddings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mmhooks.utils.indexing import as_places, one_place
 
 @dataclass(frozen=True)
 class SparseTextCode(Result):
-    """Weights of texts for each embedding.
+    """Sparse text weights of each embedding.
 
     Attributes:
-        codes: weights, largest first; of texts by their place in the pool.
-        cosine: between the embedding (centred) and what its texts rebuild. l0: texts used.
-        gap: certified distance of each solution's objective from the best one.
-        dictionary: centred unit embeddings of the texts; not written to the file.
+        codes: weights, largest first; indices are positions in the pool.
+        cosine: between the centred embedding and its reconstruction from texts. l0: number of texts used.
+        gap: certified upper bound on the distance of each solution's objective from the optimum.
+        dictionary: centred unit embeddings of the texts; not saved.
     """
 
     texts: tuple[str, ...]
@@ -42,7 +42,7 @@ class SparseTextCode(Result):
 
     @property
     def settled(self) -> Bool[Tensor, " n"]:
-        """Rows whose gap is within the tolerance: all of them, or a warning told how many are not."""
+        """Rows whose gap is within the tolerance; a warning was given if not all are."""
         return self.gap <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
@@ -58,24 +58,24 @@ class SparseTextCode(Result):
         }
 
     def top(self, row: Any, k: int | None = 10) -> list[tuple[str, float]]:
-        """The heaviest texts of one embedding.
+        """The texts of one embedding with the largest weights.
 
         Raises:
-            ShapeMismatch: not one row of these.
+            ShapeMismatch: ``row`` is not one of the rows.
         """
         place = one_place(row, len(self.cosine), "rows")
         pairs = zip(self.codes.indices[place].tolist(), self.codes.values[place].tolist(), strict=True)
         return [(self.texts[i], w) for i, w in pairs if w > 0][:k]
 
     def top_of(self, rows: Any, k: int = 10) -> list[tuple[str, float]]:
-        """The heaviest texts of a group (row numbers or a bool mask), of a class for instance: by their mean weight.
+        """The texts with the largest mean weight over a group of rows (numbers or a bool mask), such as a class.
 
         Raises:
-            ShapeMismatch: no row.
+            ShapeMismatch: there is no row.
         """
         chosen = as_places(rows, len(self.cosine), "rows").tolist()
         if not chosen:
-            raise ShapeMismatch("a group without rows has no texts")
+            raise ShapeMismatch("rows: expected at least one, got none")
         mean = torch.zeros(len(self.texts))
         indices, values = self.codes.indices[chosen], self.codes.values[chosen]
         mean.index_add_(0, indices.flatten().long(), values.flatten().float() / len(chosen))
@@ -87,7 +87,7 @@ class SparseTextCode(Result):
         ]
 
     def reconstruct(self) -> Float[Tensor, "n d"]:
-        """What the texts rebuild: centred embeddings, not of unit norm."""
+        """Reconstructs the centred embeddings from texts; not of unit norm."""
         return torch.einsum(
             "nk,nkd->nd", self.codes.values.float(), self.dictionary[self.codes.indices.long()]
         )
@@ -110,20 +110,20 @@ def sparse_text_code(
     text_mean: Float[Tensor, " d4"] | None = None,
     tolerance: float = 1e-6,
 ) -> SparseTextCode:
-    """Each embedding as a sparse non-negative sum of texts (SpLiCE, Bhalla et al. 2024).
+    """Writes each embedding as a sparse non-negative sum of texts (SpLiCE, Bhalla et al. 2024).
 
-    Both sides are brought to unit norm, centred by the mean of their own modality (which closes the modality gap) and
-    brought to unit norm again. Weights minimise ``½‖wC - z‖² + penalty · Σw``, ``w >= 0``.
+    Both sides are normalized, centred by the mean of their own modality (which closes the modality gap) and normalized
+    again. Weights minimise ``½‖wC - z‖² + penalty · Σw``, ``w >= 0``.
 
     Args:
-        penalty: texts less alike to an embedding than this cosine are never used.
-        mean: of unit embeddings, where ``embeddings`` are few or not of one kind; zeros for a direction. Default
-            their own mean. ``text_mean``: likewise, default that of the pool.
+        penalty: texts with a cosine below this are never used.
+        mean: mean of unit embeddings, if ``embeddings`` are few or not of one kind; zeros for a direction. Default:
+            their own mean. ``text_mean``: likewise; default: that of the pool.
         tolerance: of the objective, certified by the duality gap.
 
     Raises:
-        ShapeMismatch: widths or counts that differ, a penalty not above 0, one embedding without ``mean``.
-        NotFinite: NaN or infinity in either. WrongOrigin: a mean too long to be one of unit embeddings.
+        ShapeMismatch: widths or counts differ, the penalty is not above 0, or one embedding comes without ``mean``.
+        NotFinite: NaN or infinity in either. WrongOrigin: a mean is too long to be that of unit embeddings.
 
     >>> pool = torch.eye(3); eye = torch.zeros(3)
     >>> code = sparse_text_code(torch.tensor([[2.0, 1.0, 0.0]]), pool, ["a", "b", "c"], mean=eye, text_mean=eye)
@@ -134,14 +134,18 @@ def sparse_text_code(
     widths = {text_embeddings.shape[1], d, *(len(m) for m in (mean, text_mean) if m is not None)}
     if len(widths) > 1 or len(texts) != len(text_embeddings):
         raise ShapeMismatch(
-            f"embeddings {d} wide, text embeddings {tuple(text_embeddings.shape)} of {len(texts)} texts"
+            f"expected one text embedding per text, all of one width, got embeddings of width {d} and text embeddings "
+            f"of shape {tuple(text_embeddings.shape)} for {len(texts)} texts"
             + ("" if len(widths) == 1 else f"; widths {sorted(widths)} (means included) must agree")
         )
     if penalty <= 0:
-        raise ShapeMismatch(f"penalty must be above 0, came {penalty}: without one every text would be used")
+        raise ShapeMismatch(
+            f"penalty: expected a number above 0, got {penalty}: without one every text would be used"
+        )
     if mean is None and n < 2:
         raise ShapeMismatch(
-            f"{n} embeddings have no mean to be centred by: give mean= (of unit embeddings of this modality, or zeros)"
+            f"expected at least 2 embeddings to centre by their mean, got {n}: give mean= (of unit embeddings of this "
+            "modality, or zeros)"
         )
     check_finite(embeddings, "embeddings")
     check_finite(text_embeddings, "text embeddings")
@@ -168,12 +172,12 @@ def _check_unit_mean(mean: Float[Tensor, " d"], name: str) -> None:
     norm = float(mean.float().norm())
     if norm > 1.001:  # rounding of half precision
         raise WrongOrigin(
-            f"{name}: expected the mean of unit embeddings, got a norm of {norm:.4g}, above 1: this is the mean of raw "
-            "ones; normalize(embeddings, dim=1).mean(0) belongs here"
+            f"{name}: expected the mean of unit embeddings, got a norm of {norm:.4g}, above 1, as that of raw ones; give "
+            "normalize(embeddings, dim=1).mean(0)"
         )
 
 
 def centred(x: Float[Tensor, "n d"], mean: Float[Tensor, " d2"] | None = None) -> Float[Tensor, "n d"]:
-    """Unit rows, less their mean, of unit norm again."""
+    """Normalizes rows, subtracts their mean (or ``mean``), and normalizes again."""
     unit = normalize(x.detach().cpu().float(), dim=1)
     return normalize(unit - (unit.mean(0) if mean is None else mean.detach().cpu().float()), dim=1)

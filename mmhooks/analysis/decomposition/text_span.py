@@ -19,8 +19,8 @@ from mmhooks.analysis.results import Records, Result
 from mmhooks.errors import ShapeMismatch
 
 Selection = Literal["unit", "paper"]
-_ROUNDING = 1e-5  # a direction this much weaker than the strongest is rounding of fp32 activations
-_SPENT = 1e-6  # a text of which no more than this is left lies in the span of those chosen before
+_ROUNDING = 1e-5  # a direction weaker than the strongest by this factor is rounding of fp32 activations
+_SPENT = 1e-6  # a text with at most this fraction left lies in the span of the texts chosen before
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class TextSpan(Result):
     """Ranked texts of each attention head.
 
     Attributes:
-        heads: names, in the order of the outputs given.
-        texts, indices: of each head, the texts chosen, in order, and where they stand in the pool. Fewer
-            than asked where a head varies in fewer directions.
-        explained: of each head, the share of its variance over the pictures that the first k texts span.
+        heads: names, in the order of the outputs.
+        texts, indices: per head, the chosen texts in order, and their positions in the pool. Fewer than requested if a
+            head varies in fewer directions.
+        explained: per head, the share of its variance over the images that the first k texts span, for each k.
         variance: total variance of each head's output.
         rank: dimensions of each head's output that were used.
-        mean: of each head's output; not written to the file.
-        bases: of each head, orthonormal rows that span its texts, in order; not written to the file.
-        pool_id: a hash of the pool's texts in their order: indices of other pools mean other texts.
+        mean: of each head's output; not saved.
+        bases: per head, orthonormal rows that span its texts, in order; not saved.
+        pool_id: a hash of the pool's texts in their order, as the same indices of another pool mean other texts.
     """
 
     heads: tuple[str, ...]
@@ -56,7 +56,7 @@ class TextSpan(Result):
         return {k: v for k, v in super().to_json().items() if k not in ("mean", "bases")}
 
     def table(self, top: int = 5) -> Records:
-        """One row a head: its variance, the share that all its texts span, and the first ``top`` of them."""
+        """One row per head: its variance, the share that all its texts span, and the first ``top`` texts."""
         return Records(
             {
                 "head": name,
@@ -70,14 +70,16 @@ class TextSpan(Result):
         )
 
     def labels(self, *, model: str, pool: str = "", kinds: Sequence[str] | None = None) -> HeadLabels:
-        """The texts alone, as a small file that other studies read.
+        """Only the texts, as labels that are saved in a small file for other studies.
 
         Args:
             model, pool: names of the model and of the pool, kept in the file.
-            kinds: kind of every text of the pool ("colour", "place", ...), as ``TextPool.kinds`` has them.
+            kinds: the kind of every text of the pool ("colour", "place", ...), as in ``TextPool.kinds``.
         """
         if kinds is not None and len(kinds) != self.n_pool:
-            raise ShapeMismatch(f"{len(kinds)} kinds for a pool of {self.n_pool} texts")
+            raise ShapeMismatch(
+                f"kinds: expected one for each of the {self.n_pool} texts of the pool, got {len(kinds)}"
+            )
         return HeadLabels(
             model=model,
             pool=pool,
@@ -91,17 +93,17 @@ class TextSpan(Result):
     def reconstruct(
         self, outputs: Float[Tensor, "n h d"], n_texts: int | None = None
     ) -> Float[Tensor, "n h d"]:
-        """Outputs of the same heads with everything outside their first ``n_texts`` texts set to the mean.
+        """Projects outputs of the same heads onto their first ``n_texts`` texts; everything else is set to the mean.
 
         ``n_texts=0`` is mean-ablation.
 
         Raises:
-            ShapeMismatch: other heads or another width.
+            ShapeMismatch: the number of heads or the width differs.
         """
         if outputs.shape[1:] != self.mean.shape:
             raise ShapeMismatch(
-                f"outputs of {outputs.shape[1]} heads x {outputs.shape[2]}; these texts belong to "
-                f"{self.mean.shape[0]} x {self.mean.shape[1]}"
+                f"outputs: expected {self.mean.shape[0]} heads x {self.mean.shape[1]}, to which these texts belong, got "
+                f"{outputs.shape[1]} x {outputs.shape[2]}"
             )
         mean = self.mean.to(outputs)
         rebuilt = []
@@ -122,24 +124,24 @@ def text_span(
     selection: Selection = "unit",
     heads: Sequence[str] | None = None,
 ) -> TextSpan:
-    """Texts that span the output of attention heads (Gandelsman et al. 2024, algorithm 1).
+    """Finds texts that span the output of attention heads (Gandelsman et al. 2024, algorithm 1).
 
     Texts are projected onto the leading ``rank`` right singular vectors of a head's outputs. Then, ``n_texts``
-    times, the text along which the centred outputs vary most is chosen, and its direction is taken out of the
-    outputs and of the other texts. The variance along t is ``tᵀ Σ t``, so that outputs are read once, for their
+    times, the text along which the centred outputs vary most is chosen, and its direction is removed from the
+    outputs and from the other texts. The variance along t is ``tᵀ Σ t``, so outputs are read only once, for their
     covariance Σ, and each step costs ``O(t rank²)`` instead of ``O(n t d)``.
 
     Args:
-        head_outputs: what each head writes into the raw image embedding, one row a picture; of one head or of
-            several; or their :class:`~mmhooks.analysis.decomposition.head_moments.HeadMoments`, for data that do not fit.
+        head_outputs: what each head writes into the raw image embedding, one row per image, of one or several heads;
+            or their :class:`~mmhooks.analysis.decomposition.head_moments.HeadMoments`, for data that does not fit.
         text_embeddings: of the pool, in the same space.
         texts: the pool, in the same order.
-        selection: "unit" measures the spread along each text's direction; "paper" that of the inner products with
-            the text as it is projected, which favours texts that happen to lie long in the head's space.
+        selection: "unit" measures the spread along each text's direction; "paper" that of the inner products with the
+            projected text, which favours texts with a long projection onto the head's space.
         heads: names for tables; default "0", "1", ...
 
     Raises:
-        ShapeMismatch: widths or counts that differ, or ``n_texts`` or ``rank`` out of range.
+        ShapeMismatch: widths or counts differ, or ``n_texts`` or ``rank`` is out of range.
         NotFinite: NaN or infinity in either.
 
     >>> outputs = torch.tensor([[2.0, 0.1, 0.0], [-2.0, 0.0, 0.1], [2.0, -0.1, 0.0], [-2.0, 0.0, -0.1]])
@@ -183,7 +185,7 @@ def _span(
     rank: int,
     selection: Selection,
 ) -> _Span:
-    """One head. All steps happen in the coordinates of its leading singular vectors."""
+    """Chooses the texts of one head; all steps use the coordinates of its leading singular vectors."""
     space = leading_space(mean, covariance, rank)
     left, inner = texts @ space, space.T @ covariance @ space
     total, outside = covariance.trace(), covariance.trace() - inner.trace()
@@ -197,7 +199,7 @@ def _span(
         spread[square <= start * _SPENT**2] = -torch.inf
         best = int(spread.argmax())
         if not spread[best] > total * _ROUNDING**2 * (square[best] if selection == "paper" else 1):
-            break  # nothing varies any more, or no text is left
+            break  # no variance or no text is left
         u = normalize(left[best], dim=0)
         across = inner @ u
         cross = torch.outer(across, u)
@@ -213,8 +215,8 @@ def _span(
 def leading_space(
     mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"], rank: int
 ) -> Float[Tensor, "d r"]:
-    """The right singular vectors of the uncentred outputs, strongest first: at most ``rank``, and none that only
-    rounding fills (an attention head of width w has at most w + 1)."""
+    """Computes the right singular vectors of the uncentred outputs, strongest first: at most ``rank``, without those that
+    are only rounding (an attention head of width w has at most w + 1)."""
     values, vectors = torch.linalg.eigh(covariance + torch.outer(mean, mean))
     keep = values > values[-1].clamp_min(0) * _ROUNDING**2
     return vectors[:, keep].flip(1)[:, :rank]
@@ -243,21 +245,23 @@ def _check(
     check_numbers(embeddings, "text embeddings")
     if embeddings.shape[1] != moments.dim:
         raise ShapeMismatch(
-            f"text embeddings are {embeddings.shape[1]} wide, head outputs {moments.dim}: both must lie in the joint "
-            "space, after the model's projections"
+            f"text embeddings: expected width {moments.dim}, as the head outputs have, got {embeddings.shape[1]}: both must "
+            "lie in the joint space, after the model's projections"
         )
     if len(texts) != len(embeddings):
-        raise ShapeMismatch(f"{len(texts)} texts but {len(embeddings)} text embeddings")
+        raise ShapeMismatch(
+            f"expected one embedding per text, got {len(texts)} texts but {len(embeddings)} text embeddings"
+        )
     if not 1 <= n_texts <= len(texts) or rank < 1:
         raise ShapeMismatch(
-            f"n_texts must lie in 1..{len(texts)} (the pool) and rank be at least 1, came {n_texts} and {rank}"
+            f"expected n_texts in 1..{len(texts)} (the pool) and rank of at least 1, got {n_texts} and {rank}"
         )
     if selection not in ("unit", "paper"):
-        raise ShapeMismatch(f'selection must be "unit" or "paper", came {selection!r}')
+        raise ShapeMismatch(f'selection: expected "unit" or "paper", got {selection!r}')
     if int(moments.n_samples) < 2:
         raise ShapeMismatch(
-            f"outputs of {int(moments.n_samples)} pictures have no spread; at least 2 are needed"
+            f"head outputs: expected at least 2 images, got {int(moments.n_samples)}, which have no spread"
         )
     if heads is not None and len(heads) != moments.heads:
-        raise ShapeMismatch(f"{len(heads)} names for {moments.heads} heads")
+        raise ShapeMismatch(f"heads: expected one name for each of {moments.heads} heads, got {len(heads)}")
     check_finite(embeddings, "text embeddings")

@@ -1,4 +1,4 @@
-"""What TextSpan's texts are worth: how far they depend on the images, and how much accuracy is left in their span."""
+"""Checks of TextSpan's texts: how much they depend on the images, and how much accuracy their span keeps."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mmhooks.errors import ShapeMismatch
 
 @dataclass(frozen=True)
 class SpanOverlap(Result):
-    """Agreement of TextSpan between subsets of the pictures, of each head.
+    """Agreement of TextSpan between subsets of the images, per head.
 
     Attributes:
-        texts: mean share of the chosen texts that two subsets have in common.
+        texts: mean share of chosen texts that two subsets have in common.
         texts_chance: that share for texts drawn at random from the pool.
-        space: mean overlap of the spaces that the texts span, ``|U₁ᵀU₂|² / k``: 1 where other texts say the same.
-        space_chance: that overlap for random spaces in the head's own space.
+        space: mean overlap of the spaces that the texts span, ``|U₁ᵀU₂|² / k``: 1 if other texts span the same space.
+        space_chance: that overlap for random subspaces of the head's own space.
         first: share of pairs of subsets whose first text is the same.
     """
 
@@ -55,10 +55,10 @@ class SpanOverlap(Result):
 
 
 def span_overlap(spans: Sequence[TextSpan]) -> SpanOverlap:
-    """Agreement of several TextSpans of the same heads over the same pool: other pictures, or other seeds.
+    """Computes the agreement of several TextSpans of the same heads over the same pool: of other images, or other seeds.
 
     Raises:
-        ShapeMismatch: fewer than two, or of different heads or pools.
+        ShapeMismatch: there are fewer than two, or they have different heads or pools.
 
     >>> outputs = torch.randn(200, 4); pool = torch.eye(4)
     >>> spans = [text_span(part, pool, list("abcd"), n_texts=2) for part in outputs.split(100)]
@@ -66,9 +66,11 @@ def span_overlap(spans: Sequence[TextSpan]) -> SpanOverlap:
     True
     """
     if len(spans) < 2:
-        raise ShapeMismatch(f"overlap needs at least two TextSpans, came {len(spans)}")
+        raise ShapeMismatch(f"overlap: expected at least two TextSpans, got {len(spans)}")
     if len({(s.heads, s.pool_id) for s in spans}) > 1:
-        raise ShapeMismatch("these TextSpans are of different heads or pools: their texts cannot be compared")
+        raise ShapeMismatch(
+            "overlap: expected TextSpans of the same heads and pool, got different heads or pools"
+        )
     pairs = list(combinations(spans, 2))
     columns: list[list[float]] = [[] for _ in range(5)]
     for h in range(len(spans[0].heads)):
@@ -76,12 +78,12 @@ def span_overlap(spans: Sequence[TextSpan]) -> SpanOverlap:
         both = [len(set(a.indices[h]) & set(b.indices[h])) for a, b in pairs]
         inner = [float((a.bases[h] @ b.bases[h].T).square().sum()) for a, b in pairs]
         most = [max(*s, 1) for s in sizes]
-        room = min(s.rank[h] for s in spans)
+        dimensions = min(s.rank[h] for s in spans)
         rows = (
             _mean(x / m for x, m in zip(both, most, strict=True)),
             _mean(s * t / spans[0].n_pool / m for (s, t), m in zip(sizes, most, strict=True)),
             _mean(x / m for x, m in zip(inner, most, strict=True)),
-            _mean(s * t / max(room, 1) / m for (s, t), m in zip(sizes, most, strict=True)),
+            _mean(s * t / max(dimensions, 1) / m for (s, t), m in zip(sizes, most, strict=True)),
             _mean(float(a.indices[h][:1] == b.indices[h][:1]) for a, b in pairs),
         )
         for column, value in zip(columns, rows, strict=True):
@@ -100,16 +102,16 @@ def subset_overlap(
     seed: int = 0,
     **options: object,
 ) -> SpanOverlap:
-    """:func:`span_overlap` of TextSpans over random subsets, each ``share`` of the pictures.
+    """Computes :func:`span_overlap` of TextSpans over random subsets, each a ``share`` of the images.
 
-    The pictures are read once: subsets are made of whole ``parts``, whose moments add up.
+    The images are read once: subsets consist of whole ``parts``, whose moments are summed.
 
     Args:
-        head_outputs: outputs, or the moments of disjoint parts of the pictures, as many as there are.
-        options: of :func:`text_span`.
+        head_outputs: outputs, or the moments of disjoint parts of the images (``parts`` is then ignored).
+        options: passed to :func:`text_span`.
 
     Raises:
-        ShapeMismatch: a share that leaves no part in or none out; and as :func:`text_span`.
+        ShapeMismatch: the share leaves no part in or none out. Also the errors of :func:`text_span`.
     """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(head_outputs, Tensor):
@@ -123,8 +125,8 @@ def subset_overlap(
     take = round(share * len(pieces))
     if not 0 < take < len(pieces) or subsets < 2:
         raise ShapeMismatch(
-            f"{subsets} subsets of {take} of {len(pieces)} parts (share {share}) cannot differ: at least two subsets, "
-            "some parts in and some out"
+            f"expected at least two subsets with some parts in and some out, got {subsets} subsets of {take} of "
+            f"{len(pieces)} parts (share {share}), which cannot differ"
         )
     spans = []
     for _ in range(subsets):
@@ -140,7 +142,7 @@ def _mean(values: object) -> float:
 
 @dataclass(frozen=True)
 class ReconstructionAccuracy(Result):
-    """Zero-shot accuracy of the embedding itself and with heads rebuilt from their first k texts."""
+    """Zero-shot accuracy of the full embedding, and with heads reconstructed from their first k texts."""
 
     full: Estimate
     by_texts: dict[int, Estimate]
@@ -163,16 +165,16 @@ def reconstruction_accuracy(
     *,
     n_texts: Sequence[int] = (0, 1, 2, 5, 10, 20),
 ) -> ReconstructionAccuracy:
-    """Accuracy of ``rest + sum of rebuilt heads`` against class embeddings, by the number of texts a head.
+    """Computes the accuracy of ``rest + sum of reconstructed heads`` against class embeddings, by texts per head.
 
     Args:
-        head_outputs: of the heads of ``span``, over labelled pictures.
-        rest: everything else of the raw embedding of the same pictures (its means, for ablation on top).
-        classes: text embedding of each class; ``labels``: the class of each picture.
+        head_outputs: of the heads of ``span``, over labelled images.
+        rest: the rest of the raw embedding of the same images (or its means, to ablate that too).
+        classes: text embedding of each class. labels: the class of each image.
         n_texts: 0 is mean-ablation of these heads.
 
     Raises:
-        ShapeMismatch: rows or widths that differ, or a label outside the classes. NotFinite: NaN in any.
+        ShapeMismatch: rows or widths differ, or a label lies outside the classes. NotFinite: NaN in any.
 
     >>> outputs = torch.tensor([[[2.0, 0.0]], [[-2.0, 0.0]]])
     >>> from mmhooks.analysis.decomposition.text_span import text_span
@@ -185,12 +187,12 @@ def reconstruction_accuracy(
     n, d = len(head_outputs), head_outputs.shape[2]
     if len(rest) != n or len(labels) != n or rest.shape[1] != d or classes.shape[1] != d:
         raise ShapeMismatch(
-            f"head outputs of {n} pictures, rest of {len(rest)}, {len(labels)} labels; widths {d}, {rest.shape[1]} and "
-            f"{classes.shape[1]} (classes): all must agree"
+            f"expected the same images and widths, got head outputs of {n} images, rest of {len(rest)}, {len(labels)} "
+            f"labels; widths {d}, {rest.shape[1]} and {classes.shape[1]} (classes)"
         )
     if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ShapeMismatch(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}, there are {len(classes)} classes"
+            f"labels: expected 0..{len(classes) - 1}, got {int(labels.min())}..{int(labels.max())}"
         )
     for x, what in ((head_outputs.flatten(1), "head outputs"), (rest, "rest"), (classes, "classes")):
         check_finite(x, what)

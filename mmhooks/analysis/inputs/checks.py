@@ -1,4 +1,4 @@
-"""What every measure asks of its input first: numbers, and shapes that belong together."""
+"""Checks of the tensors given to measures: floating-point, finite, and of matching shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.functional import normalize
 
 from mmhooks.errors import NotFinite, ShapeMismatch
 
-CHUNK_BYTES = 64 * 2**20  # temporary memory that a measure may take beside its input
+CHUNK_BYTES = 64 * 2**20  # temporary memory that a measure may use besides its input
 
 
 def check_numbers(x: Any, what: str, *, ndim: int = 2) -> None:
     """Raises ShapeMismatch unless ``x`` is a dense tensor of floating-point numbers with ``ndim`` dimensions.
 
-    Integers are refused too: which of them are counts, indices or a mask is for the caller to say.
+    Integers are refused too: whether they are counts, indices or a mask only the caller knows.
     """
     if not isinstance(x, Tensor):
         raise ShapeMismatch(
@@ -27,20 +27,20 @@ def check_numbers(x: Any, what: str, *, ndim: int = 2) -> None:
     shape = tuple(x.shape)
     if x.ndim != ndim or 0 in shape[1:]:
         raise ShapeMismatch(
-            f"{what}: expected {ndim} dimensions, none of width 0, got shape {shape}: one row a sample"
+            f"{what}: expected {ndim} dimensions, none of width 0, got shape {shape}: give one row per sample"
         )
     if not x.is_floating_point() or x.layout != torch.strided or x.is_meta:
-        kind = "on the meta device, without values" if x.is_meta else f"{x.dtype}, {x.layout}"
+        kind = "one on the meta device, without values" if x.is_meta else f"{x.dtype}, {x.layout}"
         raise ShapeMismatch(
             f"{what}: expected a dense tensor of floating-point numbers, got {kind}; convert it: .float(), .to_dense()"
         )
 
 
 def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int = 0) -> Float[Tensor, "n d"]:
-    """Rows of unit norm, in fp32 (in double where ``x`` is), however large or small they are.
+    """Normalizes rows to unit norm, in fp32 (float64 if ``x`` is), however large or small they are.
 
     Raises:
-        NotFinite: a row of zeros, which has no direction; names the first ones, counted from ``start``.
+        NotFinite: a row is all zeros and has no direction; the message names the first ones, counted from ``start``.
 
     >>> unit_rows(torch.tensor([[3e30, 4e30], [3e-30, 4e-30]]))
     tensor([[0.6000, 0.8000],
@@ -49,14 +49,14 @@ def unit_rows(x: Float[Tensor, "n d"], what: str = "embeddings", *, start: int =
     unit, zeros = _unit_and_zeros(x)
     if len(zeros):
         raise NotFinite(
-            f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, the first are rows "
-            f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find what makes them"
+            f"{what}: {len(zeros)} of {len(x)} rows are zeros, which have no direction, first rows "
+            f"{', '.join(str(int(r) + start) for r in zeros[:5])}; leave them out, or find out what makes them"
         )
     return unit
 
 
 def unit_or_zero_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """As :func:`unit_rows`, but rows of zeros stay zeros: like nothing, where that has a meaning.
+    """Normalizes rows as :func:`unit_rows` does, but keeps rows of zeros as zeros, which are similar to nothing.
 
     >>> unit_or_zero_rows(torch.tensor([[0.0, 0.0], [3e-30, 4e-30]]))
     tensor([[0.0000, 0.0000],
@@ -66,23 +66,23 @@ def unit_or_zero_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 def _unit_and_zeros(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " zeros"]]:
-    """Rows of unit norm, and which rows stay zeros."""
+    """Normalizes rows, and returns which rows are zeros and stay so."""
     x = x.detach()
     plain = x if x.dtype == torch.float64 else x.float()
     unit, norm = normalize(plain, dim=1), plain.norm(dim=1)
-    # What normalize cannot do: squares that are lost or overflow.
-    odd = (~((norm > 1e-12) & norm.isfinite())).nonzero().flatten()
-    if not len(odd):
-        return unit, odd
-    rows = x[odd].double()
+    # Rows that normalize cannot handle: their squares underflow or overflow.
+    extreme = (~((norm > 1e-12) & norm.isfinite())).nonzero().flatten()
+    if not len(extreme):
+        return unit, extreme
+    rows = x[extreme].double()
     largest = rows.abs().amax(1, keepdim=True)
-    unit[odd] = normalize(rows / torch.where(largest == 0, 1, largest), dim=1).to(unit)
-    return unit, odd[(largest == 0).flatten()]
+    unit[extreme] = normalize(rows / torch.where(largest == 0, 1, largest), dim=1).to(unit)
+    return unit, extreme[(largest == 0).flatten()]
 
 
 def check_finite(x: Float[Tensor, "n d"], what: str, *, start: int = 0) -> None:
-    """Raises NotFinite unless every number is finite: how many are not, and where the first ones stand; ShapeMismatch
-    for what is no table of numbers at all."""
+    """Raises NotFinite unless every number is finite, saying how many are not and where the first ones are;
+    ShapeMismatch for anything but a 2-D tensor of floating-point numbers."""
     check_numbers(x, what)
     for begin, part in chunks(x):
         finite = torch.isfinite(part)
@@ -94,7 +94,7 @@ def check_finite(x: Float[Tensor, "n d"], what: str, *, start: int = 0) -> None:
         raise NotFinite(
             f"{what}: {bad} of {x.numel()} numbers are NaN or infinite, first in rows "
             f"{', '.join(str(int(r) + start) for r in rows)} and columns {', '.join(str(int(c)) for c in columns)}; "
-            "find the pair or the head that makes them, or leave these rows out"
+            "find the pair or the head that produces them, or leave these rows out"
         )
 
 
@@ -114,25 +114,25 @@ def check_shapes(image: tuple[int, ...], text: tuple[int, ...], what: str = "lat
     if image != text:
         kind = "widths" if image[0] == text[0] else "numbers of pairs"
         raise ShapeMismatch(
-            f"image {what} are {image}, text {what} {text}: their {kind} differ; give both sides of the same "
-            "pairs, through the same head"
+            f"expected both sides of the same pairs, got image {what} of shape {image} and text {what} of shape "
+            f"{text}: their {kind} differ; give the same pairs, through the same head"
         )
 
 
 def check_rows(latents: Float[Tensor, "n k"], embeddings: Float[Tensor, "m d"]) -> None:
-    """Raises ShapeMismatch unless there is one embedding a sample, NotFinite for NaN in either."""
+    """Raises ShapeMismatch unless there is one embedding per sample, NotFinite for NaN in either."""
     check_numbers(latents, "latents")
     check_numbers(embeddings, "embeddings")
     if len(latents) != len(embeddings):
         raise ShapeMismatch(
-            f"latents of {len(latents)} samples but embeddings of {len(embeddings)}: one row a sample in both"
+            f"expected one row per sample in both, got latents of {len(latents)} samples, embeddings of {len(embeddings)}"
         )
     check_finite(latents, "latents")
     check_finite(embeddings, "embeddings")
 
 
 def chunks(x: Float[Tensor, "n d"], per_element: int = 16) -> Iterator[tuple[int, Float[Tensor, "c d"]]]:
-    """``x`` in runs of rows whose work needs at most CHUNK_BYTES, each with the number of its first row."""
+    """Splits ``x`` into runs of rows that need at most CHUNK_BYTES to process; yields (first row, rows)."""
     size = max(1, CHUNK_BYTES // (max(1, x.shape[1]) * per_element))
     for begin in range(0, len(x), size):
         yield begin, x[begin : begin + size]

@@ -1,4 +1,4 @@
-"""A batch of latents as measures add it up: only the active entries where it is sparse."""
+"""Batches of latents, dense or sparse: checks, and sums that only visit the active entries of sparse ones."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mmhooks.analysis.inputs.checks import check_finite
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import NotFinite, ShapeMismatch
 
-# One row a sample. Dimensions are not named: two sides that differ must meet our own check, which says more.
+# One row per sample. Dimensions are not named: our own check of two differing sides says more than jaxtyping's.
 Latents: TypeAlias = Float[Tensor, "_ _"] | SparseRows
 
 
 def check_latents(latents: Latents, n_features: int, what: str = "latents", *, start: int = 0) -> None:
     """Raises ShapeMismatch for another width or an index outside it, NotFinite for NaN or infinity.
 
-    ``start`` is the number of the first row, so that errors name rows of the whole stream.
+    ``start`` is the number of the first row, so that errors name rows by their place in the whole stream.
     """
     if latents.shape[1] != n_features:
         raise ShapeMismatch(
-            f"{what} of {latents.shape[1]} features, expected {n_features}: are they of another head?"
+            f"{what}: expected {n_features} features, got {latents.shape[1]}: are they of another head?"
         )
     if not isinstance(latents, SparseRows):
         return check_finite(latents, what, start=start)
@@ -35,48 +35,48 @@ def check_latents(latents: Latents, n_features: int, what: str = "latents", *, s
         row, place = (int(i) for i in (~finite).nonzero()[0])
         raise NotFinite(
             f"{what}: {int((~finite).sum())} of {latents.values.numel()} sparse entries are NaN or infinite, first in "
-            f"row {row + start}, feature {int(latents.indices[row, place])}; find the pair or the head that makes "
+            f"row {row + start}, feature {int(latents.indices[row, place])}; find the pair or the head that produces "
             "them, or leave these rows out"
         )
     if latents.indices.numel():
         low, high = (int(x) for x in latents.indices.aminmax())
         if low < 0 or high >= n_features:
             raise ShapeMismatch(
-                f"{what}: sparse entries name features {low} to {high}, but there are {n_features}"
+                f"{what}: expected sparse entries of features 0 to {n_features - 1}, got {low} to {high}"
             )
 
 
 def check_samples(
     latents: Latents, vectors: Float[Tensor, "_ _"], n_features: int, dim: int, *, start: int = 0
 ) -> None:
-    """:func:`check_latents`, and that there is one finite vector of width ``dim`` a sample."""
+    """Checks as :func:`check_latents`, and that there is one finite vector of width ``dim`` per sample."""
     check_latents(latents, n_features, start=start)
     if tuple(vectors.shape) != (len(latents), dim):
         raise ShapeMismatch(
-            f"{len(latents)} samples with embeddings of shape {tuple(vectors.shape)}, expected {dim} numbers a sample"
+            f"embeddings: expected shape {(len(latents), dim)}, one vector per sample, got {tuple(vectors.shape)}"
         )
     check_finite(vectors, "embeddings", start=start)
 
 
-def rise(values: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Half precision to single, so that sums do not lose what was stored; others as they are."""
+def to_float32(values: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Converts half precision to float32, so that sums keep what was stored; float64 stays as it is."""
     values = values.detach()
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def sums(indices: Int[Tensor, "b k"], weights: Shaped[Tensor, "b k"], n_features: int) -> Float[Tensor, " n"]:
-    """For every feature the sum of the weights of its entries, in double precision."""
+    """Sums the weights of each feature's entries, in double precision."""
     return torch.bincount(indices.reshape(-1), weights.reshape(-1).double(), minlength=n_features)
 
 
 def count(indices: Int[Tensor, "b k"], which: Bool[Tensor, "b k"], n_features: int) -> Int[Tensor, " n"]:
-    """For every feature how many of its entries are among ``which``."""
+    """Counts, per feature, the entries selected by ``which``."""
     return torch.bincount(indices[which], minlength=n_features)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The active entries of a batch, feature by feature: those of ``f`` are ``offsets[f] : offsets[f + 1]``."""
+    """The active entries of a batch grouped by feature: those of ``f`` are ``offsets[f] : offsets[f + 1]``."""
 
     rows: Int[Tensor, " e"]
     values: Float[Tensor, " e"]
@@ -84,10 +84,10 @@ class Columns:
 
     @classmethod
     def of(cls, batch: SparseRows) -> Columns:
-        """By counting, in time proportional to the entries. On the CPU, wherever the batch is."""
+        """Groups by counting, in time proportional to the entries; on the CPU, wherever the batch is."""
         from scipy.sparse import csr_array
 
-        values, indices = rise(batch.values).cpu(), batch.indices.cpu()
+        values, indices = to_float32(batch.values).cpu(), batch.indices.cpu()
         active = values != 0
         starts = np.zeros(len(batch) + 1, dtype=np.int32)
         np.cumsum(active.sum(1).numpy(), out=starts[1:])
@@ -104,7 +104,7 @@ class Columns:
         return self.offsets.diff().long()
 
     def extremes(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Smallest and largest entry of every feature; infinities where it has none."""
+        """Smallest and largest entry of every feature; infinities for a feature without entries."""
         n = len(self.offsets) - 1
         low, high = torch.full((n,), torch.inf), torch.full((n,), -torch.inf)
         some = self.counts > 0
@@ -115,7 +115,7 @@ class Columns:
         return low, high
 
     def transposed_times(self, table: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
-        """``batch.dense().T @ table``, at the cost of the entries."""
+        """Computes ``batch.dense().T @ table`` at a cost proportional to the entries."""
         return embedding_bag(
             self.rows.long(),
             table,

@@ -1,4 +1,4 @@
-"""Reading an activation store in order: latents of a side, vectors of the same rows, and each process's share."""
+"""Reads an activation store in order: latents of one side, vectors of the same rows, and each process's batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 4096
 
 @runtime_checkable
 class ActivationStore(Protocol):
-    """Rows of pairs by site, as :class:`mmhooks.data.Store` keeps them; anything with these will do."""
+    """Rows of pairs by site, as :class:`mmhooks.data.Store` keeps them; any object with these methods will do."""
 
     @property
     def sites(self) -> Any: ...
@@ -34,7 +34,7 @@ class ActivationStore(Protocol):
 
 
 def check_store(given: Any) -> None:
-    """Raises ShapeMismatch for what a measure was given in the place of numbers, unless it is a store."""
+    """Raises ShapeMismatch unless ``given`` is a store; called for anything that is not a tensor or sparse rows."""
     if not isinstance(given, ActivationStore):
         raise ShapeMismatch(
             f"expected a tensor, sparse rows or a store, got a {type(given).__name__}; torch.as_tensor(...) makes a "
@@ -56,18 +56,18 @@ class LatentRows:
 
     @torch.no_grad()
     def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Latents:
-        came = self.rows[which]
+        rows = self.rows[which]
         if self.head is None:
-            return came
+            return rows
         device = next((p.device for p in self.head.parameters()), torch.device("cpu"))
-        x = self.head.prepare(came.to(device).float())
+        x = self.head.prepare(rows.to(device).float())
         if hasattr(self.head, "encode_topk"):
             values, indices = self.head.encode_topk(x)  # type: ignore[operator]
             return SparseRows(values.cpu(), indices.cpu(), self.n_features)
         return self.head.encode(x).cpu()
 
     def release(self, begin: int, end: int) -> None:
-        """These rows were read: a store may give their pages back."""
+        """Says that these rows were read, so that a store may release their memory pages."""
         if hasattr(self.rows, "release"):
             self.rows.release(begin, end)
 
@@ -75,18 +75,21 @@ class LatentRows:
 def latent_rows(
     store: ActivationStore, side: Side, head: Head | str | None = None, site: str | None = None
 ) -> LatentRows:
-    """The latents of ``side``: ``head`` over ``site`` (default ``<side>.embed``), or stored ones.
+    """Returns the latents of ``side``: those of ``head`` on ``site`` (default ``<side>.embed``), or stored ones.
 
     Without a head, ``site`` is by default the one stored site ``<side>.….latents``; with one, a ``site`` of
     that kind must hold this head's latents, which are read as they are.
 
     Raises:
-        UnknownSite: not in the store. ShapeMismatch: not one vector a row, or not the head's width.
-        WrongHead: stored latents of another head.
-        MMHooksError: several sites of latents to choose from, or a head given by name.
+        UnknownSite: the site is not in the store.
+        ShapeMismatch: the site does not hold one vector per row, or not of the head's width.
+        WrongHead: the stored latents are of another head.
+        MMHooksError: there are several sites of latents to choose from, or the head is given by name.
     """
     if isinstance(head, str) and head:
-        raise MMHooksError(f"head={head!r}: over a store give the head itself, e.g. mm.load_head({head!r})")
+        raise MMHooksError(
+            f"head=: expected a head over a store, got the name {head!r}; load it: mm.load_head({head!r})"
+        )
     if isinstance(head, Head):
         site = site or f"{side}.embed"
         rows = site_rows(store, site)
@@ -95,8 +98,8 @@ def latent_rows(
         if rows.is_sparse or rows.shape[1] != head.d_in:
             kind = "sparse latents" if rows.is_sparse else "vectors"
             raise ShapeMismatch(
-                f"site {site!r} holds {kind} of width {rows.shape[1]}, head {head.name!r} reads vectors of "
-                f"{head.d_in}: give the site where it was trained"
+                f"site {site!r}: expected vectors of width {head.d_in}, as head {head.name!r} reads, got {kind} of "
+                f"width {rows.shape[1]}: give the site where the head was trained"
             )
         return LatentRows(rows, head, head.n_features, site)
     if site is None:
@@ -104,7 +107,9 @@ def latent_rows(
         if not found:
             raise UnknownSite(f"{side}.….latents", store.sites, where="this store (or give head=)")
         if len(found) > 1:
-            raise MMHooksError(f"this store holds latents at {', '.join(found)}: say which, {side}=SITE")
+            raise MMHooksError(
+                f"expected one site of {side} latents, got {', '.join(found)}: choose one, {side}=SITE"
+            )
         site = str(found[0])
     rows = site_rows(store, site)
     return LatentRows(rows, None, rows.shape[1], site)
@@ -114,32 +119,32 @@ def _stored_latents(rows: Any, site: str, head: Head) -> LatentRows:
     written = getattr(getattr(rows, "spec", None), "head", "")
     if rows.shape[1] != head.n_features or written not in ("", head.id):
         raise WrongHead(
-            f"site {site!r} holds latents of {written or 'a head'} with {rows.shape[1]} features, not of head "
-            f"{head.id} with {head.n_features}"
+            f"site {site!r}: expected latents of head {head.id} with {head.n_features} features, got those of "
+            f"{written or 'a head'} with {rows.shape[1]}"
         )
     return LatentRows(rows, None, head.n_features, site)
 
 
 def site_rows(store: ActivationStore, site: str) -> Any:
-    """The rows of ``site``, one vector each.
+    """Returns the rows of ``site``, one vector each.
 
     Raises:
-        UnknownSite: not in the store. ShapeMismatch: more than one vector a row.
+        UnknownSite: the site is not in the store. ShapeMismatch: it holds more than one vector per row.
     """
     if site not in store.sites:
         raise UnknownSite(site, store.sites, where="this store")
     rows = store[site]
     if len(rows.shape) != 2:
         raise ShapeMismatch(
-            f"site {site!r} holds {tuple(rows.shape[1:])} numbers a row; a measure needs one vector a row "
-            "(extract a pooled site, or one token)"
+            f"site {site!r}: expected one vector per row, got rows of shape {tuple(rows.shape[1:])}; extract a "
+            "pooled site, or one token"
         )
     return rows
 
 
 @dataclass(frozen=True)
 class VectorRows:
-    """Vectors of the samples of a store: a site of it, or a table of one row a sample."""
+    """Vectors of the samples of a store: one of its sites, or a tensor with one row per sample."""
 
     rows: Any
     width: int
@@ -149,29 +154,31 @@ class VectorRows:
         return self.rows[which].float()
 
     def release(self, begin: int, end: int) -> None:
-        """These rows were read: a store may give their pages back."""
+        """Says that these rows were read, so that a store may release their memory pages."""
         if hasattr(self.rows, "release"):
             self.rows.release(begin, end)
 
 
 def vector_rows(store: ActivationStore, which: str | Float[Tensor, "n d"]) -> VectorRows:
-    """The vectors of site ``which``, or ``which`` itself.
+    """Returns the vectors of site ``which``, or wraps ``which`` itself.
 
     Raises:
-        UnknownSite: no such site. ShapeMismatch: not one dense vector a row of the store.
+        UnknownSite: there is no such site. ShapeMismatch: not one dense vector per row of the store.
     """
     if isinstance(which, str):
         rows, name = site_rows(store, which), which
         if rows.is_sparse:
-            raise ShapeMismatch(f"site {which!r} holds sparse latents; embeddings are dense vectors")
+            raise ShapeMismatch(f"site {which!r}: expected dense vectors as embeddings, got sparse latents")
     else:
         rows, name = which, "given vectors"
         if len(rows) != len(store):
-            raise ShapeMismatch(f"{len(rows)} vectors for a store of {len(store)} pairs: one row a pair")
+            raise ShapeMismatch(
+                f"expected one vector per pair of the store, got {len(rows)} for {len(store)} pairs"
+            )
     return VectorRows(rows, rows.shape[1], name)
 
 
-def share(
+def row_batches(
     n: int,
     size: int,
     what: str = "",
@@ -179,13 +186,13 @@ def share(
     reads: Sequence[LatentRows | VectorRows] = (),
     progress: bool = False,
 ) -> Iterator[tuple[int, int, int]]:
-    """This process's batches of ``n`` rows: number of the batch, first row, end.
+    """Yields this process's batches of ``n`` rows as (number of the batch, first row, end).
 
-    Batches are dealt out in turn, so that any number of processes works on the same ones. When the next batch
-    is asked for, the pages of the last one are given back for all that it ``reads``.
+    Batches are assigned to processes in turn, so that the batches are the same for any number of processes. When
+    the next batch is requested, the memory pages of the last one are released for everything in ``reads``.
     """
     if size < 1:
-        raise ShapeMismatch(f"a batch needs at least one row, came {size}")
+        raise ShapeMismatch(f"batch: expected at least one row, got {size}")
     rank, world = processes()
     mine = range(rank, -(-n // size), world)
     for number in track(mine, len(mine), what, show=progress and rank == 0):
@@ -196,12 +203,12 @@ def share(
 
 
 def batch_size(n: int, groups: int = 20) -> int:
-    """At most BATCH rows, and so few that ``groups`` groups of batches all get some."""
+    """Chooses a batch size: at most BATCH rows, and small enough that each of ``groups`` groups gets a batch."""
     return max(1, min(BATCH, -(-n // groups)))
 
 
 def data_id(store: ActivationStore) -> str:
-    """What the store's manifest calls its data; empty where it says nothing."""
+    """Reads the data's fingerprint from the store's manifest; empty if it has none."""
     manifest: Any = getattr(store, "manifest", None) or {}
     data: Any = manifest.get("data", "") if hasattr(manifest, "get") else ""
     return str(data.get("fingerprint", "") if hasattr(data, "get") else data)

@@ -1,1 +1,1 @@
-"""Ablations, and what they do downstream."""
+"""Ablations and their effect on classification."""

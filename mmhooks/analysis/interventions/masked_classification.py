@@ -1,12 +1,12 @@
-"""Zero-masked classification: what a group of features contributes to a class (seed paper, section 3.1).
+"""Zero-masked classification: how much a group of features contributes to a class (seed paper, section 3.1).
 
-Features of a sample are set to zero, and the sample is compared with class labels whose own features are never
-masked. The paper does not say in which space it compares; both readings are here:
+Features of a sample are set to zero, and the sample is compared with class labels whose features are never masked. The
+paper does not say in which space it compares; both readings are implemented:
 
 - ``"decoded"``: ``f' -> W_dec f' + b -> softmax(s cos(., t_y))`` in the embedding space, ``t_y`` embeddings;
   ``"spliced"`` is the same with the head's reconstruction error kept, ``x + (f' - f) W_dec``: what
   ``model.hooks(mask=...)`` gives by default (``"decoded"``: of a head attached with ``error_term=False``);
-- ``"latent"``: ``softmax(s cos(f', g(t_y)))`` in the head's own space; the one for heads without a decoder.
+- ``"latent"``: ``softmax(s cos(f', g(t_y)))`` in the head's own space; the only one for heads without a decoder.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SPACES = ("decoded", "spliced", "latent")
 
 
 class Masked:
-    """Samples ``x`` under any mask of the head's features; encoded once, each mask costs its own columns.
+    """Samples ``x`` under any mask of the head's features; encoded once, so that a mask only costs its columns.
 
     Args:
-        head: anything of :class:`mmhooks.heads.Head`.
-        x: raw embeddings (unit norm is given where the head expects it), one row a sample.
+        head: any :class:`mmhooks.heads.Head`.
+        x: raw embeddings (normalized here if the head expects it), one row per sample.
 
     Raises:
-        ShapeMismatch, NotFinite: ``x`` does not suit the head.
+        ShapeMismatch, NotFinite: the head cannot read ``x``.
 
     >>> from mmhooks.heads import TopKSAE
     >>> samples = Masked(TopKSAE(8, 32, 4), torch.randn(5, 8))
@@ -58,54 +58,55 @@ class Masked:
         _, self._scale, self._shift = head.scaled(x)
         weight: Any = getattr(head, "W_dec", None)
         self._directions: Any = weight.detach() if head.has_decoder else None
-        self._whole = self._back(head.decode(self.latents)) if head.has_decoder else None
+        self._reconstruction = self._to_input_scale(head.decode(self.latents)) if head.has_decoder else None
 
     def __len__(self) -> int:
         return len(self.x)
 
     @torch.no_grad()
     def vectors(self, mask: Any = None, space: str = "decoded") -> Float[Tensor, "n _"]:
-        """The samples with the features of ``mask`` (a FeatureSet, indices or a bool mask) at zero, in ``space``.
+        """Sets the features of ``mask`` (a FeatureSet, indices or a bool mask) to zero; returns the samples in ``space``.
 
         Raises:
             WrongHead: ``mask`` belongs to another head.
-            NoDecoder: ``"decoded"`` or ``"spliced"`` of a head that has no decoder.
+            NoDecoder: the head has no decoder, and ``space`` is ``"decoded"`` or ``"spliced"``.
         """
         index = torch.empty(0, dtype=torch.long) if mask is None else self._chosen(mask).indices
         if space not in SPACES:
-            raise MMHooksError(f"space is one of {', '.join(map(repr, SPACES))}, came {space!r}")
+            raise MMHooksError(f"space: expected one of {', '.join(map(repr, SPACES))}, got {space!r}")
         if space == "latent":
             return self.latents.index_fill(1, index, 0.0)
-        if self._whole is None:
+        if self._reconstruction is None:
             raise NoDecoder(
-                f"head {self.head.name!r} ({self.head.id}) has no decoder: classify in space='latent', or fit a "
+                f"space {space!r}: expected a head with a decoder, got {self.head.name!r} "
+                f"({self.head.id}) without; use space='latent', or fit a "
                 "decoder first (NCL.fit_decoder)"
             )
-        start = self._whole if space == "decoded" else self.x
+        start = self._reconstruction if space == "decoded" else self.x
         if not len(index):
             return start
         change = self.latents[:, index] @ self._directions[index]
         return start - (change if self._scale is None else self._scale * change)
 
-    def share(self, mask: Any) -> float:
-        """Which share of the samples' summed activations the mask takes away."""
+    def removed_share(self, mask: Any) -> float:
+        """Computes the share of the samples' summed activations that the mask removes."""
         total = float(self.latents.sum())
         return float(self.latents[:, self._chosen(mask).indices].sum()) / total if total else math.nan
 
     def _chosen(self, features: Any) -> FeatureSet:
         return as_feature_set(features, self.head.n_features, head=self.head.id)
 
-    def _back(self, v: Tensor) -> Tensor:
+    def _to_input_scale(self, v: Tensor) -> Tensor:
         v = v if self._scale is None else v * self._scale
         return v if self._shift is None else v + self._shift
 
 
 @dataclass(frozen=True)
 class CosineLabels:
-    """Classes by their label vectors: ``softmax(scale * cos(x, label))``.
+    """Classifier by label vectors: ``softmax(scale * cos(x, label))``.
 
     Args:
-        labels: one row a class, in the space of the samples; never masked.
+        labels: one row per class, in the space of the samples; never masked.
         scale: the factor on the cosine; the model's logit scale by default in the recipes.
 
     >>> CosineLabels(torch.eye(2), 10.0)(torch.tensor([[3.0, 0.0]])).round(decimals=3)
@@ -116,10 +117,12 @@ class CosineLabels:
     scale: float
 
     def __call__(self, x: Float[Tensor, "n d2"]) -> Float[Tensor, "n c"]:
-        """Probabilities; a vector of zeros is as near to every label. In double precision: a cosine times a
-        scale of 100 would lose what an edit changed."""
+        """Computes probabilities; a vector of zeros is equally near to every label. In float64: a cosine times a scale
+        of 100 would lose what an edit changed."""
         if x.shape[-1] != self.labels.shape[-1]:
-            raise ShapeMismatch(f"labels are of width {self.labels.shape[-1]}, samples of {x.shape[-1]}")
+            raise ShapeMismatch(
+                f"samples: expected width {self.labels.shape[-1]}, as the labels have, got {x.shape[-1]}"
+            )
         return (
             self.scale * normalize(x.double(), dim=-1) @ normalize(self.labels.double(), dim=-1).T
         ).softmax(-1)
@@ -127,7 +130,7 @@ class CosineLabels:
 
 @dataclass(frozen=True)
 class Probe:
-    """Classes by logistic regression on unit vectors: :func:`fit_probe` makes it."""
+    """Classifier by logistic regression on unit vectors, made by :func:`fit_probe`."""
 
     weight: Float[Tensor, "c d"]
     bias: Float[Tensor, " c"]
@@ -135,16 +138,16 @@ class Probe:
     def __call__(self, x: Float[Tensor, "n d2"]) -> Float[Tensor, "n c"]:
         if x.shape[-1] != self.weight.shape[-1]:
             raise ShapeMismatch(
-                f"the probe reads vectors of width {self.weight.shape[-1]}, came {x.shape[-1]}"
+                f"probe: expected vectors of width {self.weight.shape[-1]}, got {x.shape[-1]}"
             )
         return (normalize(x.double(), dim=-1) @ self.weight.T + self.bias).softmax(-1)
 
 
 def centroids(x: Float[Tensor, "n d"], y: Int[Tensor, " n2"], n_classes: int = 2) -> Float[Tensor, "c d"]:
-    """Mean unit vector of each class: labels of the same modality as the samples.
+    """Computes the mean unit vector of each class, as labels of the same modality as the samples.
 
     Raises:
-        ShapeMismatch: labels of another number of samples, or a class without a sample.
+        ShapeMismatch: not one label per sample, or a class has no sample.
 
     >>> centroids(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 1, 1]))
     tensor([[1., 0.],
@@ -158,15 +161,15 @@ def centroids(x: Float[Tensor, "n d"], y: Int[Tensor, " n2"], n_classes: int = 2
 def fit_probe(
     x: Float[Tensor, "n d"], y: Int[Tensor, " n2"], *, n_classes: int = 2, c: float = 10.0
 ) -> Probe:
-    """Logistic regression with balanced classes on the unit vectors of ``x`` (scikit-learn's, L2).
+    """Fits logistic regression with balanced classes on the unit vectors of ``x`` (scikit-learn, L2).
 
-    Fit it on other samples than those it judges.
+    Fit it on other samples than those it classifies.
 
     Args:
         c: inverse strength of the L2 penalty.
 
     Raises:
-        ShapeMismatch: labels of another number of samples, or a class without a sample.
+        ShapeMismatch: not one label per sample, or a class has no sample.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -182,12 +185,12 @@ def fit_probe(
 
 @dataclass(frozen=True)
 class Classified(Result):
-    """How samples of known class were classified.
+    """Classification results of samples with known classes.
 
     Attributes:
-        accuracy, probability: share judged right, and mean probability of the own class, of all samples.
-        by_class: the same of each class, ``{name: (accuracy, probability)}``.
-        own: probability of the own class, sample by sample. right: judged right, as 0 or 1.
+        accuracy, probability: over all samples, the share classified correctly, and mean probability of the true class.
+        by_class: the same per class, ``{name: (accuracy, probability)}``.
+        own: per sample, the probability of the true class. right: whether it was classified correctly, as 0 or 1.
     """
 
     accuracy: Estimate
@@ -213,13 +216,13 @@ def classified(
     clusters: Int[Tensor, " n3"] | None = None,
     seed: int = 0,
 ) -> Classified:
-    """Accuracy and mean probability of the own class, with bootstrap intervals over clusters of samples.
+    """Computes accuracy and mean probability of the true class, with bootstrap intervals over clusters of samples.
 
-    ``balanced`` is the mean over classes of their accuracies (chance: one over their number); a tie of two classes
-    counts as half right for two classes.
+    ``balanced`` is the mean of the classes' accuracies (chance: one over their number). A tie of two classes counts as
+    half correct.
 
     Raises:
-        ShapeMismatch: labels of another number of samples or outside the classes.
+        ShapeMismatch: not one label per sample, or a label outside the classes.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     >>> classified(p, torch.tensor([0, 1, 1]), ("woman", "man")).accuracy.value
@@ -227,10 +230,10 @@ def classified(
     """
     if len(y) != len(probabilities) or probabilities.shape[1] != len(names):
         raise ShapeMismatch(
-            f"probabilities are {tuple(probabilities.shape)} but there are {len(y)} labels and {len(names)} classes"
+            f"expected probabilities of shape {(len(y), len(names))}, labels by classes, got {tuple(probabilities.shape)}"
         )
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(names):
-        raise ShapeMismatch(f"labels lie in {int(y.min())}..{int(y.max())}, classes are 0..{len(names) - 1}")
+        raise ShapeMismatch(f"labels: expected 0..{len(names) - 1}, got {int(y.min())}..{int(y.max())}")
     probabilities = probabilities.double()
     own = probabilities.gather(1, y[:, None])[:, 0]
     best = probabilities >= probabilities.amax(1, keepdim=True)
@@ -260,7 +263,7 @@ def _balanced(
     clusters: Int[Tensor, " n3"] | None,
     seed: int,
 ) -> Estimate:
-    """Mean over the classes present of their accuracies, all of them over the same resampled clusters."""
+    """Computes the mean accuracy of the classes present, all over the same resampled clusters."""
     here = torch.nn.functional.one_hot(y, n_classes).double()
     here = here[:, here.any(0)]
     value = float(((right[:, None] * here).sum(0) / here.sum(0)).mean()) if len(y) else math.nan
@@ -281,8 +284,8 @@ def single_ablations(
     *,
     space: str = "decoded",
 ) -> Float[Tensor, "n m c"]:
-    """Probabilities of every sample with one feature at zero, for each of ``features`` (indices in their order, or a
-    bool mask): closed form, nothing is decoded again.
+    """Computes the probabilities of every sample with one feature at zero, for each of ``features`` (indices in their
+    order, or a bool mask), in closed form without decoding again.
 
     With ``v' = v - s f_k w_k`` the cosine to a label needs ``v·t``, ``w_k·t``, ``v·w_k`` and ``|w_k|`` only.
 
@@ -312,20 +315,22 @@ def single_ablations(
 
 def _check_labels(x: Tensor, y: Tensor, n_classes: int) -> None:
     if len(x) != len(y):
-        raise ShapeMismatch(f"{len(x)} samples but {len(y)} labels: one a sample")
+        raise ShapeMismatch(f"expected one label per sample, got {len(x)} samples but {len(y)} labels")
     empty = [c for c in range(n_classes) if not bool((y == c).any())]
     if empty:
-        raise ShapeMismatch(f"no sample of class {empty} among {len(x)}: every class needs at least one")
+        raise ShapeMismatch(
+            f"expected at least one sample of every class, got no sample of class {empty} among {len(x)}"
+        )
 
 
 def prompt_labels(
     model: Any, words: Sequence[Sequence[str]], templates: Sequence[str] = ("{}",)
 ) -> Float[Tensor, "c d"]:
-    """Label embeddings by prompt: for each class the mean unit embedding of its words in all templates.
+    """Computes label embeddings from prompts: per class the mean unit embedding of its words in all templates.
 
     Args:
         model: a hooked CLIP, with its tokenizer.
-        words: of each class, e.g. ``[["woman", "girl"], ["man", "boy"]]``.
+        words: one list per class, e.g. ``[["woman", "girl"], ["man", "boy"]]``.
         templates: each with one ``{}``.
     """
     rows = []

@@ -1,7 +1,7 @@
-"""Mean-ablation of attention heads and MLPs, of their direct contributions or live, and what it costs in accuracy.
+"""Mean-ablation of attention heads and MLPs, of direct contributions or live, and its cost in accuracy.
 
-The paper ("Interpreting CLIP's Image Representation via Text-Based Decomposition", Section 3.3) puts the mean over a
-data set in the place of a *direct contribution*: later layers keep what they read. :func:`ablate_direct` is that.
+The paper ("Interpreting CLIP's Image Representation via Text-Based Decomposition", Section 3.3) replaces a *direct
+contribution* by its mean over a data set, while later layers still read the original; :func:`ablate_direct` does that.
 :func:`mean_edits` ablates live: later layers read the mean too.
 """
 
@@ -37,17 +37,17 @@ from mmhooks.utils.progress import rate_bar
 if TYPE_CHECKING:
     Means, Live = MeanDecomposition, Mapping[str, Tensor]
 else:
-    Means = Live = Any  # checked where they are used, with a sentence
+    Means = Live = Any  # checked where they are used, with a better message
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of a tower an ablation takes: attention heads as ``(layer, head)``, MLPs as layers.
+    """The components of a tower that an ablation replaces: attention heads as ``(layer, head)``, MLPs as layers.
 
-    Either may also be a bool mask, ``[layers, heads]`` and ``[layers]``; a part that is named twice counts once.
+    Either may also be a bool mask, ``[layers, heads]`` or ``[layers]``; duplicates count once.
 
     Raises:
-        ShapeMismatch: what is neither whole numbers nor a mask, or heads that are not pairs.
+        ShapeMismatch: neither integers nor a mask is given, or heads are not pairs.
 
     >>> Parts("some", heads=[(3, 1)], mlps=[False, True]).mlps
     (1,)
@@ -72,7 +72,7 @@ class Parts:
         )
 
     def check(self, depth: int, n_heads: int) -> None:
-        """Raises ShapeMismatch for a part that a tower of ``depth`` layers of ``n_heads`` does not have."""
+        """Raises ShapeMismatch for a component that a tower of ``depth`` layers with ``n_heads`` heads does not have."""
         bad: list[Any] = [
             pair for pair in self.heads if not (0 <= pair[0] < depth and 0 <= pair[1] < n_heads)
         ]
@@ -80,13 +80,13 @@ class Parts:
         bad += [f"a mask of shape {s}" for s in self._shapes if s != (depth, n_heads)[: len(s)]]
         if bad:
             raise ShapeMismatch(
-                f"ablation {self.name!r} names {bad[:4]}, the tower has layers 0 to {depth - 1} of {n_heads} attention heads"
+                f"ablation {self.name!r}: expected layers 0 to {depth - 1} of {n_heads} attention heads each, got {bad[:4]}"
             )
 
 
 def paper_parts(depth: int, n_heads: int, *, last: int = 4) -> list[Parts]:
-    """The paper's ablations: all MLPs; attention of all layers but the ``last`` ones; both, so that only the direct
-    effect of the last layers' attention heads is left (the initial stream ablated too); and each layer by itself.
+    """Lists the paper's ablations: all MLPs; attention of all layers except the ``last`` ones; both, so that only the
+    direct effect of the last layers' attention heads is left (with the initial stream ablated too); and each layer.
 
     >>> [part.name for part in paper_parts(6, 6)[:3]]
     ['MLPs', 'attention before the last 4', 'all but attention of the last 4']
@@ -106,7 +106,7 @@ def paper_parts(depth: int, n_heads: int, *, last: int = 4) -> list[Parts]:
 
 
 class SiteMeans(dict[str, Tensor]):
-    """Means of what flows at sites, by site, and where they come from; see :func:`site_means`."""
+    """Mean activations by site, with their origin; see :func:`site_means`."""
 
     def __init__(self, means: Mapping[str, Tensor], origin: Origin, n: int) -> None:
         super().__init__(means)
@@ -114,11 +114,11 @@ class SiteMeans(dict[str, Tensor]):
 
 
 def ablate_direct(parts: Decomposition, means: Means, what: Parts) -> Float[Tensor, "b e"]:
-    """The embeddings with the direct contributions of ``what`` replaced by their means; nothing is run again.
+    """Replaces the direct contributions of ``what`` in the embeddings by their means, without running the model again.
 
     Raises:
-        ShapeMismatch: a part that the tower does not have.
-        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
+        ShapeMismatch: the tower does not have a component.
+        WrongOrigin: not means, or means of another tower, model or normalization than the parts.
     """
     means = check_means(means)
     means.check_for(parts)
@@ -144,10 +144,10 @@ def site_means(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SiteMeans:
-    """Running mean over a data set of what flows at each site, token by token, in evaluation mode.
+    """Computes mean activations over a data set at each site, token by token, in evaluation mode.
 
     Raises:
-        UnknownSite: no such site. DataError: no input. ShapeMismatch: numbers of tokens that differ.
+        UnknownSite: there is no such site. DataError: there is no input. ShapeMismatch: numbers of tokens differ.
     """
     sums: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
@@ -157,14 +157,14 @@ def site_means(
         name, part = hook.name, value.detach().double().sum(0)  # type: ignore[attr-defined]
         if name in sums and sums[name].shape != part.shape:
             raise ShapeMismatch(
-                f"{name}: rows of shape {tuple(part.shape)} after {tuple(sums[name].shape)}; a mean needs one shape"
+                f"{name}: expected rows of shape {tuple(sums[name].shape)}, as before, got {tuple(part.shape)}"
             )
         sums[name] = part if name not in sums else sums[name] + part
         kinds[name] = value.dtype
 
     check_model(model)
     if isinstance(sites, str):
-        raise MMHooksError(f"sites: expected a list of names, got one name: [{sites!r}]")
+        raise MMHooksError(f"sites: expected a list of names, got one name: give [{sites!r}]")
     encode = model.encode_image if tower == "image" else model.encode_text
     bar = rate_bar("means of sites", None, unit=f"{tower}s", show=progress)
     with evaluating(model.model), bar as advance, torch.no_grad():
@@ -174,26 +174,26 @@ def site_means(
             n += len(batch)
             advance(len(batch))
     if not n:
-        raise DataError("no means: the data set has no images or texts")
+        raise DataError("expected at least one input, got no means: the data set has no images or texts")
     means = {name: (total / n).to(kinds[name]) for name, total in sums.items()}
     return SiteMeans(means, origin_of(model, tower, False, inputs), n)
 
 
 def ablation_sites(what: Parts, *, tower: str = "image") -> list[str]:
-    """The sites that a live ablation of ``what`` edits: ``attn.head_out`` and ``mlp_out`` of its layers."""
+    """Lists the sites that a live ablation of ``what`` edits: ``attn.head_out`` and ``mlp_out`` of its layers."""
     heads = [f"{tower}.blocks.{n}.attn.head_out" for n in sorted({n for n, _ in what.heads})]
     return heads + [f"{tower}.blocks.{n}.mlp_out" for n in sorted(what.mlps)]
 
 
 def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
-    """Edits that put the mean of a data set in the place of what heads and MLPs write, for ``model.hooks(*edits)``.
+    """Makes edits that replace the outputs of heads and MLPs by their means, for ``model.hooks(*edits)``.
 
     Args:
-        means: of :func:`site_means`, at the sites of :func:`ablation_sites`.
+        means: from :func:`site_means`, at the sites of :func:`ablation_sites`.
 
     Raises:
-        ShapeMismatch: ``initial`` is no edit: everything would be gone.
-        WrongOrigin: means of something else than sites, or of another tower; a site that they lack.
+        ShapeMismatch: ``initial`` cannot be ablated live, as every layer reads it.
+        WrongOrigin: the means are not by site, are of another tower, or lack a site.
 
     >>> heads = Parts("two heads", heads=((5, 0), (5, 3)))
     >>> edits = mean_edits(heads, site_means(model, pairs, ablation_sites(heads)))    # doctest: +SKIP
@@ -201,7 +201,8 @@ def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
     """
     if what.initial:
         raise ShapeMismatch(
-            f"{what.name!r} ablates the initial stream, which all layers read: take ablate_direct"
+            f"live ablation: expected heads and MLPs, got {what.name!r} with the initial "
+            "stream, which all layers read: use ablate_direct"
         )
     sites = ablation_sites(what, tower=tower)
     _check_sites(means, sites, tower)
@@ -218,13 +219,13 @@ def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
 def head_importance(
     parts: Decomposition, direction: Vectors, means: Means | None = None
 ) -> Float[Tensor, "l h"]:
-    """Mean contribution of every attention head along a direction ``[e]``: a class's text embedding, a difference of two.
+    """Computes the mean contribution of every attention head along a direction ``[e]``, such as a class's text embedding.
 
-    With ``means`` of other data, by how much the batch's contributions stand out from them.
+    With ``means`` of other data, the result is the difference from these means.
 
     Raises:
-        ShapeMismatch: something else than one direction in the embedding's space.
-        WrongOrigin: no means, or means of another tower, model or normalization than the parts.
+        ShapeMismatch: not one direction in the embedding space.
+        WrongOrigin: not means, or means of another tower, model or normalization than the parts.
     """
     heads = parts.heads.mean(0)
     check_directions(
@@ -239,7 +240,7 @@ def head_importance(
 
 @dataclass(frozen=True)
 class AblationResult(Result):
-    """Zero-shot accuracy before and after every ablation, direct and live (None where there is no live one)."""
+    """Zero-shot accuracy before and after every ablation, direct and live (None if it was not run live)."""
 
     names: tuple[str, ...]
     before: Estimate
@@ -248,7 +249,7 @@ class AblationResult(Result):
     n: int
 
     def table(self) -> Records:
-        """One row an ablation."""
+        """One row per ablation."""
         return Records(
             {
                 "ablated": name,
@@ -276,16 +277,16 @@ def ablations(
     batch_size: int = 32,
     progress: bool = False,
 ) -> AblationResult:
-    """Accuracy of images among the text embeddings ``classes``, before and after each ablation.
+    """Computes the zero-shot accuracy of images with class embeddings ``classes``, before and after each ablation.
 
     Args:
-        means: direct contributions' means, ``mm.decompose(model, data)``; of other images than these, to be fair.
-        what: :func:`paper_parts` by default.
-        live_means: of :func:`site_means` on the sites of all ablations; without them only direct ones are done.
+        means: means of direct contributions, ``mm.decompose(model, data)``; for a fair test, of other images than these.
+        what: default :func:`paper_parts`.
+        live_means: from :func:`site_means` at the sites of all ablations; without them only direct ones are run.
 
     Raises:
-        ShapeMismatch: labels of another number, or outside the classes; a part that is not there.
-        WrongOrigin: means that are not raw image means of this model.
+        ShapeMismatch: not one label per image, a label outside the classes, or a component does not exist.
+        WrongOrigin: the means are not raw image means of this model.
     """
     check_model(model)
     check_batch(model, inputs, "image")
@@ -299,7 +300,7 @@ def ablations(
         or not 0 <= int(labels.min()) <= int(labels.max()) < len(classes)
     ):
         raise ShapeMismatch(
-            f"{len(inputs)} images need as many labels from 0 to {len(classes) - 1}, came {len(labels)}"
+            f"labels: expected one from 0 to {len(classes) - 1} for each of {len(inputs)} images, got {len(labels)}"
             + (f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else "")
         )
     depth, n_heads = means.heads.shape[:2]
@@ -347,8 +348,8 @@ def ablations(
 def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
     if not isinstance(means, Mapping):
         raise WrongOrigin(
-            f"expected means by site, got a {type(means).__name__}: live ablations take site_means(model, data, sites), "
-            "means of direct contributions belong to ablate_direct"
+            f"expected means by site, got a {type(means).__name__}: live ablations need site_means(model, data, sites); "
+            "means of direct contributions are for ablate_direct"
         )
     if isinstance(means, SiteMeans) and means.origin.tower != tower:
         raise WrongOrigin(f"expected means of the {tower} tower, got means of the {means.origin.tower} tower")
@@ -356,14 +357,14 @@ def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
     if missing:
         raise WrongOrigin(
             f"expected means at {len(set(sites))} sites, got none at {', '.join(missing[:3])}: "
-            "site_means(model, data, ablation_sites(what)) makes them"
+            "make them by site_means(model, data, ablation_sites(what))"
         )
 
 
 def _named(
     given: Bool[Tensor, "..."] | Int[Tensor, "..."], width: int, expected: str
 ) -> tuple[tuple[int, ...], ...]:
-    """Entries of ``width`` numbers each, without repeats, of numbers or of a mask of so many dimensions."""
+    """Converts integers or a mask of ``width`` dimensions to tuples of ``width`` numbers, without duplicates."""
     if given.dtype == torch.bool:
         if given.ndim != width:
             raise ShapeMismatch(
@@ -373,7 +374,7 @@ def _named(
     elif width == 1 and given.ndim < 2:
         given = given.reshape(-1, 1)
     elif given.numel() and (width == 1 or given.ndim != 2 or given.shape[1] != width):
-        raise ShapeMismatch(f"{expected}, got whole numbers of shape {tuple(given.shape)}")
+        raise ShapeMismatch(f"{expected}, got integers of shape {tuple(given.shape)}")
     return tuple(dict.fromkeys(map(tuple, given.reshape(-1, width).tolist())))
 
 

@@ -1,4 +1,4 @@
-"""One pass over a store for all measures at once: each with its interval, in one frozen result."""
+"""All measures of a store in one pass, each with its interval: :func:`measure` and its result :class:`Measures`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmhooks.analysis.inputs.store_rows import (
     batch_size,
     data_id,
     latent_rows,
-    share,
+    row_batches,
     vector_rows,
 )
 from mmhooks.analysis.measures.bridges import Bridge, BridgeResult
@@ -45,7 +45,7 @@ from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples
 from mmhooks.analysis.measures.win_rate import WinRateResult, win_rate_of
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest, permutation_test
-from mmhooks.analysis.statistics.jackknife import Grouped
+from mmhooks.analysis.statistics.jackknife import JackknifeGroups
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
@@ -53,7 +53,7 @@ from mmhooks.heads.base import Head
 SIDES: tuple[Side, ...] = get_args(Side)
 BRIDGE_FEATURES = 4096
 CKNNA_ROWS, CKNNA_BLOCKS, CKNNA_NEIGHBOURS = 1000, 10, 10
-COMPARED = (
+CKNNA_PAIRS = (
     ("image embeddings", "text embeddings"),
     ("image embeddings", "image latents"),
     ("text embeddings", "text latents"),
@@ -61,7 +61,7 @@ COMPARED = (
 )
 
 
-class Clock:
+class StageTimer:
     """Adds up the seconds of named stages."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class _Inputs:
     n: int
     latents: dict[Side, LatentRows]
     embeddings: dict[Side, VectorRows]  # the model's own
-    judges: dict[Side, VectorRows]  # whose cosine says how alike samples are
+    judges: dict[Side, VectorRows]  # whose cosine says how similar samples are
 
 
 @torch.no_grad()
@@ -101,34 +101,34 @@ def measure(
     seed: int = 0,
     progress: bool = True,
 ) -> Measures:
-    """Every measure of both sides of a store, in one pass with memory that does not grow with it.
+    """Computes every measure of both sides of a store, in one pass with memory that does not grow with the store.
 
     MDS with groups and tests, density and L0, top samples, EmbedSim, WinRate, MonoSemanticity, modality gap,
-    bridges, CKNNA. After the pass the vectors of top samples, of one random pool and of the paper's controls are
-    read by number, and for CKNNA at most 10 blocks of 1,000 rows. Under ``torchrun`` (an initialised
-    ``torch.distributed``) the processes share the batches out and all return the same result.
+    bridges, CKNNA. After the pass, the vectors of top samples, of one random pool and of the paper's controls are
+    read by row number, and at most 10 blocks of 1,000 rows for CKNNA. Under ``torchrun`` (an initialised
+    ``torch.distributed``) the batches are divided among the processes, which all return the same result.
 
     Args:
         store: :class:`mmhooks.data.Store`, or anything that reads like one.
-        head: runs over stored embeddings; without one the stored latents are read.
-        image, text: sites of latents, or, with a head, of the vectors that it reads; default
+        head: runs on stored embeddings; without one the stored latents are read.
+        image, text: sites of latents or, with a head, of the vectors that it reads; default
             ``<side>.embed`` with a head, else the side's one site of latents.
-        embeddings: by side ("image", "text"), another model's vectors of the same pairs, row by row, or a
-            site's name: how alike samples are (EmbedSim, WinRate, MonoSemanticity). Default the model's own
-            ``<side>.embed``.
-        kind: what counts as activation: "relu", or "abs" for a model's own signed coordinates.
-        m: top samples a feature. pool: random samples of WinRate.
+        embeddings: by side ("image", "text"), another model's vectors of the same pairs, row by row, or the name
+            of a site. They say how similar samples are (EmbedSim, WinRate, MonoSemanticity). Default: the model's
+            own ``<side>.embed``.
+        kind: the activation: "relu", or "abs" for a model's own signed coordinates.
+        m: top samples per feature. pool: random samples of WinRate.
         min_fires, seed: as in :func:`mmhooks.analysis.measures.mds.mds`.
 
     Raises:
-        UnknownSite, ShapeMismatch: a site that is missing, or does not fit; before anything is read.
-        NotFinite: NaN in the store; names row and feature.
+        UnknownSite, ShapeMismatch: a site is missing or does not fit; raised before anything is read.
+        NotFinite: the store holds NaN; names row and feature.
 
     >>> mm.measure(mm.Store("runs/acts"), head=mm.load_head("mini/sae")).table()    # doctest: +SKIP
     """
     check_kind("activation", kind, ("relu", "abs"))
     check_sizes(m, 2, len(store))
-    clock, skipped = Clock(), {}
+    timer, skipped = StageTimer(), {}
     inputs = _resolve(store, head, {"image": image, "text": text}, embeddings or {}, skipped)
     n, n_features = inputs.n, inputs.latents["image"].n_features
     name = inputs.latents["image"].site if head is None else head.id
@@ -137,7 +137,7 @@ def measure(
     def score(**options: bool) -> MDS:
         return MDS(n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed, **options)
 
-    scores = Grouped(score)
+    scores = JackknifeGroups(score)
     top: dict[Side, TopSamples] = {side: TopSamples(n_features, m=m) for side in SIDES}
     fires: dict[Side, FeatureDensity] = {side: FeatureDensity(n_features, seed=seed) for side in SIDES}
     mono: dict[Side, MonoSemanticity] = {
@@ -146,48 +146,48 @@ def measure(
     means = _means(inputs, skipped)
     bridge = _bridge(n_features, head, skipped)
     reads = [*inputs.latents.values(), *inputs.embeddings.values(), *inputs.judges.values()]
-    for number, begin, end in share(
+    for number, begin, end in row_batches(
         n, batch_size(n), f"measures of {n} pairs", reads=reads, progress=progress
     ):
-        with clock("latents"):
+        with timer("latents"):
             batch: dict[Side, Latents] = {
                 side: _activated(rows[begin:end], kind) for side, rows in inputs.latents.items()
             }
-        with clock("MDS"):
+        with timer("MDS"):
             scores.update(batch["image"], batch["text"], start=begin, number=number)
-        with clock("top samples"):
+        with timer("top samples"):
             for side in SIDES:
                 top[side].update(batch[side], start=begin)
-        with clock("density and L0"):
+        with timer("density and L0"):
             for side in SIDES:
                 fires[side].update(batch[side])
-        with clock("MonoSemanticity"):
+        with timer("MonoSemanticity"):
             for side, metric in mono.items():
                 metric.update(batch[side], inputs.judges[side][begin:end].cpu())
         if means is not None:
-            with clock("modality gap"):
+            with timer("modality gap"):
                 means.update(*(inputs.embeddings[side][begin:end].cpu() for side in SIDES), number=number)
         if bridge is not None:
-            with clock("bridges"):
+            with timer("bridges"):
                 bridge.update(batch["image"], batch["text"])
-    with clock("intervals and tests"):
-        whole = scores.whole().result()
+    with timer("intervals and tests"):
+        dominance_scores = scores.merged().result()
         over_samples = scores.estimate(_mean_score, n)
-        dominance = differs_from_half(whole)
+        dominance = differs_from_half(dominance_scores)
         gap = None if means is None else gap_of(means, n)
         found = {side: metric.result() for side, metric in top.items()}
         densities = {side: metric.result() for side, metric in fires.items()}
         monosemanticity = {side: metric.result() for side, metric in mono.items()}
-    with clock("CKNNA"):
+    with timer("CKNNA"):
         alignment = _alignment(inputs, kind, skipped)
-    with clock("EmbedSim and WinRate"):
+    with timer("EmbedSim and WinRate"):
         samples = {
             s: samples_of(found[s], judge, n, m=m, pool=pool, seed=seed, s_minus=_mean_cosine(mono[s]))
             for s, judge in inputs.judges.items()
         }
         sim = {side: embed_sim_of(s, seed=seed) for side, s in samples.items()}
         wins = {side: win_rate_of(s, seed=seed) for side, s in samples.items()}
-        imgd, textd, _ = whole.groups
+        imgd, textd, _ = dominance_scores.groups
         contrasts, permutations = {}, {}
         if "image" in sim:
             contrasts["visual"] = visual_monosemanticity(sim["image"], imgd, textd, seed=seed)
@@ -202,7 +202,7 @@ def measure(
         sites={side: rows.site for side, rows in inputs.latents.items()},
         judges={side: rows.name for side, rows in inputs.judges.items()},
         settings={"kind": kind, "m": m, "pool": pool, "min_fires": min_fires, "seed": seed},
-        mds=whole,
+        mds=dominance_scores,
         mds_over_samples=over_samples,
         dominance=dominance,
         density=dict(densities),
@@ -216,7 +216,7 @@ def measure(
         bridge=_bridge_result(bridge, head),
         cknna=alignment,
         skipped=skipped,
-        seconds=clock.all(),
+        seconds=timer.all(),
     )
 
 
@@ -228,13 +228,13 @@ def _resolve(
     skipped: dict[str, str],
 ) -> _Inputs:
     if set(given) - set(SIDES):
-        raise MMHooksError(f"embeddings are given by side, image and text; came {', '.join(given)}")
+        raise MMHooksError(f"embeddings: expected the sides image and text as keys, got {', '.join(given)}")
     latents: dict[Side, LatentRows] = {side: latent_rows(store, side, head, sites[side]) for side in SIDES}
     widths = {side: rows.n_features for side, rows in latents.items()}
     if len(set(widths.values())) > 1:
         raise MMHooksError(
-            f"{latents['image'].site} has {widths['image']} features, {latents['text'].site} {widths['text']}: "
-            "give the two sides of one head"
+            f"expected both sides of the same head, got {widths['image']} features at {latents['image'].site}, "
+            f"{widths['text']} at {latents['text'].site}"
         )
     own: dict[Side, VectorRows] = {
         s: vector_rows(store, f"{s}.embed") for s in SIDES if f"{s}.embed" in store.sites
@@ -250,20 +250,20 @@ def _resolve(
     return _Inputs(len(store), latents, own, judges)
 
 
-def _means(inputs: _Inputs, skipped: dict[str, str]) -> Grouped[ModalityMeans] | None:
+def _means(inputs: _Inputs, skipped: dict[str, str]) -> JackknifeGroups[ModalityMeans] | None:
     widths = {side: rows.width for side, rows in inputs.embeddings.items()}
     if len(widths) == 2 and len(set(widths.values())) == 1:
-        return Grouped(partial(ModalityMeans, widths["image"]))
-    skipped["modality gap"] = f"needs image.embed and text.embed of one width, came {widths or 'neither'}"
+        return JackknifeGroups(partial(ModalityMeans, widths["image"]))
+    skipped["modality gap"] = f"needs image.embed and text.embed of the same width, got {widths or 'neither'}"
     return None
 
 
 def _bridge(n_features: int, head: Head | None, skipped: dict[str, str]) -> Bridge | None:
     if head is None or not head.has_decoder:
-        skipped["bridges"] = "need the directions that features write: give a head with a decoder"
+        skipped["bridges"] = "needs the features' decoder directions: give a head with a decoder"
     elif n_features > BRIDGE_FEATURES:
         skipped["bridges"] = (
-            f"{n_features} features squared is much: mmhooks.analysis.measures.bridges takes a choice of them"
+            f"{n_features}² pairs of features are too many: give mmhooks.analysis.measures.bridges a selection"
         )
     else:
         return Bridge(n_features)
@@ -275,29 +275,29 @@ def _bridge_result(bridge: Bridge | None, head: Head | None) -> BridgeResult | N
 
 
 def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str, str]) -> dict[str, Estimate]:
-    """CKNNA of what lies beside each other, over blocks of rows spread evenly over the store."""
+    """Computes CKNNA of the representations in CKNNA_PAIRS, over blocks of rows spread evenly over the store."""
     size = min(CKNNA_ROWS, inputs.n)
     if not inputs.embeddings or size < 2 * CKNNA_NEIGHBOURS:
         skipped["CKNNA"] = (
-            f"needs embeddings and {2 * CKNNA_NEIGHBOURS} pairs, came {inputs.n} pairs and "
+            f"needs embeddings and {2 * CKNNA_NEIGHBOURS} pairs, got {inputs.n} pairs and "
             f"{', '.join(rows.name for rows in inputs.embeddings.values()) or 'no embeddings'}"
         )
         return {}
     blocks = min(CKNNA_BLOCKS, inputs.n // size)
     metrics: dict[str, CKNNA] = {}
-    for _, block, _ in share(blocks, 1):
+    for _, block, _ in row_batches(blocks, 1):
         begin = block * (inputs.n - size) // max(1, blocks - 1)
         rows = slice(begin, begin + size)
         tables: dict[str, Tensor] = {f"{s} embeddings": v[rows].cpu() for s, v in inputs.embeddings.items()}
         for side in inputs.embeddings:
             latents = _activated(inputs.latents[side][rows], kind)
             tables[f"{side} latents"] = latents.dense() if isinstance(latents, SparseRows) else latents
-        for one, other in COMPARED:
+        for one, other in CKNNA_PAIRS:
             if one in tables and other in tables:
                 metric = metrics.setdefault(f"{one} – {other}", CKNNA(k=CKNNA_NEIGHBOURS))
                 metric.update(tables[one], tables[other])
-    names = [f"{a} – {b}" for a, b in COMPARED if all(x.split()[0] in inputs.embeddings for x in (a, b))]
-    with warnings.catch_warnings():  # a process without a block has only those of others to add
+    names = [f"{a} – {b}" for a, b in CKNNA_PAIRS if all(x.split()[0] in inputs.embeddings for x in (a, b))]
+    with warnings.catch_warnings():  # a process without a block only adds those of others
         warnings.filterwarnings("ignore", message="The ``compute`` method")
         return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
 
@@ -313,7 +313,7 @@ def _mean_score(metric: MDS) -> float:
 
 
 def _mean_cosine(metric: MonoSemanticity) -> float:
-    """Over all pairs of samples; the sums are those that MonoSemanticity keeps anyway."""
+    """Mean cosine over all pairs of samples, from sums that MonoSemanticity keeps anyway."""
     state = metric.compute()
     n = int(state["n_samples"])
     return (float(state["unit_sum"].square().sum()) - float(state["unit_squares"])) / (n * n - n)
@@ -324,16 +324,16 @@ class Measures(Result):
     """All measures of one head over one store; see :func:`mmhooks.analysis.measures.all_measures.measure`.
 
     Attributes:
-        mds, mds_over_samples: scores with groups; their mean over alive features with a jackknife over samples.
-        dominance: per-feature test that R is not one half, after Benjamini-Hochberg.
+        mds: scores and groups. mds_over_samples: their mean over alive features, with a jackknife over samples.
+        dominance: per-feature test of R against one half, after Benjamini-Hochberg.
         density, embed_sim, win_rate, monosemanticity, top: by side.
-        contrasts, permutations: visual (ImgD − TextD on pictures) and textual (TextD − ImgD on texts)
+        contrasts, permutations: visual (ImgD − TextD on images) and textual (TextD − ImgD on texts)
             EmbedSim, with random groups and with a permutation test.
-        gap, cknna, bridge: of the two sides' embeddings; CKNNA by what is compared.
-        skipped: measures that could not be taken, and why.
-        judges: whose embeddings say how alike samples are, by side.
-        sites: what was read, by side.
-        seconds: spent on reading, on each measure and in all, by this process.
+        gap, bridge: of the two sides. cknna: by the representations compared.
+        skipped: measures that could not be computed, and why.
+        judges: by side, the vectors that say how similar samples are.
+        sites: by side, the site that was read.
+        seconds: time spent on reading, on each measure and in total, by this process.
     """
 
     n_pairs: int
@@ -359,7 +359,7 @@ class Measures(Result):
     seconds: dict[str, float] = field(default_factory=dict)
 
     def table(self) -> Records:
-        """One row a number: value, interval, what n counts."""
+        """One row per number: value, interval, n and what n counts."""
         rows = [_row("MDS μ", "both", self.mds.mu_estimate, "features")]
         rows.append(_row("MDS μ", "both", self.mds_over_samples, "pairs"))
         for side, found in self.density.items():
@@ -408,7 +408,7 @@ class Measures(Result):
         return {title: table for title, table in tables.items() if table}
 
     def group_names(self) -> list[str]:
-        """For every feature its group, or "dead"."""
+        """The group of every feature, or "dead"."""
         names = ["dead"] * len(self.mds.R)
         for name, group in zip(GROUPS, self.mds.groups, strict=True):
             for k in group:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import CHUNK_BYTES, check_numbers, check_shapes
-from mmhooks.analysis.inputs.sparse import Columns, Latents, check_latents, rise
+from mmhooks.analysis.inputs.sparse import Columns, Latents, check_latents, to_float32
 from mmhooks.analysis.results import Records, Result
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import ShapeMismatch, WrongHead
@@ -22,14 +22,14 @@ MAX_FEATURES = 8192
 
 @dataclass(frozen=True)
 class BridgeResult(Result):
-    """Bridge scores ``B[i, j] = E[a_I[i] a_T[j]] * cos(d_i, d_j)`` of pairs of features, summed up.
+    """Summary of the bridge scores ``B[i, j] = E[a_I[i] a_T[j]] * cos(d_i, d_j)`` of pairs of features.
 
     Attributes:
-        own: B[k, k]: the feature bridges the modalities itself.
-        partner, partner_score: the other feature that k, on pictures, is bridged to most strongly on texts;
-            -1 and 0 where there is none above 0.
+        own: B[k, k], by which the feature bridges the modalities itself.
+        partner, partner_score: per feature k on images, the other feature with the largest B on texts; -1 and 0
+            if no B is above 0.
         off_diagonal: share of the positive mass of B that lies between different features.
-        strongest: pairs of different features with the largest B: (image feature, text feature, B,
+        strongest: pairs of different features with the largest B, as (image feature, text feature, B,
             co-activation, cosine).
     """
 
@@ -48,10 +48,10 @@ class BridgeResult(Result):
 
 
 class Bridge(Metric):
-    """Co-activation ``E[a_I[i] a_T[j]]`` of every two features over pairs, streaming: ``update(image, text)``,
-    then ``compute()`` for the table or :meth:`result` with the decoder's rows.
+    """Streaming co-activation ``E[a_I[i] a_T[j]]`` of every two features over pairs: ``update(image, text)``, then
+    ``compute()`` for the matrix or :meth:`result` with the decoder's rows.
 
-    A sparse batch costs K·n a pair. The state is ``n_features²`` doubles.
+    A sparse batch costs K·n per pair. The state is ``n_features²`` doubles.
 
     Raises:
         ShapeMismatch: more than 8,192 features (512 MB).
@@ -74,8 +74,8 @@ class Bridge(Metric):
         super().__init__(**kwargs)
         if n_features > MAX_FEATURES:
             raise ShapeMismatch(
-                f"co-activation of {n_features} features takes {8 * n_features**2 / 1e9:.1f} GB; at most "
-                f"{MAX_FEATURES} are taken: give the columns of the features that matter"
+                f"co-activation: expected at most {MAX_FEATURES} features, got {n_features}, which take "
+                f"{8 * n_features**2 / 1e9:.1f} GB: give the columns of the features that matter"
             )
         self.n_features = n_features
         self.add_state(
@@ -87,7 +87,7 @@ class Bridge(Metric):
         """Adds a batch of pairs.
 
         Raises:
-            ShapeMismatch: sides of different shape, or another width. NotFinite: NaN or infinity.
+            ShapeMismatch: the sides differ in shape, or have another width. NotFinite: NaN or infinity.
         """
         start = int(self.n_pairs)
         for side, given in (("image", image), ("text", text)):
@@ -99,28 +99,29 @@ class Bridge(Metric):
         size = max(1, CHUNK_BYTES // (8 * self.n_features))
         for begin in range(0, len(image), size):
             one, other = image[begin : begin + size], text[begin : begin + size]
-            table = rise(other.dense().cpu() if isinstance(other, SparseRows) else other)
+            table = to_float32(other.dense().cpu() if isinstance(other, SparseRows) else other)
             if isinstance(one, SparseRows):
                 products = Columns.of(one).transposed_times(table.cpu())
             else:
-                products = rise(one).T.to(table.dtype) @ table.to(one.device)
+                products = to_float32(one).T.to(table.dtype) @ table.to(one.device)
             self.products += products.to(self.products)
         self.n_pairs = self.n_pairs + len(image)
 
     def compute(self) -> dict[str, Tensor]:
-        """``together``, the mean product of every image feature (row) with every text feature (column), and
-        ``n_pairs``."""
+        """``together``, the mean product of every image feature (row) and text feature (column), and ``n_pairs``."""
         return {"together": self.products / self.n_pairs.clamp_min(1), "n_pairs": self.n_pairs}
 
     def result(self, decoder: Float[Tensor, "n d"], *, strongest: int = 20) -> BridgeResult:
-        """The scores, with ``decoder`` the directions that the features write (``head.W_dec``).
+        """Computes the scores; ``decoder`` holds the directions that the features write (``head.W_dec``).
 
         Raises:
-            WrongHead: another number of rows than features.
+            WrongHead: the decoder does not have one row per feature.
         """
         n = self.n_features
         if len(decoder) != n:
-            raise WrongHead(f"a decoder of {len(decoder)} rows for {n} features: take that of the same head")
+            raise WrongHead(
+                f"expected a decoder of {n} rows, one per feature, got {len(decoder)}: take that of the same head"
+            )
         state = self.compute()
         together = state["together"].reshape(n, n).cpu()
         unit = normalize(decoder.detach().cpu().double(), dim=1)

@@ -1,6 +1,6 @@
-"""CKNNA: do two representations of the same samples have the same neighbourhoods.
+"""CKNNA: whether two representations of the same samples have the same neighbourhoods.
 
-Of batches, streaming: its mean, with how much they differ.
+:func:`cknna` compares one batch; the streaming :class:`CKNNA` averages over batches, with their spread.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from mmhooks.analysis.inputs.checks import check_finite
 from mmhooks.analysis.results import Estimate
 from mmhooks.errors import ShapeMismatch
 
-_AT_ONCE = 1 << 24  # inner products in memory at a time
+_MAX_PRODUCTS = 1 << 24  # inner products in memory at a time
 
 
 @torch.no_grad()
 def cknna(one: Float[Tensor, "b d"], other: Float[Tensor, "b2 d2"], *, k: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment (Huh et al. 2024, "The Platonic Representation Hypothesis").
+    """Computes centred kernel nearest-neighbour alignment (Huh et al. 2024, "The Platonic Representation Hypothesis").
 
     ``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))`` with the unbiased estimator of HSIC, where K holds the inner
     products of ``one`` and L those of ``other``, each only where the column is among the row's ``k`` nearest in
     both (in the denominator: in K, in L). 1: the same neighbours at the same distances; about 0: none in common.
 
-    The B x B matrices have at most ``k`` entries a row, and HSIC's mixed term ``1' K L 1`` is the product of K's
-    column sums with L's row sums: nothing of size B x B is kept, where the plain form multiplies such matrices.
+    The B x B matrices have at most ``k`` entries per row, and HSIC's mixed term ``1' K L 1`` is the product of K's
+    column sums and L's row sums, so nothing of size B x B is kept; the plain form multiplies such matrices.
 
     Raises:
-        NotFinite: NaN or infinity in either.
-        ShapeMismatch: sides of different length, or too few samples for ``k`` neighbours (at least ``k + 1`` and 4).
+        NotFinite: NaN or infinity in either side.
+        ShapeMismatch: the sides differ in length, or have too few samples for ``k`` neighbours (at least ``k + 1``
+            and 4).
 
     >>> x = torch.randn(50, 8)
     >>> round(cknna(x, 3 * x), 4)
@@ -44,7 +45,7 @@ def cknna(one: Float[Tensor, "b d"], other: Float[Tensor, "b2 d2"], *, k: int = 
     b = len(one)
     if len(other) != b or k < 1 or b < max(4, k + 1):
         raise ShapeMismatch(
-            f"CKNNA compares the same samples on both sides, at least 4 and {k + 1} for k = {k} >= 1; came "
+            f"CKNNA: expected the same samples on both sides, at least {max(4, k + 1)} for k = {k}, and k >= 1; got "
             f"{b} and {len(other)}"
         )
     first, second = _neighbours(one.double(), k), _neighbours(other.double(), k)
@@ -60,10 +61,10 @@ Edges = tuple[Int[Tensor, " _"], Int[Tensor, " _"], Float[Tensor, " _"]]  # row,
 
 
 def _neighbours(x: Float[Tensor, "b d"], k: int) -> Edges:
-    """The ``k`` largest inner products of each row with other rows, a block of rows at a time."""
+    """Finds the ``k`` largest inner products of each row with other rows, one block of rows at a time."""
     values, columns = [], []
-    for begin in range(0, len(x), max(1, _AT_ONCE // len(x))):
-        block = x[begin : begin + max(1, _AT_ONCE // len(x))] @ x.T
+    for begin in range(0, len(x), max(1, _MAX_PRODUCTS // len(x))):
+        block = x[begin : begin + max(1, _MAX_PRODUCTS // len(x))] @ x.T
         rows = torch.arange(len(block), device=x.device)
         block[rows, begin + rows] = -torch.inf
         best = block.topk(k, dim=1)
@@ -74,7 +75,7 @@ def _neighbours(x: Float[Tensor, "b d"], k: int) -> Edges:
 
 
 def _common(first: Edges, second: Edges, b: int) -> tuple[Tensor, Tensor]:
-    """Which edges of each are also edges of the other."""
+    """Marks the edges that both graphs have."""
     one, other = first[0] * b + first[1], second[0] * b + second[1]
     return torch.isin(one, other), torch.isin(other, one)
 
@@ -100,10 +101,10 @@ def _hsic(first: Edges, second: Edges, b: int) -> float:
 
 
 class CKNNA(Metric):
-    """Mean over batches of :func:`mmhooks.analysis.measures.cknna.cknna`: ``update(one, other)``, then :meth:`result`.
+    """Streaming mean over batches of :func:`~mmhooks.analysis.measures.cknna.cknna`: ``update(one, other)``, then :meth:`result`.
 
-    Neighbours are sought within a batch, so its size is part of the measure: give batches of one size (the
-    literature's is about 1,000). Batches without a value (their own kernels are degenerate) are left out.
+    Neighbours are searched within a batch, so the batch size is part of the measure: give batches of equal size
+    (about 1,000 in the literature). Batches without a value (their own kernels are degenerate) are left out.
 
     Args:
         k: neighbours.
@@ -133,7 +134,7 @@ class CKNNA(Metric):
         """Adds one batch of the same samples in two representations.
 
         Raises:
-            ShapeMismatch: sides of different length, or fewer samples than neighbours.
+            ShapeMismatch: the sides differ in length, or have fewer samples than neighbours.
         """
         value = cknna(one, other, k=self.k)
         if math.isnan(value):
@@ -143,7 +144,7 @@ class CKNNA(Metric):
         self.batches += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """``value`` (NaN without a batch), its ``error`` over batches, and ``batches``."""
+        """``value`` (NaN without a batch), its standard ``error`` over batches, and the number of ``batches``."""
         n = self.batches.double()
         mean = self.total / n
         variance = (self.squares / n - mean.square()).clamp_min(0)
@@ -151,7 +152,7 @@ class CKNNA(Metric):
         return {"value": mean, "error": error, "batches": self.batches}
 
     def result(self) -> Estimate:
-        """The mean with Student's interval over batches; n counts batches."""
+        """The mean with Student's t interval over batches; n counts batches."""
         from scipy.stats import t
 
         state = self.compute()

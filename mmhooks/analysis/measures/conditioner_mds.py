@@ -1,4 +1,4 @@
-"""Modality of the features of a conditioner: the space that is edited is the space that is scored."""
+"""Modality Dominance Score of a conditioner's features, scored in the same space in which they are edited."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ def conditioner_mds(
     data: str = "",
     min_fires: int = 20,
 ) -> MDSResult:
-    """Modality Dominance Score of a conditioner's own dimensions (the paper's), or of a head trained on them.
+    """Scores a conditioner's own dimensions (as in the paper), or the features of a head trained on them.
 
-    Own dimensions are signed and compared by size, ``kind="abs"``.
+    A conditioner's own dimensions are signed and compared by absolute value, ``kind="abs"``.
 
     Args:
-        sides: of :func:`conditioner_sides`.
-        head: a head over that space; its groups select ``text.cond.<head>.latents``, or ``image.embed.<head>.latents``.
+        sides: image and text side, from :func:`conditioner_sides`.
+        head: a head on that space; its groups select ``text.cond.<head>.latents``, or ``image.embed.<head>.latents``.
 
     Raises:
-        MMHooksError: a head of another width.
+        MMHooksError: the head has another width.
     """
     images, texts = sides
     if head is None:
         return mds(images, texts, kind="abs", data=data, min_fires=min_fires)
     if head.d_in != images.shape[1]:
-        raise MMHooksError(f"the head reads {head.d_in} dimensions, the conditioner has {images.shape[1]}")
+        raise MMHooksError(
+            f"expected a head that reads {images.shape[1]} dimensions, as the conditioner has, got {head.d_in}"
+        )
     with torch.no_grad():
         latents = [head.encode(head.prepare(side)) for side in sides]
         return mds(*latents, head=head, data=data, min_fires=min_fires)

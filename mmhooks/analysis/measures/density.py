@@ -1,4 +1,4 @@
-"""How often features fire and how many fire for a sample, streaming: two tables of counts."""
+"""Density and L0: how often each feature fires, and how many features fire per sample; streaming, from counts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_numbers, chunks
 from mmhooks.analysis.inputs.sparse import Latents, check_latents, count
-from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, Side, check_store, latent_rows, share
+from mmhooks.analysis.inputs.store_rows import (
+    BATCH,
+    ActivationStore,
+    Side,
+    check_store,
+    latent_rows,
+    row_batches,
+)
 from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import bootstrap_histogram
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
 
 
 class FeatureDensity(Metric):
-    """Share of samples that each feature is active for, and the distribution of L0: ``update(latents)``, then
+    """Share of samples for which each feature is active, and the distribution of L0: ``update(latents)``, then
     :meth:`result`.
 
-    L0 is a whole number, so that its histogram holds all of its distribution: the bootstrap over samples
-    that it gives is that of the samples themselves.
+    L0 is an integer, so its histogram holds the whole distribution, and the bootstrap from it equals the bootstrap
+    over samples.
 
     >>> metric = FeatureDensity(2)
     >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
@@ -52,7 +60,7 @@ class FeatureDensity(Metric):
         """Adds a batch of samples.
 
         Raises:
-            ShapeMismatch: another width. NotFinite: NaN or infinity.
+            ShapeMismatch: the width is not ``n_features``. NotFinite: NaN or infinity.
         """
         check_latents(latents, self.n_features, start=int(self.n_samples))
         device = self.counts.device
@@ -78,9 +86,7 @@ class FeatureDensity(Metric):
                 "n_samples": self.n_samples}  # fmt: skip
 
     def result(self) -> Density:
-        from mmhooks.analysis.measures.density import Density
-        from mmhooks.analysis.statistics.intervals import bootstrap_histogram
-
+        """The densities, and the mean L0 with its bootstrap interval."""
         state = {name: torch.atleast_1d(value.cpu()) for name, value in self.compute().items()}
         l0 = bootstrap_histogram(torch.arange(self.n_features + 1), state["l0_counts"], seed=self.seed)
         dead = float((state["counts"] == 0).float().mean())
@@ -97,8 +103,8 @@ class Density(Result):
     n_samples: int = field(default=0)
 
     def histogram(self, per_decade: int = 4) -> tuple[list[float], list[int]]:
-        """How many alive features fire how often: edges in equal steps of the logarithm, from below 1 in
-        ``n_samples`` up to 1, and the count of each bin. Dead features are in no bin.
+        """How many alive features fire how often: bin edges in equal steps of the logarithm, from below 1 in
+        ``n_samples`` up to 1, and the count per bin. Dead features are in no bin.
 
         >>> density(torch.tensor([[1.0, 0.0, 2.0]] + [[1.0, 0.0, 0.0]] * 9)).histogram(per_decade=1)
         ([0.1, 1.0], [2])
@@ -107,7 +113,7 @@ class Density(Result):
         steps = decades * per_decade
         edges = [10 ** (k / per_decade - decades) for k in range(steps + 1)]
         alive = self.values[self.values > 0]
-        # By the rounded position: a density that equals an edge up to rounding belongs above it.
+        # Rounded, so that a density that equals an edge up to rounding falls into the bin above it.
         place = ((alive.log10() + decades) * per_decade + 1e-9).floor().clamp(0, steps - 1).long()
         return edges, torch.bincount(place, minlength=steps).tolist()
 
@@ -127,10 +133,10 @@ def density(
     side: Side = "image",
     site: str | None = None,
 ) -> Density:
-    """How often each feature is not 0, and L0 of samples with its interval.
+    """Computes how often each feature is not 0, and the samples' mean L0 with its interval.
 
     Args:
-        latents: one row a sample, dense or sparse; or a store, whose ``side`` is read in one pass.
+        latents: one row per sample, dense or sparse; or a store, whose ``side`` is read in one pass.
         head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
 
     Raises:
@@ -143,13 +149,13 @@ def density(
         if isinstance(latents, Tensor):
             check_numbers(latents, "latents")
         if not len(latents):
-            raise ShapeMismatch("density needs samples, got none")
+            raise ShapeMismatch("density: expected at least one sample, got none")
         metric = FeatureDensity(latents.shape[1], seed=seed)
         metric.update(latents)
         return metric.result()
     check_store(latents)
     rows = latent_rows(latents, side, head, site)
     metric = FeatureDensity(rows.n_features, seed=seed)
-    for _, begin, end in share(len(rows), BATCH, reads=[rows]):
+    for _, begin, end in row_batches(len(rows), BATCH, reads=[rows]):
         metric.update(rows[begin:end])
     return metric.result()

@@ -1,4 +1,4 @@
-"""EmbedSim: how alike the samples are that activate a feature, against random ones."""
+"""EmbedSim: how similar the samples that activate a feature are, compared with random samples."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def embed_sim(
     side: Side = "image",
     site: str | None = None,
 ) -> EmbedSimResult:
-    """EmbedSim: cosine of the ``m`` samples that activate a feature most, against random samples.
+    """Computes EmbedSim: the mean cosine of a feature's top ``m`` samples, compared with random samples.
 
     ``primary`` is ``(S+ - S-) / |S-|`` with S- the mean cosine of all pairs in one random pool; ``difference``
-    is ``S+ - S-``; ``paper`` the mean over pairs of ``(S+_ij - S-_ij) / S-_ij`` with m random samples of each
-    feature's own, heavy-tailed where S- comes near zero. All three are in the result.
+    is ``S+ - S-``; ``paper`` is the mean over pairs of ``(S+_ij - S-_ij) / S-_ij`` with m random samples drawn for
+    each feature, heavy-tailed where S- is near zero. The result holds all three.
 
     Args:
-        latents: activations, one row a sample; of signed ones give the absolute value. Or a store, whose
+        latents: activations, one row per sample; give the absolute value of signed ones. Or a store, whose
             ``side`` is read in one pass with bounded memory.
-        embeddings: of the same samples, by another model; brought to unit norm here. With a store also the
+        embeddings: of the same samples, by another model; normalized to unit norm here. With a store also the
             name of a site; default the model's own ``<side>.embed``.
         pool: size of the random pool; default all samples.
-        min_samples: a feature with fewer activating samples is NaN (at least 2; fewer than m are used as they are).
+        min_samples: at least 2; a feature with fewer activating samples is NaN, one with fewer than m uses those.
         head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
 
     Raises:
-        ShapeMismatch: rows differ, or numbers out of range. NotFinite: NaN in either.
+        ShapeMismatch: the rows differ, or a number is out of range. NotFinite: NaN in either.
 
     >>> x = torch.eye(4)[[0, 0, 1, 2]]; latents = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
     >>> embed_sim(latents, x, m=2).s_plus
@@ -73,13 +73,13 @@ class EmbedSimResult(Result):
     """EmbedSim of ``n`` features.
 
     Attributes:
-        values: of the kind asked for, one a feature; NaN where fewer than ``min_samples`` activate it.
+        values: the requested kind, one per feature; NaN if fewer than ``min_samples`` samples activate it.
         estimate: their mean, with a bootstrap interval over features.
         s_plus: mean cosine of each feature's top samples. s_minus: mean cosine of the shared random pool.
-        paper: the mean of element-wise ratios (equation 5) of each feature.
-        excluded: pairs of samples left out of ``paper`` because their random cosine is below ``eps`` in size,
-            of ``pairs_compared``.
-        counts: how many top samples each feature has, at most m.
+        paper: per feature, the mean of element-wise ratios (equation 5).
+        excluded: pairs of samples left out of ``paper`` because the absolute value of their random cosine is below
+            ``eps``, out of ``pairs_compared``.
+        counts: number of top samples per feature, at most m.
     """
 
     values: Float[Tensor, " n"]
@@ -97,7 +97,7 @@ class EmbedSimResult(Result):
     seed: int
 
     def table(self) -> Records:
-        """One row for each of the three forms."""
+        """One row per form."""
         gap = self.s_plus - self.s_minus
         forms = {"primary": gap / abs(self.s_minus), "difference": gap, "paper": self.paper}
         return Records(
@@ -111,7 +111,7 @@ class EmbedSimResult(Result):
 def embed_sim_of(
     samples: Samples, *, kind: SimKind = "primary", min_samples: int = 2, eps: float = 1e-3, seed: int = 0
 ) -> EmbedSimResult:
-    """EmbedSim; arguments as in :func:`mmhooks.analysis.measures.embed_sim.embed_sim`."""
+    """Computes EmbedSim from samples; arguments as in :func:`mmhooks.analysis.measures.embed_sim.embed_sim`."""
     check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
     unit, top, s_minus = samples.unit, samples.top, samples.s_minus
     m, enough = top.indices.shape[1], top.count >= min_samples
@@ -120,7 +120,7 @@ def embed_sim_of(
         rows = top.indices[:, j]
         total += torch.where((rows >= 0)[:, None], unit[rows.clamp_min(0)], 0)
     pairs = (count * (count - 1)).clamp_min(1)
-    # The sum of all cosines is |sum of unit vectors|^2; the diagonal is one a sample.
+    # The sum of all cosines is |sum of unit vectors|^2; the diagonal adds one per sample.
     s_plus = torch.where(enough, (total.square().sum(1) - count) / pairs, torch.nan)
     paper, excluded, compared = _paper_similarity(samples, enough, eps)
     gap = s_plus - s_minus
@@ -153,10 +153,10 @@ def _paper_similarity(
 
 
 class EmbedSim(Similarity):
-    """EmbedSim of every feature, streaming: ``update(latents, embeddings)``, then :meth:`result`.
+    """Streaming EmbedSim of every feature: ``update(latents, embeddings)``, then :meth:`result`.
 
     Equal to :func:`mmhooks.analysis.measures.embed_sim.embed_sim` with its default pool (all samples). The
-    paper's form draws each feature's random samples from the pool kept here instead of from all.
+    paper's form draws each feature's random samples from the pool kept here instead of from all samples.
 
     Args:
         n_features, dim: widths of latents and embeddings.

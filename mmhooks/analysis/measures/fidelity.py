@@ -1,7 +1,7 @@
-"""Fidelity of a head: what of a vector, of its neighbourhood and of what a model does with it survives.
+"""Fidelity of a head: how well its reconstruction keeps vectors, their neighbourhoods and the model's predictions.
 
-The sums are those of :mod:`mmhooks.heads.reconstruction`, which training uses by itself; here they come with
-intervals, beside neighbourhoods (CKNNA), choices (zero-shot, retrieval) and the agreement of seeds.
+The sums are those of :mod:`mmhooks.heads.reconstruction`, which training uses directly; this module adds intervals,
+neighbourhoods (CKNNA), choices (zero-shot, retrieval) and stability across seeds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.nn.functional import kl_div, normalize
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_numbers
-from mmhooks.analysis.inputs.store_rows import ActivationStore, batch_size, share
+from mmhooks.analysis.inputs.store_rows import ActivationStore, batch_size, row_batches
 from mmhooks.analysis.measures.cknna import cknna
 from mmhooks.analysis.measures.density import Density
 from mmhooks.analysis.measures.stability import Stability, stability
 from mmhooks.analysis.results import Estimate, Records, Result, plain
 from mmhooks.analysis.statistics.intervals import bootstrap, wilson
-from mmhooks.analysis.statistics.jackknife import Grouped
+from mmhooks.analysis.statistics.jackknife import JackknifeGroups
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.heads.reconstruction import Fidelity, Sums, fidelity_of, sums
@@ -37,14 +37,14 @@ NAMES: tuple[Literal["image"], Literal["text"]] = ("image", "text")
 
 @dataclass(frozen=True)
 class ModalityFidelity(Result):
-    """One modality's share of a :class:`FidelityResult`; NaN or None where the head has no decoder.
+    """One modality of a :class:`FidelityResult`; NaN or None where the head has no decoder.
 
     Attributes:
         fvu, cosine, l0: with jackknife intervals over groups of batches.
-        sums: the same numbers as training reports them, with the firing counts.
-        cknna, cknna_latents: neighbourhoods of ``x'``, and of the latents, against those of ``x``.
-        retrieval: of each query of this modality, its partner among those of the other; only the query is rebuilt.
-        zero_shot: of each vector, its label among ``classes``; only the vector is rebuilt.
+        sums: the same numbers as training reports, with the firing counts.
+        cknna, cknna_latents: alignment of the neighbourhoods of ``x'``, and of the latents, with those of ``x``.
+        retrieval: of each query's partner among those of the other modality; only the query is reconstructed.
+        zero_shot: of each vector's label among ``classes``; only the vector is reconstructed.
     """
 
     name: str
@@ -54,12 +54,12 @@ class ModalityFidelity(Result):
     sums: Fidelity = field(repr=False)
     cknna: float
     cknna_latents: float
-    retrieval: Kept | None = None
-    zero_shot: Kept | None = None
+    retrieval: ChoiceAgreement | None = None
+    zero_shot: ChoiceAgreement | None = None
 
     @property
     def density(self) -> Density:
-        """How often each feature fires in this modality; ``.histogram()`` has it in equal steps of the logarithm."""
+        """How often each feature fires in this modality; ``.histogram()`` bins it in equal steps of the logarithm."""
         n = self.sums.n
         return Density(torch.tensor(self.sums.counts).double() / n, self.l0, self.sums.dead, n)
 
@@ -88,11 +88,11 @@ class ModalityFidelity(Result):
 
 @dataclass(frozen=True)
 class FidelityResult(Result):
-    """What :func:`fidelity` measured. With one modality its numbers are this object's own.
+    """Result of :func:`fidelity`; ``fvu``, ``cosine`` and ``l0`` are means over its modalities.
 
     Attributes:
-        dead: share of features that fire in neither modality; rare: that fire, but fewer than ``rare_below`` times.
-        stability: against each head of ``others``.
+        dead: share of features that fire in neither modality. rare: share that fire fewer than ``rare_below`` times.
+        stability: compared with each head of ``others``.
     """
 
     head: str
@@ -111,7 +111,7 @@ class FidelityResult(Result):
 
     @property
     def n(self) -> int:
-        """Vectors of a modality: pairs, where there are two."""
+        """Number of vectors per modality: of pairs, if there are two modalities."""
         return self.image.sums.n
 
     @property
@@ -120,7 +120,7 @@ class FidelityResult(Result):
 
     @property
     def fvu(self) -> float:
-        """FVU; of two modalities the mean, each over its own variance."""
+        """FVU; for two modalities the mean, each relative to its own variance."""
         return self._mean("fvu")
 
     @property
@@ -135,11 +135,11 @@ class FidelityResult(Result):
         return sum(getattr(m, name).value for m in self.modalities) / len(self.modalities)
 
     def table(self) -> Records:
-        """One row a modality."""
+        """One row per modality."""
         return Records(m.row() for m in self.modalities)
 
-    def kept(self) -> Records:
-        """One row a modality, task and k: rates before and after, agreement and KL."""
+    def choices_kept(self) -> Records:
+        """One row per modality, task and k: rates before and after, agreement and KL."""
         rows = Records()
         for m in self.modalities:
             for task, found in (("retrieval", m.retrieval), ("zero-shot", m.zero_shot)):
@@ -184,24 +184,24 @@ def fidelity(
     seed: int = 0,
     progress: bool = False,
 ) -> FidelityResult:
-    """How much survives a head: of vectors, of their neighbourhoods, of retrieval and zero-shot classification.
+    """Measures how well a head keeps vectors, their neighbourhoods, retrieval and zero-shot classification.
 
-    FVU, cosine, L0, firing counts and zero-shot go through all rows in batches. Retrieval and CKNNA compare rows
-    with each other and use ``gallery`` evenly spaced ones; the result says how many.
+    FVU, cosine, L0, firing counts and zero-shot use all rows, in batches. Retrieval and CKNNA compare rows with
+    each other and use ``gallery`` evenly spaced ones; the result says how many.
 
     Args:
-        image: ``[n, d]``, beside ``text [n, d]`` or alone (any one modality); or a Store, or the directory of one,
-            whose ``sites`` are read a batch at a time.
-        classes, labels: text embeddings of class names and each row's class: adds zero-shot classification.
-            ``classes`` are not rebuilt.
+        image: ``[n, d]``, with ``text [n, d]`` or by itself (any one modality); or a Store, or the directory of
+            one, whose ``sites`` are read one batch at a time.
+        classes, labels: text embeddings of class names, and each row's class; adds zero-shot classification.
+            ``classes`` are not reconstructed.
         others: heads of the same site from other seeds, for stability.
-        scale: of the softmax whose KL is measured: CLIP's logit scale.
-        ks, neighbours: of retrieval and of CKNNA.
+        scale: CLIP's logit scale, for the softmax whose KL is measured.
+        ks, neighbours: k of retrieval and of CKNNA.
         batch: rows at a time (default 4,096, or a twentieth: the intervals leave out groups of batches).
 
     Raises:
-        ShapeMismatch: widths or lengths that differ, fewer than 2 rows. NotFinite: NaN, or a row of zeros.
-        MMHooksError: ``classes`` without ``labels`` or the other way round.
+        ShapeMismatch: widths or lengths differ, or there are fewer than 2 rows. NotFinite: NaN, or a row of zeros.
+        MMHooksError: ``classes`` without ``labels`` or vice versa.
 
     >>> from mmhooks.heads import TopKSAE
     >>> found = fidelity(TopKSAE(8, 32, k=4), torch.randn(100, 8), torch.randn(100, 8))
@@ -215,19 +215,20 @@ def fidelity(
     rows = [part for part in ready(head, *paired(image, text, sites), device) if part is not None]
     if (classes is None) != (labels is None):
         raise MMHooksError(
-            "zero-shot needs both: classes= (an embedding a class) and labels= (a class a row)"
+            "zero-shot: expected both classes= (one embedding per class) and labels= (one class per row), got only one"
         )
     if classes is not None and labels is not None:
         _check_labels(head, classes, labels, len(rows[0]))
         classes, labels = classes.to(device), labels.to(device)
-    chosen = _evenly(len(rows[0]), gallery)
-    shown = [_rebuilt(head, part[chosen]) for part in rows]
+    chosen = _evenly_spaced(len(rows[0]), gallery)
+    shown = [_reconstructed(head, part[chosen]) for part in rows]
     found: list[ModalityFidelity] = []
     total = torch.zeros(head.n_features, dtype=torch.long)
     for i, (name, part) in enumerate(zip(NAMES, rows, strict=False)):
         zero_shot = None
         if classes is not None:
-            zero_shot = Choices(classes, torch.arange(len(classes), device=device), scale=scale, ks=ks, seed=seed)  # fmt: skip
+            own = torch.arange(len(classes), device=device)
+            zero_shot = ChoiceMetric(classes, own, scale=scale, ks=ks, seed=seed)
         stream = _stream(head, part, zero_shot, labels, name, batch, progress)
         x, f, back = shown[i]
         retrieval = None
@@ -235,7 +236,7 @@ def fidelity(
             retrieval = _retrieval(x, back, shown[1 - i][0], scale=scale, ks=ks, seed=seed)
         fvu, cosine, l0 = stream.estimates(lambda m: _numbers(m, head), len(part))
         enough = len(x) >= max(4, neighbours + 1)
-        summed = fidelity_of(head, stream.whole().compute(), rare_below)
+        summed = fidelity_of(head, stream.merged().compute(), rare_below)
         total += torch.tensor(summed.counts)
         found.append(
             ModalityFidelity(
@@ -263,17 +264,17 @@ def _check_labels(head: Head, classes: Tensor, labels: Tensor, n: int) -> None:
     head.check_width(classes)
     if len(labels) != n or (n and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes)):
         raise ShapeMismatch(
-            f"labels= names one of the {len(classes)} classes for each of the {n} rows; came {len(labels)} labels"
+            f"labels=: expected one of {len(classes)} classes for each of {n} rows, got {len(labels)} labels"
             + (f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else "")
         )
 
 
-def _evenly(n: int, most: int) -> Int[Tensor, " m"]:
-    """At most ``most`` of ``n`` row numbers, evenly spaced."""
+def _evenly_spaced(n: int, most: int) -> Int[Tensor, " m"]:
+    """Chooses at most ``most`` of ``n`` row numbers, evenly spaced."""
     return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).round().long()
 
 
-def _rebuilt(head: Head, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _reconstructed(head: Head, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     f = head.encode(x)
     return x, f, head.decode(f) if head.has_decoder else None
 
@@ -281,16 +282,16 @@ def _rebuilt(head: Head, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 def _stream(
     head: Head,
     rows: Vectors,
-    zero_shot: Choices | None,
+    zero_shot: ChoiceMetric | None,
     labels: Tensor | None,
     name: str,
     batch: int | None,
     progress: bool,
-) -> Grouped[FidelitySums]:
-    stream = Grouped(partial(FidelitySums, head.d_in, head.n_features))
+) -> JackknifeGroups[FidelitySums]:
+    stream = JackknifeGroups(partial(FidelitySums, head.d_in, head.n_features))
     what = f"fidelity of {head.name}, {name}"
-    for number, begin, end in share(len(rows), batch or batch_size(len(rows)), what, progress=progress):
-        x, f, back = _rebuilt(head, rows[begin:end])
+    for number, begin, end in row_batches(len(rows), batch or batch_size(len(rows)), what, progress=progress):
+        x, f, back = _reconstructed(head, rows[begin:end])
         stream.update(x, f, back, number=number)
         if zero_shot is not None and labels is not None and back is not None:
             zero_shot.update(x, back, labels[begin:end])
@@ -299,9 +300,9 @@ def _stream(
 
 def _retrieval(
     x: Tensor, back: Tensor, partners: Tensor, *, scale: float, ks: Sequence[int], seed: int
-) -> Kept:
+) -> ChoiceAgreement:
     own = torch.arange(len(x), device=x.device)
-    choices = Choices(partners, own, scale=scale, ks=ks, seed=seed)
+    choices = ChoiceMetric(partners, own, scale=scale, ks=ks, seed=seed)
     for part in own.split(1024):
         choices.update(x[part], back[part], part)
     return choices.result()
@@ -313,7 +314,7 @@ def _numbers(metric: FidelitySums, head: Head) -> list[float]:
 
 
 class FidelitySums(Metric):
-    """Sums from which FVU, cosine, L0 and firing counts follow: ``update(x, f, x')``, then ``compute()``."""
+    """Streaming sums that give FVU, cosine, L0 and firing counts: ``update(x, f, x')``, then ``compute()``."""
 
     full_state_update = False
     is_differentiable = False
@@ -338,14 +339,14 @@ class FidelitySums(Metric):
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A choice among candidates by cosine, before and after reconstruction of the one who chooses.
+class ChoiceAgreement:
+    """Choices among candidates by cosine, before and after reconstruction of the query.
 
     Attributes:
-        before, after: share of queries whose right candidate is among the first k; k = 1 is accuracy.
-        agreement: share of queries whose first choice is the same (it need not be right).
+        before, after: by k, the share of queries with a right candidate among the first k; k = 1 is accuracy.
+        agreement: share of queries whose first choice is the same, right or wrong.
         kl: mean ``KL(before || after)`` of ``softmax(scale * cosine)``, in nats.
-        candidates, n: how many to choose from, and how many choose.
+        candidates, n: number of candidates and of queries.
     """
 
     before: dict[int, Estimate]
@@ -359,13 +360,13 @@ class Kept:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
-class Choices(Metric):
-    """Collects :class:`Kept` over batches of queries against fixed candidates.
+class ChoiceMetric(Metric):
+    """Collects :class:`ChoiceAgreement` over batches of queries against fixed candidates.
 
     Args:
-        candidates: ``[c, d]``, one label each; any with a query's label is right.
+        candidates: ``[c, d]``, one label each; any candidate with the query's label is right.
         scale: inverse temperature of the softmax.
-        ks: those above the number of candidates are left out.
+        ks: values above the number of candidates are left out.
     """
 
     hits: Tensor
@@ -400,18 +401,20 @@ class Choices(Metric):
     def update(
         self, x: Float[Tensor, "b d"], back: Float[Tensor, "b2 d2"], labels: Int[Tensor, " b3"]
     ) -> None:
-        """Queries before and after, and the label of each.
+        """Adds queries before and after reconstruction, with their labels.
 
         Raises:
-            ShapeMismatch: not as many of each.
+            ShapeMismatch: the numbers of queries, reconstructions and labels differ.
         """
         if not len(x) == len(back) == len(labels):
-            raise ShapeMismatch(f"{len(x)} queries, {len(back)} reconstructions and {len(labels)} labels")
+            raise ShapeMismatch(
+                f"expected as many reconstructions and labels as the {len(x)} queries, got {len(back)} and {len(labels)}"
+            )
         scores = [normalize(part.float(), dim=1) @ self.candidates.T for part in (x, back)]
         right = labels[:, None] == self.labels
         for hits, score in zip(self.hits, scores, strict=True):
             best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-            rank = ((score >= best) & ~right).sum(1)  # a tie counts as before the right one
+            rank = ((score >= best) & ~right).sum(1)  # a tied candidate counts as ranked before the right one
             hits += torch.stack([(rank < k).sum() for k in self.ks]).to(hits.device)
         before, after = ((self.scale * score).double().log_softmax(1) for score in scores)
         self.kl.append(kl_div(after, before, log_target=True, reduction="none").sum(1).cpu())
@@ -422,9 +425,9 @@ class Choices(Metric):
         kl = self.kl if isinstance(self.kl, Tensor) else torch.cat([torch.empty(0).double(), *self.kl])
         return {"hits": self.hits, "same": self.same, "n": self.n, "kl": kl}
 
-    def result(self) -> Kept:
+    def result(self) -> ChoiceAgreement:
         found = self.compute()
         n, counts = int(found["n"]), found["hits"].tolist()
         before, after = ({k: wilson(h, n) for k, h in zip(self.ks, row, strict=True)} for row in counts)
         kl = bootstrap(found["kl"], draws=500, seed=self.seed)
-        return Kept(before, after, wilson(int(found["same"]), n), kl, len(self.candidates), n)
+        return ChoiceAgreement(before, after, wilson(int(found["same"]), n), kl, len(self.candidates), n)

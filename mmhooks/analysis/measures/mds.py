@@ -1,6 +1,6 @@
-"""Modality Dominance Score: how much of a feature's activation comes from pictures, and the three groups.
+"""Modality Dominance Score: how much of a feature's activation comes from images, and the three groups.
 
-The metric streams: sums and counts, never two dense tables.
+The metric streams: it keeps sums and counts, never two dense tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmhooks.analysis.inputs.store_rows import (
     check_store,
     data_id,
     latent_rows,
-    share,
+    row_batches,
 )
 from mmhooks.analysis.results import Estimate, Records, Result, correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
@@ -40,17 +40,17 @@ class MDSResult(Result):
     """Scores of ``n`` features over ``n_pairs`` pairs.
 
     Attributes:
-        R: mean over pairs of ``a_I / (a_I + a_T)``, pairs where both are 0 left out; NaN for dead features.
+        R: mean over pairs of ``a_I / (a_I + a_T)``, without pairs where both are 0; NaN for dead features.
         standard_error: of R, over pairs; NaN below two pairs.
         ratio_of_means: ``E[a_I] / (E[a_I] + E[a_T])``.
-        counts: pairs that R averages; image_counts, text_counts: pairs where that side is not 0.
-        dead: fires in neither modality: in no group, outside mu and sigma.
-        rare: alive, but ``counts < min_fires``: flagged, still in a group.
-        mu, sigma: over alive features; sigma is the population's.
+        counts: pairs that R averages over. image_counts, text_counts: pairs where that side is not 0.
+        dead: fires in neither modality; in no group, and not part of mu and sigma.
+        rare: alive, but ``counts < min_fires``; flagged, and still in a group.
+        mu, sigma: over alive features; sigma is the population standard deviation.
         mu_estimate: mu with a bootstrap interval over features.
         groups: ImgD (R > mu + sigma), TextD (R < mu - sigma), CrossD (the other alive ones).
-        shuffled_R, shuffled_r: scores of pairs whose texts were shuffled, and their correlation with R:
-            near 1 means that the score says little about the pairing.
+        shuffled_R, shuffled_r: scores of pairs with shuffled texts, and their correlation with R; near 1 means
+            that the score says little about the pairing.
     """
 
     R: Float[Tensor, " n"]
@@ -83,7 +83,7 @@ class MDSResult(Result):
         return ~self.dead
 
     def table(self) -> Records:
-        """One row a group, then all alive features with the shuffled control."""
+        """One row for all alive features, then one per group, with the shuffled control."""
         shared = {"pairs": self.n_pairs, "head": self.head, "data": self.data}
         rows = Records()
         for name, members in zip(("all alive", *GROUPS), (None, *self.groups), strict=True):
@@ -120,14 +120,14 @@ def mds(
     text: str | None = None,
     progress: bool = False,
 ) -> MDSResult:
-    """Modality Dominance Score of every feature (seed paper, section 2.3; decisions in docs/measures.md).
+    """Computes the Modality Dominance Score of every feature (seed paper, section 2.3; decisions in docs/measures.md).
 
     Args:
-        image_latents, text_latents: the two sides of the same pairs, row by row, dense or sparse. Or a store
-            alone: ``mds(store, head=sae)`` runs the head over stored embeddings, ``mds(store)`` reads
-            stored latents; one pass, bounded memory.
-        kind: activation compared: "relu" (SAE, NCL), "abs" (signed features, such as raw CLIP's own
-            coordinates: their signed ratio has no mean), "paper" (the raw values as printed).
+        image_latents, text_latents: the two sides of the same pairs, row by row, dense or sparse. Or only a store:
+            ``mds(store, head=sae)`` runs the head on stored embeddings, ``mds(store)`` reads stored latents; one
+            pass, bounded memory.
+        kind: the activation that is compared: "relu" (SAE, NCL), "abs" (signed features, such as raw CLIP's own
+            coordinates, whose signed ratio has no mean), "paper" (the raw values, as printed).
         head, data: provenance, kept in the result and in its groups; with a store ``head`` is the head itself.
         min_fires: an alive feature counted in fewer pairs is flagged as rare.
         seed: of the shuffled control.
@@ -135,9 +135,9 @@ def mds(
             else each side's one site of latents.
 
     Raises:
-        ShapeMismatch: the two sides differ in shape.
-        NotFinite: NaN or infinity in either; names how many and where.
-        UnknownSite: a site that the store does not hold.
+        ShapeMismatch: the two sides differ in shape, or there are no pairs.
+        NotFinite: NaN or infinity in either side; says how many and where.
+        UnknownSite: the store does not hold a site.
 
     >>> image = torch.tensor([[3.0, 0.0], [1.0, 0.0]]); text = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     >>> mds(image, text).R
@@ -147,12 +147,14 @@ def mds(
         check_store(image_latents)
         return _of_store(image_latents, kind, head, data, min_fires, seed, image, text, progress)
     if text_latents is None:
-        raise ShapeMismatch("image latents came without text latents: give both sides, or a store")
+        raise ShapeMismatch(
+            "expected image and text latents, got only image latents: give both sides, or a store"
+        )
     for side, given in (("image", image_latents), ("text", text_latents)):
         if not isinstance(given, SparseRows):
             check_numbers(given, f"{side} latents")
     if not len(image_latents):
-        raise ShapeMismatch("the Modality Dominance Score needs pairs, got none")
+        raise ShapeMismatch("Modality Dominance Score: expected at least one pair, got none")
     name = head if isinstance(head, str) else head.id
     metric = MDS(image_latents.shape[1], kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
     if isinstance(image_latents, Tensor):
@@ -176,26 +178,26 @@ def _of_store(
     name = head.id if isinstance(head, Head) else images.site
     data = data or data_id(store)
     metric = MDS(images.n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
-    for _, begin, end in share(len(store), BATCH, "MDS", reads=[images, texts], progress=progress):
+    for _, begin, end in row_batches(len(store), BATCH, "MDS", reads=[images, texts], progress=progress):
         metric.update(images[begin:end], texts[begin:end], start=begin)
     return metric.result()
 
 
 def result_of(metric: MDS, sums: Mapping[str, Tensor]) -> MDSResult:
-    """Everything that follows from the sums and counts of a metric, as its ``compute()`` returns them."""
+    """Makes the result from the sums and counts that a metric's ``compute()`` returns."""
     sums = {name: value.cpu() for name, value in sums.items()}
     n, counts, score = metric.n_features, sums["counts"], sums["R"]
     n_pairs = int(sums["n_pairs"])
     dead = (sums["image_counts"] == 0) & (sums["text_counts"] == 0)
     variance = (divide(sums["ratio_square_sum"], counts) - score.square()).clamp_min(0)
-    # Of the mean, unbiased: population variance over (count - 1).
+    # Standard error of the mean, unbiased: population variance over (count - 1).
     error = torch.where(counts > 1, (variance / (counts - 1).clamp_min(1)).sqrt(), torch.nan)
     shuffled = divide(sums["shuffled_sum"], sums["shuffled_counts"])
     alive = ~score.isnan()
     mu = float(score[alive].mean()) if alive.any() else math.nan
     sigma = float(score[alive].std(unbiased=False)) if alive.any() else math.nan
     about = {"kind": metric.kind, "data": metric.data, "n_pairs": n_pairs, "mu": mu, "sigma": sigma}
-    # Equal scores differ by rounding alone; that is no dominance.
+    # Equal scores differ only by rounding; that is not dominance.
     margin = sigma if sigma > 1e-9 else math.inf
     image, text = score > mu + margin, score < mu - margin
     masks = (image, text, alive & ~image & ~text)
@@ -234,12 +236,12 @@ _COUNTS = ("counts", "image_counts", "text_counts", "shuffled_counts")
 
 
 class MDS(Metric):
-    """The score of every feature, over batches of pairs: ``update(image, text)``, then ``compute()`` for
-    the tensors or :meth:`result` for everything.
+    """Streaming score of every feature over batches of pairs: ``update(image, text)``, then ``compute()`` for the
+    tensors or :meth:`result` for everything.
 
-    Equal to :func:`mmhooks.analysis.measures.mds.mds` on all pairs at once, in any order of batches and over any
-    number of processes. Only the shuffled control differs: a stream shuffles texts within each batch, so
-    batches should be large (a batch of one pair adds nothing to it).
+    Equal to :func:`mmhooks.analysis.measures.mds.mds` on all pairs at once, for any order of batches and any number
+    of processes. Only the shuffled control differs: a stream shuffles texts within each batch, so batches should
+    be large (a batch of one pair adds nothing to it).
 
     Args:
         n_features: width of the latents.
@@ -281,7 +283,7 @@ class MDS(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if kind not in KINDS:
-            raise MMHooksError(f"kind of MDS must be one of {', '.join(KINDS)}, came {kind!r}")
+            raise MMHooksError(f"kind: expected one of {', '.join(KINDS)} for MDS, got {kind!r}")
         self.n_features, self.kind, self.head, self.data = n_features, kind, head, data
         self.min_fires, self.seed = min_fires, seed
         for name in _SUMS:
@@ -291,14 +293,14 @@ class MDS(Metric):
         self.add_state("n_pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, image: Latents, text: Latents, *, start: int | None = None) -> None:
-        """Adds the latents of a batch of pairs, dense or sparse; sparse ones cost their entries.
+        """Adds the latents of a batch of pairs, dense or sparse; the cost of sparse ones grows with their entries.
 
         Args:
-            start: number of the first pair, which also seeds the shuffled control; default how many pairs
-                this metric has seen. Processes that share a stream give it, so that they shuffle as one does.
+            start: number of the first pair, which also seeds the shuffled control; default: the number of pairs
+                this metric has seen. Processes that share a stream must give it, to shuffle as one process does.
 
         Raises:
-            ShapeMismatch: sides of different shape, or a width other than ``n_features``.
+            ShapeMismatch: the sides differ in shape, or their width is not ``n_features``.
             NotFinite: NaN or infinity in either.
         """
         start = int(self.n_pairs) if start is None else start
@@ -326,7 +328,7 @@ class MDS(Metric):
         self.n_pairs = self.n_pairs + len(image)
 
     def _add_dense(self, image: Tensor, text: Tensor, order: Tensor | None) -> None:
-        # Runs of rows that stay in the processor's cache: several times faster than whole tables.
+        # Runs of rows that fit into the CPU cache: several times faster than whole tables.
         size = max(1, CACHE_BYTES // (4 * self.n_features))
         for begin in range(0, len(image), size):
             rows = slice(begin, begin + size)
@@ -363,33 +365,31 @@ class MDS(Metric):
             self.shuffled_counts += (counted + text_counts).to(device)
 
     def compute(self) -> dict[str, Tensor]:
-        """``R``, ``ratio_of_means`` and ``counts`` of every feature, with the sums that they come from."""
+        """``R``, ``ratio_of_means`` and ``counts`` of every feature, with the sums they are computed from."""
         sums = {name: getattr(self, name).reshape(-1).clone() for name in (*_SUMS, *_COUNTS, "n_pairs")}
         means = divide(self.image_sum, self.image_sum + self.text_sum)
         return {"R": divide(self.ratio_sum, self.counts), "ratio_of_means": means, **sums}
 
     def result(self) -> MDSResult:
-        """The whole :class:`~mmhooks.analysis.measures.mds.MDSResult`, groups included, of everything so far."""
-        from mmhooks.analysis.measures.mds import result_of
-
-        # Through compute(), which is where torchmetrics adds up the processes.
+        """The :class:`~mmhooks.analysis.measures.mds.MDSResult`, groups included, of everything added so far."""
+        # Through compute(), where torchmetrics sums over processes.
         return result_of(self, {name: torch.atleast_1d(value) for name, value in self.compute().items()})
 
 
 def divide(a: Float[Tensor, " n"], b: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """``a / b``, NaN where ``b`` is 0."""
+    """Computes ``a / b``, NaN where ``b`` is 0."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), torch.nan)
 
 
 def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
-    """What is compared between modalities, at least in single precision: ReLU(z), the size of z, or z itself."""
+    """The activation that is compared between modalities, at least in float32: ReLU(z), |z|, or z itself."""
     z = z.detach()
     z = z if z.dtype == torch.float64 else z.float()
     return z.relu() if kind == "relu" else z.abs() if kind == "abs" else z
 
 
 def _ratio(a_i: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
-    # The paper's own form has signed activations, whose ratio has heavy tails; nothing is clipped.
+    # The paper's own form has signed activations, whose ratio is heavy-tailed; nothing is clipped.
     total = a_i + a_t
     counted = total != 0
     return torch.where(counted, a_i / torch.where(counted, total, 1), 0), counted
@@ -400,18 +400,18 @@ def _activated(batch: SparseRows, kind: Kind) -> SparseRows:
 
 
 def _sparse_ratio(image: SparseRows, text: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of ``a_I / (a_I + a_T)`` and of its square, and the pairs counted beyond those where text fires.
+    """Sums ``a_I / (a_I + a_T)`` and its square, and counts the pairs beyond those where the text fires.
 
     Where only the text fires the ratio is 0, so only the image's entries are visited, each with the text's
     activation of the same pair and feature.
     """
     n = image.n_features
-    beside = _at(image.indices, text)
-    active, total = image.active, image.values + beside
+    text_values = _at(image.indices, text)
+    active, total = image.active, image.values + text_values
     counted = active & (total != 0)
     ratio = torch.where(counted, image.values / torch.where(counted, total, 1), 0)
-    # A pair where both fire is among the text's already; with signed values their sum may be 0.
-    extra = counted.double() - (active & (beside != 0)).double()
+    # A pair where both fire is already counted with the text's; with signed values their sum may be 0.
+    extra = counted.double() - (active & (text_values != 0)).double()
     return (
         sums(image.indices, ratio, n),
         sums(image.indices, ratio.square(), n),
@@ -420,7 +420,7 @@ def _sparse_ratio(image: SparseRows, text: SparseRows) -> tuple[Tensor, Tensor, 
 
 
 def _at(indices: Tensor, batch: SparseRows) -> Tensor:
-    """The activations of ``batch`` at other places: row i at the features ``indices[i]``."""
+    """Reads the activations of ``batch`` at the features ``indices[i]`` of each row i."""
     size = max(1, CACHE_BYTES // (4 * batch.n_features))
     table = batch.values.new_zeros(min(size, len(batch)), batch.n_features)
     found = torch.empty(indices.shape, dtype=batch.values.dtype, device=batch.values.device)
@@ -442,7 +442,7 @@ def _count(x: Tensor) -> Tensor:
 
 
 def _no_fixed_point(n: int, generator: torch.Generator) -> Tensor:
-    """A random cyclic order: no text stays with its own picture, as it would for one pair in a permutation."""
+    """Draws a random cyclic order, in which no text keeps its own image; a permutation keeps one pair on average."""
     order = torch.randperm(n, generator=generator)
     shuffled = torch.empty_like(order)
     shuffled[order] = order.roll(1)

@@ -1,4 +1,4 @@
-"""How far the two modalities lie apart in the shared space; streaming, from sums of unit vectors."""
+"""Modality gap: the distance between the two modalities in the shared space; streaming, from sums of unit vectors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_pair, unit_rows
-from mmhooks.analysis.inputs.store_rows import ActivationStore, batch_size, check_store, share, vector_rows
+from mmhooks.analysis.inputs.store_rows import (
+    ActivationStore,
+    batch_size,
+    check_store,
+    row_batches,
+    vector_rows,
+)
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import bootstrap, from_draws
-from mmhooks.analysis.statistics.jackknife import Grouped
+from mmhooks.analysis.statistics.jackknife import JackknifeGroups
 from mmhooks.errors import ShapeMismatch
 
 
 class ModalityMeans(Metric):
-    """Mean unit vector of each side and mean cosine of pairs: ``update(image, text)``, then :meth:`result`.
+    """Streaming mean unit vector of each side and mean cosine of pairs: ``update(image, text)``, then :meth:`result`.
 
-    Sums say nothing of their own spread, beyond the cosine's: an interval of the gap comes from
-    :class:`~mmhooks.analysis.statistics.jackknife.Grouped`, as :func:`modality_gap` uses it.
+    Of the spread the sums only keep that of the cosine; an interval of the gap needs
+    :class:`~mmhooks.analysis.statistics.jackknife.JackknifeGroups`, as :func:`modality_gap` uses it.
 
     >>> metric = ModalityMeans(2)
     >>> metric.update(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3))
@@ -55,11 +61,11 @@ class ModalityMeans(Metric):
         """Adds a batch of pairs of embeddings.
 
         Raises:
-            ShapeMismatch: sides of different shape, or another width. NotFinite: NaN in either.
+            ShapeMismatch: the sides differ in shape, or have another width. NotFinite: NaN in either.
         """
         check_pair(image, text, "embeddings", start=int(self.n_pairs))
         if image.shape[1] != self.dim:
-            raise ShapeMismatch(f"embeddings of width {image.shape[1]}, expected {self.dim}")
+            raise ShapeMismatch(f"embeddings: expected width {self.dim}, got {image.shape[1]}")
         start = int(self.n_pairs)
         image, text = (
             unit_rows(image, "image embeddings", start=start),
@@ -75,7 +81,7 @@ class ModalityMeans(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """``gap`` and ``pair_cosine``, with the mean vectors ``image`` and ``text``."""
-        n = self.n_pairs.double()  # no pair at all: NaN throughout
+        n = self.n_pairs.double()  # without pairs everything is NaN
         image, text, cosine = self.image_sum / n, self.text_sum / n, self.cosine_sum / n
         variance = (self.cosine_square_sum / n - cosine.square()).clamp_min(0)
         return {
@@ -88,8 +94,7 @@ class ModalityMeans(Metric):
         }
 
     def result(self) -> ModalityGap:
-        from mmhooks.analysis.measures.modality_gap import ModalityGap
-
+        """The gap, without an interval, and the mean cosine of pairs with its interval."""
         state = self.compute()
         n, cosine = int(state["n_pairs"]), float(state["pair_cosine"])
         half = 1.959964 * float(state["pair_cosine_error"])
@@ -121,14 +126,14 @@ def modality_gap(
     image: str = "image.embed",
     text: str = "text.embed",
 ) -> ModalityGap:
-    """``|mean image - mean text|`` of unit embeddings of pairs, bootstrapped over pairs.
+    """Computes ``|mean image - mean text|`` of the unit embeddings of pairs, bootstrapped over pairs.
 
     Args:
         image_emb: embeddings, or a store, whose sites ``image`` and ``text`` are read in one pass; intervals
             are then jackknifed over groups of batches.
 
     Raises:
-        ShapeMismatch: sides of different shape. NotFinite: NaN in either.
+        ShapeMismatch: the sides differ in shape, or there are no pairs. NotFinite: NaN in either.
 
     >>> round(modality_gap(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)).gap.value, 4)
     1.4142
@@ -137,28 +142,30 @@ def modality_gap(
         check_store(image_emb)
         return gap_of(_means_of_store(image_emb, image, text), len(image_emb))
     if text_emb is None:
-        raise ShapeMismatch("image embeddings came without text embeddings: give both sides, or a store")
+        raise ShapeMismatch(
+            "expected image and text embeddings, got only image embeddings: give both sides, or a store"
+        )
     check_pair(image_emb, text_emb, "embeddings")
     if not len(image_emb):
-        raise ShapeMismatch("the modality gap needs pairs of embeddings, got none")
+        raise ShapeMismatch("modality gap: expected at least one pair of embeddings, got none")
     one = unit_rows(image_emb.cpu(), "image embeddings").float()
     other = unit_rows(text_emb.cpu(), "text embeddings").float()
-    apart, n = one - other, len(one)
-    value = float(apart.mean(0).norm())
+    differences, n = one - other, len(one)
+    value = float(differences.mean(0).norm())
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for _ in range(draws if n > 1 else 0):
-        # How often each pair is drawn, so that a resample is one product and no copy.
+        # How often each pair is drawn, so that a resample is one product without a copy.
         weights = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).float()
-        drawn.append(float((weights @ apart / n).norm()))
+        drawn.append(float((weights @ differences / n).norm()))
     gap = (
         from_draws(value, torch.tensor(drawn), n) if drawn else Estimate(value, float("nan"), float("nan"), n)
     )
     return ModalityGap(gap, bootstrap((one * other).sum(1), draws=500, seed=seed))
 
 
-def gap_of(means: Grouped[ModalityMeans], n: int) -> ModalityGap:
-    """Gap and cosine of pairs with jackknife intervals over samples."""
+def gap_of(means: JackknifeGroups[ModalityMeans], n: int) -> ModalityGap:
+    """Computes the gap and the cosine of pairs with jackknife intervals over samples."""
 
     def numbers(metric: ModalityMeans) -> list[float]:
         state = metric.compute()
@@ -167,9 +174,9 @@ def gap_of(means: Grouped[ModalityMeans], n: int) -> ModalityGap:
     return ModalityGap(*means.estimates(numbers, n))
 
 
-def _means_of_store(store: ActivationStore, image: str, text: str) -> Grouped[ModalityMeans]:
+def _means_of_store(store: ActivationStore, image: str, text: str) -> JackknifeGroups[ModalityMeans]:
     images, texts = vector_rows(store, image), vector_rows(store, text)
-    means = Grouped(partial(ModalityMeans, images.width))
-    for number, begin, end in share(len(store), batch_size(len(store)), reads=[images, texts]):
+    means = JackknifeGroups(partial(ModalityMeans, images.width))
+    for number, begin, end in row_batches(len(store), batch_size(len(store)), reads=[images, texts]):
         means.update(images[begin:end], texts[begin:end], number=number)
     return means

@@ -1,7 +1,7 @@
-"""Visual and textual monosemanticity of groups (Table 2 of the seed paper), and the MonoSemanticity score.
+"""MonoSemanticity score of features, and visual and textual monosemanticity of groups (Table 2 of the seed paper).
 
-The score takes one pass: the scaling to 0..1 is applied to the sums, not to the activations. With low and high the
-extremes of a feature over the whole stream, ``s = high - low`` and ``ã = (a - low) / s``, N samples and unit vectors e:
+The score takes one pass: the scaling to 0..1 is applied to the sums, not to the activations. Let low and high be the
+extremes of a feature over the whole stream, ``s = high - low``, ``ã = (a - low) / s``, N samples and unit vectors e:
 
     sum ã e = (sum a e - low sum e) / s
     sum ã   = (sum a - N low) / s
@@ -22,14 +22,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import check_rows, chunks, unit_rows
-from mmhooks.analysis.inputs.sparse import Columns, Latents, check_samples, rise
+from mmhooks.analysis.inputs.sparse import Columns, Latents, check_samples, to_float32
 from mmhooks.analysis.inputs.store_rows import (
     BATCH,
     ActivationStore,
     Side,
     check_store,
     latent_rows,
-    share,
+    row_batches,
     vector_rows,
 )
 from mmhooks.analysis.measures.embed_sim import EmbedSimResult
@@ -44,12 +44,12 @@ from mmhooks.hooks.features import FeatureSet, as_feature_set
 
 @dataclass(frozen=True)
 class GroupContrast(Result):
-    """EmbedSim of one group minus that of another, with the same of random groups of the same sizes.
+    """EmbedSim of one group minus that of another, with the same difference of random groups of the same sizes.
 
     Attributes:
         estimate: the difference, with a bootstrap interval over the features of both groups.
         control: mean and central 95 % of the random differences; n is the number of draws.
-        plus, minus: name, and features that have a value, of both groups.
+        plus, minus: per group its name and the number of its features that have a value.
     """
 
     estimate: Estimate
@@ -59,7 +59,7 @@ class GroupContrast(Result):
 
     @property
     def beats_control(self) -> bool:
-        """The difference lies outside the central range of the random ones."""
+        """Whether the difference lies outside the central range of the random ones."""
         return not self.control.low <= self.estimate.value <= self.control.high
 
     def table(self) -> Records:
@@ -83,7 +83,7 @@ class GroupContrast(Result):
 
 @dataclass(frozen=True)
 class MonosemanticityResult(Result):
-    """MonoSemanticity of every feature: activation-weighted mean cosine of all pairs of samples; NaN if dead."""
+    """MonoSemanticity of every feature, the activation-weighted mean cosine of all pairs of samples; NaN if dead."""
 
     values: Float[Tensor, " n"]
     estimate: Estimate
@@ -99,15 +99,15 @@ class MonosemanticityResult(Result):
 def visual_monosemanticity(
     on_images: EmbedSimResult, imgd: Any, textd: Any, *, draws: int = 200, seed: int = 0
 ) -> GroupContrast:
-    """EmbedSim(ImgD) - EmbedSim(TextD) on pictures (seed paper, Table 2).
+    """Computes EmbedSim(ImgD) - EmbedSim(TextD) on images (seed paper, Table 2).
 
     Args:
         on_images: :func:`~mmhooks.analysis.measures.embed_sim.embed_sim` of image latents and image embeddings.
         imgd, textd: groups of :func:`~mmhooks.analysis.measures.mds.mds`, or indices, or bool masks.
-        draws: random groups of the same sizes, from features with a value.
+        draws: number of random groups of the same sizes, from features with a value.
 
     Raises:
-        WrongHead: groups of another number of features.
+        WrongHead: a group belongs to another number of features.
     """
     return contrast(on_images, imgd, textd, draws=draws, seed=seed)
 
@@ -115,16 +115,16 @@ def visual_monosemanticity(
 def textual_monosemanticity(
     on_texts: EmbedSimResult, imgd: Any, textd: Any, *, draws: int = 200, seed: int = 0
 ) -> GroupContrast:
-    """EmbedSim(TextD) - EmbedSim(ImgD) on texts (seed paper, Table 2); arguments as for pictures."""
+    """Computes EmbedSim(TextD) - EmbedSim(ImgD) on texts (seed paper, Table 2); arguments as for images."""
     return contrast(on_texts, textd, imgd, draws=draws, seed=seed)
 
 
 def contrast(sim: EmbedSimResult, plus: Any, minus: Any, *, draws: int = 200, seed: int = 0) -> GroupContrast:
-    """Mean EmbedSim of ``plus`` minus that of ``minus``: FeatureSets, indices or bool masks."""
+    """Computes the mean EmbedSim of ``plus`` minus that of ``minus``: FeatureSets, indices or bool masks."""
     for group in (plus, minus):
         if isinstance(group, FeatureSet) and group.n_features != len(sim.values):
             raise WrongHead(
-                f"{group!r}, but EmbedSim has {len(sim.values)} features: compute both from one head"
+                f"expected a group of the {len(sim.values)} features of EmbedSim, got {group!r}: compute both from one head"
             )
     plus, minus = (as_feature_set(group, len(sim.values)) for group in (plus, minus))
     known: Bool[Tensor, " n"] = ~sim.values.isnan()
@@ -133,7 +133,7 @@ def contrast(sim: EmbedSimResult, plus: Any, minus: Any, *, draws: int = 200, se
     both = FeatureSet(range(len(one) + len(other)), len(sim.values), name=f"{plus.name}|{minus.name}")
     drawn = []
     for i, chosen in enumerate(size_matched(both, draws=draws, seed=seed, alive=known)):
-        # The first of a shuffled set stand for one group, the others for the other.
+        # The first features of a shuffled set act as one group, the rest as the other.
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed + i))
         values = sim.values[chosen.indices[order]].double()
         drawn.append(float(values[: len(one)].mean() - values[len(one) :].mean()))
@@ -150,19 +150,19 @@ def monosemanticity(
     side: Side = "image",
     site: str | None = None,
 ) -> MonosemanticityResult:
-    """MonoSemanticity: mean cosine over all pairs of samples, weighted by the product of their activations.
+    """Computes MonoSemanticity: mean cosine over all pairs of samples, weighted by the product of their activations.
 
-    Activations are scaled to 0..1 per feature. The exact linear form: with weights a and unit vectors e,
-    ``(|sum a e|^2 - sum a^2) / ((sum a)^2 - sum a^2)``, so one product of matrices instead of all pairs.
+    Activations are scaled to 0..1 per feature. With weights a and unit vectors e this equals
+    ``(|sum a e|^2 - sum a^2) / ((sum a)^2 - sum a^2)``, one matrix product instead of all pairs.
 
     Args:
-        latents: one row a sample, or a store, whose ``side`` is read in one pass.
+        latents: one row per sample, or a store, whose ``side`` is read in one pass.
         embeddings: of the same samples, by another model. With a store also the name of a site; default the
             model's own ``<side>.embed``.
         head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
 
     Raises:
-        ShapeMismatch: rows differ. NotFinite: NaN in either.
+        ShapeMismatch: the numbers of rows differ, or there are none. NotFinite: NaN in either.
 
     >>> x = torch.eye(3)[[0, 0, 1]]; latents = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     >>> monosemanticity(latents, x).values
@@ -173,14 +173,16 @@ def monosemanticity(
         rows = latent_rows(latents, side, head, site)
         vectors = vector_rows(latents, f"{side}.embed" if embeddings is None else embeddings)
         metric = MonoSemanticity(rows.n_features, vectors.width, seed=seed)
-        for _, begin, end in share(len(rows), BATCH, reads=[rows, vectors]):
+        for _, begin, end in row_batches(len(rows), BATCH, reads=[rows, vectors]):
             metric.update(rows[begin:end], vectors[begin:end])
         return metric.result()
     if not isinstance(embeddings, Tensor):
-        raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
+        raise ShapeMismatch(
+            f"expected embeddings as a tensor, as the latents are, got {type(embeddings).__name__}"
+        )
     check_rows(latents, embeddings)
     if not len(latents):
-        raise ShapeMismatch("MonoSemanticity needs samples, got none")
+        raise ShapeMismatch("MonoSemanticity: expected at least one sample, got none")
     metric = MonoSemanticity(latents.shape[1], embeddings.shape[1], seed=seed).to(latents.device)
     metric.update(latents, embeddings)
     return metric.result()
@@ -195,11 +197,11 @@ def _range(drawn: list[float]) -> Estimate:
 
 
 class MonoSemanticity(Metric):
-    """The score of every feature: ``update(latents, embeddings)``, then :meth:`result`.
+    """Streaming score of every feature: ``update(latents, embeddings)``, then :meth:`result`.
 
     Equal to :func:`mmhooks.analysis.measures.monosemanticity.monosemanticity` of all samples at once. A sparse batch
-    costs its entries times the width of the embeddings; the zeros it leaves out count as the smallest
-    activation wherever no entry is negative.
+    costs its entries times the width of the embeddings; the zeros it omits count as the smallest activation
+    unless an entry is negative.
 
     Args:
         n_features, dim: widths of latents and embeddings. The state is ``n_features * dim`` doubles.
@@ -240,7 +242,7 @@ class MonoSemanticity(Metric):
         """Adds a batch of samples.
 
         Raises:
-            ShapeMismatch: rows or widths that differ. NotFinite: NaN or infinity in either.
+            ShapeMismatch: rows or widths differ. NotFinite: NaN or infinity in either.
         """
         check_samples(latents, embeddings, self.n_features, self.dim, start=int(self.n_samples))
         if len(latents) == 0:
@@ -251,7 +253,7 @@ class MonoSemanticity(Metric):
             for begin, part in chunks(latents):
                 vectors = embeddings[begin : begin + len(part)].double()
                 unit = unit_rows(vectors, start=int(self.n_samples) + begin)
-                self._add_table(rise(part), unit.to(part.device))
+                self._add_table(to_float32(part), unit.to(part.device))
         self.n_samples = self.n_samples + len(latents)
 
     def _add_entries(self, batch: SparseRows, unit: Tensor) -> None:
@@ -259,20 +261,20 @@ class MonoSemanticity(Metric):
         owner = torch.arange(self.n_features).repeat_interleave(columns.counts)
         values = columns.values.double()
         low, high = columns.extremes()
-        quiet = columns.counts < len(batch)  # some sample of the batch is 0
+        has_zero = columns.counts < len(batch)  # some sample of the batch is 0
         self._add(
             total=torch.bincount(owner, values, minlength=self.n_features),
             squares=torch.bincount(owner, values.square(), minlength=self.n_features),
             weighted=columns.transposed_times(unit).double(),
             unit_sum=unit.sum(0, dtype=torch.float64),
             unit_squares=unit.double().square().sum(),
-            low=torch.where(quiet, low.clamp_max(0), low).double(),
-            high=torch.where(quiet, high.clamp_min(0), high).double(),
+            low=torch.where(has_zero, low.clamp_max(0), low).double(),
+            high=torch.where(has_zero, high.clamp_min(0), high).double(),
         )
 
     def _add_table(self, a: Tensor, unit: Tensor) -> None:
-        # In double: a feature that fires for one sample has a weight of 0 to the last digit, or a value made of
-        # rounding. Sums of what lies above the batch's own minimum: a large common offset would eat the digits.
+        # In float64: a feature that fires for one sample must have a weight of exactly 0, or its value is made of
+        # rounding. The sums are of the part above the batch's minimum: a large common offset would lose digits.
         a = a.double()
         low, high, rows = a.amin(0), a.amax(0), len(a)
         above = a - low
@@ -295,7 +297,7 @@ class MonoSemanticity(Metric):
         self.high = torch.maximum(self.high, high.to(self.high.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``values``, one a feature (NaN for a constant one), and the sums over all unit vectors."""
+        """``values``, one per feature (NaN for a constant one), and the sums over all unit vectors."""
         n, some = self.n_samples.double(), self.high > self.low
         low = torch.where(some, self.low, 0)
         span = torch.where(some, self.high - self.low, 1)
@@ -312,8 +314,7 @@ class MonoSemanticity(Metric):
         }
 
     def result(self) -> MonosemanticityResult:
-        from mmhooks.analysis.measures.monosemanticity import MonosemanticityResult
-
+        """The scores with the bootstrap interval of their mean."""
         state = self.compute()
         values = torch.atleast_1d(state["values"].cpu())
         return MonosemanticityResult(values, bootstrap(values, seed=self.seed), int(state["n_samples"]))

@@ -1,4 +1,4 @@
-"""Retrieval: does a picture find its text among all, and a text its picture."""
+"""Retrieval: R@k from images to their texts and from texts to their images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmhooks.errors import ShapeMismatch
 class RetrievalResult(Result):
     """R@k in both directions with Wilson intervals, the chance level of each k, and the rank of every query.
 
-    Ranks start at 0; a candidate that ties with the right one counts as before it, so that equal embeddings
-    do not score.
+    Ranks start at 0. A candidate that ties with the right one counts as ranked before it, so that identical
+    embeddings do not score.
     """
 
     image_to_text: dict[int, Estimate]
@@ -55,15 +55,15 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     same: Int[Tensor, " n"] | None = None,
 ) -> RetrievalResult:
-    """R@k of pairs among themselves by cosine; row i of both sides belongs together.
+    """Computes R@k of pairs by cosine; row i of one side belongs to row i of the other.
 
-    A row of zeros, which a mask may leave of an embedding, is like nothing: its query misses, as ties do.
+    A row of zeros, which masking may leave, is similar to nothing: its query misses, as ties do.
 
     Args:
-        same: a label for each pair; any candidate with the query's label is right (repeated captions).
+        same: one label per pair; any candidate with the query's label is right (repeated captions).
 
     Raises:
-        ShapeMismatch: sides of different shape, labels of another length, no pair, or a k below 1.
+        ShapeMismatch: the sides differ in shape, not one label per pair, no pair, or a k below 1.
         NotFinite: NaN or infinity in either side.
 
     >>> retrieval(torch.eye(4), torch.eye(4)).image_to_text[1].value
@@ -74,7 +74,7 @@ def retrieval(
     if n == 0 or not ks or min(ks) < 1 or (same is not None and len(same) != n):
         labels = "no labels" if same is None else f"{len(same)} labels"
         raise ShapeMismatch(
-            f"retrieval needs pairs, ks >= 1 and a label a pair: {n} pairs, ks = {tuple(ks)}, {labels}"
+            f"retrieval: expected pairs, ks >= 1 and one label per pair, got {n} pairs, ks = {tuple(ks)}, {labels}"
         )
     image, text = unit_or_zero_rows(image_emb), unit_or_zero_rows(text_emb)
     text = text.to(image)
@@ -106,7 +106,7 @@ def _ranks(query: Tensor, candidates: Tensor, same: Tensor | None) -> Int[Tensor
 
 
 def _chance(n: int, k: int, same: Tensor | None) -> float:
-    """Probability that k of n candidates at random hold a right one, mean over queries."""
+    """Computes the probability that k random candidates of n include a right one, mean over queries."""
     k = min(k, n)
     if same is None:
         return k / n

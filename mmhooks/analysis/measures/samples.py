@@ -1,7 +1,7 @@
-"""Samples that EmbedSim and WinRate compare (seed paper, equations 5 and 6): a feature's top ones, and random ones.
+"""The samples that EmbedSim and WinRate compare (seed paper, equations 5 and 6): top samples and random samples.
 
-From tensors, or from a store: top samples in one pass, then only the vectors that count. The metric keeps the vectors
-of the top samples and of one random pool.
+They come from tensors, or from a store: top samples in one pass, then only the vectors that are needed. The streaming
+metric keeps the vectors of the top samples and of one random pool.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from mmhooks.analysis.inputs.store_rows import (
     latent_rows,
     vector_rows,
 )
-from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, top_activating, top_of
+from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, top_activating, top_of_rows
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 
-# Cosines nearer than that are equal: a pair of top samples meets itself in the random pool, through another product of
-# matrices, and would win or lose by its rounding.
+# Cosines closer than this are equal: a pair of top samples may occur in the random pool too, computed by another matrix
+# product, and would win or lose by rounding.
 TIE = 1e-6
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What similarity is computed from.
+    """Unit vectors and row numbers from which EmbedSim and WinRate are computed.
 
     Attributes:
-        unit: unit vectors of the samples that count.
+        unit: unit vectors of the samples that are needed.
         top: the strongest samples of each feature, as rows of ``unit``.
         pool: the shared random pool, as rows of ``unit``.
         s_minus: mean cosine of all pairs of random samples, over ``s_minus_pool`` of them.
-        control: for a run of features m random samples each, as rows of ``unit`` (the paper's forms).
+        control: given a range of features, m random samples per feature, as rows of ``unit`` (for the paper's forms).
     """
 
     unit: Float[Tensor, "rows d"]
@@ -56,35 +56,36 @@ class Samples:
     control: Callable[[range], Tensor]
 
 
-def check_kind(measure: str, kind: str, known: tuple[str, ...]) -> None:
+def check_kind(name: str, kind: str, known: tuple[str, ...]) -> None:
+    """Raises MMHooksError unless ``kind`` is one of the ``known`` kinds of the measure ``name``."""
     if kind not in known:
-        raise MMHooksError(f"kind of {measure} must be one of {', '.join(known)}, came {kind!r}")
+        raise MMHooksError(f"kind: expected one of {', '.join(known)} for {name}, got {kind!r}")
 
 
 def check_sizes(m: int, min_samples: int, n: int) -> None:
-    """Raises ShapeMismatch where there can be no pair of samples."""
+    """Raises ShapeMismatch unless there can be a pair of samples."""
     if m < 2 or min_samples < 2 or n < 2:
         raise ShapeMismatch(
-            f"similarity needs two samples: m = {m}, min_samples = {min_samples}, {n} samples came"
+            f"similarity: expected at least 2 of each, got m = {m}, min_samples = {min_samples} and {n} samples"
         )
 
 
 def mean_cosine(unit: Float[Tensor, "n d"]) -> float:
-    """Mean cosine over all pairs of different rows, of unit vectors: ``(|sum|^2 - n) / (n^2 - n)``."""
+    """Computes the mean cosine over all pairs of different unit rows: ``(|sum|^2 - n) / (n^2 - n)``."""
     n = len(unit)
     if n < 2:
         return math.nan
-    # The exact squared norms, not n: rounding of unit vectors would show where the mean is near zero.
+    # The exact squared norms instead of n: the rounding of unit vectors matters where the mean is near zero.
     total = unit.double().sum(0).square().sum() - unit.double().square().sum()
     return float(total) / (n * n - n)
 
 
 def random_samples(n: int, m: int, features: range, seed: int) -> Int[Tensor, "f m"]:
-    """``m`` different random samples for each feature; those of a feature depend on it and the seed alone."""
+    """Draws ``m`` different random samples per feature, which depend only on the feature and the seed."""
     rows = []
     for feature in features:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + feature)
-        if 4 * m < n:  # a few of many: draw until m differ, rather than shuffle all
+        if 4 * m < n:  # a few of many: draw until m differ instead of shuffling all
             picked: dict[int, None] = {}
             while len(picked) < m:
                 picked.update(dict.fromkeys(torch.randint(n, (2 * m,), generator=generator).tolist()))
@@ -96,23 +97,23 @@ def random_samples(n: int, m: int, features: range, seed: int) -> Int[Tensor, "f
 
 
 def random_pool(n: int, size: int | None, seed: int) -> Int[Tensor, " p"]:
-    """``size`` different samples of ``n`` at random; all of them where ``size`` is None or larger."""
+    """Draws ``size`` different samples of ``n``; all of them if ``size`` is None or at least ``n``."""
     if size is None or size >= n:
         return torch.arange(n)
     if size < 2:
-        raise ShapeMismatch(f"the random pool needs at least 2 samples, came {size}")
+        raise ShapeMismatch(f"pool: expected at least 2 random samples, got {size}")
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
 
 
 def upper_triangle(unit: Float[Tensor, "f m d"]) -> Float[Tensor, "f p"]:
-    """Cosines of all pairs i < j in each set."""
+    """Computes the cosines of all pairs i < j in each set."""
     cosines = unit @ unit.transpose(1, 2)
     i, j = torch.triu_indices(unit.shape[1], unit.shape[1], 1)
     return cosines[:, i, j]
 
 
 def top_cosines(unit: Tensor, top: TopActivating) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Per run of features: which ones, cosines of their top samples' pairs, and which of these are of samples."""
+    """Yields, per range of features, the range, the cosines of all pairs of top samples, and which pairs exist."""
     n, m = top.indices.shape
     i, j = torch.triu_indices(m, m, 1)
     width = max(1, 2**22 // (m * unit.shape[1]))
@@ -134,13 +135,16 @@ def compared_samples(
     side: Side,
     site: str | None,
 ) -> Samples:
+    """Collects the samples to compare, from tensors or from a store."""
     if not isinstance(latents, Tensor):
         check_store(latents)
         return stored_samples(
             latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
         )
     if not isinstance(embeddings, Tensor):
-        raise ShapeMismatch(f"latents as a tensor need embeddings as one, came {type(embeddings).__name__}")
+        raise ShapeMismatch(
+            f"expected embeddings as a tensor, as the latents are, got {type(embeddings).__name__}"
+        )
     check_rows(latents, embeddings)
     n = len(latents)
     check_sizes(m, min_samples, n)
@@ -157,11 +161,11 @@ def compared_samples(
 
 
 class Similarity(TopSamples):
-    """Top samples with their unit vectors, a random pool of samples with theirs, and the sum of all.
+    """Base of the streaming EmbedSim and WinRate: top samples and a random pool with unit vectors, and sums over all.
 
-    The pool holds the samples whose numbers hash lowest, a uniform draw that does not depend on the order of
-    batches or merges. Where the vectors can be read again by number (a store), the functions of
-    :mod:`mmhooks.analysis.measures.samples` need none of these states.
+    The pool holds the samples whose numbers have the lowest hashes, a uniform draw that does not depend on the
+    order of batches or merges. If vectors can be read again by number, as in a store, the functions of
+    :mod:`mmhooks.analysis.measures.samples` need none of this state.
     """
 
     pool: Tensor  # [size, (hash, number, *vector)], lowest hash first; (inf, -1) where there is none
@@ -173,12 +177,12 @@ class Similarity(TopSamples):
     ) -> None:
         check_sizes(m, min_samples, 2)
         if pool < max(2, m):
-            raise ShapeMismatch(f"the random pool needs at least m = {m} samples, came {pool}")
+            raise ShapeMismatch(f"pool: expected at least m = {m} random samples, got {pool}")
         super().__init__(n_features, m=m, width=dim, **kwargs)
         self.min_samples, self.seed = min_samples, seed
         empty = torch.zeros(pool, 2 + dim, dtype=torch.float64)
         empty[:, 0], empty[:, 1] = torch.inf, -1
-        self.add_state("pool", empty, dist_reduce_fx=lowest)
+        self.add_state("pool", empty, dist_reduce_fx=merge_pools)
         self.add_state("unit_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("unit_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -192,10 +196,12 @@ class Similarity(TopSamples):
         """Adds a batch of samples: their latents and their embeddings by another model.
 
         Raises:
-            ShapeMismatch: rows or widths that differ. NotFinite: NaN or infinity in either.
+            ShapeMismatch: rows or widths differ. NotFinite: NaN or infinity in either.
         """
         if vectors is None:
-            raise ShapeMismatch(f"similarity needs the embeddings of the samples, {self.width} numbers each")
+            raise ShapeMismatch(
+                f"similarity: expected the samples' embeddings, {self.width} numbers each, got None"
+            )
         start = int(self.n_samples) if start is None else start
         check_samples(latents, vectors, self.n_features, self.width, start=start)
         unit = unit_rows(vectors, start=start).float()
@@ -203,12 +209,12 @@ class Similarity(TopSamples):
         self.unit_sum += unit.sum(0, dtype=torch.float64)
         self.unit_squares += unit.double().square().sum()
         samples = torch.arange(start, start + len(unit))
-        keys = scattered(samples, self.seed)
-        among = keys < float(self.pool[-1, 0])
-        if bool(among.any()):
-            unit = unit.cpu().double()[among]
-            fresh = torch.cat([torch.stack([keys[among], samples[among].double()], 1), unit], 1)
-            self.pool = _lowest(torch.cat([self.pool, fresh.to(self.pool)]), len(self.pool))
+        keys = hash_keys(samples, self.seed)
+        enters = keys < float(self.pool[-1, 0])
+        if bool(enters.any()):
+            unit = unit.cpu().double()[enters]
+            fresh = torch.cat([torch.stack([keys[enters], samples[enters].double()], 1), unit], 1)
+            self.pool = _lowest_keys(torch.cat([self.pool, fresh.to(self.pool)]), len(self.pool))
 
     def _samples(self, state: dict[str, Tensor]) -> Samples:
         n = int(state["n_samples"])
@@ -229,24 +235,24 @@ class Similarity(TopSamples):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """The states; ``values`` of the subclasses hold the measure."""
+        """The state; the subclasses' ``result()`` computes the measure from it."""
         names = ("best", "pool", "unit_sum", "unit_squares", "n_samples")
         return {name: getattr(self, name) for name in names}
 
 
-def lowest(states: Float[Tensor, "parts p c"]) -> Float[Tensor, "p c"]:
-    """The pool of several pools."""
-    return _lowest(states.flatten(0, 1), states.shape[1])
+def merge_pools(states: Float[Tensor, "parts p c"]) -> Float[Tensor, "p c"]:
+    """Merges several pools into one."""
+    return _lowest_keys(states.flatten(0, 1), states.shape[1])
 
 
-def _lowest(rows: Float[Tensor, "r c"], size: int) -> Float[Tensor, "p c"]:
-    # Keys of 53 bits hardly ever tie; the number of the sample settles it.
+def _lowest_keys(rows: Float[Tensor, "r c"], size: int) -> Float[Tensor, "p c"]:
+    # Keys of 53 bits hardly ever tie; the sample's number breaks ties.
     order = np.lexsort((rows[:, 1].cpu().numpy(), rows[:, 0].cpu().numpy()))[:size]
     return rows[torch.from_numpy(order).to(rows.device)]
 
 
-def scattered(numbers: Int[Tensor, " b"], seed: int) -> Float[Tensor, " b"]:
-    """A random key in [0, 1) for every number, the same wherever and whenever it is met (splitmix64)."""
+def hash_keys(numbers: Int[Tensor, " b"], seed: int) -> Float[Tensor, " b"]:
+    """Hashes every number to a random key in [0, 1), the same in every process and run (splitmix64)."""
     mask = 2**64 - 1
     x = numbers.numpy().astype(np.uint64) + np.uint64((seed * 0x632BE59BD9B4E019) & mask)
     x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -268,13 +274,13 @@ def stored_samples(
     min_samples: int,
     seed: int,
 ) -> Samples:
-    """What EmbedSim and WinRate compare, equal to that of the whole tables in memory.
+    """Collects the samples to compare from a store, equal to those of the whole tables in memory.
 
     Raises:
         UnknownSite, ShapeMismatch: as :func:`mmhooks.analysis.inputs.store_rows.latent_rows`.
     """
     check_sizes(m, min_samples, len(store))
-    top = top_of(latent_rows(store, side, head, site), m)
+    top = top_of_rows(latent_rows(store, side, head, site), m)
     vectors = vector_rows(store, f"{side}.embed" if embeddings is None else embeddings)
     return samples_of(top, vectors, len(store), m=m, pool=pool, seed=seed)
 
@@ -289,9 +295,9 @@ def samples_of(
     seed: int,
     s_minus: float | None = None,
 ) -> Samples:
-    """Reads the vectors of top samples, of the pool and of the paper's controls; no others are kept.
+    """Reads the vectors of top samples, of the pool and of the paper's controls, and no others.
 
-    ``s_minus``, where it is known from a pass over all vectors, replaces the pool's.
+    ``s_minus``, if known from a pass over all vectors, replaces that of the pool.
     """
     drawn = torch.empty(0, dtype=torch.long) if pool is None else random_pool(n, pool, seed)
     if pool is None and s_minus is None:
@@ -313,7 +319,7 @@ def samples_of(
 
 
 def _mean_cosine_of(vectors: VectorRows, n: int) -> float:
-    """:func:`mean_cosine` of all ``n`` unit vectors, a batch at a time."""
+    """Computes :func:`mean_cosine` of all ``n`` unit vectors, one batch at a time."""
     total = torch.zeros(vectors.width, dtype=torch.float64)
     squares = 0.0
     for begin in range(0, n, BATCH):

@@ -1,4 +1,4 @@
-"""Stability: does a head trained from another seed have the same features."""
+"""Stability: whether heads trained from different seeds have the same features."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mmhooks.heads.base import Head
 
 @dataclass(frozen=True)
 class Stability(Result):
-    """Decoder rows of two heads, matched one to one so that the sum of cosines is largest.
+    """Decoder rows of two heads, matched one to one to maximise the sum of cosines.
 
     Attributes:
         mean: mean cosine of matched rows, with a bootstrap interval over features.
-        chance: the same for rows drawn at random on the sphere, as many and as long.
-        values: cosine of each row of the narrower head with its partner; partner: the row of the other head.
+        chance: the same for as many random rows of the same width, uniform on the sphere.
+        values: cosine of each row of the narrower head with its partner. partner: that row of the other head.
     """
 
     mean: Estimate
@@ -44,12 +44,12 @@ class Stability(Result):
 
 
 def stability(one: Head, other: Head, *, seed: int = 0) -> Stability:
-    """Hungarian mean max-cosine of the decoder rows of two heads (Paulo & Belrose 2025), usually of two seeds.
+    """Matches the decoder rows of two heads, usually of two seeds (Hungarian mean max-cosine, Paulo & Belrose 2025).
 
     The assignment costs ``n^3``: seconds at n = 4,096.
 
     Raises:
-        NoDecoder: a head without decoder. ShapeMismatch: heads of different width.
+        NoDecoder: a head has no decoder. ShapeMismatch: the heads differ in width.
 
     >>> from mmhooks.heads import TopKSAE
     >>> sae = TopKSAE(8, 32, 4)
@@ -58,7 +58,9 @@ def stability(one: Head, other: Head, *, seed: int = 0) -> Stability:
     """
     rows = [_directions(head) for head in (one, other)]
     if one.d_in != other.d_in:
-        raise ShapeMismatch(f"rows of width {one.d_in} and {other.d_in}: heads of the same site are compared")
+        raise ShapeMismatch(
+            f"stability: expected heads of the same width, got {one.d_in} and {other.d_in}: compare heads of the same site"
+        )
     few, many = sorted(rows, key=len)
     values, partner = _match(few, many)
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +71,9 @@ def stability(one: Head, other: Head, *, seed: int = 0) -> Stability:
 def _directions(head: Head) -> Float[Tensor, "n d"]:
     rows = getattr(head, "W_dec", None)
     if not head.has_decoder or rows is None:
-        raise NoDecoder(f"head {head.name!r} ({head.kind}) has no decoder rows to compare")
+        raise NoDecoder(
+            f"stability: expected heads with decoder rows, got {head.name!r} ({head.kind}) without any"
+        )
     rows = rows.detach().cpu().float()
     check_finite(rows, f"decoder rows of head {head.name!r}")
     return normalize(rows, dim=1)

@@ -1,4 +1,4 @@
-"""Many heads on the same vectors: what K, width, kind and seed buy, in one table."""
+"""Sweep: trains a grid of heads on the same vectors and compares them by K, width, variant and seed in one table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmhooks.analysis.inputs.checks import check_finite, check_numbers, check_shapes, unit_rows
 from mmhooks.analysis.measures.embed_sim import embed_sim
 from mmhooks.analysis.measures.mds import MDS
 from mmhooks.analysis.results import Records, Result, plain
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.heads.reconstruction import fidelity
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
@@ -29,27 +30,27 @@ from mmhooks.heads.training.checkpoint import rows_hash
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.heads.training.train import train_head
 from mmhooks.heads.vectors import SITES, every_tenth, paired
-from mmhooks.utils.files import written_aside
+from mmhooks.utils.files import make_folder, write_text
 from mmhooks.utils.json_files import read_json
 from mmhooks.utils.progress import track
 from mmhooks.utils.tensors import digest_of
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
-"""Kinds that K steers: the first three by construction, JumpReLU by its target L0."""
+"""Variants whose sparsity K sets: the first three by construction, JumpReLU by its target L0."""
 
 
 @dataclass(frozen=True)
 class SweepResult(Result):
-    """One row a run, in the order of the grid.
+    """One row per run, in the order of the grid.
 
     Attributes:
         rows: ``variant, n, K, seed``; on held-out pairs ``L0``, ``FVU`` (mean of the modalities), ``FVU image``,
-            ``FVU text``; ``dead`` (fires for no pair, training or held out); ``MDS mu``, ``MDS sigma`` and the
+            ``FVU text``; ``dead`` (fires for no pair, training or held-out); ``MDS mu``, ``MDS sigma`` and the
             group sizes; ``EmbedSim image``, ``EmbedSim text``; ``pareto``; ``seconds``, ``head`` (its id).
-        settings: of training, as they were given.
-        judge: whose vectors EmbedSim compares: "given", or "own" (the vectors the head reads: then it says
-            how tight a feature's samples lie in that space, not that anyone else finds them alike).
-        pairs: trained on, and held out.
+        settings: the training settings, as given.
+        judge: the vectors that EmbedSim compares: "given", or "own" (the vectors the head reads; EmbedSim then says
+            how close a feature's samples lie in that space, not that another model finds them similar).
+        pairs: number of training pairs and of held-out pairs.
     """
 
     rows: list[dict[str, Any]]
@@ -64,13 +65,13 @@ class SweepResult(Result):
 def make_head(
     variant: str, d: int, n: int, k: int, seed: int, options: dict[str, Any] | None = None
 ) -> tuple[Head, SAEObjective]:
-    """A fresh head of a variant and the objective that trains it. ``options`` are the objective's."""
+    """Makes an untrained head of a variant and its training objective; ``options`` are the objective's."""
     given: dict[str, Any] = dict(options or {})
     if variant == "jumprelu":
         return JumpReLUSAE(d, n, seed=seed), SAEObjective(**{**given, "target_l0": float(k)})
     kinds = {"topk": TopKSAE, "batchtopk": BatchTopKSAE, "matryoshka": MatryoshkaSAE}
     if variant not in kinds:
-        raise MMHooksError(f"no variant {variant!r} to sweep over K; there are {', '.join(VARIANTS)}")
+        raise MMHooksError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     return kinds[variant](d, n, k, seed=seed), SAEObjective(**given)
 
 
@@ -93,23 +94,25 @@ def sweep(
     top: int = 20,
     progress: bool = True,
 ) -> SweepResult:
-    """Trains a head for every combination and measures it on held-out pairs.
+    """Trains a head for every combination and evaluates it on held-out pairs.
 
-    A finished run is a JSON file and a head under ``out``, and is not repeated; an unfinished one goes on from its
-    checkpoint, with the bits an unbroken one would have. So a killed sweep is started again with the same call, and
-    a larger grid reuses what is there. ``out/sweep.json`` and ``out/sweep.md`` hold the table.
+    A finished run is a JSON file and a head under ``out`` and is not repeated. An unfinished run resumes from its
+    checkpoint and ends bit-identical to an uninterrupted one. So the same call resumes a killed sweep, and a larger
+    grid reuses finished runs. ``out/sweep.json`` and ``out/sweep.md`` hold the table.
 
     Args:
         data, text: a tensor pair, a Store, or the directory of one, as for ``train_head``.
-        k, n, variants, seeds: the grid. A K above n is left out.
-        valid: held-out pairs; by default every tenth pair, which then is not trained on.
+        k, n, variants, seeds: the grid. Combinations with K above n are left out.
+        valid: held-out pairs; by default every tenth pair, which is then not trained on.
         judge: vectors of the held-out images and texts by independent models, for EmbedSim.
         objective: options of ``SAEObjective``, the same for all runs.
         top: EmbedSim's m.
 
     Raises:
-        MMHooksError: an unknown variant, an empty grid, one modality only, or an ``out`` that holds runs of other
-            data or settings.
+        MMHooksError: a variant is unknown, the grid is empty, there is only one modality, or ``out`` holds runs of
+            other data or settings.
+        ShapeMismatch: rows are not floating-point tensors, differ in shape, or there are fewer than 2 held-out pairs.
+        NotFinite: a row holds NaN or infinity, or is all zeros where the head needs a direction.
 
     >>> import tempfile
     >>> x = torch.randn(200, 8)
@@ -124,11 +127,19 @@ def sweep(
     ]
     if not grid:
         raise MMHooksError(
-            f"an empty grid: variants {list(variants)}, n {list(n)}, K {list(k)}, seeds {list(seeds)}"
+            f"expected a grid of runs, got none: variants {list(variants)}, n {list(n)}, K {list(k)}, seeds {list(seeds)}"
         )
-    image, text = paired(data, text, sites)
+    if isinstance(data, (str, Path)) or hasattr(data, "sites"):
+        image, text = paired(data, text, sites)
+    else:
+        check_numbers(data, "image rows")
+        image = data.detach()
     if text is None:
-        raise MMHooksError("a sweep compares modalities: it needs image rows and text rows")
+        raise MMHooksError("a sweep: expected image rows and text rows, got only image rows")
+    if isinstance(image, Tensor):
+        check_numbers(text, "text rows")
+        check_shapes(tuple(image.shape), tuple(text.shape), "rows")
+        text = text.detach()
     train: tuple[Any, Any] = (image, text)
     held_out: tuple[Any, Any] = valid or (image, text)
     if valid is None:
@@ -141,10 +152,9 @@ def sweep(
         "top": top,
     }
     judged = "own" if judge is None else "given"
-    for variant, *_ in grid:
-        make_head(
-            variant, 4, 4, 1, 0, objective
-        )  # a misspelt name or option speaks up before hours of training
+    # A misspelt name or option, or a bad held-out row, fails before hours of training.
+    heads = [make_head(variant, image.shape[1], 4, 1, 0, objective)[0] for variant in variants]
+    _check_held_out(heads[0], held_out, judge)
     tables = [rows_hash(x) for x in (*train, *held_out, *(judge or ()))]  # every row decides
     mark = digest_of(settings | {"judge": judged, "rows": tables}, {})
     out = Path(out)
@@ -154,7 +164,7 @@ def sweep(
         row = _finished(out / "runs" / f"{name}.json", mark)
         if row is None:
             head, loss = make_head(variant, train[0].shape[1], width, active, seed, objective)
-            began = time.perf_counter()
+            begin = time.perf_counter()
             checkpoint = out / "checkpoints" / f"{name}.safetensors"
             train_head(
                 head, *train, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, objective=loss,
@@ -162,9 +172,9 @@ def sweep(
             )  # fmt: skip
             head.info = {"sweep": name, "settings": settings}
             head.save(out / "heads" / name)
-            place = {"variant": variant, "n": width, "K": active, "seed": seed}
-            row = place | measure(head, train, held_out, judge or held_out, top)
-            row |= {"seconds": time.perf_counter() - began, "head": head.id}
+            settings_of_run = {"variant": variant, "n": width, "K": active, "seed": seed}
+            row = settings_of_run | evaluate_head(head, train, held_out, judge or held_out, top)
+            row |= {"seconds": time.perf_counter() - begin, "head": head.id}
             _write(out / "runs" / f"{name}.json", {"fingerprint": mark, "row": plain(row)})
             checkpoint.unlink(missing_ok=True)
         rows.append({key: math.nan if value is None else value for key, value in row.items()})
@@ -172,19 +182,40 @@ def sweep(
     rows = [row | {"pareto": bool(flag)} for row, flag in zip(rows, best, strict=True)]
     result = SweepResult(rows, settings, judged, (len(train[0]), len(held_out[0])))
     result.save(out / "sweep.json")
-    (out / "sweep.md").write_text(result.table().markdown() + "\n", encoding="utf-8")
+    write_text(out / "sweep.md", result.table().markdown() + "\n")
     return result
 
 
+def _check_held_out(head: Head, held_out: tuple[Any, Any], judge: tuple[Any, Any] | None) -> None:
+    image, text = held_out
+    for side, rows in (("image", image), ("text", text)):
+        check_numbers(rows, f"held-out {side} rows")
+    check_shapes(tuple(image.shape), tuple(text.shape), "held-out rows")
+    if len(image) < 2:
+        raise ShapeMismatch(
+            f"a sweep: expected at least 2 held-out pairs, got {len(image)}; give valid=, or at least 20 pairs"
+        )
+    for rows in held_out:
+        head.prepare(rows.float())
+    for side, vectors in zip(("image", "text"), judge or (), strict=False):
+        what = f"judge= of the {side} side"
+        check_finite(vectors, what)
+        if len(vectors) != len(image):
+            raise ShapeMismatch(
+                f"{what}: expected one row for each of {len(image)} held-out pairs, got {len(vectors)}"
+            )
+        unit_rows(vectors, what)
+
+
 @torch.no_grad()
-def measure(
+def evaluate_head(
     head: Head,
     train: tuple[Any, Any],
     held_out: tuple[Float[Tensor, "p d"], Float[Tensor, "p2 d"]],
     judge: tuple[Float[Tensor, "p e"], Float[Tensor, "p2 f"]],
     top: int = 20,
 ) -> dict[str, Any]:
-    """The numbers of one row: fidelity, modality and interpretability of ``head`` on held-out pairs."""
+    """Computes the numbers of one row: fidelity, modality and interpretability of ``head`` on held-out pairs."""
     one, two = (fidelity(head, x) for x in held_out)
     fired = torch.tensor(one.counts) + torch.tensor(two.counts) > 0
     for rows in train:
@@ -209,31 +240,30 @@ def measure(
 
 
 def pareto(points: Float[Tensor, "runs 2"]) -> Bool[Tensor, " runs"]:
-    """Which points no other point beats in one number and equals or beats in the other; less is better.
+    """Marks the Pareto-optimal points: no other point is better in one number and at least equal in the other; lower is better.
 
     >>> pareto(torch.tensor([[1.0, 3.0], [2.0, 2.0], [2.0, 4.0]])).tolist()
     [True, True, False]
     """
-    no_worse = (points[None] <= points[:, None]).all(dim=2)
+    not_worse = (points[None] <= points[:, None]).all(dim=2)
     better = (points[None] < points[:, None]).any(dim=2)
-    return ~(no_worse & better).any(dim=1)
+    return ~(not_worse & better).any(dim=1)
 
 
 def _finished(path: Path, mark: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_json(
-        path, "a finished run of a sweep", {"fingerprint": str, "row": dict}, remedy="delete it and the run is made again"
+        path, "a finished run of a sweep", {"fingerprint": str, "row": dict}, remedy="delete it, and the run is repeated"
     )  # fmt: skip
     if content["fingerprint"] != mark:
         raise MMHooksError(
-            f"{path} is a run on other data or with other settings (fingerprint {content['fingerprint']}, this "
-            f"sweep's {mark}); choose another out=, or delete that folder"
+            f"{path}: expected a run of this sweep, with fingerprint {mark}, got one on other data or with other "
+            f"settings, with fingerprint {content['fingerprint']}; choose another out=, or delete that folder"
         )
     return content["row"]
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")

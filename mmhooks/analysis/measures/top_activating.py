@@ -1,4 +1,4 @@
-"""The samples that a feature responds to most; streaming, m candidates a feature and never a table of all samples."""
+"""Top-activating samples of every feature; streaming, with m candidates per feature instead of all samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.inputs.checks import CHUNK_BYTES, check_finite
-from mmhooks.analysis.inputs.sparse import Latents, check_latents, rise
+from mmhooks.analysis.inputs.sparse import Latents, check_latents, to_float32
 from mmhooks.analysis.inputs.store_rows import (
     BATCH,
     ActivationStore,
@@ -21,7 +21,7 @@ from mmhooks.analysis.inputs.store_rows import (
     Side,
     check_store,
     latent_rows,
-    share,
+    row_batches,
 )
 from mmhooks.analysis.results import Records, Result
 from mmhooks.data.sparse_rows import SparseRows
@@ -34,8 +34,8 @@ from mmhooks.utils.indexing import one_index
 class TopActivating(Result):
     """The ``m`` strongest samples of each of ``n`` features, strongest first.
 
-    Only samples with an activation above 0 count: of row k the first ``count[k]`` entries are samples,
-    the others hold index -1 and value 0.
+    Only samples with an activation above 0 count: the first ``count[k]`` entries of row k are samples, the others
+    hold index -1 and value 0.
     """
 
     indices: Int[Tensor, "n m"]
@@ -44,10 +44,10 @@ class TopActivating(Result):
     n_samples: int = 0
 
     def of(self, feature: Any) -> Int[Tensor, " c"]:
-        """The samples of one feature, strongest first; empty where it is dead.
+        """The samples of one feature, strongest first; empty if it is dead.
 
         Raises:
-            ShapeMismatch: not one feature of these.
+            ShapeMismatch: ``feature`` is not one of these features.
         """
         place = one_index(feature, len(self.count), "features")
         return self.indices[place, : int(self.count[place])]
@@ -68,27 +68,25 @@ def top_activating(
     site: str | None = None,
     progress: bool = False,
 ) -> TopActivating:
-    """The ``m`` samples with the largest activation of every feature; equal activations: the earlier sample.
+    """Finds the ``m`` samples with the largest activation of every feature; ties go to the earlier sample.
 
     Args:
-        latents: one row a sample, dense or sparse; or a store, whose ``side`` is read in one pass.
+        latents: one row per sample, dense or sparse; or a store, whose ``side`` is read in one pass.
         head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
 
     Raises:
-        ShapeMismatch: ``m`` below 1. NotFinite: NaN or infinity in the latents.
+        ShapeMismatch: ``m`` is below 1. NotFinite: NaN or infinity in the latents.
 
     >>> top_activating(torch.tensor([[0.0, 2.0], [0.0, 5.0], [0.0, 0.0]]), m=2).indices
     tensor([[-1, -1],
             [ 1,  0]])
     """
     if m < 1:
-        raise ShapeMismatch(f"m must be at least 1, came {m}")
+        raise ShapeMismatch(f"m: expected at least 1, got {m}")
     if not isinstance(latents, Tensor):
-        from mmhooks.analysis.measures.top_activating import TopSamples, top_of
-
         if not isinstance(latents, SparseRows):
             check_store(latents)
-            return top_of(latent_rows(latents, side, head, site), m, progress=progress)
+            return top_of_rows(latent_rows(latents, side, head, site), m, progress=progress)
         metric = TopSamples(latents.n_features, m=m)
         metric.update(latents)
         return metric.result()
@@ -97,7 +95,7 @@ def top_activating(
     take = min(m, samples)
     indices = torch.full((n, m), -1, dtype=torch.long)
     values = torch.zeros((n, m), dtype=latents.dtype)
-    # By columns: the transposed copy that sorting makes stays small.
+    # In runs of columns, so that the transposed copy that sorting needs stays small.
     width = max(1, CHUNK_BYTES // (max(1, samples) * 16))
     for begin in range(0, n, width):
         part = latents[:, begin : begin + width].T.contiguous()
@@ -112,7 +110,7 @@ def top_activating(
 def _top(
     rows: Float[Tensor, "w samples"], take: int
 ) -> tuple[Float[Tensor, "w take"], Int[Tensor, "w take"]]:
-    """As a stable descending sort, at the price of a top-k: ties at the cut are settled by position."""
+    """Takes the first ``take`` of a stable descending sort at the cost of a top-k; ties at the cut go by position."""
     if take == 0:
         return rows[:, :0], torch.zeros((len(rows), 0), dtype=torch.long)
     cut = rows.topk(take, dim=1).values[:, -1:]
@@ -124,27 +122,27 @@ def _top(
     return best, where.gather(1, order)
 
 
-def top_of(rows: LatentRows, m: int, *, progress: bool = False) -> TopActivating:
-    """The strongest samples of one side of a store, as row numbers."""
+def top_of_rows(rows: LatentRows, m: int, *, progress: bool = False) -> TopActivating:
+    """Finds the strongest samples of one side of a store, as row numbers."""
     metric = TopSamples(rows.n_features, m=m)
-    for _, begin, end in share(len(rows), BATCH, "top samples", reads=[rows], progress=progress):
+    for _, begin, end in row_batches(len(rows), BATCH, "top samples", reads=[rows], progress=progress):
         metric.update(rows[begin:end], start=begin)
     return metric.result()
 
 
 class TopSamples(Metric):
-    """The ``m`` strongest samples of every feature: ``update(latents)``, then :meth:`result`.
+    """Streaming ``m`` strongest samples of every feature: ``update(latents)``, then :meth:`result`.
 
-    Equal to :func:`mmhooks.analysis.measures.top_activating.top_activating` on all samples at once, in any order of batches and
-    merges: among equal activations the sample with the smaller number stands first. A sample is known by its
-    number: ``start`` is that of a batch's first row, by default how many rows this metric has seen. Processes
-    that share a stream must therefore give ``start``.
+    Equal to :func:`mmhooks.analysis.measures.top_activating.top_activating` on all samples at once, for any order of
+    batches and merges: among equal activations the sample with the smaller number comes first. Samples are
+    numbered: ``start`` is the number of a batch's first row, by default how many rows this metric has seen.
+    Processes that share a stream must therefore give ``start``.
 
-    A sparse batch costs its own entries: one comparison each with the weakest of the feature's m.
+    A sparse batch costs one comparison per entry, with the weakest of the feature's m samples.
 
     Args:
-        n_features: width of the latents. m: samples kept for each.
-        width: of a vector kept with each sample (``update(…, vectors=…)``); 0 keeps none. The state takes
+        n_features: width of the latents. m: samples kept per feature.
+        width: of the vector kept with each sample (``update(…, vectors=…)``); 0 keeps none. The state takes
             ``n_features * m * (2 + width)`` doubles.
 
     >>> metric = TopSamples(2, m=2)
@@ -164,11 +162,11 @@ class TopSamples(Metric):
     def __init__(self, n_features: int, *, m: int = 20, width: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if m < 1:
-            raise ShapeMismatch(f"m must be at least 1, came {m}")
+            raise ShapeMismatch(f"m: expected at least 1, got {m}")
         self.n_features, self.m, self.width = n_features, m, width
         empty = torch.zeros(n_features, m, 2 + width, dtype=torch.float64)
         empty[:, :, 1] = -1
-        self.add_state("best", empty, dist_reduce_fx=strongest)
+        self.add_state("best", empty, dist_reduce_fx=merge_strongest)
         self.add_state("n_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(
@@ -181,19 +179,20 @@ class TopSamples(Metric):
         """Adds a batch.
 
         Raises:
-            ShapeMismatch: another width, or vectors that do not fit. NotFinite: NaN or infinity.
+            ShapeMismatch: the width is wrong, or the vectors do not fit. NotFinite: NaN or infinity.
         """
         start = int(self.n_samples) if start is None else start
         check_latents(latents, self.n_features, start=start)
-        came = (0, 0) if vectors is None else tuple(vectors.shape)
-        if came != ((len(latents), self.width) if self.width else (0, 0)):
+        got = (0, 0) if vectors is None else tuple(vectors.shape)
+        expected = (len(latents), self.width) if self.width else (0, 0)
+        if got != expected:
             raise ShapeMismatch(
-                f"{len(latents)} samples with vectors of shape {came}, expected {self.width} numbers a sample"
+                f"vectors: expected {self.width} numbers for each of {len(latents)} samples, got shape {got}"
             )
         self._add(latents, vectors, start)
 
     def _add(self, latents: Latents, vectors: Tensor | None, start: int) -> None:
-        """Adds a batch that was checked."""
+        """Adds a batch that has been checked."""
         if isinstance(latents, SparseRows):
             self._add_entries(latents, vectors, start)
         else:
@@ -222,19 +221,19 @@ class TopSamples(Metric):
         )
 
     def _add_table(self, latents: Tensor, vectors: Tensor | None, start: int) -> None:
-        top = top_activating(rise(latents), self.m)
+        top = top_activating(to_float32(latents), self.m)
         fresh = torch.empty_like(self.best, device="cpu")
         fresh[:, :, 0] = top.values
         fresh[:, :, 1] = torch.where(top.indices >= 0, top.indices + start, -1)
         if vectors is not None and len(latents):
             fresh[:, :, 2:] = vectors.detach().cpu().double()[top.indices.clamp_min(0)]
-        self.best = strongest(torch.stack([self.best, fresh.to(self.best)]))
+        self.best = merge_strongest(torch.stack([self.best, fresh.to(self.best)]))
 
     def _add_entries(self, latents: SparseRows, vectors: Tensor | None, start: int) -> None:
         best = self.best.cpu()
         weakest, number = best[:, -1, 0].contiguous(), best[:, -1, 1].contiguous()
-        values, indices = rise(latents.values).cpu(), latents.indices.cpu().long()
-        # Most entries fall here, at one gather and one comparison.
+        values, indices = to_float32(latents.values).cpu(), latents.indices.cpu().long()
+        # Most entries are dropped here, after one gather and one comparison.
         row, place = ((values > 0) & (values >= weakest[indices])).nonzero(as_tuple=True)
         value, feature, sample = values[row, place].double(), indices[row, place], (row + start).double()
         beats = (value > weakest[feature]) | ((value == weakest[feature]) & (sample < number[feature]))
@@ -251,7 +250,7 @@ class TopSamples(Metric):
         rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
         keep = rank < self.m
         owner, rank, order = owner[keep], rank[keep], order[keep]
-        # Vectors are gathered for those that stay alone: in the first batches, few of many.
+        # Vectors are gathered only for samples that stay, few of many.
         new = order >= len(held)
         chosen = torch.empty(len(order), best.shape[2], dtype=torch.float64)
         chosen[~new] = held[order[~new]]
@@ -266,17 +265,17 @@ class TopSamples(Metric):
 def _ordered(
     owner: Int[Tensor, " e"], values: Float[Tensor, " e"], samples: Float[Tensor, " e"] | None
 ) -> Int[Tensor, " e"]:
-    """By owner, then by falling value, then by number; ``samples`` None: ties stand in the right order already."""
+    """Sorts by owner, descending value, then sample number; ``samples`` None: ties are already in order."""
     order = np.arange(len(owner)) if samples is None else samples.numpy().argsort(kind="stable")
     order = order[(-values.numpy()[order]).argsort(kind="stable")]
     key = owner.numpy()[order]
-    # Sixteen bits are sorted by counting.
+    # 16-bit keys are radix sorted, which is faster.
     order = order[(key.astype(np.uint16) if len(key) and key.max() < 2**16 else key).argsort(kind="stable")]
     return torch.from_numpy(order)
 
 
-def strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
-    """The m strongest of the samples of several states; equal activations: the smaller number first."""
+def merge_strongest(states: Float[Tensor, "parts n m c"]) -> Float[Tensor, "n m c"]:
+    """Merges several states into the m strongest samples; ties go to the smaller number."""
     m = states.shape[2]
     together = rearrange(states, "parts n m c -> n (parts m) c")
     order = together[:, :, 1].argsort(dim=1, stable=True)

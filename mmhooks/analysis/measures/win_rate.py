@@ -1,4 +1,4 @@
-"""WinRate: how often the samples that activate a feature are more alike than random ones."""
+"""WinRate: how often two samples that activate a feature are more similar than two random samples."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def win_rate(
     side: Side = "image",
     site: str | None = None,
 ) -> WinRateResult:
-    """WinRate: how often two top samples of a feature are more alike than two random samples.
+    """Computes WinRate: how often two top samples of a feature are more similar than two random samples.
 
     ``expectation`` is P(S+ > S-) with S- over all pairs of a random pool of ``pool`` samples; ``paper`` compares
-    each pair with one pair of random samples (equation 6), m drawn for each feature by ``seed``. One half is chance.
+    each pair with one pair of random samples (equation 6), m per feature, drawn by ``seed``. Chance is one half.
     Arguments and errors as in :func:`embed_sim`.
 
     >>> x = torch.eye(4)[[0, 0, 1, 2]]; latents = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
@@ -58,7 +58,7 @@ def win_rate(
 
 @dataclass(frozen=True)
 class WinRateResult(Result):
-    """WinRate of ``n`` features: ``values`` (NaN where too few samples activate one), and their mean."""
+    """WinRate of ``n`` features: ``values`` (NaN if too few samples activate a feature), and their mean."""
 
     values: Float[Tensor, " n"]
     estimate: Estimate
@@ -88,7 +88,7 @@ class WinRateResult(Result):
 def win_rate_of(
     samples: Samples, *, kind: WinKind = "expectation", min_samples: int = 2, seed: int = 0
 ) -> WinRateResult:
-    """WinRate; arguments as in :func:`mmhooks.analysis.measures.win_rate.win_rate`."""
+    """Computes WinRate from samples; arguments as in :func:`mmhooks.analysis.measures.win_rate.win_rate`."""
     check_kind("WinRate", kind, ("expectation", "paper"))
     unit, top = samples.unit, samples.top
     enough = top.count >= min_samples
@@ -108,8 +108,8 @@ def win_rate_of(
 
 
 class WinRate(Similarity):
-    """WinRate of every feature, streaming; equal to :func:`mmhooks.analysis.measures.win_rate.win_rate` over
-    the random pool kept here (all samples, where they are no more than ``pool``).
+    """Streaming WinRate of every feature; equal to :func:`mmhooks.analysis.measures.win_rate.win_rate` over the
+    random pool kept here (all samples, if there are at most ``pool``).
 
     >>> metric = WinRate(1, 4, m=2)
     >>> metric.update(torch.tensor([[1.0], [1.0], [0.0], [0.0]]), torch.eye(4)[[0, 0, 1, 2]])

@@ -1,1 +1,1 @@
-"""Intervals, resampling, tests and controls; tensors only."""
+"""Intervals, resampling, hypothesis tests and random controls, on tensors only."""

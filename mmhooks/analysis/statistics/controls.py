@@ -1,4 +1,4 @@
-"""Random feature sets of the same size: what a group must beat before it is said to matter."""
+"""Random feature sets of the same size: the control that a group's effect is compared with."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def size_matched(
     alive: Bool[Tensor, " n"] | FeatureSet | None = None,
     disjoint: bool = False,
 ) -> Sequence[FeatureSet]:
-    """``draws`` random sets as large as ``group``, from ``alive`` features (dead ones would be no control).
+    """Draws ``draws`` random sets as large as ``group`` from the ``alive`` features (dead ones would be no control).
 
     Args:
-        disjoint: draw from features outside the group.
+        disjoint: draw only features outside the group.
 
     Raises:
-        ShapeMismatch: fewer features to draw from than the group has.
+        ShapeMismatch: there are fewer features to draw from than the group has.
 
     >>> [len(s) for s in size_matched(FeatureSet([1, 2, 3], 10), draws=2)]
     [3, 3]
     """
     if not isinstance(group, FeatureSet):
         raise ShapeMismatch(
-            f"expected a FeatureSet, which says among how many features it was chosen, got {type(group).__name__}; "
+            f"expected a FeatureSet, which knows the number of all features, got {type(group).__name__}; "
             "make one: mm.FeatureSet(indices, n_features)"
         )
     n = group.n_features
@@ -45,5 +45,7 @@ def size_matched(
     if disjoint:
         pool = pool - group
     if len(pool) < len(group):
-        raise ShapeMismatch(f"{len(pool)} features to draw from, but {group!r} needs {len(group)}")
+        raise ShapeMismatch(
+            f"expected at least {len(group)} features to draw from, as {group!r} has, got {len(pool)}"
+        )
     return [pool.sample(len(group), seed=seed * 100_003 + i) for i in range(draws)]

@@ -1,4 +1,4 @@
-"""Tests of hypotheses: which features are dominated at all, whether two groups differ, and many tests at once."""
+"""Hypothesis tests: a permutation test between two groups, and Benjamini-Hochberg for many tests at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmhooks.hooks.features import FeatureSet, as_feature_set
 
 @dataclass(frozen=True)
 class PermutationTest(Result):
-    """Difference of the means of two groups, and how often random groups of these sizes differ as much."""
+    """Difference of two groups' means, and how often random groups of the same sizes differ as much."""
 
     difference: float
     p: float
@@ -35,7 +35,7 @@ class PermutationTest(Result):
 
 
 def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Adjusted p-values: calling those below q significant keeps the expected share of false ones below q.
+    """Adjusts p-values: calling those below q significant keeps the expected share of false discoveries below q.
 
     NaN (not tested) stays NaN and does not count as a test.
 
@@ -54,26 +54,26 @@ def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def permutation_test(
     values: Float[Tensor, " n"], plus: Any, minus: Any, *, draws: int = 9999, seed: int = 0
 ) -> PermutationTest:
-    """Do two groups of features (FeatureSets, indices or bool masks) differ in the mean of ``values``: labels are
-    permuted among their members.
+    """Tests whether two groups of features (FeatureSets, indices or bool masks) differ in the mean of ``values``, by
+    permuting the group labels of their members.
 
-    NaN are left out. p counts the permutations that differ at least as much, in either direction, and the
-    observed one; it is NaN, of no permutation, where a group has fewer than two features with a value.
+    NaN values are left out. p counts the permutations that differ at least as much, in either direction, and the
+    observed one. It is NaN, with no permutation made, if a group has fewer than two features with a value.
 
     Raises:
-        WrongHead: groups of another number of features, or that share some.
+        WrongHead: a group belongs to another number of features, or the groups share features.
     """
     from scipy.stats import permutation_test as permuted
 
     for group in (plus, minus):
         if isinstance(group, FeatureSet) and group.n_features != len(values):
             raise WrongHead(
-                f"{group!r}, but there are values of {len(values)} features: take both from one head"
+                f"expected a group of the {len(values)} features with values, got {group!r}: take both from one head"
             )
     plus, minus = (as_feature_set(group, len(values)) for group in (plus, minus))
     if set(plus) & set(minus):
         raise WrongHead(
-            f"{plus!r} and {minus!r} share {len(set(plus) & set(minus))} features: nothing to permute"
+            f"expected disjoint groups, got {plus!r} and {minus!r}, which share {len(set(plus) & set(minus))} features"
         )
     known = ~values.isnan()
     one, other = (values[g.mask & known].double().numpy() for g in (plus, minus))

@@ -1,4 +1,4 @@
-"""Intervals: bootstrap over features or samples, Wilson for rates."""
+"""Intervals: percentile bootstrap over features or samples, Wilson score for rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmhooks.errors import ShapeMismatch
 def bootstrap_means(
     values: Float[Tensor, " n"], *, draws: int = 2000, seed: int = 0
 ) -> Float[Tensor, " draws"]:
-    """Means of ``draws`` resamples of ``values``; NaN are left out first. Equal seeds give equal draws."""
+    """Computes the means of ``draws`` resamples of ``values``, NaN left out. Equal seeds give equal draws."""
     known = values[~values.isnan()].double()
     if not len(known):
         return torch.full((draws,), math.nan, dtype=torch.float64)
@@ -32,7 +32,7 @@ def bootstrap_means(
 def bootstrap(
     values: Float[Tensor, " n"], *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Estimate:
-    """Mean of the known values with its percentile bootstrap interval.
+    """Computes the mean of the known values with its percentile bootstrap interval.
 
     >>> bootstrap(torch.tensor([1.0, 1.0, 1.0]))
     Estimate(value=1.0, low=1.0, high=1.0, n=3, level=0.95)
@@ -52,8 +52,8 @@ def bootstrap_histogram(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """:func:`bootstrap` of samples of which ``counts[i]`` have the value ``values[i]``: the same resampling,
-    at the price of the different values instead of the samples.
+    """:func:`bootstrap` of samples of which ``counts[i]`` have the value ``values[i]``: the same resampling, at a
+    cost that grows with the number of distinct values instead of samples.
 
     >>> bootstrap_histogram(torch.arange(3), torch.tensor([0, 4, 0])).high
     1.0
@@ -76,7 +76,7 @@ def bootstrap_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean of ``one`` minus mean of ``other``, both resampled on their own; n counts both."""
+    """Computes the mean of ``one`` minus that of ``other``, both resampled independently; n counts both."""
     counts = [int((~v.isnan()).sum()) for v in (one, other)]
     value = float(one.double().nanmean()) - float(other.double().nanmean()) if all(counts) else math.nan
     if min(counts) < 2:
@@ -86,23 +86,23 @@ def bootstrap_difference(
 
 
 def from_draws(value: float, drawn: Float[Tensor, " draws"], n: int, level: float = 0.95) -> Estimate:
-    """``value`` with the central ``level`` of ``drawn`` around it."""
+    """Makes an estimate of ``value`` whose interval is the central ``level`` of ``drawn``."""
     tail = (1 - level) / 2
     low, high = torch.quantile(drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Estimate(value, low, high, n, level)
 
 
 def wilson(hits: int, n: int, *, level: float = 0.95) -> Estimate:
-    """A rate with its Wilson score interval.
+    """Computes a rate with its Wilson score interval.
 
     Raises:
-        ShapeMismatch: ``hits`` outside ``0 .. n``.
+        ShapeMismatch: ``hits`` lies outside ``0 .. n``.
 
     >>> wilson(5, 20).low > .11, wilson(5, 20).high < .48
     (True, True)
     """
     if not 0 <= hits <= n:
-        raise ShapeMismatch(f"{hits} hits of {n} trials is no rate")
+        raise ShapeMismatch(f"expected hits between 0 and the number of trials {n}, got {hits}")
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, level)
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))

@@ -1,9 +1,9 @@
-"""Intervals over samples for any streaming measure: copies of its metric that share out the batches.
+"""Delete-a-group jackknife: intervals over samples for any streaming metric.
 
-A metric keeps sums, so single samples cannot be resampled afterwards. A fixed number of copies, each fed every
-J-th batch, costs the same time as one and J times its states; leaving out one copy at a time gives the
-delete-a-group jackknife of whatever the metric computes. Groups are of whole batches: where neighbouring
-rows of a store are alike, the interval is as wide as that makes it.
+A metric keeps sums, so single samples cannot be resampled afterwards. J copies of the metric, each fed every J-th
+batch, cost the time of one and J times its memory; leaving out one copy at a time gives the delete-a-group
+jackknife of any number the metric computes. Groups consist of whole batches, so the interval is wider where
+neighbouring rows of a store are similar.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ M = TypeVar("M", bound=Metric)
 GROUPS = 20
 
 
-class Grouped(Generic[M]):
-    """``groups`` copies of the metric that ``make`` builds (it is passed torchmetrics' own options).
+class JackknifeGroups(Generic[M]):
+    """``groups`` copies of the metric that ``make`` builds; ``make`` gets torchmetrics' own options.
 
     >>> from torchmetrics import MeanMetric
-    >>> parts = Grouped(MeanMetric, groups=3)
+    >>> parts = JackknifeGroups(MeanMetric, groups=3)
     >>> for i in range(6): parts.update(float(i), number=i)
-    >>> float(parts.whole().compute())
+    >>> float(parts.merged().compute())
     2.5
     """
 
     def __init__(self, make: Callable[..., M], groups: int = GROUPS) -> None:
         if groups < 2:
-            raise ShapeMismatch(f"a jackknife needs at least 2 groups, came {groups}")
+            raise ShapeMismatch(f"a jackknife: expected at least 2 groups, got {groups}")
         self._make = make
         self.parts: list[M] = [make() for _ in range(groups)]
         self._reduced: list[M] | None = None
 
     def update(self, *args: Any, number: int, **kwargs: Any) -> None:
-        """Adds batch ``number`` of the stream, which says whose it is whatever process meets it."""
+        """Adds batch ``number`` of the stream; the number decides its group, in whichever process it is read."""
         self._reduced = None
         self.parts[number % len(self.parts)].update(*args, **kwargs)
 
-    def whole(self) -> M:
-        """The metric of all batches, of all processes."""
-        return self._merged(self._everywhere())
+    def merged(self) -> M:
+        """Merges the metric over all batches and all processes."""
+        return self._merge(self._over_processes())
 
     def estimate(self, statistic: Callable[[M], float], n: int, *, level: float = 0.95) -> Estimate:
-        """``statistic`` of the whole, with its jackknife interval (Student's t over the groups that hold data)."""
+        """Computes ``statistic`` of all data with its jackknife interval (Student's t over the groups that hold data)."""
         return self.estimates(lambda metric: [statistic(metric)], n, level=level)[0]
 
     def estimates(
         self, statistics: Callable[[M], Sequence[float]], n: int, *, level: float = 0.95
     ) -> list[Estimate]:
-        """As :meth:`estimate`, several statistics in one go."""
+        """Computes several statistics at once, as :meth:`estimate` does one."""
         from scipy.stats import t
 
-        parts = [p for p in self._everywhere() if p.update_called]
-        values = statistics(self._merged(parts))
+        parts = [p for p in self._over_processes() if p.update_called]
+        values = statistics(self._merge(parts))
         if len(parts) < 2:
             return [Estimate(float(v), math.nan, math.nan, n, level) for v in values]
         without = torch.tensor(
-            [statistics(self._merged(parts[:j] + parts[j + 1 :])) for j in range(len(parts))],
+            [statistics(self._merge(parts[:j] + parts[j + 1 :])) for j in range(len(parts))],
             dtype=torch.float64,
         )
         groups = len(parts)
@@ -71,26 +71,26 @@ class Grouped(Generic[M]):
         half = (float(t.ppf(0.5 + level / 2, groups - 1)) * error).tolist()
         return [Estimate(float(v), v - h, v + h, n, level) for v, h in zip(values, half, strict=True)]
 
-    def _everywhere(self) -> list[M]:
-        """The parts, added up over processes; in every process alike."""
+    def _over_processes(self) -> list[M]:
+        """The parts summed over processes, identical in every process."""
         if self._reduced is None:
-            self._reduced = [self._copy(part) for part in self.parts]
+            self._reduced = [self._reduce(part) for part in self.parts]
         return self._reduced
 
-    def _copy(self, part: M) -> M:
+    def _reduce(self, part: M) -> M:
         seen = torch.tensor(int(part.update_called))
         with part.sync_context():
             state = dict(part.metric_state)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
-        return self._with([state] if int(seen) else [])
+        return self._from_states([state] if int(seen) else [])
 
-    def _merged(self, parts: Sequence[M]) -> M:
-        return self._with([part.metric_state for part in parts if part.update_called])
+    def _merge(self, parts: Sequence[M]) -> M:
+        return self._from_states([part.metric_state for part in parts if part.update_called])
 
-    def _with(self, states: Sequence[Mapping[str, Any]]) -> M:
+    def _from_states(self, states: Sequence[Mapping[str, Any]]) -> M:
         whole = self._make(sync_on_compute=False)
         for state in states:
             whole.merge_state(dict(state))
-            whole._update_count += 1  # merge_state leaves it, and compute() would warn that nothing came
+            whole._update_count += 1  # merge_state does not, and compute() would warn
         return whole

@@ -1,4 +1,4 @@
-"""Rates and their differences where every sample was judged several times: intervals and tests over samples."""
+"""Rates of samples that were each judged several times, and their differences: intervals and tests over samples."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Paired(Result):
     """Difference of two rates on the same samples.
 
     Attributes:
-        difference: mean over samples of (own share − other share), with its cluster bootstrap interval.
-        more, less: samples whose share of hits is larger in the first, and in the other.
-        p: two-sided, exact: signs of the samples' differences flipped in all ways.
+        difference: mean over samples of (first share − second share), with its cluster bootstrap interval.
+        more, less: number of samples whose share of hits is larger in the first set, and in the second.
+        p: two-sided and exact, over all sign flips of the samples' differences.
     """
 
     difference: Estimate
@@ -30,13 +30,13 @@ class Paired(Result):
 
 
 def repeated_rate(hits: Bool[Tensor, "repeats n"]) -> Estimate:
-    """Share of hits over all repeats; ``n`` of the estimate counts samples, which are what is independent.
+    """Computes the share of hits over all repeats; ``n`` counts samples, which are the independent units.
 
-    One repeat: Wilson's interval. More: cluster bootstrap over samples, each with all of its repeats. Where every
-    judgement agrees, resampling has nothing to vary; there Wilson's interval for n samples stands, the wider one.
+    One repeat: Wilson's interval. Several: cluster bootstrap over samples, each with all of its repeats. If all
+    judgements agree, resampling varies nothing, so the wider Wilson interval for n samples is used.
 
     Raises:
-        ShapeMismatch: no judgement at all.
+        ShapeMismatch: there is no judgement at all.
 
     >>> import torch
     >>> rate = repeated_rate(torch.tensor([[True, False, False, False], [True, True, False, False]]))
@@ -44,7 +44,9 @@ def repeated_rate(hits: Bool[Tensor, "repeats n"]) -> Estimate:
     (0.375, 4)
     """
     if not hits.numel():
-        raise ShapeMismatch(f"a rate needs at least one repeat of one sample, came {tuple(hits.shape)}")
+        raise ShapeMismatch(
+            f"a rate: expected at least one repeat of one sample, got shape {tuple(hits.shape)}"
+        )
     repeats, n = hits.shape
     if repeats == 1 or bool((hits == hits[0, 0]).all()):
         return wilson(int(hits[0].sum()), n)
@@ -52,12 +54,12 @@ def repeated_rate(hits: Bool[Tensor, "repeats n"]) -> Estimate:
 
 
 def repeated_difference(one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"]) -> Paired:
-    """Share of hits in ``one`` minus that in ``other``, sample by sample, over all their repeats.
+    """Computes the share of hits in ``one`` minus that in ``other``, sample by sample, over all repeats.
 
     With one repeat each, p is McNemar's exact test.
 
     Raises:
-        ShapeMismatch: other samples, or none.
+        ShapeMismatch: the numbers of samples differ, or one set is empty.
 
     >>> import torch
     >>> found = repeated_difference(torch.ones(1, 8, dtype=torch.bool), torch.zeros(3, 8, dtype=torch.bool))
@@ -66,10 +68,10 @@ def repeated_difference(one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"]) -
     """
     if one.shape[1] != other.shape[1] or not one.numel() or not other.numel():
         raise ShapeMismatch(
-            f"two sets of judgements of the same samples, came {tuple(one.shape)} and {tuple(other.shape)}"
+            f"expected two sets of judgements of the same samples, got shapes {tuple(one.shape)} and {tuple(other.shape)}"
         )
     a, b = len(one), len(other)
-    # In units of 1 / (a b) differences are whole numbers, and their law under flipped signs can be written down.
+    # In units of 1 / (a b) differences are integers, so their distribution under sign flips is computed exactly.
     units = one.sum(0) * b - other.sum(0) * a
     return Paired(
         bootstrap(units.double() / (a * b)),
@@ -80,16 +82,16 @@ def repeated_difference(one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"]) -
 
 
 def sign_flip_p(differences: Int[Tensor, " n"]) -> float:
-    """How often the sum of whole-numbered differences, signs thrown at random, is as far from 0 as it is; exact.
+    """Computes the exact probability that random signs put the sum of integer differences at least as far from 0.
 
     >>> import torch
     >>> sign_flip_p(torch.tensor([1, 1, 1])), sign_flip_p(torch.tensor([0, 0]))
     (0.25, 1.0)
     """
     sizes = [abs(d) for d in differences.tolist() if d]
-    law = np.ones(1)  # of the sum, from -sum(sizes) in steps of 1
+    distribution = np.ones(1)  # of the sum, from -sum(sizes) in steps of 1
     for size in sizes:
         gap = np.zeros(2 * size)
-        law = (np.concatenate([law, gap]) + np.concatenate([gap, law])) / 2
-    sums = np.arange(len(law)) - sum(sizes)
-    return min(1.0, float(law[np.abs(sums) >= abs(int(differences.sum()))].sum()))
+        distribution = (np.concatenate([distribution, gap]) + np.concatenate([gap, distribution])) / 2
+    sums = np.arange(len(distribution)) - sum(sizes)
+    return min(1.0, float(distribution[np.abs(sums) >= abs(int(differences.sum()))].sum()))

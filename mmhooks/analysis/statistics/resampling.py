@@ -1,7 +1,7 @@
-"""Samples that come in families: intervals and paired tests that resample whole families.
+"""Clustered samples: intervals and paired tests that resample whole clusters.
 
-Six skin tones of one drawing, or ten frames of one film, are not six or ten independent samples. A *cluster* is
-such a family; it is resampled, or its sign flipped, as a whole. Without clusters every sample stands for itself.
+Six skin tones of one drawing, or ten frames of one film, are not six or ten independent samples. They form one
+*cluster*, which is resampled, or has its sign flipped, as a whole. Without clusters every sample is its own.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import from_draws
 from mmhooks.errors import NotFinite, ShapeMismatch
 
-EXACT = 12  # up to so many clusters, every pattern of signs is tried
+MAX_EXACT_CLUSTERS = 12  # up to this number, all sign patterns are enumerated
 
 
 @dataclass(frozen=True)
 class PairedTest(Result):
     """Mean of paired differences with its bootstrap interval, and the p-value of a sign-flip test.
 
-    ``exact``: all patterns of signs were tried; p cannot be below ``2 / 2^clusters`` then.
+    ``exact``: all sign patterns were enumerated; then p cannot be below ``2 / 2^clusters``.
     """
 
     difference: Estimate
@@ -42,7 +42,7 @@ class PairedTest(Result):
 
 
 def cluster_numbers(names: Sequence[object]) -> Int[Tensor, " n"]:
-    """Equal numbers for equal names, in order of their first appearance.
+    """Numbers the names in order of first appearance; equal names get equal numbers.
 
     >>> cluster_numbers(["farmer", "cook", "farmer"])
     tensor([0, 1, 0])
@@ -58,13 +58,13 @@ def resampled_sums(
     draws: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "draws m"]:
-    """Sums of the columns over resamples of whole clusters, all columns over the same ones.
+    """Sums the columns over resamples of whole clusters, the same resamples for all columns.
 
-    Any ratio of sums (a mean, a relative change, a difference of both) follows from the columns of a row.
+    Any ratio of sums (a mean, a relative change, a difference of these) follows from the columns of one row.
 
     Raises:
-        ShapeMismatch: no row, or another number of clusters' labels than rows.
-        NotFinite: NaN or infinity in a column.
+        ShapeMismatch: there is no row, or not one cluster label per row.
+        NotFinite: a column holds NaN or infinity.
     """
     sums = _by_cluster(columns, clusters)
     picks = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(seed))
@@ -80,9 +80,9 @@ def bootstrap_ratio(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """``sum(numerator) / sum(denominator)`` with a percentile interval over resampled clusters.
+    """Computes ``sum(numerator) / sum(denominator)`` with a percentile interval over resampled clusters.
 
-    Without ``denominator`` it is the mean. n counts the samples; below two clusters the interval is NaN.
+    Without ``denominator`` this is the mean. n counts samples; with fewer than two clusters the interval is NaN.
     Resamples whose denominator is zero are left out.
 
     >>> bootstrap_ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])).high
@@ -91,13 +91,13 @@ def bootstrap_ratio(
     under = torch.ones_like(numerator) if denominator is None else denominator
     if len(under) != len(numerator):
         raise ShapeMismatch(
-            f"{len(numerator)} numerators but {len(under)} denominators: one of each a sample"
+            f"expected one numerator and one denominator per sample, got {len(numerator)} and {len(under)}"
         )
     n = len(numerator)
     total = float(under.double().sum()) if n else 0.0
     value = float(numerator.double().sum()) / total if total else math.nan
-    families = n if clusters is None else len(clusters.unique())
-    if families < 2:
+    n_clusters = n if clusters is None else len(clusters.unique())
+    if n_clusters < 2:
         return Estimate(value, math.nan, math.nan, n, level)
     top, bottom = resampled_sums(torch.stack([numerator, under], 1), clusters, draws=draws, seed=seed).unbind(
         1
@@ -116,42 +116,42 @@ def paired_test(
     draws: int = 9999,
     seed: int = 0,
 ) -> PairedTest:
-    """Does ``after - before`` of the same samples differ from zero: signs of whole clusters are flipped.
+    """Tests whether ``after - before`` of the same samples differs from zero, by flipping the signs of whole clusters.
 
-    Under the null hypothesis an edit moves a family up as easily as down, so the sign of each family's summed
-    difference is a coin. p counts the patterns whose mean is at least as far from zero, and the observed one.
+    Under the null hypothesis an edit moves a cluster up as often as down, so the sign of each cluster's summed
+    difference is a fair coin. p counts the patterns whose mean is at least as far from zero, and the observed one.
 
     Raises:
-        ShapeMismatch: sides of different length, no sample, or labels of another number of samples.
-        NotFinite: NaN or infinity.
+        ShapeMismatch: the sides differ in length, there is no sample, or not one cluster label per sample.
+        NotFinite: a number is NaN or infinite.
 
     >>> paired_test(torch.tensor([0.1, 0.2, 0.3, 0.1]), torch.zeros(4)).p
     0.125
     """
     if len(after) != len(before):
         raise ShapeMismatch(
-            f"paired samples: {len(after)} after and {len(before)} before; one of each a sample"
+            f"paired samples: expected one value after and one before per sample, got {len(after)} and {len(before)}"
         )
     difference = after.double() - before.double()
     sums = _by_cluster(difference[:, None], clusters)[:, 0].numpy()
-    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # equal but for rounding counts as equal
-    exact = len(sums) <= EXACT
+    observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # equal up to rounding counts as equal
+    exact = len(sums) <= MAX_EXACT_CLUSTERS
     if exact:
         signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
-        p = float((np.abs(signs @ sums) >= seen).mean())
+        p = float((np.abs(signs @ sums) >= observed).mean())
     else:
         generator, hits, left = np.random.default_rng(seed), 1, draws
         while left:
             rows = min(left, max(1, 2**22 // len(sums)))
             signs = generator.integers(0, 2, (rows, len(sums)), dtype=np.int8) * 2 - 1
-            hits += int((np.abs(signs @ sums) >= seen).sum())
+            hits += int((np.abs(signs @ sums) >= observed).sum())
             left -= rows
         p = hits / (draws + 1)
     return PairedTest(bootstrap_ratio(difference, None, clusters, seed=seed), p, len(sums), exact)
 
 
 def beyond_random(value: float, drawn: Sequence[float] | Float[Tensor, " draws"]) -> float:
-    """Two-sided p-value of ``value`` among random draws of the same kind; never below ``2 / (draws + 1)``.
+    """Computes the two-sided p-value of ``value`` among random draws of the same kind; at least ``2 / (draws + 1)``.
 
     >>> beyond_random(-3.0, [0.0] * 99), beyond_random(0.0, [-1.0, 0.0, 1.0])
     (0.02, 1.0)
@@ -166,15 +166,17 @@ def beyond_random(value: float, drawn: Sequence[float] | Float[Tensor, " draws"]
 
 def _by_cluster(columns: Float[Tensor, "n m"], clusters: Int[Tensor, " n2"] | None) -> Float[Tensor, "c m"]:
     if not len(columns):
-        raise ShapeMismatch("no sample to resample: expected at least one row")
+        raise ShapeMismatch("resampling: expected at least one sample, got none")
     if not bool(torch.isfinite(columns).all()):
         raise NotFinite(
-            f"{int((~torch.isfinite(columns)).sum())} of {columns.numel()} numbers are NaN or infinite"
+            f"resampling: {int((~torch.isfinite(columns)).sum())} of {columns.numel()} numbers are NaN or infinite"
         )
     if clusters is None:
         return columns.double()
     if len(clusters) != len(columns):
-        raise ShapeMismatch(f"{len(columns)} samples but clusters of {len(clusters)}: one label a sample")
+        raise ShapeMismatch(
+            f"expected one cluster label per sample, got {len(clusters)} for {len(columns)} samples"
+        )
     _, which = clusters.unique(return_inverse=True)
     empty = torch.zeros(int(which.max()) + 1, columns.shape[1], dtype=torch.float64)
     return empty.index_add(0, which, columns.double())

@@ -109,16 +109,16 @@ class Defence:
             model, images, s.partner[owner], None if mask is None else mask[owner], steps=self.steps, lr=self.lr,
             keep=keep, progress=self.progress, label=label,
         )  # fmt: skip
-        at = {k: p[:n] for k, p in made.kept.items()} | {self.steps: made.pictures[:n]}
+        at = {k: p[:n] for k, p in made.kept.items()} | {self.steps: made.images[:n]}
         return DefendedImages(
             name,
             draw,
             strong,
             at,
-            made.pictures[n : n + m],
-            made.pictures[n + m :],
+            made.images[n : n + m],
+            made.images[n + m :],
             made.history[:, :n].mean(1).tolist(),
-            psnr(made.pictures[:n], s.attack).tolist(),
+            psnr(made.images[:n], s.attack).tolist(),
             made.linf[:n].tolist(),
         )
 

@@ -126,7 +126,7 @@ def make_samples(
     if ids:
         made = gradient_attack(model, base[ids], [things[targets[i]] for i in ids], epsilon=epsilon, steps=steps,
                        progress=progress)  # fmt: skip
-        attack[ids] = made.pictures
+        attack[ids] = made.images
         budget |= {"psnr": float(made.psnr.mean()), "linf": float(made.linf.max()),
                    "cosine": [float(1 - made.history[0].mean()), float(1 - made.history[-1].mean())]}  # fmt: skip
     return Samples(

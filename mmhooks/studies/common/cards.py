@@ -9,7 +9,7 @@ from typing import Any
 from PIL.Image import Image
 
 from mmhooks.analysis.measures.top_activating import TopActivating
-from mmhooks.report import FeatureCard, Picture, fixed
+from mmhooks.report import EncodedImage, FeatureCard, fixed
 from mmhooks.report.figures import Strip
 
 
@@ -46,7 +46,7 @@ def card(s: FeatureExample) -> FeatureCard:
         f"Feature {s.feature} · {s.group}",
         group,
         s.facts,
-        [Picture.of(image, text) for image, text in s.top_images],
+        [EncodedImage.from_pil(image, text) for image, text in s.top_images],
         [(text, fixed(value, 2)) for text, value in s.top_texts],
         "No sample of this modality activates it.",
     )

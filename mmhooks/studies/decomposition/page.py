@@ -22,7 +22,7 @@ from mmhooks.report import (
     fixed,
     percent,
 )
-from mmhooks.report.figures import Strip, picture_strips
+from mmhooks.report.figures import Strip, image_strips
 from mmhooks.report.style import LIGHT, Palette, draw
 from mmhooks.studies.common.write import save_plots
 from mmhooks.utils.escape import markdown as escaped
@@ -220,7 +220,7 @@ def explained_figure(results: Mapping[str, Any], palette: Palette = LIGHT) -> Fi
 
 
 def strips(rows: Sequence[Strip]) -> Any:
-    return lambda palette: picture_strips(rows, palette)
+    return lambda palette: image_strips(rows, palette)
 
 
 def figures(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]]) -> dict[str, Plot]:

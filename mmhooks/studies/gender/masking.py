@@ -175,7 +175,7 @@ def _effects_of_side(
             accuracy = _control(after.accuracy.value - a0, [r[k][0] - a0 for r in random])
             found[k]["groups"][name] = {
                 "size": len(group),
-                "share": samples.share(group),
+                "share": samples.removed_share(group),
                 **summary_of(after),
                 "change": plain(paired_test(after.own, base[k].own, judged.families, seed=seed)),
                 "accuracy_change": plain(paired_test(after.right, base[k].right, judged.families, seed=seed)),

@@ -28,7 +28,7 @@ from mmhooks.report import (
     interval,
     percent,
 )
-from mmhooks.report.figures import Effect, mask_effects, picture_strips
+from mmhooks.report.figures import Effect, image_strips, mask_effects
 from mmhooks.report.style import LIGHT, Palette, draw
 from mmhooks.studies.common.cards import FeatureExample, card, distinct_top_texts, format_duration, top_rows
 from mmhooks.studies.common.cards import strip as feature_strip
@@ -130,7 +130,7 @@ def figures(
         strips = [feature_strip(s) for s in shown[side][:6]]
         if strips:
             out[f"features_{side}"] = _plot(
-                lambda p, strips=strips: picture_strips(strips, p),
+                lambda p, strips=strips: image_strips(strips, p),
                 f"Features that move the probability of {side}s most",
                 f"The features whose single ablation moves the probability of {side}s most: top images and texts of all data.",
             )

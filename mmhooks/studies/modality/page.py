@@ -26,9 +26,9 @@ from mmhooks.report.figures import (
     Effect,
     Histogram,
     beside_paper,
+    image_strips,
     mask_effects,
     mds_histograms,
-    picture_strips,
     summary,
 )
 from mmhooks.report.style import draw
@@ -82,7 +82,7 @@ def figures(results: Mapping[str, Any], shown: Sequence[FeatureExample], hero: s
         strips = [strip(s) for s in shown if s.group == group and s.model == hero]
         if strips:
             out[f"fig{number}_{group.lower()}"] = _plot(
-                lambda p, strips=strips: picture_strips(strips, p),
+                lambda p, strips=strips: image_strips(strips, p),
                 f"Top images and texts of {group} features",
                 f"Figure {number}. The eight images and the top texts of {group} features of {hero}.",
             )

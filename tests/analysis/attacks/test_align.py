@@ -39,7 +39,7 @@ def test_history_starts_at_the_loss_written_by_hand(model, pictures):
     made = align(model, pictures, pictures.roll(1, 0), features, steps=2, lr=0.002, progress=False)
     with torch.no_grad():
         expected = by_hand(model, pictures, pictures.roll(1, 0), features.indices)
-        after = by_hand(model, made.pictures, pictures.roll(1, 0), features.indices)
+        after = by_hand(model, made.images, pictures.roll(1, 0), features.indices)
     assert torch.allclose(made.history[0], expected, atol=1e-5)
     assert torch.allclose(made.history[-1], after, atol=1e-5)
     assert bool((made.history[-1] < made.history[0]).all())
@@ -93,7 +93,7 @@ def test_features_outside_the_set_do_not_move_the_loss(model, pictures):
     with scaled(30.0):
         moved, moved_all = run(features), run(None)
     assert torch.equal(plain.history, moved.history)
-    assert torch.equal(plain.pictures, moved.pictures)
+    assert torch.equal(plain.images, moved.images)
     assert float(moved_all.history[0] / plain_all.history[0]) > 5  # the disturbance was real
 
 
@@ -119,13 +119,13 @@ def test_batches_change_nothing_and_steps_are_kept(model, pictures):
     one = align(model, pictures, pictures.roll(1, 0), batch=8, **how)
     other = align(model, pictures, pictures.roll(1, 0), batch=1, **how)
     assert torch.allclose(one.history, other.history, atol=1e-4)
-    assert torch.equal(one.kept[0], pictures) and torch.equal(one.kept[2], one.pictures)
-    assert not torch.equal(one.kept[1], one.pictures)
+    assert torch.equal(one.kept[0], pictures) and torch.equal(one.kept[2], one.images)
+    assert not torch.equal(one.kept[1], one.images)
 
 
 def test_a_picture_that_is_its_partner_stays(model, pictures):
     made = align(model, pictures, pictures, steps=2, progress=False)
-    assert float((made.pictures - pictures).abs().max()) == 0
+    assert float((made.images - pictures).abs().max()) == 0
     assert torch.isinf(made.psnr).all()
 
 
@@ -180,8 +180,8 @@ def test_pixels_follow_adam_and_stay_pictures():
         (x - goal).square().sum().backward()
         adam.step()
         x.data = x.data.clamp(start - 0.2, start + 0.2).clamp(0, 1)
-    assert torch.allclose(made.pictures, x.detach(), atol=1e-6)
-    assert made.pictures.min() >= 0 and made.pictures.max() <= 1
+    assert torch.allclose(made.images, x.detach(), atol=1e-6)
+    assert made.images.min() >= 0 and made.images.max() <= 1
     assert float(made.linf.max()) <= 0.2 + 1e-6
     assert made.history.shape == (6, 2)
 
@@ -194,9 +194,9 @@ def test_psnr_by_hand():
 def test_losses_that_are_none(pictures):
     with pytest.raises(MMHooksError, match="does not depend"):
         optimise_pixels(pictures, lambda x, i: torch.zeros(len(i)), progress=False)
-    with pytest.raises(ShapeMismatch, match="one value a picture"):
+    with pytest.raises(ShapeMismatch, match="one value per image"):
         optimise_pixels(pictures, lambda x, i: x.sum(), progress=False)
-    with pytest.raises(NotFinite, match="picture 2"):
+    with pytest.raises(NotFinite, match="image 2"):
         optimise_pixels(
             pictures, lambda x, i: torch.where(i == 2, torch.nan, 1.0) * x.sum((1, 2, 3)), progress=False
         )

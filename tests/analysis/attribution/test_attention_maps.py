@@ -102,13 +102,13 @@ def test_words(sd):
     for word, text in (("pan", prompt), ("", prompt), ("umbrella", prompt), ("kite", "a " * 20 + "kite")):
         with pytest.raises(MMHooksError, match="is not among the first 12 tokens"):
             maps.word(word, text)
-    with pytest.raises(ShapeMismatch, match="2 prompts for a run of 1 pictures"):
+    with pytest.raises(ShapeMismatch, match="2 prompts for a run of 1 images"):
         maps.word("a", [prompt, prompt])
     with pytest.raises(HookDidNotFire, match="no attention"):
         with attention_maps(sd, steps=[9]) as none:
             draw(sd.pipe)
         _ = none.maps
-    with pytest.raises(ShapeMismatch, match="no halving"):
+    with pytest.raises(ShapeMismatch, match="halves latents"):
         layer_size(30, (8, 8))
 
 

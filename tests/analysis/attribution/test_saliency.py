@@ -95,7 +95,7 @@ def test_models_without_a_class_token(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_directions_must_fit(method, mini):
-    with pytest.raises(ShapeMismatch, match="one a picture"):
+    with pytest.raises(ShapeMismatch, match="one direction per image"):
         METHODS[method](mini, random(2, 3, 64, 64), random(1, 256))
     assert len(mini._board) == 0
 
@@ -122,7 +122,7 @@ def test_scores_are_torchmetrics():
 
 def test_scores_of_what_is_no_mask():
     maps, masks = random(1, 8, 8), torch.ones(1, 16, 16).bool()
-    with pytest.raises(ShapeMismatch, match="all object"):
+    with pytest.raises(ShapeMismatch, match="object and background in each, got mask"):
         segmentation_scores(maps, masks)
     with pytest.raises(ShapeMismatch, match="1 maps for 2"):
         segmentation_scores(maps, masks.repeat(2, 1, 1))

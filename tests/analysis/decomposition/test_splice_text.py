@@ -75,7 +75,7 @@ def test_a_row_that_does_not_settle_is_told_and_none_is_lost(monkeypatch):
     assert bool(settled.settled.all())
     monkeypatch.setattr("mmhooks.analysis.decomposition.lasso._ROUNDS", 1)
     with pytest.warns(
-        UserWarning, match=r"\d+ of 20 sparse codes did not settle: worst duality gap .*wanted 1e-06"
+        UserWarning, match=r"\d+ of 20 sparse codes did not converge: worst duality gap .*tolerance 1e-06"
     ):
         code = mm.sparse_text_code(image, text, names, penalty=0.02)
     assert int((~code.settled).sum()) > 0 and len(code.cosine) == 20 and float(code.cosine.min()) > 0.5
@@ -137,7 +137,7 @@ def test_result_as_a_file(tmp_path):
     [
         ({"text_embeddings": torch.randn(5, 7)}, ShapeMismatch, r"widths \[4, 7\]"),
         ({"texts": ["one"]}, ShapeMismatch, "of 1 texts"),
-        ({"penalty": 0.0}, ShapeMismatch, "penalty must be above 0"),
+        ({"penalty": 0.0}, ShapeMismatch, "penalty: expected a number above 0"),
         ({"embeddings": torch.randn(1, 4)}, ShapeMismatch, "give mean="),
         ({"embeddings": torch.full((3, 4), torch.nan)}, NotFinite, "embeddings"),
         (

@@ -110,7 +110,7 @@ def test_moments_against_numpy_and_merged_parts():
         expected = np.cov(outputs[:, h].double().numpy().T, bias=True)
         assert np.allclose(state["covariance"][h].numpy(), expected, atol=1e-12)
     assert int(parts[0].n_samples) == 60
-    with pytest.raises(ShapeMismatch, match="different heads"):
+    with pytest.raises(ShapeMismatch, match="same heads and width"):
         merged([parts[0], HeadMoments(2, 5)])
     parts[0].reset()
     assert int(parts[0].n_samples) == 0 and float(parts[0].second.abs().max()) == 0
@@ -148,7 +148,7 @@ def test_reconstruction_accuracy_goes_from_ablation_to_all():
     assert found.by_texts[0].value < 0.4 < found.by_texts[2].value < 1
     assert found.by_texts[6].value == found.full.value == 1 and found.full.n == 300
     assert [row["heads rebuilt from"] for row in found.table()][-1] == "all of each head"
-    with pytest.raises(ShapeMismatch, match=r"labels lie in 0\.\.6, there are 6"):
+    with pytest.raises(ShapeMismatch, match=r"expected 0\.\.5, got 0\.\.6"):
         reconstruction_accuracy(
             span, outputs, torch.zeros(300, 6), classes, labels.clone().index_fill_(0, torch.tensor([0]), 6)
         )
@@ -172,14 +172,14 @@ def test_overlap_of_subsets_lies_between_chance_and_one():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"text_embeddings": torch.randn(5, 7)}, ShapeMismatch, "7 wide, head outputs 4"),
+        ({"text_embeddings": torch.randn(5, 7)}, ShapeMismatch, "width 4, as the head outputs have, got 7"),
         ({"texts": ["one"]}, ShapeMismatch, "1 texts but 5 text embeddings"),
-        ({"n_texts": 9}, ShapeMismatch, r"n_texts must lie in 1\.\.5"),
-        ({"rank": 0}, ShapeMismatch, "rank be at least 1"),
+        ({"n_texts": 9}, ShapeMismatch, r"n_texts in 1\.\.5"),
+        ({"rank": 0}, ShapeMismatch, "rank of at least 1"),
         ({"head_outputs": torch.full((9, 4), torch.nan)}, NotFinite, "head outputs"),
         ({"text_embeddings": torch.full((5, 4), torch.inf)}, NotFinite, "text embeddings"),
-        ({"head_outputs": torch.randn(1, 4)}, ShapeMismatch, "outputs of 1 pictures"),
-        ({"heads": ["a", "b"]}, ShapeMismatch, "2 names for 1 heads"),
+        ({"head_outputs": torch.randn(1, 4)}, ShapeMismatch, "at least 2 images, got 1"),
+        ({"heads": ["a", "b"]}, ShapeMismatch, "each of 1 heads, got 2"),
     ],
 )
 def test_bad_input_is_named(change, error, message):
@@ -200,7 +200,7 @@ def test_labels_as_a_file(tmp_path):
     assert content["texts"] == [["red"], ["a beach"]] and "bases" not in content
     with pytest.raises(MMHooksError, match="is not a file of head labels"):
         HeadLabels.load(tmp_path / "span.json")
-    with pytest.raises(MMHooksError, match=r"no text of kind mood; there are colour, place"):
+    with pytest.raises(MMHooksError, match=r"expected one of colour, place, got mood"):
         labels.of_kind("mood")
 
 

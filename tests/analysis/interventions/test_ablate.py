@@ -111,9 +111,9 @@ def test_what_cannot_be_ablated(mini, pixels):
     parts, means = mm.decompose(mini, pixels), mm.decompose(mini, [pixels])
     with pytest.raises(ShapeMismatch, match="layers 0 to 5 of 6"):
         ablate_direct(parts, means, Parts("far", heads=((6, 0),)))
-    with pytest.raises(ShapeMismatch, match="take ablate_direct"):
+    with pytest.raises(ShapeMismatch, match="use ablate_direct"):
         mean_edits(Parts("all", initial=True), {})
-    with pytest.raises(ShapeMismatch, match="6 images need"):
+    with pytest.raises(ShapeMismatch, match="each of 6 images"):
         ablations(mini, pixels, torch.tensor([0]), torch.randn(2, 256), means)
     with pytest.raises(DataError, match="no means"):
         site_means(mini, [], ["image.blocks.0.mlp_out"])

@@ -104,7 +104,7 @@ def test_a_head_without_decoder_is_masked_in_its_own_space() -> None:
     assert bool((samples.vectors(group, "latent")[:, :5] == 0).all())
     with pytest.raises(NoDecoder, match="space='latent'"):
         samples.vectors(group, "decoded")
-    with pytest.raises(MMHooksError, match="came 'nowhere'"):
+    with pytest.raises(MMHooksError, match="got 'nowhere'"):
         samples.vectors(group, "nowhere")
     with pytest.raises(WrongHead, match="of 21 features"):
         samples.vectors(mm.FeatureSet([1], 21), "latent")
@@ -113,8 +113,10 @@ def test_a_head_without_decoder_is_masked_in_its_own_space() -> None:
 def test_share_is_of_the_activations() -> None:
     samples = Masked(sae_for(16, 30, 5), torch.randn(7, 16))
     group = mm.FeatureSet(range(10), 30)
-    assert samples.share(group) + samples.share(~group) == pytest.approx(1)
-    assert samples.share(group) == pytest.approx(float(samples.latents[:, :10].sum() / samples.latents.sum()))
+    assert samples.removed_share(group) + samples.removed_share(~group) == pytest.approx(1)
+    assert samples.removed_share(group) == pytest.approx(
+        float(samples.latents[:, :10].sum() / samples.latents.sum())
+    )
 
 
 def test_probe_is_scikit_learns_and_learns() -> None:

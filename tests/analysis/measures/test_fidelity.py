@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 import mmhooks as mm
 from mmhooks.analysis.measures.cknna import cknna
-from mmhooks.analysis.measures.fidelity import Choices, FidelitySums
+from mmhooks.analysis.measures.fidelity import ChoiceMetric, FidelitySums
 from mmhooks.analysis.measures.stability import stability
 from mmhooks.data.store.layout import SiteSpec
 from mmhooks.data.store.lock import Lock
@@ -84,7 +84,7 @@ def test_cknna_does_not_depend_on_the_size_of_a_block(monkeypatch: pytest.Monkey
 
     x, y = vectors(90, 8, 0), vectors(90, 8, 0) + 0.3 * vectors(90, 8, 1)
     whole = cknna(x, y)
-    monkeypatch.setattr(module, "_AT_ONCE", 90 * 7)
+    monkeypatch.setattr(module, "_MAX_PRODUCTS", 90 * 7)
     assert cknna(x, y) == pytest.approx(whole, rel=1e-9)
 
 
@@ -110,9 +110,9 @@ def test_stability_sees_through_order_and_says_what_chance_gives() -> None:
     strangers = stability(one, TopKSAE(32, 64, 4, seed=7))
     assert strangers.mean.value == pytest.approx(strangers.chance, abs=0.05)
     assert len(stability(one, TopKSAE(32, 96, 4)).values) == 64
-    with pytest.raises(NoDecoder, match="no decoder rows"):
+    with pytest.raises(NoDecoder, match="without any"):
         stability(one, NCL(32, 64))
-    with pytest.raises(ShapeMismatch, match="width 32 and 16"):
+    with pytest.raises(ShapeMismatch, match="same width, got 32 and 16"):
         stability(one, TopKSAE(16, 64, 4))
 
 
@@ -123,7 +123,7 @@ def test_choices_equal_a_loop_over_queries() -> None:
     x, back = vectors(40, 6, 0), vectors(40, 6, 0) + 0.5 * vectors(40, 6, 1)
     candidates, labels = vectors(9, 6, 2), torch.arange(9) % 4  # several candidates of a label
     right = torch.arange(40) % 4
-    metric = Choices(candidates, labels, scale=20.0, ks=(1, 3, 50))
+    metric = ChoiceMetric(candidates, labels, scale=20.0, ks=(1, 3, 50))
     for part in torch.arange(40).split(7):
         metric.update(x[part], back[part], right[part])
     got = metric.result()
@@ -243,7 +243,7 @@ def written(folder: Path, values: dict[str, Tensor]) -> mm.Store:
 def test_a_head_without_decoder_has_counts_and_neighbourhoods_only(tmp_path: Path) -> None:
     found = mm.fidelity(NCL(16, 48), vectors(100, 16, 0), vectors(100, 16, 1))
     assert math.isnan(found.fvu) and math.isnan(found.image.cknna) and found.image.retrieval is None
-    assert found.l0 > 0 and not math.isnan(found.image.cknna_latents) and not found.kept()
+    assert found.l0 > 0 and not math.isnan(found.image.cknna_latents) and not found.choices_kept()
     saved = json.loads(found.save(tmp_path / "f.json").read_text())
     assert saved["image"]["fvu"]["value"] is None and saved["image"]["retrieval"] is None
 
@@ -251,11 +251,11 @@ def test_a_head_without_decoder_has_counts_and_neighbourhoods_only(tmp_path: Pat
 def test_results_as_tables_as_json_and_as_a_figure(sae: TopKSAE, tmp_path: Path) -> None:
     from matplotlib.patches import Rectangle
 
-    from mmhooks.report.fidelity import fidelity_figure
+    from mmhooks.report.fidelity_figure import fidelity_figure
 
     found = mm.fidelity(sae, vectors(100, 16, 0), vectors(100, 16, 1), others=[TopKSAE(16, 48, 5, seed=1)])
     assert [row["modality"] for row in found.table()] == ["image", "text"]
-    assert len(found.kept()) == 6 and {row["task"] for row in found.kept()} == {"retrieval"}
+    assert len(found.choices_kept()) == 6 and {row["task"] for row in found.choices_kept()} == {"retrieval"}
     saved = json.loads(found.save(tmp_path / "f.json").read_text())
     assert saved["kind"] == "FidelityResult" and saved["text"]["fvu"]["n"] == 100
     assert saved["image"]["retrieval"]["after"]["1"]["n"] == 100 and len(saved["stability"]) == 1
@@ -266,7 +266,7 @@ def test_results_as_tables_as_json_and_as_a_figure(sae: TopKSAE, tmp_path: Path)
     heights = [sum(p.get_height() for p in patches) for patches in figure.axes[0].containers]
     assert heights == [sum(c > 0 for c in m.sums.counts) for m in found.modalities]
     bars = [p.get_height() for p in figure.axes[1].patches if isinstance(p, Rectangle)]
-    assert bars == [row[when] for when in ("before", "after") for row in found.kept()]
+    assert bars == [row[when] for when in ("before", "after") for row in found.choices_kept()]
 
 
 def test_bad_input_says_what_came(sae: TopKSAE) -> None:
@@ -277,14 +277,14 @@ def test_bad_input_says_what_came(sae: TopKSAE) -> None:
         mm.fidelity(sae, x[:, :8])
     with pytest.raises(NotFinite, match="row 3"):
         mm.fidelity(sae, x, y.index_fill(0, torch.tensor([3]), math.nan))
-    with pytest.raises(MMHooksError, match="zero-shot needs both"):
+    with pytest.raises(MMHooksError, match="zero-shot: expected both"):
         mm.fidelity(sae, x, classes=y[:3])
-    with pytest.raises(ShapeMismatch, match=r"3 classes for each of the 20 rows; came 20 labels from 0 to 3"):
+    with pytest.raises(ShapeMismatch, match=r"3 classes for each of 20 rows, got 20 labels from 0 to 3"):
         mm.fidelity(sae, x, classes=y[:3], labels=torch.arange(20) % 4)
-    with pytest.raises(ShapeMismatch, match="at least 4 and 11"):
+    with pytest.raises(ShapeMismatch, match="at least 11 for k = 10"):
         cknna(x[:9], y[:9])
-    with pytest.raises(ShapeMismatch, match="2 queries, 2 reconstructions and 3 labels"):
-        Choices(y, torch.arange(20), scale=1.0, ks=(1,)).update(x[:2], x[:2], torch.arange(3))
+    with pytest.raises(ShapeMismatch, match="the 2 queries, got 2 and 3"):
+        ChoiceMetric(y, torch.arange(20), scale=1.0, ks=(1,)).update(x[:2], x[:2], torch.arange(3))
 
 
 def test_the_sums_add_up_over_metrics(sae: TopKSAE) -> None:

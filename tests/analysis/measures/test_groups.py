@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.analysis.measures.groups import BY_RANK, BY_SIGMA, groups_of
@@ -30,7 +36,9 @@ def test_parts_are_whole_ordered_and_by_the_rule_that_is_told(shares: list[float
     by_sigma = all(len(g) for g in result.groups)
     apart = sixth and live[-sixth][0] > live[sixth - 1][0]
     if not by_sigma and not apart:
-        with pytest.raises(MMHooksError, match="too few" if not sixth else "do not part"):
+        with pytest.raises(
+            MMHooksError, match="at least 6 alive features" if not sixth else "scores that differ"
+        ):
             groups_of(result)
         return
     groups, rule = groups_of(result)
@@ -53,3 +61,49 @@ def test_a_skewed_head_has_all_three() -> None:
     groups, rule = groups_of(result)
     assert rule == BY_RANK and [len(groups[n]) for n in NAMES] == [10, 10, 40]
     assert result.R[groups["TextD"].indices].max() < 0.1 < 0.9 < result.R[groups["ImgD"].indices].min()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.index_fill(0, torch.tensor([3]), math.nan), "1 of 60 alive .* feature 3"),
+        (lambda r: r.index_fill(0, torch.tensor([3]), math.inf), "1 of 60 alive .* feature 3"),
+        (lambda r: r[:-1], "each of 64 features, got 63"),
+        (lambda r: r[:0], "each of 64 features, got 0"),
+        (lambda r: r[None], "expected 1 dimensions"),
+        (lambda r: r > 0, "floating-point numbers, got torch.bool"),
+        (lambda r: r.tolist(), "expected a tensor, got a list"),
+    ],
+    ids=["NaN", "infinity", "other width", "empty", "two dimensions", "bools", "a list"],
+)
+def test_damaged_scores_are_refused(change, message) -> None:
+    result = unchecked(scored([0.02] * 45 + [0.95] * 15 + [None] * 4), change)
+    with pytest.raises(MMHooksError, match=message):
+        groups_of(result)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda r: r.half(), lambda r: r.clone().requires_grad_(), lambda r: torch.stack([r, r], 1)[:, 0]],
+    ids=["half", "requires grad", "strided"],
+)
+def test_scores_of_another_dtype_or_layout_give_the_same_groups(change) -> None:
+    result = scored([0.02] * 45 + [0.95] * 15 + [None] * 4)
+    groups, _ = groups_of(unchecked(result, change))
+    assert {k: list(g) for k, g in groups.items()} == {k: list(g) for k, g in groups_of(result)[0].items()}
+
+
+def test_only_the_result_of_mds_has_groups() -> None:
+    with pytest.raises(MMHooksError, match=r"expected the result of mm.mds\(...\), got a Tensor"):
+        groups_of.__wrapped__(torch.rand(12)) if hasattr(groups_of, "__wrapped__") else groups_of(
+            torch.rand(12)
+        )
+
+
+def unchecked(
+    result: mm.analysis.mds.MDSResult, change: Callable[[Tensor], Any]
+) -> mm.analysis.mds.MDSResult:
+    """The result with other scores, past the type checks of the tests, which users do not have."""
+    copied = copy.copy(result)
+    object.__setattr__(copied, "R", change(result.R))
+    return copied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import hypothesis.strategies as st
 import pytest
@@ -15,6 +16,9 @@ import mmhooks as mm
 from mmhooks.analysis.measures.mds import MDS
 from mmhooks.analysis.statistics.controls import size_matched
 from mmhooks.errors import NotFinite, ShapeMismatch
+
+from .loops import close
+from .streams import N_FEATURES, fed, streams
 
 # Sparse latents: zeros are common, values are of ordinary size.
 numbers = st.one_of(st.just(0.0), st.floats(0.015625, 100, width=32))
@@ -181,7 +185,7 @@ def test_bad_input_is_named():
     with pytest.raises(NotFinite, match=r"text latents: 2 of 40 .*rows 7, 9 and columns 2, 3"):
         mm.mds(good, bad)
     metric = MDS(5)
-    with pytest.raises(ShapeMismatch, match="4 features, expected 5"):
+    with pytest.raises(ShapeMismatch, match="expected 5 features, got 4"):
         metric.update(good, good)
     metric = MDS(4)
     metric.update(good, good)
@@ -213,3 +217,38 @@ def test_size_matched_controls():
     assert list(controls) == list(size_matched(imgd, draws=5, alive=~result.dead, disjoint=True))
     with pytest.raises(ShapeMismatch):
         size_matched(~imgd, disjoint=True)
+
+
+@given(streams(signed=True), st.sampled_from(["relu", "abs", "paper"]))
+@settings(max_examples=60, deadline=None)
+def test_streamed_scores_equal_the_loop(stream, kind):
+    image, text, _, bounds, sparse = stream
+    result = fed(lambda: MDS(N_FEATURES, kind=kind), bounds, image, text, sparse=sparse, start=True).result()
+    a, b = image.dense().double(), text.dense().double()
+    if kind != "paper":
+        a, b = (x.clamp_min(0) if kind == "relu" else x.abs() for x in (a, b))
+    for k in range(N_FEATURES):
+        ratios = [float(x / (x + y)) for x, y in zip(a[:, k], b[:, k], strict=True) if abs(x + y) > 1e-7]
+        sums = float(a[:, k].sum()), float(b[:, k].sum())
+        assert int(result.counts[k]) == len(ratios)
+        close(result.R[k], sum(ratios) / len(ratios) if ratios else math.nan, 1e-4)
+        assert int(result.image_counts[k]) == sum(x != 0 for x in a[:, k].tolist())
+        assert int(result.text_counts[k]) == sum(x != 0 for x in b[:, k].tolist())
+        if kind == "relu":
+            close(result.ratio_of_means[k], sums[0] / sum(sums) if sum(sums) else math.nan)
+            spread = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+            close(result.standard_error[k], spread, 1e-5)
+
+
+@given(streams())
+@settings(max_examples=40, deadline=None)
+def test_the_shuffled_control_is_the_same_dense_and_sparse(stream):
+    image, text, _, bounds, _ = stream
+    one, other = (
+        fed(lambda: MDS(N_FEATURES, seed=3), bounds, image, text, sparse=s, start=True).result()
+        for s in (True, False)
+    )
+    close(one.shuffled_R, other.shuffled_R)
+    whole = MDS(N_FEATURES, seed=3)
+    whole.update(image, text)
+    close(whole.result().shuffled_R, mm.mds(image.dense(), text.dense(), seed=3).shuffled_R)

@@ -186,20 +186,22 @@ def test_what_is_missing_is_said(whole):
         measure(bare, head=sae, progress=False)
     with pytest.raises(UnknownSite, match="or give head="):
         mm.mds(MemoryStore({"image.embed": torch.rand(5, 3), "text.embed": torch.rand(5, 3)}))
-    with pytest.raises(ShapeMismatch, match="width 5, head 'sae' reads vectors of 12"):
+    with pytest.raises(
+        ShapeMismatch, match="vectors of width 12, as head 'sae' reads, got vectors of width 5"
+    ):
         mm.mds(store, head=sae, image="image.judge")
-    with pytest.raises(WrongHead, match="with 40 features, not of head topk-.* with 20"):
+    with pytest.raises(WrongHead, match="latents of head topk-.* with 20 features, got those of .* with 40"):
         mm.mds(store, head=TopKSAE(D, 20, K), image="image.embed.sae.latents")
-    with pytest.raises(MMHooksError, match="give the head itself"):
+    with pytest.raises(MMHooksError, match="expected a head over a store"):
         mm.mds(store, head="mini/sae")
-    with pytest.raises(ShapeMismatch, match="7 vectors for a store of 230"):
+    with pytest.raises(ShapeMismatch, match="got 7 for 230 pairs"):
         mm.embed_sim(store, torch.rand(7, 3))
-    with pytest.raises(ShapeMismatch, match="one vector a row"):
+    with pytest.raises(ShapeMismatch, match="one vector per row"):
         mm.mds(MemoryStore({"image.a.latents": torch.rand(5, 3, 2), "text.a.latents": torch.rand(5, 3)}))
     two = MemoryStore({"image.a.latents": torch.rand(5, 3), "image.b.latents": torch.rand(5, 3)})
-    with pytest.raises(MMHooksError, match=r"image\.a\.latents, image\.b\.latents: say which"):
+    with pytest.raises(MMHooksError, match=r"image\.a\.latents, image\.b\.latents: choose one"):
         mm.mds(two)
-    with pytest.raises(MMHooksError, match="came side"):
+    with pytest.raises(MMHooksError, match="got side"):
         measure(store, embeddings={"side": "image.judge"}, progress=False)
     broken = {s: store[f"{s}.embed"].table.clone() for s in ("image", "text")}
     broken["text"][117, 3] = math.nan
@@ -328,7 +330,7 @@ def test_command(tmp_path):
         mm.mds(latents["image"].dense(), latents["text"].dense()).ratio_of_means,
     )
     wrong = CliRunner().invoke(app, [*command[:-1], "nowhere.safetensors"])
-    assert wrong.exit_code == 1 and "mmhooks: no file nowhere.safetensors" in wrong.output
+    assert wrong.exit_code == 1 and "got nowhere.safetensors, which is not a file" in wrong.output
 
 
 def test_cknna_is_the_mean_over_batches():

@@ -54,7 +54,9 @@ def test_a_collapsed_model_does_not_score():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ShapeMismatch, match=r"image embeddings are \(5, 3\), text embeddings \(5, 4\)"):
+    with pytest.raises(
+        ShapeMismatch, match=r"image embeddings of shape \(5, 3\) and text embeddings of shape \(5, 4\)"
+    ):
         mm.retrieval(torch.randn(5, 3), torch.randn(5, 4))
     with pytest.raises(NotFinite, match="text embeddings"):
         mm.retrieval(torch.randn(5, 3), torch.full((5, 3), math.nan))

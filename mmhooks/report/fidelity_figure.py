@@ -1,4 +1,4 @@
-"""The figure of a head's fidelity: how often features fire, and what retrieval and zero-shot keep."""
+"""Figure of a head's fidelity: firing densities, and retrieval and zero-shot accuracy before and after."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fidelity_figure(result: FidelityResult, palette: Palette = LIGHT) -> Figure:
-    """Activation densities of each modality; beside them, where there is a decoder, R@k and accuracy before and after.
+    """Plots activation densities per modality and, if the head has a decoder, R@k and accuracy before and after.
 
     >>> import torch; import mmhooks as mm
     >>> figure = fidelity_figure(mm.fidelity(mm.TopKSAE(8, 32, 4), torch.randn(50, 8), torch.randn(50, 8)))
@@ -23,7 +23,7 @@ def fidelity_figure(result: FidelityResult, palette: Palette = LIGHT) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    kept = result.kept()
+    kept = result.choices_kept()
     figure = Figure(figsize=(5.2 + (0.55 * len(kept) + 1.2 if kept else 0), 3.4), layout="constrained")
     axes = figure.subplots(1, 2 if kept else 1, squeeze=False)[0]
     colours = {"image": palette.img, "text": palette.text}
