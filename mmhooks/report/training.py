@@ -31,7 +31,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
     if not rows:
         raise ShapeMismatch("expected at least one row, got none: there is no run to draw")
     figure = Figure(figsize=(11.5, 3.6), layout="constrained")
-    fvu, spread, alike = figure.subplots(1, 3)
+    fvu, spread, similarity = figure.subplots(1, 3)
     kinds = sorted({(row["variant"], row["n"]) for row in rows})
     variants = sorted({variant for variant, _ in kinds})
     widths = sorted({width for _, width in kinds})
@@ -52,11 +52,11 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
             **look,
         )
         spread.scatter(l0, [r["MDS sigma"] for r in chosen], color=palette.text, **look)
-        alike.scatter(l0, [r["EmbedSim image"] for r in chosen], color=palette.img, **look)
-        alike.scatter(l0, [r["EmbedSim text"] for r in chosen], color=palette.text, **look)
+        similarity.scatter(l0, [r["EmbedSim image"] for r in chosen], color=palette.img, **look)
+        similarity.scatter(l0, [r["EmbedSim text"] for r in chosen], color=palette.text, **look)
     front = sorted((row["L0"], row["FVU"]) for row in rows if row["pareto"])
     fvu.plot(*zip(*front, strict=True), color=palette.soft, linewidth=0.9, zorder=0)
-    for axis, name in ((fvu, "held-out FVU"), (spread, "MDS σ"), (alike, "EmbedSim")):
+    for axis, name in ((fvu, "held-out FVU"), (spread, "MDS σ"), (similarity, "EmbedSim")):
         axis.set_xlabel("L0")
         axis.set_ylabel(name)
         axis.set_xscale("log", base=2)
@@ -64,8 +64,8 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) ->
     fvu.set_ylim(bottom=0)
     fvu.legend(fontsize=8.5)
     for name, colour in (("image", palette.img), ("text", palette.text)):
-        alike.scatter([], [], color=colour, label=name)
-    alike.legend(fontsize=8.5)
+        similarity.scatter([], [], color=colour, label=name)
+    similarity.legend(fontsize=8.5)
     return figure
 
 
