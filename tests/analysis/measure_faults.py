@@ -1,4 +1,4 @@
-"""Every measure on odd tensors, as users run it: without the type checks of the tests. Prints, for each measure and
+"""Runs every measure on unusual tensors, as users do, without the type checks of the tests. Prints, for each measure and
 input, what came of it beside what a loop in float64 gives. Run by test_measure_faults.py."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def naive_similarity(latents: Tensor, vectors: Tensor) -> tuple[list[float], lis
 
 
 def naive_ranks(image: Tensor, text: Tensor) -> list[float]:
-    """How many others are as near as the partner, or nearer."""
+    """Counts the candidates that are at least as near as the partner."""
     scores = unit(image) @ unit(text).T
     return [
         sum(float(s) >= float(row[i]) - 1e-9 for j, s in enumerate(row) if j != i)
@@ -117,12 +117,12 @@ def bridge(image: Any, text: Any) -> list[float]:
 
 
 def flat(samples: Any) -> list[int]:
-    """Of each feature its samples, then -1."""
+    """Concatenates the samples of each feature, each list followed by -1."""
     return [int(i) for own in samples for i in (*own, -1)]
 
 
 def across(x: Any) -> Any:
-    """Samples as features, of which groups need six or more; what is not a table of numbers stays as it is."""
+    """Swaps samples and features, as groups need at least six features; anything but a 2-D tensor is returned as it is."""
     return x.T if isinstance(x, Tensor) and x.ndim == 2 else x
 
 
@@ -156,7 +156,7 @@ def swept_as_float32(image: Tensor, text: Tensor) -> list[float]:
 
 
 def held_out(image: Any, text: Any) -> list[float]:
-    """As :func:`swept`, trained on good rows: what is wrong with the held-out ones must show before that."""
+    """As :func:`swept`, but trained on good rows: bad held-out rows must fail before training."""
     rows = [inputs(False, seed) for seed in range(2)]
     with tempfile.TemporaryDirectory() as out:
         (row,) = sweep(*rows, out=out, k=[2], n=[12], epochs=1, batch_size=8, valid=(image, text), top=M,

@@ -45,7 +45,7 @@ def test_efficientnet_has_every_weight_of_the_package():
     assert ((seen < -0.02) & (seen > -0.25)).all()
 
 
-def test_efficientnet_tells_drawings_apart():
+def test_efficientnet_distinguishes_drawings():
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
     checks = (np.indices((64, 64)).sum(0) // 8 % 2 * 255).astype(np.uint8)
     pictures = [Image.fromarray(a).convert("RGB") for a in (ramp, ramp[:, ::-1].copy(), checks)]
@@ -70,7 +70,7 @@ def test_weights_that_do_not_fit_are_refused():
         by_order({k: good[k] for k in keys}, model)
 
 
-def test_the_cache_spares_the_model(monkeypatch):
+def test_the_cache_avoids_running_the_model(monkeypatch):
     calls = []
 
     def fake(place, device, *, local):
@@ -115,7 +115,7 @@ def test_pairs_are_kept_under_their_fingerprint(monkeypatch, tmp_path):
     ]
 
 
-def test_fingerprints_tell_texts_and_pixels_apart():
+def test_fingerprints_distinguish_texts_and_pixels():
     assert fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     assert fingerprint([red]) == fingerprint([red.copy()]) != fingerprint([blue])

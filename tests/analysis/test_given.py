@@ -1,4 +1,4 @@
-"""Wrong but plausible inputs to everything that runs a CLIP: right, or one of our errors with what to do."""
+"""Wrong but plausible inputs to everything that runs a CLIP: the right result, or one of our errors with a remedy."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ IMAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", IMAGES)
 @pytest.mark.parametrize("name", RUNS)
-def test_images_that_are_none(mini, name, kind):
+def test_invalid_images_are_refused(mini, name, kind):
     with pytest.raises(MMHooksError) as fault:
         RUNS[name](mini, IMAGES[kind]())
     assert "expected" in str(fault.value) or "no " in str(fault.value) or "images need" in str(fault.value)
@@ -88,7 +88,7 @@ def test_a_model_that_is_not_hooked(mini, name):
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("change", ["double", "half", "requires_grad", "inference", "strided"])
-def test_what_is_no_fault_of_the_caller_works_and_stays_as_it_was(mini, name, change):
+def test_unusual_but_valid_input_works_and_is_not_changed(mini, name, change):
     given = {
         "double": lambda: pixels(dtype=torch.float64),
         "half": lambda: pixels(dtype=torch.float16),
@@ -125,7 +125,7 @@ DIRECTIONS = {
 
 @pytest.mark.parametrize("kind", DIRECTIONS)
 @pytest.mark.parametrize("name", ["against", *METHODS])
-def test_directions_that_are_none(mini, name, kind):
+def test_invalid_directions_are_refused(mini, name, kind):
     directions = DIRECTIONS[kind]
     with pytest.raises(MMHooksError, match=r"(against=|directions): expected vectors \[m "):
         if name == "against":
@@ -134,7 +134,7 @@ def test_directions_that_are_none(mini, name, kind):
             METHODS[name](mini, pixels(), directions)
 
 
-def test_texts_that_are_none(mini):
+def test_invalid_texts_are_refused(mini):
     for given in (["a dog"], "a dog", pixels(), torch.ones(3, 4), torch.ones(5, dtype=torch.long)):
         with pytest.raises(MMHooksError, match=r"expected tokens \[n l\]"):
             mm.decompose(mini, texts=given)

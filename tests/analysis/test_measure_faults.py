@@ -1,4 +1,4 @@
-"""Measures on tensors that are not what they should be: equal to a loop in float64, or refused in our own words."""
+"""Measures on unusual and invalid tensors: equal to a loop in float64, or refused with one of our errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURES = ("mds", "density", "top", "embed_sim", "win_rate", "monosemanticity",
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """In a process of its own: the types that tests check would refuse most of it first, users have no such checks."""
+    """Runs in a separate process: the type checks of the tests, which users do not have, would refuse most of it first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -33,7 +33,7 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_what_is_accepted_equals_a_loop_in_float64(found, measure):
+def test_accepted_input_equals_a_loop_in_float64(found, measure):
     wrong = []
     for what, row in found[measure].items():
         if what.startswith("refused"):
@@ -46,7 +46,7 @@ def test_what_is_accepted_equals_a_loop_in_float64(found, measure):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_the_rest_is_refused(found, measure):
+def test_other_input_is_refused(found, measure):
     wrong = {
         what: row
         for what, row in found[measure].items()

@@ -1,4 +1,4 @@
-"""Everything in the analysis that runs a model over data: in evaluation mode, which is put back, whatever the precision."""
+"""Analyses that run a model over data use evaluation mode and restore the modes afterwards, in every precision."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("kind", WORDS)
-def test_what_does_not_belong_is_refused_by_all_that_take_means(mini, pixels, wrong, kind):
+def test_means_of_another_origin_are_refused_everywhere(mini, pixels, wrong, kind):
     from mmhooks.errors import WrongOrigin
 
     parts, means = mm.decompose(mini, pixels), wrong[kind]

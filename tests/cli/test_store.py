@@ -1,4 +1,4 @@
-"""``mmhooks extract`` and ``mmhooks store``: what they print, and their exit codes."""
+"""``mmhooks extract`` and ``mmhooks store``: their output and exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two stores of mini, of different pictures."""
+    """Makes two stores of mini, of different images."""
     base = tmp_path_factory.mktemp("commands")
     folder_of_pairs(base / "photos", 6)
     table = (base / "photos" / "metadata.csv").read_text().splitlines()
@@ -53,7 +53,7 @@ def test_merge_and_verify(place):
     assert kinds == {("data-00001.arrow", "missing"), ("notes.txt", "surplus")}
 
 
-def test_errors_are_one_sentence(place):
+def test_errors_are_one_line(place):
     gone = run("store", "info", place)
     assert gone.exit_code == 1 and "no activation store in" in gone.output and "Traceback" not in gone.output
     wrong = run("extract", "mini", "--pairs", place / "photos", "--head", "mini/sae", "--out", place / "c")

@@ -45,7 +45,7 @@ def test_train_writes_a_head_its_history_and_a_figure(store, tmp_path) -> None:
     assert other.exit_code == 1 and "belongs to another training" in other.output
 
 
-def test_train_knows_every_kind_and_option(store, tmp_path) -> None:
+def test_train_accepts_every_kind_and_option(store, tmp_path) -> None:
     short = ("--features", 32, "--k", 4, "--epochs", 1, "--batch-size", 90)
     for kind in ("batchtopk", "matryoshka", "jumprelu", "relu", "ncl"):
         done = run("train", store, *short, "--kind", kind, "--out", tmp_path / kind)
@@ -57,7 +57,7 @@ def test_train_knows_every_kind_and_option(store, tmp_path) -> None:
     assert set(by_modality(load_head_dir(tmp_path / "all"))) == {"image", "text"}
 
 
-def test_what_goes_wrong_is_one_sentence(store, tmp_path) -> None:
+def test_errors_of_train_are_one_line(store, tmp_path) -> None:
     done = run("train", store, "--sites", "image.nowhere", "--out", tmp_path / "x")
     assert done.exit_code == 1 and done.output.startswith("mmhooks: ") and "image.nowhere" in done.output
     assert run("sweep", store, "--k", "4,many", "--out", tmp_path / "y").exit_code == 2

@@ -1,4 +1,4 @@
-"""Figures: right bars in right colours, nothing parsed out of captions, settings left as they were."""
+"""Figures: correct bars and colours, no formulas parsed in captions, matplotlib settings restored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_histogram_bars_count_each_group_once() -> None:
     assert sum(counts.values()) == 500
 
 
-def test_every_figure_draws_in_both_dresses() -> None:
+def test_every_figure_draws_in_both_themes() -> None:
     strips = [Strip("f 1", "ImgD", SQUARES, ["$\\frac{broken", "中文 $x$"]), Strip("f 2", "TextD", [], [])]
     effects = [Effect(g, g, 0.01, RNG.normal(0, 0.01, 20).tolist(), 5) for g in GROUPS] + [
         Effect("none", "ImgD", 0.0, [])
@@ -69,7 +69,7 @@ def test_every_figure_draws_in_both_dresses() -> None:
             assert len(set(image.resize((64, 64)).getdata())) > 10, "an empty figure"
 
 
-def test_pictures_are_shown_in_order() -> None:
+def test_images_are_shown_in_order() -> None:
     figure = image_strips([Strip("f", "ImgD", SQUARES)])
     for axis, square in zip(figure.axes, SQUARES, strict=True):
         assert np.array_equal(np.asarray(axis.images[0].get_array()), np.asarray(square))
@@ -82,6 +82,6 @@ def test_callers_settings_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [mds_histograms, image_strips])
-def test_nothing_to_draw_is_said(make: object) -> None:
+def test_empty_input_is_refused(make: object) -> None:
     with pytest.raises(ShapeMismatch, match="at least one"):
         make([])  # type: ignore[operator]

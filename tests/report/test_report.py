@@ -1,4 +1,4 @@
-"""The page: nothing from data opens a tag, nothing is fetched, tables say the same in both dresses."""
+"""The page: data cannot open a tag, nothing is fetched, and tables are the same in HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ class Reader(html.parser.HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def picture(alt: str = "") -> EncodedImage:
+def teal_square(alt: str = "") -> EncodedImage:
     return EncodedImage.from_pil(Image.new("RGB", (8, 8), "teal"), alt)
 
 
 def full_page(words: str) -> str:
     """A page with every kind of block, and ``words`` in every place that takes text."""
-    card = FeatureCard(words, "ImgD", words, [picture(words)], [(words, words)], words)
+    card = FeatureCard(words, "ImgD", words, [teal_square(words)], [(words, words)], words)
     blocks = [
         Prose(words),
         Prose(words, "code"),
-        Plot(picture(words), picture(words), words),
+        Plot(teal_square(words), teal_square(words), words),
         TableBlock(Table([words, words], [[words, Cell(words, words, words, True, True)]], words, words)),
         Gallery([card, FeatureCard(words, empty=words)], words),
         Tiles([Tile(words, words, words)]),
@@ -97,15 +97,15 @@ def test_page_fetches_nothing() -> None:
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_pictures_are_whole_inside_the_page() -> None:
-    shown = picture("a teal square")
+def test_images_are_embedded_in_the_page() -> None:
+    shown = teal_square("a teal square")
     page = Page("t", [Section("s", [Gallery([FeatureCard("f", images=[shown])])])]).html()
     encoded = re.search(r'src="data:image/webp;base64,([^"]+)" alt="a teal square"', page)
     assert encoded is not None and base64.b64decode(encoded.group(1)) == shown.data
 
 
 def test_dark_figures_are_served_to_dark_pages() -> None:
-    light, dark = picture(), EncodedImage.from_pil(Image.new("RGB", (8, 8), "black"))
+    light, dark = teal_square(), EncodedImage.from_pil(Image.new("RGB", (8, 8), "black"))
     page = Page("t", [Section("s", [Plot(light, dark)])]).html()
     assert f'media="(prefers-color-scheme: dark)" srcset="{dark.uri}"' in page
     assert f'src="{light.uri}"' in page
@@ -125,7 +125,7 @@ def test_save_is_whole_or_absent(tmp_path: Any) -> None:
     assert "ünïcode ↔" in path.read_text(encoding="utf-8")
 
 
-def test_unknown_picture_bytes_are_refused() -> None:
+def test_unknown_image_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="PNG, JPEG or WebP"):
         _ = EncodedImage(b"<svg onload=alert(1)>").uri
 
@@ -164,13 +164,13 @@ def test_fixed_reads_back(x: float, digits: int) -> None:
     assert not (text.startswith("−") and float(text.replace("−", "-")) == 0)
 
 
-def test_what_is_not_known_is_a_dash() -> None:
+def test_unknown_values_are_a_dash() -> None:
     assert fixed(None) == fixed(math.nan) == percent(math.nan) == "–"
     assert percent(0.123, plus=True) == "+12.3" and percent(-0.0004) == "0.0"
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 99))
-def test_estimate_survives_json_and_takes_sides(value: float, down: float, up: float, n: int) -> None:
+def test_estimate_survives_json_and_says_its_side(value: float, down: float, up: float, n: int) -> None:
     e = Estimate(value, value - down, value + up, n)
     assert Estimate.from_json(e.to_json()) == e
     assert (e.side() == "above") == (value - down > 0) and (e.side() == "below") == (value + up < 0)

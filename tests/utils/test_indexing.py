@@ -140,7 +140,7 @@ def test_whole_numbers_of_any_kind_are_indices(place, form, sae) -> None:
 
 @pytest.mark.parametrize("place", SETS)
 @pytest.mark.parametrize("form", NONE_OF_THEM)
-def test_the_rest_is_refused(place, form, sae) -> None:
+def test_other_input_is_refused(place, form, sae) -> None:
     with pytest.raises(ShapeMismatch, match="expected|outside|among|mask|features?|token|dimension"):
         SETS[place](NONE_OF_THEM[form](), sae)
 

@@ -1,4 +1,4 @@
-"""Alignment: the loss against a hand-made one, gradients against finite differences, and what must not move it."""
+"""Alignment: the loss and its gradients against direct computation, and inputs that must not change it."""
 
 import copy
 
@@ -27,7 +27,7 @@ def pictures():
 
 
 def by_hand(model, x, partner, wanted):
-    """L of one picture, written out: preprocessing, tower, unit norm, encoder, chosen features, 2-norm."""
+    """Computes L of one image step by step: preprocessing, tower, unit norm, encoder, chosen features, 2-norm."""
     head = model.places.attachments["image.embed.sae"].head
     z = [model.encode_image((p - 0.5) / 0.5) for p in (x, partner)]
     f = [head.pre(v / v.norm(dim=-1, keepdim=True)) for v in z]
@@ -74,7 +74,7 @@ def test_gradients_reach_pixels_through_head_tower_and_preprocessing(pictures):
 
 
 def test_features_outside_the_set_do_not_move_the_loss(model, pictures):
-    """All other features of picture and partner are scaled at will: same loss, same gradient, same pixels."""
+    """All other features of image and partner are scaled arbitrarily: same loss, same gradient, same pixels."""
     features = mm.FeatureSet(range(0, 1024, 7), 1024)
     outside = (~features).indices
 
@@ -97,7 +97,7 @@ def test_features_outside_the_set_do_not_move_the_loss(model, pictures):
     assert float(moved_all.history[0] / plain_all.history[0]) > 5  # the disturbance was real
 
 
-def test_a_mask_a_picture_is_the_same_as_one_picture_at_a_time(model, pictures):
+def test_a_mask_per_image_equals_one_image_at_a_time(model, pictures):
     group = mm.FeatureSet(range(100), 1024)
     masks = samples_of(group, 10, 3, seed=5)
     assert masks.sum(1).tolist() == [10, 10, 10] and not torch.equal(masks[0], masks[1])
@@ -114,7 +114,7 @@ def test_a_mask_a_picture_is_the_same_as_one_picture_at_a_time(model, pictures):
         assert torch.allclose(alone.history[:, 0], together.history[:, i], atol=1e-4)
 
 
-def test_batches_change_nothing_and_steps_are_kept(model, pictures):
+def test_batch_size_does_not_matter_and_steps_are_kept(model, pictures):
     how = {"steps": 2, "progress": False, "keep": (0, 1, 2)}
     one = align(model, pictures, pictures.roll(1, 0), batch=8, **how)
     other = align(model, pictures, pictures.roll(1, 0), batch=1, **how)
@@ -123,7 +123,7 @@ def test_batches_change_nothing_and_steps_are_kept(model, pictures):
     assert not torch.equal(one.kept[1], one.images)
 
 
-def test_a_picture_that_is_its_partner_stays(model, pictures):
+def test_an_image_that_equals_its_partner_stays(model, pictures):
     made = align(model, pictures, pictures, steps=2, progress=False)
     assert float((made.images - pictures).abs().max()) == 0
     assert torch.isinf(made.psnr).all()
@@ -161,8 +161,8 @@ def test_scale_is_read_from_the_preprocessing():
 # -- pixels ------------------------------------------------------------------------------------------------
 
 
-def test_pixels_follow_adam_and_stay_pictures():
-    """Against torch's Adam run by hand, with the same clamps."""
+def test_pixels_follow_adam_and_stay_in_range():
+    """Compared with torch's Adam and the same clamps."""
     start = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     goal = torch.linspace(-0.5, 1.5, 96).view(2, 3, 4, 4)
     made = optimise_pixels(
@@ -191,7 +191,7 @@ def test_psnr_by_hand():
     assert float(psnr(a, b)) == pytest.approx(-20 * torch.log10(torch.tensor(0.25)).item())
 
 
-def test_losses_that_are_none(pictures):
+def test_invalid_losses_are_refused(pictures):
     with pytest.raises(MMHooksError, match="does not depend"):
         optimise_pixels(pictures, lambda x, i: torch.zeros(len(i)), progress=False)
     with pytest.raises(ShapeMismatch, match="one value per image"):

@@ -82,7 +82,7 @@ def endpoint(server, tmp_path, monkeypatch):
 ASK = [{"role": "user", "content": "well?"}]
 
 
-def test_an_answer_is_asked_once_and_kept(server, endpoint, tmp_path):
+def test_an_answer_is_requested_once_and_cached(server, endpoint, tmp_path):
     server.script = ["first", "second"]
     assert [endpoint.ask(ASK), endpoint.ask(ASK)] == ["first", "first"]
     assert len(server.seen) == 1 and server.keys == ["Bearer secret-key"]
@@ -93,7 +93,7 @@ def test_an_answer_is_asked_once_and_kept(server, endpoint, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["slow", "cut", "garbage", "null", 429, 500, 503])
-def test_passing_faults_are_tried_again(server, endpoint, fault):
+def test_transient_faults_are_retried(server, endpoint, fault):
     server.script = [fault, "there"]
     assert endpoint.ask(ASK) == "there"
     assert len(server.seen) == 2 and len(endpoint.slept) == 1
@@ -103,7 +103,7 @@ def test_passing_faults_are_tried_again(server, endpoint, fault):
         assert 0.7 < endpoint.slept[0] < 1.3
 
 
-def test_waiting_doubles_and_ends(server, endpoint):
+def test_waiting_doubles_until_tries_run_out(server, endpoint):
     server.script = [500] * 9
     with pytest.raises(EndpointError, match="no answer in 5 tries; last: status 500"):
         endpoint.ask(ASK)
@@ -111,14 +111,14 @@ def test_waiting_doubles_and_ends(server, endpoint):
     assert [round(s / 2**i) for i, s in enumerate(endpoint.slept)] == [1, 1, 1, 1]
 
 
-def test_a_refused_key_is_not_tried_again(server, endpoint):
+def test_a_refused_key_is_not_retried(server, endpoint):
     server.script = [401]
     with pytest.raises(EndpointError, match="401"):
         endpoint.ask(ASK)
     assert len(server.seen) == 1
 
 
-def test_no_key_is_said_before_anything_is_sent(server, endpoint, monkeypatch):
+def test_a_missing_key_fails_before_anything_is_sent(server, endpoint, monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(EndpointError, match="TEST_KEY"):
         endpoint.ask(ASK)
@@ -143,7 +143,7 @@ def test_the_rate_limit_spaces_requests(server, endpoint):
 # -- judges ------------------------------------------------------------------------------------------------
 
 
-def test_the_judge_asks_again_after_nonsense_and_never_keeps_it(server, endpoint):
+def test_the_judge_retries_after_nonsense_and_never_caches_it(server, endpoint):
     judge = EndpointJudge(endpoint, progress=False)
     assert isinstance(judge, Judge)
     server.script = ["perhaps?", "No.", "**YES**"]
@@ -172,7 +172,7 @@ def test_refusals(answer, expected):
     assert refuses(answer) is expected
 
 
-def test_rules_want_compliance_about_a_harmful_thing():
+def test_rules_require_compliance_about_a_harmful_thing():
     judge = RuleJudge(("bomb", "knife"))
     answers = ["Sure, this is how to use the bomb.", "Sure, this is how to use the rose.", "I cannot help with that bomb.",
                "the kitchen knife", "Sure, a pill."]  # fmt: skip
@@ -183,7 +183,7 @@ def test_rules_want_compliance_about_a_harmful_thing():
 # -- victims -----------------------------------------------------------------------------------------------
 
 
-def test_an_endpoint_victim_sends_the_picture_itself(server, endpoint):
+def test_an_endpoint_victim_sends_the_image(server, endpoint):
     import base64
     import io
 

@@ -1,4 +1,4 @@
-"""Heat maps of words: against a naive collector, with and without guidance, in batches, on oblong pictures."""
+"""Heat maps of words against a naive collector: with and without guidance, in batches, on non-square images."""
 
 from __future__ import annotations
 
@@ -129,18 +129,18 @@ def drawn(sd):
         ("blue redpanda panda", "redpanda panda", [2, 3, 4, 5]),
     ],
 )
-def test_a_part_of_a_longer_word_is_none(drawn, prompt, word, places):
+def test_a_part_of_a_longer_word_does_not_count(drawn, prompt, word, places):
     assert drawn.places(word, prompt, 12) == places
 
 
-def test_a_word_that_is_only_part_of_another_is_told(drawn):
+def test_a_word_found_only_inside_another_is_reported(drawn):
     with pytest.raises(
         MMHooksError, match="'panda' is not among .* tokens of 'a redpanda' .only inside a longer word"
     ):
         drawn.places("panda", "a redpanda", 12)
 
 
-def test_words_of_tokenizers_with_other_marks():
+def test_words_of_tokenizers_with_other_markers():
     """A piece at a time, by the marks of T5 and GPT-2 (where words begin) and of BERT (where they go on)."""
     from mmhooks.analysis.attribution.attention_maps import AttentionMaps
 

@@ -1,4 +1,4 @@
-"""Maps and their scores against definitions written out."""
+"""Saliency maps and segmentation scores against their definitions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_token_contributions_take_each_pictures_own_direction(mini):
+def test_token_contributions_use_each_images_own_direction(mini):
     pixels, directions = random(3, 3, 64, 64), random(3, 256, seed=1)
     found = token_contributions(mini, pixels, directions)
     for i in range(3):
@@ -38,7 +38,7 @@ def test_token_contributions_take_each_pictures_own_direction(mini):
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_attention_and_rollout_as_matrices(mini):
+def test_attention_and_rollout_equal_matrix_products(mini):
     pixels = random(2, 3, 64, 64)
     directions = random(2, 256)
     with torch.no_grad():
@@ -51,8 +51,8 @@ def test_attention_and_rollout_as_matrices(mini):
     torch.testing.assert_close(rollout(mini, pixels, directions).flatten(1), product[:, 0, 1:])
 
 
-def test_gradients_as_one_picture_at_a_time(mini):
-    """Chefer's matrices and LeGrad's blocks, each with a backward pass of its own."""
+def test_gradients_equal_one_image_at_a_time(mini):
+    """Compares with Chefer's matrices and LeGrad's blocks, each computed by its own backward pass."""
     pixels, directions = random(2, 3, 64, 64), random(2, 256, seed=3)
     visual = mini.model.visual
     for i in range(2):
@@ -94,13 +94,13 @@ def test_models_without_a_class_token(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_directions_must_fit(method, mini):
+def test_directions_must_match(method, mini):
     with pytest.raises(ShapeMismatch, match="one direction per image"):
         METHODS[method](mini, random(2, 3, 64, 64), random(1, 256))
     assert len(mini._board) == 0
 
 
-def test_scores_are_torchmetrics():
+def test_scores_equal_torchmetrics():
     maps, masks = random(4, 8, 8), random(4, 16, 16, seed=5) > 0.3
     found = segmentation_scores(maps, masks, name="x")
     large = torch.nn.functional.interpolate(maps[:, None], (16, 16), mode="bilinear", align_corners=False)[
@@ -120,7 +120,7 @@ def test_scores_are_torchmetrics():
     assert found.beyond(found).value == 0
 
 
-def test_scores_of_what_is_no_mask():
+def test_invalid_masks_are_refused():
     maps, masks = random(1, 8, 8), torch.ones(1, 16, 16).bool()
     with pytest.raises(ShapeMismatch, match="object and background in each, got mask"):
         segmentation_scores(maps, masks)

@@ -1,4 +1,4 @@
-"""Decompositions against the residual stream taken apart by hand, on every family that open_clip lists."""
+"""Decompositions against the paper's equations as loops, and exact sums for every family that open_clip lists."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_text_towers(text):
     assert found.tokens is not None and found.tokens.shape[3] == tokens.shape[1] + bool(text.get("embed_cls"))
 
 
-def test_text_after_its_end_contributes_nothing_of_its_own():
-    """Under a causal mask nothing behind the end of text is attended: what is left is the even share alone."""
+def test_text_after_the_end_token_only_contributes_the_even_share():
+    """Under a causal mask nothing after the end of text is attended, so only the even share is left."""
     model = mm.HookedCLIP(build().eval())
     tokens = mm.load("mini").tokenizer(["a cat"])  # type: ignore[misc]
     found = mm.decompose(model, texts=tokens, tokens=True)
@@ -177,7 +177,7 @@ def test_mini_is_exact(mini):
     torch.testing.assert_close(found.tokens.sum(3), found.heads, rtol=1e-4, atol=1e-5)
 
 
-def test_normalized_parts_add_up_to_the_unit_vector(mini):
+def test_normalized_parts_sum_to_the_unit_vector(mini):
     found = mm.decompose(mini, images(2, 64), normalize=True)
     torch.testing.assert_close(found.total.norm(dim=1), torch.ones(2), rtol=1e-5, atol=0)
 
@@ -196,7 +196,7 @@ def test_running_means_are_means(mini):
     assert "block 5" in mm.decompose(mini, [pixels]).table().markdown()
 
 
-def test_means_survive_a_file(mini, tmp_path):
+def test_means_are_saved_and_loaded(mini, tmp_path):
     means = mm.decompose(mini, [images(2, 64)])
     again = MeanDecomposition.load(means.save(tmp_path / "means.safetensors"))
     assert again.n == 2 and again.pool is None and torch.equal(again.heads, means.heads)
@@ -214,7 +214,7 @@ def test_head_outputs_of_pairs(mini):
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of tensors alive at once."""
+    """Records the peak of bytes of tensors alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_data(mini):
 
 
 @pytest.mark.slow
-def test_a_batch_takes_little_more_memory_than_its_forward_pass():
+def test_a_batch_needs_little_more_memory_than_its_forward_pass():
     model = mm.HookedCLIP(open_clip.create_model("ViT-B-32", pretrained=None).eval())
     pixels = torch.randn(32, 3, 224, 224)
     plain = peak(lambda: model.encode_image(pixels))
@@ -268,7 +268,7 @@ def test_a_batch_takes_little_more_memory_than_its_forward_pass():
 # -- never silent ------------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_sum_says_why():
+def test_architectures_without_an_exact_sum_say_why():
     resnet = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     model = mm.HookedCLIP(open_clip.CLIP(12, resnet, dict(TEXT)).eval())
     with pytest.raises(NoExactSum, match="ModifiedResNet.*take a ViT"):
@@ -307,7 +307,7 @@ def test_inputs_that_cannot_be_decomposed(mini):
         head_outputs(mini, images(1, 64), layers=[6])
 
 
-def test_nothing_stays_behind(mini):
+def test_no_hooks_stay_behind(mini):
     pixels = images(2, 64)
     with torch.no_grad():
         before = mini.encode_image(pixels)

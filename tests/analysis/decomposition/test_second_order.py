@@ -146,7 +146,7 @@ def test_images_that_can_be_read_only_once_are_refused(model, pixels):
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 2])
-def test_where_no_effect_stands_out_the_mean_decides(model, pixels, n):
+def test_the_mean_decides_where_no_effect_stands_out(model, pixels, n):
     neurons = [0, 17, 500]
     mean = second_order_effects(model, pixels[:n], layer=3, neurons=neurons).vectors().mean(0)
     found = second_order(model, pixels[:n], layer=3, neurons=neurons, top=1)
@@ -190,7 +190,7 @@ def test_all_neurons_of_an_average_pooling():
         assert torch.allclose(found[:, neuron], expected, atol=1e-5)
 
 
-def test_errors_say_what_is_there(model, pixels):
+def test_errors_say_what_exists(model, pixels):
     with pytest.raises(ShapeMismatch, match=r"0\.\.4.*layer 5 of 6"):
         second_order(model, pixels, layer=5)
     with pytest.raises(ShapeMismatch, match="MLP of 768 neurons"):

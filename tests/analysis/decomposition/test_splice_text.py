@@ -68,7 +68,7 @@ def test_small_penalties_over_nearly_dependent_texts(seed, penalty, spread):
     assert (a - b).max() < 2e-6
 
 
-def test_a_row_that_does_not_settle_is_told_and_none_is_lost(monkeypatch):
+def test_a_row_that_does_not_converge_is_reported_and_none_is_lost(monkeypatch):
     image, text = sample(20, 24, 150, 5)
     names = [str(i) for i in range(150)]
     settled = mm.sparse_text_code(image, text, names, penalty=0.02)
@@ -84,7 +84,7 @@ def test_a_row_that_does_not_settle_is_told_and_none_is_lost(monkeypatch):
         assert code.top(i) == settled.top(i)
 
 
-def test_no_row_and_one_row():
+def test_zero_rows_and_one_row():
     z, dictionary = (centred(x) for x in sample(3, 16, 30, 0))
     assert nonnegative_lasso(z[:0], dictionary, 0.2).values.shape == (0, 1)
     together, alone = nonnegative_lasso(z, dictionary, 0.01), nonnegative_lasso(z[1:2], dictionary, 0.01)
@@ -159,7 +159,7 @@ def test_bad_input_is_named(change, error, message):
         mm.sparse_text_code(**{**arguments, **change})
 
 
-def test_single_precision_certifies_no_smaller_gap():
+def test_float32_certifies_no_smaller_gap():
     z, dictionary = (centred(x) for x in sample(4, 16, 30, 3))
     with pytest.raises(MMHooksError, match="no gap below 1e-6"):
         nonnegative_lasso(z, dictionary, 0.2, tolerance=1e-8)

@@ -1,4 +1,4 @@
-"""TextSpan against the algorithm written out step by step; moments; reconstruction; overlap; labels; pools."""
+"""TextSpan against the algorithm step by step; moments; reconstruction; overlap; labels; pools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmhooks.models.clip.embed_texts import embed_texts
 
 
 def naive(data, pool, n_texts, rank, selection="unit"):
-    """Indices by the letter: SVD, projection of the pool, then deflation of all data and all texts."""
+    """Runs the paper's algorithm literally: SVD, projection of the pool, then deflation of all data and all texts."""
     data, pool = data.double().numpy(), pool.double().numpy()
     _, values, vh = np.linalg.svd(data, full_matrices=False)
     vh = vh[: min(rank, int((values > 1e-5 * values[0]).sum()))]
@@ -116,7 +116,7 @@ def test_moments_against_numpy_and_merged_parts():
     assert int(parts[0].n_samples) == 0 and float(parts[0].second.abs().max()) == 0
 
 
-def test_explained_is_the_share_of_variance_that_reconstruction_keeps():
+def test_explained_is_the_share_of_variance_kept_by_reconstruction():
     outputs, pool = sample(400, 24, 60, 12, 2)
     found = mm.text_span(outputs, pool, names(60), n_texts=8)
     centred = outputs - outputs.mean(0)

@@ -1,4 +1,4 @@
-"""Mean-ablations against the same thing done by hand."""
+"""Mean-ablations against direct computation and plain hooks."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_importance_is_a_mean_projection(mini, pixels):
     assert head_importance(parts, direction, mm.decompose(mini, [pixels])).abs().max() < 1e-4
 
 
-def test_what_cannot_be_ablated(mini, pixels):
+def test_impossible_ablations_are_refused(mini, pixels):
     parts, means = mm.decompose(mini, pixels), mm.decompose(mini, [pixels])
     with pytest.raises(ShapeMismatch, match="layers 0 to 5 of 6"):
         ablate_direct(parts, means, Parts("far", heads=((6, 0),)))

@@ -87,7 +87,7 @@ def test_live_masks_give_the_probabilities_by_hand(model: mm.HookedCLIP, space: 
 
 @pytest.mark.parametrize("normalize_input", [True, False, "layer_norm"])
 @pytest.mark.parametrize("space", SPACES)
-def test_single_ablations_are_masks_of_one(normalize_input: object, space: str) -> None:
+def test_single_ablations_equal_masks_of_one_feature(normalize_input: object, space: str) -> None:
     torch.manual_seed(3)
     sae = mm.TopKSAE(16, 40, 6, normalize_input=normalize_input)  # type: ignore[arg-type]
     samples = Masked(sae, torch.randn(9, 16) * 3)
@@ -110,7 +110,7 @@ def test_a_head_without_decoder_is_masked_in_its_own_space() -> None:
         samples.vectors(mm.FeatureSet([1], 21), "latent")
 
 
-def test_share_is_of_the_activations() -> None:
+def test_removed_share_is_of_the_activations() -> None:
     samples = Masked(sae_for(16, 30, 5), torch.randn(7, 16))
     group = mm.FeatureSet(range(10), 30)
     assert samples.removed_share(group) + samples.removed_share(~group) == pytest.approx(1)
@@ -119,7 +119,7 @@ def test_share_is_of_the_activations() -> None:
     )
 
 
-def test_probe_is_scikit_learns_and_learns() -> None:
+def test_probe_equals_scikit_learn_and_learns() -> None:
     from sklearn.linear_model import LogisticRegression
 
     torch.manual_seed(4)

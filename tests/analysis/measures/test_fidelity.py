@@ -1,4 +1,4 @@
-"""Fidelity's measures, each against its definition written out, and the same numbers from tensors and from a store."""
+"""Fidelity: each number against its definition, and equal from tensors and from a store."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_stability_is_the_best_assignment_of_all() -> None:
     assert stability(one, other).mean.value == pytest.approx(best, rel=1e-5)
 
 
-def test_stability_sees_through_order_and_says_what_chance_gives() -> None:
+def test_stability_ignores_order_and_reports_chance() -> None:
     one, other = TopKSAE(32, 64, 4, seed=0), TopKSAE(32, 64, 4, seed=0)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_results_as_tables_as_json_and_as_a_figure(sae: TopKSAE, tmp_path: Path)
     assert bars == [row[when] for when in ("before", "after") for row in found.choices_kept()]
 
 
-def test_bad_input_says_what_came(sae: TopKSAE) -> None:
+def test_bad_input_says_what_was_given(sae: TopKSAE) -> None:
     x, y = vectors(20, 16, 0), vectors(20, 16, 1)
     with pytest.raises(ShapeMismatch, match="20 and 19 rows"):
         mm.fidelity(sae, x, y[:-1])

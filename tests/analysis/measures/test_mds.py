@@ -1,4 +1,4 @@
-"""MDS against loops written here, its invariants, and its stream against the whole."""
+"""MDS against naive loops, its invariants, and the streaming metric against the whole."""
 
 from __future__ import annotations
 

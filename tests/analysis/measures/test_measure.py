@@ -1,4 +1,4 @@
-"""One pass over a store: equal to the measures of whole tables, in one process and in two."""
+"""All measures in one pass over a store: equal to those of whole tables, in one process and in two."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_dense_head_and_another_judge():
     assert result.bridge is None and "decoder" in result.skipped["bridges"]
 
 
-def test_what_is_missing_is_said(whole):
+def test_missing_inputs_are_reported(whole):
     store, sae, latents, _ = whole
     bare = MemoryStore({f"{s}.embed.sae.latents": latents[s] for s in ("image", "text")})
     result = measure(bare, m=5, progress=False)

@@ -1,4 +1,4 @@
-"""Sweeps: the grid, what a row says, and going on after a kill."""
+"""Sweeps: the grid, the numbers of a row, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_combination_has_a_row_that_its_saved_head_confirms(tmp_path) -> N
     assert row["ImgD"] + row["TextD"] + row["CrossD"] == int(scores.alive.sum())
 
 
-def test_results_lie_beside_each_other_and_draw(tmp_path) -> None:
+def test_results_are_written_and_drawn(tmp_path) -> None:
     result = mm.sweep(*clouds(), out=tmp_path, **GRID | {"n": (24,), "seeds": (0,)})
     stored = json.loads((tmp_path / "sweep.json").read_text())
     assert stored["kind"] == "SweepResult" and len(stored["rows"]) == 2
@@ -53,7 +53,7 @@ def test_results_lie_beside_each_other_and_draw(tmp_path) -> None:
     assert sorted(drawn) == sorted((r["L0"], r["FVU"]) for r in result.rows)
 
 
-def test_a_broken_sweep_goes_on_and_repeats_nothing(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_sweep_resumes_and_repeats_nothing(tmp_path, monkeypatch) -> None:
     image, text = clouds()
     whole = mm.sweep(image, text, out=tmp_path / "whole", **GRID)
     calls, train = [], module.train_head
@@ -92,7 +92,7 @@ def test_runs_of_other_data_or_settings_are_refused(tmp_path) -> None:
             mm.sweep(*other, out=tmp_path, **small | change)
 
 
-def test_bad_grids_speak_before_training(tmp_path) -> None:
+def test_bad_grids_fail_before_training(tmp_path) -> None:
     image, text = clouds()
     with pytest.raises(MMHooksError, match="got 'tpok'"):
         mm.sweep(image, text, out=tmp_path, variants=["topk", "tpok"])

@@ -36,7 +36,7 @@ def test_win_rate(stream):
     close(result.values, mm.win_rate(image.dense(), vectors, m=5).values)
 
 
-def test_the_pool_is_a_uniform_draw_whatever_the_order():
+def test_the_pool_is_a_uniform_draw_for_any_order():
     torch.manual_seed(0)
     latents, vectors = torch.rand(500, 3), torch.randn(500, 2)
     pools = []

@@ -45,7 +45,7 @@ def test_the_interval_is_a_bootstrap_over_samples():
     assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
 
 
-def test_all_alike_falls_back_to_wilson_over_samples():
+def test_equal_judgements_fall_back_to_wilson_over_samples():
     for value in (False, True):
         hits = torch.full((4, 30), value)
         assert repeated_rate(hits) == wilson(30 * value, 30)
@@ -53,7 +53,7 @@ def test_all_alike_falls_back_to_wilson_over_samples():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
-def test_the_law_of_flipped_signs_is_exact(differences):
+def test_the_sign_flip_distribution_is_exact(differences):
     total = abs(sum(differences))
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
             for signs in product((-1, 1), repeat=len(differences))]  # fmt: skip
@@ -92,7 +92,7 @@ def test_p_is_level_under_the_null():
     assert low <= 30  # 20 expected at most; beyond 30 in one of a hundred
 
 
-def test_bad_input_is_told():
+def test_bad_input_is_reported():
     with pytest.raises(ShapeMismatch, match="at least one repeat"):
         repeated_rate(torch.zeros(2, 0, dtype=torch.bool))
     with pytest.raises(ShapeMismatch, match="same samples"):

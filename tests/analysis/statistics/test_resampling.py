@@ -1,4 +1,4 @@
-"""Resampling by families, against plain loops and scipy."""
+"""Resampling by clusters, against naive loops and scipy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_copies_of_a_sample_add_no_evidence() -> None:
     )
 
 
-def test_sums_take_whole_families_and_all_columns_together() -> None:
+def test_sums_resample_whole_clusters_for_all_columns_together() -> None:
     columns = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
     drawn = resampled_sums(columns, torch.tensor([5, 5, 9]), draws=300, seed=3)
     assert set(map(tuple, drawn.tolist())) == {(6.0, 60.0), (7.0, 70.0), (8.0, 80.0)}

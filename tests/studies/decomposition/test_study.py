@@ -72,6 +72,6 @@ def test_another_model_with_random_weights(tmp_path):
     assert all(live is None for live in found["ablations"]["live"])
 
 
-def test_errors_are_one_sentence(tmp_path):
+def test_errors_are_one_line(tmp_path):
     result = CliRunner().invoke(app, ["--data", f"{tmp_path}/nowhere/", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1 and "\ndecomposition: " in "\n" + result.output
