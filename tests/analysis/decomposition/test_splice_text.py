@@ -136,7 +136,7 @@ def test_result_as_a_file(tmp_path):
     ("change", "error", "message"),
     [
         ({"text_embeddings": torch.randn(5, 7)}, ShapeMismatch, r"widths \[4, 7\]"),
-        ({"texts": ["one"]}, ShapeMismatch, "of 1 texts"),
+        ({"texts": ["one"]}, ShapeMismatch, "for 1 texts"),
         ({"penalty": 0.0}, ShapeMismatch, "penalty: expected a number above 0"),
         ({"embeddings": torch.randn(1, 4)}, ShapeMismatch, "give mean="),
         ({"embeddings": torch.full((3, 4), torch.nan)}, NotFinite, "embeddings"),
