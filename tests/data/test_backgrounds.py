@@ -10,12 +10,12 @@ from mmhooks.data.synthetic import backgrounds
 
 
 @pytest.mark.parametrize("kind", backgrounds.GROUNDS)
-def test_grounds_come_from_their_seed(kind):
+def test_backgrounds_follow_their_seed(kind):
     one, same, other = (np.asarray(backgrounds.ground(kind, 32, seed)) for seed in (1, 1, 2))
     assert one.shape == (32, 32, 3) and (one == same).all() and (one != other).mean() > 0.1
 
 
-def test_a_drawing_hides_its_ground_just_where_its_mask_is():
+def test_a_drawing_covers_its_background_exactly_where_its_mask_is():
     red = Image.new("RGBA", (10, 10), (255, 0, 0, 255))
     image, mask = backgrounds.put_on(red, Image.new("RGB", (40, 40), "blue"), scale=0.5, at=(1.0, 0.0))
     assert mask.sum() == 400 and mask[:20, 20:].all()

@@ -329,7 +329,7 @@ def fills_the_docs(run: Path, victim: dict) -> None:
     assert call().exit_code == 2
 
 
-def test_a_victim_that_is_not_there_is_said_first(tmp_path):
+def test_a_missing_victim_is_reported_first(tmp_path):
     result = CliRunner().invoke(adversarial.app, ["--victim", str(tmp_path / "none"), "--out", str(tmp_path)])
     assert result.exit_code == 1 and "no LLaVA checkpoint" in result.output
 

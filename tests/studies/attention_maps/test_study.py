@@ -1,4 +1,4 @@
-"""The recipe end to end on a tiny pipeline; its game and verdict can go both ways."""
+"""The attention-map study end to end on a tiny pipeline; its pointing game and verdict can go both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decomposition recipe end to end on little data, and on another model."""
+"""The decomposition study end to end on little data, and on another model."""
 
 from __future__ import annotations
 

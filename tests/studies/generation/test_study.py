@@ -1,4 +1,4 @@
-"""The generation recipe: its measures by hand, its verdicts, and one run end to end on mini-sd."""
+"""The generation study: its measures by hand, its verdicts, and one run end to end on mini-sd."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_groups_are_cut_to_one_size_and_matched() -> None:
     assert [len(whole[g]) for g in study.GROUPS] == [5, 7, 38, 7]
 
 
-def test_judge_on_pictures_whose_answer_is_known() -> None:
+def test_judge_on_images_whose_answer_is_known() -> None:
     g = torch.Generator().manual_seed(0)
     prompt, reference = torch.rand(2, 3, 64, 64, generator=g), torch.rand(2, 3, 64, 64, generator=g)
     reference[:, :, :32] = 0
@@ -138,7 +138,7 @@ def run(options: list[str]) -> dict:
 
 
 def check_modes(results: dict, modes: set[str], out: Path) -> None:
-    """Each mode has both spaces, edits move images, and what was told is what was written."""
+    """Each mode has both spaces, edits move images, and the printed results equal the written ones."""
     assert set(results["modes"]) == modes
     written = (out / "tables.md").read_text()
     for mode in modes:

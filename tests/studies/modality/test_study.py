@@ -1,4 +1,4 @@
-"""The modality recipe end to end on a random model and a small folder: everything written, nothing faked."""
+"""The modality study end to end on a random model and a small folder."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_bad_data_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("after", "said"), [(0.5, ""), (0.49, "more"), (0.51, "less")])
-def test_harm_is_named_only_beyond_rounding(after: float, said: str) -> None:
+def test_an_effect_is_named_only_beyond_rounding(after: float, said: str) -> None:
     def rate(value: float) -> dict[str, Any]:
         return {"R@1": modality_mask.Estimate(value, value, value, 100)}
 
@@ -312,7 +312,7 @@ def test_harm_is_named_only_beyond_rounding(after: float, said: str) -> None:
     assert found["beyond"] == said
 
 
-def test_an_empty_group_harms_nothing() -> None:
+def test_an_empty_group_has_no_effect() -> None:
     from mmhooks.studies.modality.tables import _effect_against_random
 
     assert _effect_against_random({"size": 0, "beyond": ""}) == "nothing to mask"

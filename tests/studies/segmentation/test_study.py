@@ -15,7 +15,7 @@ from mmhooks.studies.segmentation import study as segmentation
 from ..written_files import written
 
 
-def test_masks_go_the_way_of_their_pictures():
+def test_masks_are_preprocessed_like_their_images():
     from torchvision import transforms
 
     steps = transforms.Compose(

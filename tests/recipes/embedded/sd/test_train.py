@@ -146,7 +146,7 @@ class _Corpus:
         )
 
 
-def test_only_what_can_be_told_apart_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_distinguishable_drawings_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd_drawings, "TEXTS_ALIKE", 0.7)
     corpus = _Corpus()
     names = {corpus.rows[i]["name"] for i in sd_drawings.choose(corpus, 2)}
