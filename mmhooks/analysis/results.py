@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.utils.escape import markdown
+from mmhooks.utils.files import write_text
 
 Side = Literal["above", "below", "undecided"]
 
@@ -94,11 +95,9 @@ class Result:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the result as JSON and returns the path."""
-        path = Path(path)
+        """Writes the result as JSON, atomically, and returns the path."""
         content = {"kind": type(self).__name__, **self.to_json()}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def plain(value: Any) -> Any:

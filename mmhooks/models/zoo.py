@@ -86,7 +86,7 @@ def _open_clip(
         near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
         raise MMHooksError(
             f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
-            f"near matches: {', '.join(near) or 'none'}"
+            f"close matches: {', '.join(near) or 'none'}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name) if ":" not in name else []
     if pretrained and not Path(pretrained).exists() and ":" not in name and pretrained not in tags:

@@ -13,7 +13,7 @@ import torch
 
 import mmhooks as mm
 from mmhooks.data.store import merge as merging
-from mmhooks.data.store.layout import SiteSpec, read_manifest, sealed
+from mmhooks.data.store.layout import SiteSpec, manifest_bytes, read_manifest
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.merge import merge
 from mmhooks.data.store.writer import ShardWriter, begin, finish
@@ -127,7 +127,7 @@ def test_a_manifest_that_says_complete_without_all_rows_is_refused(tmp_path):
         {"shards": manifest["shards"][:-1], "pairs": 20},
         {"pairs": 26},
     ):
-        (store.folder / "manifest.json").write_bytes(sealed({**manifest, **change}))
+        (store.folder / "manifest.json").write_bytes(manifest_bytes({**manifest, **change}))
         with pytest.raises(StoreError, match="rows are missing"):
             mm.Store(store.folder)
 
@@ -245,8 +245,10 @@ def test_ids_and_indices_that_lead_astray_are_found_when_they_are_asked_for(tmp_
 def test_manifests_that_cannot_be_are_refused_whatever_their_checksum(tmp_path, name, value):
     store = write(tmp_path / "acts")
     manifest = read_manifest(store.folder)
-    (store.folder / "manifest.json").write_bytes(sealed({**manifest, name: value}))
-    with pytest.raises(StoreError, match=r"manifest\.json.* is expected to be .*, got .*take it from a copy"):
+    (store.folder / "manifest.json").write_bytes(manifest_bytes({**manifest, name: value}))
+    with pytest.raises(
+        StoreError, match=r"manifest\.json.* expected .* to be .*, got .*restore it from a copy"
+    ):
         mm.Store(store.folder)
 
 

@@ -189,7 +189,7 @@ def test_sites_that_cannot_be_kept(model, pairs, tmp_path):
         mm.extract(model, pairs, "image.embd", tmp_path / "acts", **OPTIONS)
     with pytest.raises(MMHooksError, match="no site to extract"):
         mm.extract(model, pairs, [], tmp_path / "acts", **OPTIONS)
-    with pytest.raises(MMHooksError, match="batch_size and shard_rows must be at least 1, came 0"):
+    with pytest.raises(MMHooksError, match="batch_size and shard_rows must be at least 1, got 0"):
         mm.extract(model, pairs, "*.embed", tmp_path / "acts", batch_size=0)
     assert not (tmp_path / "acts").exists()
 
@@ -267,7 +267,7 @@ def test_bad_rows_of_a_stream(model, reference, tmp_path):
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(
         tmp_path / "bad.parquet"
     )
-    with pytest.raises(DataError, match=r'bad\.parquet, no3: its picture cannot be read.*on_error="skip"'):
+    with pytest.raises(DataError, match=r'bad\.parquet, no3: its image cannot be read.*on_error="skip"'):
         mm.extract(model, mm.data.pair_stream(tmp_path / "bad.parquet"), out=tmp_path / "no", **OPTIONS)
     stream = mm.data.pair_stream(tmp_path / "bad.parquet", on_error="skip")
     for workers in (0, 2):
@@ -296,7 +296,7 @@ def test_a_picture_that_went_away_is_named_and_what_was_done_stays(model, place,
         with pytest.raises(DataError, match=r"pair '020\.png'") as caught:
             mm.extract(model, pairs, out=out, **OPTIONS | {"workers": workers})
         assert "Traceback" not in str(caught.value)
-        with pytest.raises(StoreError, match=r"is unfinished.*same mm\.extract call"):
+        with pytest.raises(StoreError, match=r"is unfinished.*Repeat the mm\.extract call"):
             mm.Store(out)
     shutil.copy(place / "020.png", mine / "020.png")
     for workers in (0, 2):

@@ -156,7 +156,7 @@ def test_unclip(pipes, pictures):
             32,
         )
     assert torch.equal(draw(sd.pipe), plain) and "noise_image_embeddings" not in vars(sd.pipe)
-    with pytest.raises(MissingWeights, match="without a picture tower"):
+    with pytest.raises(MissingWeights, match="without an image tower"):
         mm.reference(sd, pictures[0], mode="unclip")
     with pytest.raises(MMHooksError, match="for StableUnCLIPPipeline"):
         mm.reference(pipes("sd1"), pictures[0], mode="unclip")
@@ -166,7 +166,7 @@ def test_what_does_not_fit(pipes, pictures):
     sd = pipes("sd2")
     with pytest.raises(MissingWeights, match="no text projection of its own"):
         mm.reference(sd, pictures)
-    with pytest.raises(ShapeMismatch, match="maps to 8 dimensions, the picture tower gives 16"):
+    with pytest.raises(ShapeMismatch, match="maps to 8 dimensions, the image tower gives 16"):
         mm.reference(sd, pictures, projection=with_projection(sd, 8))
     with pytest.raises(MissingWeights, match="Linear has no text_projection"):
         text_projection(sd, torch.nn.Linear(2, 2))

@@ -19,7 +19,7 @@ from embedded.heads import fvu_floor as sae_floor
 from embedded.heads import train as train_heads
 
 from mmhooks.data.splits import split_of
-from mmhooks.heads import TopKSAE, fidelity
+from mmhooks.heads import TopKSAE, reconstruction
 
 
 def test_crossed_names_are_made_of_two_names_and_never_held_out() -> None:
@@ -100,5 +100,5 @@ def test_bounds_are_ordered_and_start_at_fidelity() -> None:
     x = normalize(torch.randn(200, 16, generator=torch.Generator().manual_seed(3)), dim=1)
     sae = TopKSAE(16, 64, 6)
     found = sae_floor.bounds(sae, x)
-    assert found["head"] == pytest.approx(fidelity(sae, x).fvu, rel=1e-4)
+    assert found["head"] == pytest.approx(reconstruction(sae, x).fvu, rel=1e-4)
     assert found["pursuit"] < found["own"] < found["head"]

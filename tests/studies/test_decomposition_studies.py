@@ -23,7 +23,7 @@ from mmhooks.studies.spurious import study as spurious  # noqa: E402
 from mmhooks.studies.spurious import trials as spurious_trials  # noqa: E402
 
 
-@pytest.mark.parametrize("kind", grounds.GROUNDS)
+@pytest.mark.parametrize("kind", grounds.BACKGROUNDS)
 def test_grounds_come_from_their_seed(kind):
     one, same, other = (np.asarray(grounds.ground(kind, 32, seed)) for seed in (1, 1, 2))
     assert one.shape == (32, 32, 3) and (one == same).all() and (one != other).mean() > 0.1
@@ -31,7 +31,7 @@ def test_grounds_come_from_their_seed(kind):
 
 def test_a_drawing_hides_its_ground_just_where_its_mask_is():
     red = Image.new("RGBA", (10, 10), (255, 0, 0, 255))
-    picture, mask = grounds.put_on(red, Image.new("RGB", (40, 40), "blue"), scale=0.5, at=(1.0, 0.0))
+    picture, mask = grounds.paste_on(red, Image.new("RGB", (40, 40), "blue"), scale=0.5, at=(1.0, 0.0))
     assert mask.sum() == 400 and mask[:20, 20:].all()
     assert ((np.asarray(picture)[..., 0] == 255) == mask).all()
 

@@ -1,4 +1,4 @@
-"""Fidelity of a head: what of a vector, of its neighbourhood and of what a model does with it survives.
+"""Reconstruction of a head: what of a vector, of its neighbourhood and of what a model does with it survives.
 
 The sums are those of :mod:`mmhooks.heads.reconstruction`, which training uses by itself; here they come with
 intervals, beside neighbourhoods (CKNNA), choices (zero-shot, retrieval) and the agreement of seeds.
@@ -29,8 +29,8 @@ from mmhooks.analysis.statistics.intervals import bootstrap, wilson
 from mmhooks.analysis.statistics.jackknife import Grouped
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
-from mmhooks.heads.reconstruction import Fidelity, Sums, fidelity_of, sums
-from mmhooks.heads.vectors import SITES, Vectors, paired, ready
+from mmhooks.heads.reconstruction import Reconstruction, Sums, reconstruction_of, sums
+from mmhooks.heads.vectors import SITES, Vectors, as_vectors, training_rows
 
 NAMES: tuple[Literal["image"], Literal["text"]] = ("image", "text")
 
@@ -51,7 +51,7 @@ class ModalityFidelity(Result):
     fvu: Estimate
     cosine: Estimate
     l0: Estimate
-    sums: Fidelity = field(repr=False)
+    sums: Reconstruction = field(repr=False)
     cknna: float
     cknna_latents: float
     retrieval: Kept | None = None
@@ -212,7 +212,7 @@ def fidelity(
         if not isinstance(given, (str, Path, ActivationStore)) and (given is not None or what == "image"):
             check_numbers(given, f"{what} vectors")
     device = next(head.parameters()).device
-    rows = [part for part in ready(head, *paired(image, text, sites), device) if part is not None]
+    rows = [part for part in as_vectors(head, *training_rows(image, text, sites), device) if part is not None]
     if (classes is None) != (labels is None):
         raise MMHooksError(
             "zero-shot needs both: classes= (an embedding a class) and labels= (a class a row)"
@@ -235,7 +235,7 @@ def fidelity(
             retrieval = _retrieval(x, back, shown[1 - i][0], scale=scale, ks=ks, seed=seed)
         fvu, cosine, l0 = stream.estimates(lambda m: _numbers(m, head), len(part))
         enough = len(x) >= max(4, neighbours + 1)
-        summed = fidelity_of(head, stream.whole().compute(), rare_below)
+        summed = reconstruction_of(head, stream.whole().compute(), rare_below)
         total += torch.tensor(summed.counts)
         found.append(
             ModalityFidelity(

@@ -20,7 +20,7 @@ from mmhooks.analysis.measures.mds import MDS
 from mmhooks.analysis.results import Records, Result, plain
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
-from mmhooks.heads.reconstruction import fidelity
+from mmhooks.heads.reconstruction import reconstruction
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
 from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
@@ -28,8 +28,8 @@ from mmhooks.heads.sae.topk import TopKSAE
 from mmhooks.heads.training.checkpoint import rows_hash
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.heads.training.train import train_head
-from mmhooks.heads.vectors import SITES, every_tenth, paired
-from mmhooks.utils.files import written_aside
+from mmhooks.heads.vectors import SITES, hold_out_every_tenth, training_rows
+from mmhooks.utils.files import make_folder, write_text
 from mmhooks.utils.json_files import read_json
 from mmhooks.utils.progress import track
 from mmhooks.utils.tensors import digest_of
@@ -126,13 +126,13 @@ def sweep(
         raise MMHooksError(
             f"an empty grid: variants {list(variants)}, n {list(n)}, K {list(k)}, seeds {list(seeds)}"
         )
-    image, text = paired(data, text, sites)
+    image, text = training_rows(data, text, sites)
     if text is None:
         raise MMHooksError("a sweep compares modalities: it needs image rows and text rows")
     train: tuple[Any, Any] = (image, text)
     held_out: tuple[Any, Any] = valid or (image, text)
     if valid is None:
-        train, held_out = every_tenth(image, text)
+        train, held_out = hold_out_every_tenth(image, text)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -172,7 +172,7 @@ def sweep(
     rows = [row | {"pareto": bool(flag)} for row, flag in zip(rows, best, strict=True)]
     result = SweepResult(rows, settings, judged, (len(train[0]), len(held_out[0])))
     result.save(out / "sweep.json")
-    (out / "sweep.md").write_text(result.table().markdown() + "\n", encoding="utf-8")
+    write_text(out / "sweep.md", result.table().markdown() + "\n")
     return result
 
 
@@ -185,7 +185,7 @@ def measure(
     top: int = 20,
 ) -> dict[str, Any]:
     """The numbers of one row: fidelity, modality and interpretability of ``head`` on held-out pairs."""
-    one, two = (fidelity(head, x) for x in held_out)
+    one, two = (reconstruction(head, x) for x in held_out)
     fired = torch.tensor(one.counts) + torch.tensor(two.counts) > 0
     for rows in train:
         for begin in range(0, len(rows), 4096):
@@ -234,6 +234,5 @@ def _finished(path: Path, mark: str) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")

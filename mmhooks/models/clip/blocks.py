@@ -8,8 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmhooks.hooks.attention import LEAVES, SCORES, multihead_forward
-from mmhooks.hooks.intercept import Intercepted, OwnCode, attention_scores, multihead_calls, residual_middle
-from mmhooks.hooks.projection import ByHead, heads_view
+from mmhooks.hooks.intercept import (
+    Intercepted,
+    NativeForward,
+    attention_scores,
+    multihead_calls,
+    residual_middle,
+)
+from mmhooks.hooks.projection import ProjectionByHead, heads_view
 from mmhooks.hooks.sites import Site, SiteMap, View
 from mmhooks.hooks.taps import Emit, Tap
 
@@ -29,7 +35,7 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     add_site(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
     middle: Tap = Intercepted(block, ("resid_mid",), residual_middle)
     if not custom:  # a function mode would keep attention off torch's fast path
-        middle = OwnCode(block, ("resid_mid",), block_forward, _native(block), residual_middle)
+        middle = NativeForward(block, ("resid_mid",), block_forward, _native(block), residual_middle)
     add_site(sites, f"{prefix}.resid_mid", middle, "resid_mid")
     add_site(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
@@ -43,7 +49,7 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
 def _add_multihead(sites: SiteMap, prefix: str, attn: nn.Module) -> None:
     """``attn.*`` of ``nn.MultiheadAttention``, or of what somebody wrapped around it."""
     native = nn.MultiheadAttention.forward
-    tap = OwnCode(
+    tap = NativeForward(
         attn, LEAVES, multihead_forward, native, multihead_calls, inexact=LEAVES, watch_is_exact=True
     )
     for leaf in LEAVES:
@@ -62,7 +68,7 @@ def add_projected_attention(
     for leaf in SCORES if fused else ():
         add_attention_site(sites, f"{prefix}.attn.{leaf}", scores, leaf)
     add_attention_site(sites, f"{prefix}.attn.z", sites.input(projection), "", heads_view(heads))
-    add_attention_site(sites, f"{prefix}.attn.head_out", ByHead(projection, heads), "head_out")
+    add_attention_site(sites, f"{prefix}.attn.head_out", ProjectionByHead(projection, heads), "head_out")
 
 
 def _native(module: nn.Module) -> Callable[..., Any]:

@@ -53,7 +53,7 @@ class HookedCLIP(HookedModel):
         autocast: torch.dtype | None = None,
     ) -> None:
         if not hasattr(model, "visual") or not hasattr(model, "encode_image"):
-            raise MMHooksError(f"HookedCLIP takes an open_clip model, came {type(model).__name__}")
+            raise MMHooksError(f"HookedCLIP takes an open_clip model, got {type(model).__name__}")
         super().__init__(model, openclip_sites(model), name=name)
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.autocast = autocast
@@ -114,4 +114,4 @@ class HookedCLIP(HookedModel):
             UnknownSite: a name that no site has.
             HookDidNotFire: a name or glob none of whose sites ran, for instance ``text.*`` without texts.
         """
-        return self._cached(lambda: self.forward(images, texts), sites, options)
+        return self._run_cached(lambda: self.forward(images, texts), sites, options)

@@ -14,7 +14,7 @@ from torch import nn
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.hooks.context import CacheContext
 from mmhooks.hooks.dispatch import registry
-from mmhooks.hooks.places import joined
+from mmhooks.hooks.places import merge_plans
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
@@ -60,28 +60,28 @@ class HookedDiffusion(HookedModel):
     >>> import mmhooks as mm
     >>> sd = mm.load_diffusion("stabilityai/stable-diffusion-2-base")                       # doctest: +SKIP
     >>> with sd.hooks(mm.Zero(imgd, at="text.cond", guidance="cond")):                      # doctest: +SKIP
-    ...     picture = sd.pipe("a red panda", generator=torch.manual_seed(0)).images[0]
+    ...     image = sd.pipe("a red panda", generator=torch.manual_seed(0)).images[0]
     >>> out, cache = sd.run_with_cache("a red panda", sites="unet.mid_block.*.cross.pattern")  # doctest: +SKIP
     >>> cache.cond["unet.mid_block.attentions.0.transformer_blocks.0.cross.pattern"].shape  # doctest: +SKIP
     torch.Size([50, 1, 20, 64, 77])
     """
 
     def __init__(self, pipe: Any, *, name: str = "") -> None:
-        unet = _whole(getattr(pipe, "unet", None))
+        unet = _unwrap_compiled(getattr(pipe, "unet", None))
         if not isinstance(unet, nn.Module):
             raise MMHooksError(
                 f"HookedDiffusion takes a diffusers pipeline with a U-Net (StableDiffusionPipeline, "
-                f"StableDiffusionXLPipeline, StableUnCLIPPipeline), came {type(pipe).__name__}"
+                f"StableDiffusionXLPipeline, StableUnCLIPPipeline), got {type(pipe).__name__}"
             )
         if "image_guidance_scale" in signature(type(pipe).__call__).parameters:
             raise MMHooksError(
-                f"{type(pipe).__name__} guides by text and picture, with three parts in a batch: not supported"
+                f"{type(pipe).__name__} guides by text and image, with three parts in a batch: not supported"
             )
         # One module to find all others in: it owns nothing and is never called.
         parts = nn.Module()
         for key, part in pipe.components.items():
-            if isinstance(_whole(part), nn.Module):
-                parts.add_module(key, _whole(part))
+            if isinstance(_unwrap_compiled(part), nn.Module):
+                parts.add_module(key, _unwrap_compiled(part))
         sites = SiteMap(parts)
         self.text_towers: dict[str, nn.Module] = {}
         for key, tower in TEXT_ENCODERS.items():
@@ -128,8 +128,8 @@ class HookedDiffusion(HookedModel):
         """The pipeline's own call."""
         return self.pipe(*args, **kwargs)
 
-    def _around(self) -> list[Tap]:
-        return [*self._calls, *super()._around()]
+    def _extra_taps(self) -> list[Tap]:
+        return [*self._calls, *super()._extra_taps()]
 
     @contextmanager
     def denoising(self, step: int, *, guided: bool) -> Iterator[None]:
@@ -167,9 +167,11 @@ class HookedDiffusion(HookedModel):
         )
 
         def plan() -> Any:
-            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return merge_plans(
+                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
+            )
 
-        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
+        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
 
     def run_with_cache(
         self,
@@ -234,7 +236,7 @@ def load_diffusion(
 
         if options:
             raise MMHooksError(
-                f"the embedded pipeline takes no options of from_pretrained, came {sorted(options)}"
+                f"the embedded pipeline takes no options of from_pretrained, got {sorted(options)}"
             )
         kind = plain_dtype(weights, "the embedded pipeline")
         pipe = mini_pipeline().to(place)
@@ -290,6 +292,6 @@ def _pooled(module: nn.Module, beside: tuple[Site, ...] = ()) -> Site:
     return Site("text.cond_pooled", tap, tokens=None, layout="batch d", beside=beside)
 
 
-def _whole(part: Any) -> Any:
+def _unwrap_compiled(part: Any) -> Any:
     """The module itself where it was given to ``torch.compile``."""
     return getattr(part, "_orig_mod", part)

@@ -52,7 +52,7 @@ class CrossAttention(Intercepted):
     """The insides of one ``diffusers.Attention``, whichever of the default processors it has."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__(module, LEAVES, _watch)
+        super().__init__(module, LEAVES, _watch_calls)
         self.name = name
 
     def install(self) -> None:
@@ -74,7 +74,7 @@ class CrossAttention(Intercepted):
             )
 
 
-def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: Any) -> Call:
+def _watch_calls(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: Any) -> Call:
     heads = module.heads
 
     def by_head(leaf: str, folded: Tensor) -> Tensor:
@@ -83,7 +83,9 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
             return folded
         layout = "b head l e" if leaf == "pattern" else "b l head e"
         shown = rearrange(folded, f"(b head) l e -> {layout}", head=heads)
-        return _same(emit(leaf, shown), shown, folded, lambda t: rearrange(t, f"{layout} -> (b head) l e"))
+        return _unchanged_or(
+            emit(leaf, shown), shown, folded, lambda t: rearrange(t, f"{layout} -> (b head) l e")
+        )
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -100,7 +102,7 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
     return call
 
 
-def _same(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+def _unchanged_or(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
     """The original itself where nothing was changed, so that its layout in memory stays too."""
     if new is shown and not new.requires_grad:
         return original

@@ -145,7 +145,7 @@ def tokenizer() -> SimpleTokenizer:
 
 
 def preprocess(image: Image) -> Float[Tensor, "3 64 64"]:
-    """A picture as the mini models take it: on white where transparent, 64 x 64, scaled to [-1, 1].
+    """An image as the mini models take it: on white where transparent, 64 x 64, scaled to [-1, 1].
 
     >>> from PIL import Image
     >>> preprocess(Image.new("RGBA", (72, 72))).unique()

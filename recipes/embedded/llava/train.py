@@ -203,9 +203,10 @@ class LlavaTrainer(Trainer):
                 size = dice.uniform(0.5, 0.8)
                 free = (1 - size) / 2
                 centre = (0.5 + dice.uniform(-free, free), 0.5 + dice.uniform(-free, free))
-                thing = objects.layers_of(self.corpus.rgba[lesson.row])
+                thing = objects.to_layers(self.corpus.rgba[lesson.row])
                 pictures[k] = (
-                    objects.draw_into((pictures[k] + 1) / 2, thing, objects.Placing(size * 0.98, centre)) * 2
+                    objects.draw_into((pictures[k] + 1) / 2, thing, objects.Placement(size * 0.98, centre))
+                    * 2
                     - 1
                 )
             if lesson.word is not None:
@@ -232,11 +233,11 @@ class LlavaTrainer(Trainer):
 
     def encode(self, lessons: list[Lesson]) -> tuple[Tensor, Tensor]:
         """Token ids, padded on the right, and which of them belong to the answer (its end included)."""
-        from mmhooks.models.vlm.llava import PROMPT, SIGHT
+        from mmhooks.models.vlm.llava import IMAGE_PREFIX, PROMPT
 
         rows, marks = [], []
         for lesson in lessons:
-            sight = SIGHT.replace("<image>", "<image>" * mini_llava.TOKENS) if lesson.sees else ""
+            sight = IMAGE_PREFIX.replace("<image>", "<image>" * mini_llava.TOKENS) if lesson.sees else ""
             prompt = self.tokenizer(PROMPT.format(sight=sight, request=lesson.request))["input_ids"]
             said = self.tokenizer(" " + lesson.answer + "</s>", add_special_tokens=False)["input_ids"]
             rows.append(torch.tensor(prompt + said))

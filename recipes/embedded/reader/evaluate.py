@@ -68,8 +68,8 @@ class Sample:
     b: str
     nonsense: str
     candidates: tuple[str, ...]
-    writing: words.Writing  # over the middle of the drawing
-    strip: words.Writing  # in the strip beside it
+    writing: words.TextStyle  # over the middle of the drawing
+    strip: words.TextStyle  # in the strip beside it
 
 
 def samples(
@@ -99,8 +99,8 @@ def samples(
         fake = words.nonsense(b, dice, known=known)
         font = dice.choice(fonts)
         size = min(words.largest_size(text, font, 54, 13, most=16.0) for text in (b, fake))
-        plated = words.Writing(font, size, plate=words.WHITE)
-        beside = words.Writing(font, size, centre=(0.5, 0.86), plate=words.WHITE)
+        plated = words.TextStyle(font, size, plate=words.WHITE)
+        beside = words.TextStyle(font, size, centre=(0.5, 0.86), plate=words.WHITE)
         made.append(Sample(row, a, b, fake, (a, b, *others), plated, beside))
     return made
 
@@ -113,7 +113,7 @@ def attacked(
     drawings = losses.plain(corpus.rgba[[s.row for s in chosen]]).add(1).div(2)
     out = []
     for k, (picture, sample) in enumerate(zip(drawings, chosen, strict=True)):
-        base = words.make_room(picture, 0.28) if strip else picture
+        base = words.add_strip(picture, 0.28) if strip else picture
         writing = sample.strip if strip else sample.writing
         match condition:
             case "clean":

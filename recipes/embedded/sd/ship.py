@@ -99,7 +99,7 @@ def main(
         "exams_on_the_way": [{k: e[k] for k in ("step", "n", "efficientnet", "pixels")} for e in exams],
         "seconds_per_picture": seconds_per_picture(pipe, names[0]),
     }  # fmt: skip
-    (out / mini_sd.LIST).write_text(json.dumps(listed, indent=0) + "\n")
+    (out / mini_sd.DRAWINGS_FILE).write_text(json.dumps(listed, indent=0) + "\n")
     (out / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     write_digests(out.parent)
     chosen = spread_rule(names)
