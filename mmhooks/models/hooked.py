@@ -1,4 +1,4 @@
-"""HookedModel: a user's own model object, with names for its places and one context to open it."""
+"""HookedModel: named sites, hooks and heads on a user's own model object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Hooks = Iterable[tuple[Pattern, HookFn]]
 
 
 class HookedModel:
-    """Base of the hooked models. ``model`` is the object that was given: never converted, never wrapped.
+    """Base of the hooked models. ``model`` is the given object, never converted or wrapped.
 
     A subclass builds the :class:`~mmhooks.hooks.sites.SiteMap` and adds the entry points. Outside contexts
     nothing is installed, so the model is what it was, bit for bit.
@@ -46,7 +46,7 @@ class HookedModel:
 
     @property
     def _registry(self) -> TapRegistry:
-        """What is installed now, on this model and any other."""
+        """The process-wide registry of installed taps."""
         return registry
 
     @property
@@ -62,7 +62,7 @@ class HookedModel:
     def to_input(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """``value`` on the model's device, and in its dtype if it holds floating-point numbers.
 
-        Whatever runs a model over data passes its pixels and tokens through here.
+        All code that runs a model over data passes its pixels and tokens through this.
 
         >>> import torch, mmhooks as mm
         >>> model = mm.load("mini")
@@ -72,7 +72,7 @@ class HookedModel:
         torch.int64
         """
         device, dtype = self.device, self.dtype if value.is_floating_point() else None
-        # To the host a copy that nobody waits for would be read before it is there.
+        # Non-blocking copies to the host could be read before they are complete.
         return value.to(device, dtype, non_blocking=device.type == "cuda")
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ class HookedModel:
         Raises:
             UnknownSite: a site that does not exist.
             ShapeMismatch: a site known to carry another width.
-            MMHooksError: that name is taken at that site, or ``head`` is no head.
+            MMHooksError: that name is taken at that site, or ``head`` is not a head.
         """
         patterns = [at] if isinstance(at, str) or callable(at) else list(at)
         known = name or getattr(head, "name", "head")
@@ -178,8 +178,8 @@ class HookedModel:
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise MMHooksError(
-                    f"model.hooks takes edits, got {type(edit).__name__}; a FeatureSet goes to mask=, a "
-                    "function to fwd_hooks=[(site, fn)]"
+                    f"model.hooks: expected edits, got {type(edit).__name__}; pass a FeatureSet as mask=, a "
+                    "function as fwd_hooks=[(site, fn)]"
                 )
         forward, backward = _pairs(fwd_hooks, "fwd_hooks"), _pairs(bwd_hooks, "bwd_hooks")
 
@@ -221,7 +221,7 @@ class HookedModel:
         return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
-        """``forward`` under hooks, as TransformerLens spells it."""
+        """``forward`` under hooks, with TransformerLens's interface."""
         with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             return self.forward(*args, **kwargs)
 
@@ -283,6 +283,6 @@ def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
             raise MMHooksError(
-                f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; got {pair!r}"
+                f"{what}: expected a list of (site, function) pairs, e.g. [('image.embed', fn)], got {pair!r}"
             )
     return pairs

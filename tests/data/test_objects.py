@@ -35,7 +35,7 @@ def test_only_the_box_changes_and_mixes_by_opacity(size, x, opacity):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(MMHooksError, match="does not lie inside"):
+    with pytest.raises(MMHooksError, match="does not fit into"):
         draw_into(torch.zeros(3, 32, 32), to_layers(square()), Placement(0.9, (0.1, 0.5)))
     with pytest.raises(MMHooksError, match="transparent"):
         to_layers(torch.zeros(4, 4, 4, dtype=torch.uint8))

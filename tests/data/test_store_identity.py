@@ -236,7 +236,7 @@ def test_stores_with_other_edits_are_not_merged(pairs, tmp_path):
     half = [mm.extract(model, pairs[:8], SITES, tmp_path / "a", **OPTIONS)]
     with model.hooks(mm.Zero([1], at=EMBED)):
         half.append(mm.extract(model, pairs[8:], SITES, tmp_path / "b", **OPTIONS))
-    with pytest.raises(StoreError, match="does not go with"):
+    with pytest.raises(StoreError, match="cannot be merged with"):
         merge([s.folder for s in half], tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 

@@ -82,7 +82,11 @@ def test_threads_that_race_for_a_folder_are_one_writer(tmp_path):
 def test_a_folder_by_another_name_is_the_same_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to("a")
-    with Lock(tmp_path / "a"), pytest.raises(StoreError, match="by this very process"), Lock(tmp_path / "b"):
+    with (
+        Lock(tmp_path / "a"),
+        pytest.raises(StoreError, match="already being written by this process"),
+        Lock(tmp_path / "b"),
+    ):
         pass
 
 

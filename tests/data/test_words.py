@@ -90,7 +90,7 @@ def test_nonsense_has_the_length_and_the_vowels_of_the_word_and_is_not_known(wor
         (lambda: words.ink_of(" ", "DejaVuSans", 12.0), "no ink"),
         (lambda: words.largest_size("hippopotamus" * 4, "DejaVuSans", 20, 20), "does not fit into 20 x 20"),
         (lambda: words.add_strip(torch.ones(3, 8, 8), 1.0), "between 0 and 1"),
-        (lambda: words.nonsense("a", random.Random(0), known=set("aeiou")), "no nonsense"),
+        (lambda: words.nonsense("a", random.Random(0), known=set("aeiou")), "no pseudo-word"),
     ],
 )
 def test_what_cannot_be_done_is_said(call, says: str) -> None:

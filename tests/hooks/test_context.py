@@ -320,10 +320,10 @@ def test_wrong_things_given_to_hooks(model, sae):
     with pytest.raises(MMHooksError, match="mask="):
         model.hooks(mm.FeatureSet([1], 8))
     with pytest.raises(
-        MMHooksError, match=r"fwd_hooks= is a list of \(site, function\) pairs.*'image\.embed'"
+        MMHooksError, match=r"fwd_hooks: expected a list of \(site, function\) pairs.*'image\.embed'"
     ):
         _pairs(("image.embed", lambda t, *, hook: None), "fwd_hooks")
-    with pytest.raises(MMHooksError, match=r"bwd_hooks= is a list"):
+    with pytest.raises(MMHooksError, match=r"bwd_hooks: expected a list"):
         _pairs([("image.embed", "fn")], "bwd_hooks")
     with pytest.raises(MMHooksError, match=r"mask: expected .*got \{\}"), model.hooks(mask={}):
         pass

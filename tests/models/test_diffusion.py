@@ -343,7 +343,7 @@ def test_loading(tmp_path, models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingWeights, match=r"model_index\.json is missing"):
         mm.load_diffusion(tmp_path / "empty")
-    with pytest.raises(MissingWeights, match="no pipeline 'nobody/nothing' could be had"):
+    with pytest.raises(MissingWeights, match="no pipeline 'nobody/nothing' could be loaded"):
         mm.load_diffusion("nobody/nothing", local_files_only=True)
 
 

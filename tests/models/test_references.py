@@ -100,7 +100,7 @@ def test_of_an_open_clip_model(pipes, pictures):
     wide = build("sd1")
     wide.register_modules(text_encoder=text_encoder(192), unet=unet(192))
     stranger = mm.HookedDiffusion(wide)
-    with pytest.raises(MMHooksError, match=r"not the model that the pipeline conditions on.*\(520, 192\)"):
+    with pytest.raises(MMHooksError, match=r"not the model whose text tower the pipeline uses.*\(520, 192\)"):
         mm.reference(stranger, pictures, clip=clip)
     tokens = wide.text_encoder.get_input_embeddings()
     tokens.weight = clip.model.token_embedding.weight
@@ -226,7 +226,7 @@ def test_modality_of_the_image_embedding(pipes, pictures, tmp_path):
 
     torch.manual_seed(7)
     other = mm.load(matching_clip(text_encoder(16, projection=16), tmp_path / "other"))
-    with pytest.raises(MMHooksError, match="not the model that the pipeline conditions on"):
+    with pytest.raises(MMHooksError, match="not the model whose text tower the pipeline uses"):
         conditioner_sides(sd, pairs, mode="unclip", clip=other, progress=False)
     with pytest.raises(MMHooksError, match="no prior with a text encoder"):
         caption_embeds(pipes("sd1"), ["a red panda"])

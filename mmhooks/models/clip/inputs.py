@@ -1,7 +1,7 @@
-"""What a user hands to a function that runs a CLIP: the right thing, or a sentence that says how to make it of this.
+"""Checks the inputs of functions that run a CLIP, with errors that say how to convert them.
 
-Static checkers see the types; at run time the functions here check them, so that the error is ours and says what to
-do (beartype would be faster).
+Static checkers see the types; at run time these functions check them instead of beartype, whose errors would come
+first and not say what to do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_model(model: Any) -> None:
             if hasattr(model, "visual")
             else "mm.load(...)"
         )
-        raise MMHooksError(f"expected a mm.HookedCLIP, got {_describe(model)}: make one by {hint}")
+        raise MMHooksError(f"expected a mm.HookedCLIP, got {_describe(model)}: create one with {hint}")
 
 
 def check_tower(tower: str) -> None:
@@ -85,7 +85,7 @@ def check_directions(directions: Any, width: int | None, what: str) -> None:
 
 
 def image_size(model: HookedCLIP) -> tuple[int, int] | None:
-    """Height and width of the images that the model reads; None where it reads several."""
+    """Height and width of the images that the model reads; None if it accepts several."""
     visual: Any = model.model.visual
     embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     fixed = hasattr(visual, "positional_embedding") or bool(getattr(embed, "strict_img_size", False))
@@ -102,7 +102,7 @@ def _remedy(inputs: Any, tower: str) -> str:
 
 
 def _describe(value: Any) -> str:
-    """In words: "a list of str", "a PIL image", "CLIP"."""
+    """A value's type for messages: "a list of str", "a PIL image", "a CLIP"."""
     if type(value).__module__.startswith("PIL."):
         return "a PIL image"
     if isinstance(value, (list, tuple)):

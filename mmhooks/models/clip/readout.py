@@ -1,7 +1,7 @@
-"""How a tower's embedding is read from its residual stream: pooling, final LayerNorm, projection, by family.
+"""How a tower computes its embedding from the residual stream: pooling, final LayerNorm and projection, per family.
 
 open_clip's own image and text transformers (class token, average, CoCa's attention pooling; end-of-text, first and
-last position) and timm's (class token, average, SigLIP's attention pooling). What has no such reading says why.
+last position) and timm's (class token, average, SigLIP's attention pooling). Other towers raise an error that says why.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Readout:
         tower: "image" or "text".
         blocks: the tower's blocks; what they write is at the sites ``<tower>.blocks.N.attn.z`` and ``.mlp_out``.
         freeze: the map at a stream; given one token where ``positions`` is set, else all.
-        positions: the one token of every input that is read; None: all are pooled.
+        positions: the token of each input that is read; None: all tokens are pooled.
         nonlinear_site: a native site that adds to the embedding without being linear in the stream, the MLP of an
             attention pooling; "" where there is none.
         project: from that site's output to the embedding.
@@ -48,8 +48,8 @@ class Readout:
     project: Callable[[Tensor], Float[Tensor, "b e"]] | None = None
 
     def writer(self, layer: int) -> tuple[Float[Tensor, "h k d"], Float[Tensor, " d"]]:
-        """What attention heads write is ``z @ w_o``, and ``b_o`` once: weights of the output projection, with the
-        block's layer scale."""
+        """Weights of a block's output projection, including its layer scale: attention heads write ``z @ w_o``, and ``b_o``
+        is added once."""
         block = self.blocks[layer]
         attn = block.attn
         weight, bias = (
@@ -66,7 +66,7 @@ class Readout:
 
 
 def image_readout(model: Any) -> Readout:
-    """The reading of ``model.visual``.
+    """The readout of ``model.visual``.
 
     Raises:
         NoExactSum: a convolutional tower, blocks or a pooling whose sum is not one of those above; says which.
@@ -84,7 +84,7 @@ def image_readout(model: Any) -> Readout:
 
 
 def text_readout(model: Any) -> Readout:
-    """The reading of the text tower, at the position that it pools (end of text).
+    """The readout of the text tower, at the position that it pools (end of text).
 
     Raises:
         NoExactSum: a Hugging Face encoder, or an unknown pooling.
@@ -318,7 +318,7 @@ def linear_weights(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tenso
 
 
 def attention_weights(attn: Any) -> MultiheadWeights:
-    """Of torch's attention as it runs, in fp32."""
+    """Weights of torch's attention as it runs, in fp32."""
     x = torch.zeros(1, 1, attn.embed_dim, dtype=attn.in_proj_weight.dtype, device=device_of(attn))
     return _to_float32(multihead_weights(attn, x, x))
 
@@ -337,7 +337,7 @@ def _layer_scale(block: Any) -> Float[Tensor, " d"] | None:
 
 
 def _matrix(projection: Any) -> tuple[Tensor | None, Tensor | None]:
-    """``x @ matrix + bias`` of a parameter or a linear layer; None for what is not there."""
+    """``x @ matrix + bias`` of a parameter or a linear layer; None for what does not exist."""
     if projection is None:
         return None, None
     if isinstance(projection, nn.Module):

@@ -1,4 +1,4 @@
-"""Both sides of a text-to-image conditioner: hidden states of texts, and images carried into the same space."""
+"""Both sides of a text-to-image conditioner: hidden states of texts, and images mapped into the same space."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ TEXT_ENCODERS = {"text_encoder": "text", "text_encoder_2": "text_2", "prior_text
 class HookedDiffusion(HookedModel):
     """A diffusers pipeline (Stable Diffusion 1.x and 2.x, SDXL, Stable unCLIP) with named sites, hooks and heads.
 
-    The pipeline is the object that was given, at ``.pipe``: call it as ever, inside a context or not.
+    The given pipeline object is at ``.pipe``: call it as usual, inside or outside a context.
 
     Sites: ``text.*`` of its text encoder (``text_2.*``: SDXL's second one; ``prior_text.*``: unCLIP's),
     ``text.cond``: the conditioner as the U-Net gets it, and any ControlNet with it (edits and functions reach both, a
@@ -52,7 +52,7 @@ class HookedDiffusion(HookedModel):
 
     In a guided run (``guidance_scale > 1``) the U-Net's batch holds the unconditional rows, then the conditional
     ones: ``guidance="cond"`` of an edit names one half. ``steps=`` names denoising steps, from 0. Each half is
-    edited as if it were alone, so at ``text.cond`` an edit does what it does to ``prompt_embeds`` by hand.
+    edited separately, so at ``text.cond`` an edit has the same effect as editing ``prompt_embeds`` directly.
 
     Raises:
         MMHooksError: no U-Net or no CLIP text encoder to hook, or a batch of three parts.
@@ -77,7 +77,7 @@ class HookedDiffusion(HookedModel):
             raise MMHooksError(
                 f"{type(pipe).__name__} guides by text and image, with three parts in a batch: not supported"
             )
-        # One module to find all others in: it owns nothing and is never called.
+        # A container for finding all modules: it is never called.
         parts = nn.Module()
         for key, part in pipe.components.items():
             if isinstance(_unwrap_compiled(part), nn.Module):
@@ -90,7 +90,9 @@ class HookedDiffusion(HookedModel):
                 add_clip_text(sites, tower, encoder)
                 self.text_towers[tower] = encoder
         if not self.text_towers:
-            raise MMHooksError(f"{type(pipe).__name__} came without a text encoder")
+            raise MMHooksError(
+                f"expected a pipeline with a text encoder, got {type(pipe).__name__} without one"
+            )
         consumers = _consumers(parts, unet)
         others = [
             Site("text.cond", registry.shared(ModuleArgument(m, CONDITIONING))) for m in consumers.values()
@@ -133,7 +135,7 @@ class HookedDiffusion(HookedModel):
 
     @contextmanager
     def denoising(self, step: int, *, guided: bool) -> Iterator[None]:
-        """For loops of your own around the U-Net: which step it is, and whether the batch holds both halves."""
+        """Sets the denoising step, and whether the batch holds both halves, for a user's own loop around the U-Net."""
         with moment(step, "both" if guided else "cond"):
             yield
 
@@ -152,8 +154,8 @@ class HookedDiffusion(HookedModel):
         """A context that fills the :class:`~mmhooks.hooks.step_cache.StepCache` it gives.
 
         Args:
-            steps: keep these denoising steps only: 50 steps of all patterns of SD at 512 px are 15 GB.
-            guidance: keep this half only.
+            steps: keep only these denoising steps: 50 steps of all patterns of SD at 512 px are 15 GB.
+            guidance: keep only this half.
         """
         patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         cache = StepCache(
@@ -223,7 +225,7 @@ def load_diffusion(
             the pipeline, such as ``safety_checker=None``.
 
     Raises:
-        MissingWeights: the directory holds no pipeline, or the repository cannot be had.
+        MissingWeights: the directory holds no pipeline, or the repository cannot be downloaded.
         MMHooksError: two options contradict each other, or one that the embedded pipeline does not take.
 
     >>> sd = load_diffusion("runs/my-pipeline")  # doctest: +SKIP
@@ -255,7 +257,7 @@ def load_diffusion(
             )
     except (OSError, ValueError) as error:
         raise MissingWeights(
-            f"no pipeline {where!r} could be had ({type(error).__name__}: {error}); without network give the "
+            f"no pipeline {where!r} could be loaded ({type(error).__name__}: {error}); without network give the "
             'directory of a downloaded one, or use mm.load_diffusion("mini")'
         ) from error
     return HookedDiffusion(pipe if place is None else pipe.to(place), name=str(name))
@@ -282,7 +284,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 
 def _width(module: Any) -> Any:
-    """Of the conditioning that a module attends to; several ControlNets are one module and have equal ones."""
+    """Of the conditioning that a module attends to; several ControlNets form one module and have equal widths."""
     first = module.nets[0] if hasattr(module, "nets") else module
     return getattr(getattr(first, "config", None), "cross_attention_dim", None)
 
@@ -293,5 +295,5 @@ def _pooled(module: nn.Module, beside: tuple[Site, ...] = ()) -> Site:
 
 
 def _unwrap_compiled(part: Any) -> Any:
-    """The module itself where it was given to ``torch.compile``."""
+    """The original module, if it was compiled by ``torch.compile``."""
     return getattr(part, "_orig_mod", part)

@@ -60,7 +60,7 @@ def reference(
     ...     sd.pipe("please draw an animal")
     """
     if mode not in ("naive", "projected", "unclip"):
-        raise MMHooksError(f'mode is "naive", "projected" or "unclip", got {mode!r}')
+        raise MMHooksError(f'mode: expected "naive", "projected" or "unclip", got {mode!r}')
     embeds = image_embeds(sd, images, clip=clip)
     if mode == "unclip":
         if "image.embed" not in sd.places.sites.canonical:
@@ -105,14 +105,16 @@ def image_embeds(sd: Any, images: Any, *, clip: Any = None) -> Float[Tensor, "n 
     with torch.no_grad():
         if clip is not None:
             if clip.preprocess is None:
-                raise MMHooksError("clip came without preprocess=: mm.HookedCLIP(model, preprocess=...)")
+                raise MMHooksError(
+                    "expected a clip with preprocess=, got one without: mm.HookedCLIP(model, preprocess=...)"
+                )
             pixels = torch.stack([clip.preprocess(image) for image in images])
             return clip.encode_image(pixels.to(clip.device, clip.dtype)).to(sd.device)
         tower = getattr(sd.pipe, "image_encoder", None)
         extract = getattr(sd.pipe, "feature_extractor", None)
         if tower is None or extract is None:
             raise MissingWeights(
-                f"{type(sd.pipe).__name__} came without an image tower (image_encoder, feature_extractor): give "
+                f"{type(sd.pipe).__name__} has no image tower (image_encoder, feature_extractor): give "
                 'clip=, e.g. mm.load("ViT-H-14", pretrained="laion2b_s32b_b79k") for SD 2'
             )
         pixels = extract(images=[p.convert("RGB") for p in images], return_tensors="pt").pixel_values
@@ -185,11 +187,11 @@ def _check_tower(model: nn.Module, encoders: list[nn.Module]) -> None:
             continue
         ours, other = ours.float(), theirs.float().to(ours.device)
         far = (ours - other).norm(dim=1) > 1e-2 * ours.norm(dim=1)  # half precision is 2e-4 away
-        if far.float().mean() < 0.01:  # a few may be added or exchanged: padding, textual inversion
+        if far.float().mean() < 0.01:  # a few may be added or replaced: padding, textual inversion
             return
         said.append(f"a table of which {int(far.sum())} of {len(far)} rows differ")
     raise MMHooksError(
-        f"{type(model).__name__} is not the model that the pipeline conditions on: its token embeddings, "
+        f"{type(model).__name__} is not the model whose text tower the pipeline uses: its token embeddings, "
         f"{tuple(theirs.shape)}, against {' and '.join(said)}; give the checkpoint of the pipeline's text encoder"
     )
 
@@ -222,7 +224,7 @@ def caption_embeds(sd: Any, captions: Sequence[str], *, clip: Any = None) -> Flo
     """Captions in the joint space of a Stable unCLIP pipeline: what its prior makes an image embedding of.
 
     The CLIP text embedding, not the prior's output: the prior draws at random, costs dozens of passes a caption, and
-    is trained to land where *images* lie, so it would be no other side.
+    is trained to land where *images* lie, so it would not be an independent side.
 
     Args:
         clip: the model whose image tower gives the other side; its text tower must be the prior's.

@@ -1,4 +1,4 @@
-"""Hugging Face's CLIP text models: the conditioners of diffusion pipelines, with the names of our text tower.
+"""Hugging Face's CLIP text models: the conditioners of diffusion pipelines, with the site names of our text tower.
 
 transformers 5.6 flattened ``CLIPTextModel``; ``CLIPTextModelWithProjection`` and older versions keep the tower at
 ``.text_model``. Both are resolved here.
@@ -44,11 +44,11 @@ class HookedCLIPText(HookedModel):
         strict: bool = True,
         **inputs: Any,
     ) -> tuple[Any, ActivationCache]:
-        """The model's output and what flowed at ``sites``.
+        """The model's output and the activations at ``sites``.
 
         Args:
             device, dtype, detach, strict: as in :meth:`caching`.
-            inputs: what else the model's forward takes: ``attention_mask``, ``position_ids``, ...
+            inputs: further arguments of the model's forward: ``attention_mask``, ``position_ids``, ...
         """
         options = {"device": device, "dtype": dtype, "detach": detach, "strict": strict}
         return self._run_cached(lambda: self.forward(tokens, **inputs), sites, options)

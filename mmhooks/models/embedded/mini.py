@@ -29,7 +29,7 @@ _MERGES = ASSETS / "mini" / "merges.txt.gz"
 
 
 class ReadingStem(nn.Module):
-    """Patch embedding of a tower that reads: open_clip's linear one plus convolutions that read a word.
+    """Patch embedding of a tower that reads words: open_clip's linear one plus convolutions.
 
     Words taught to patches and blocks alone are not read in an hour: a linear patch of 8 px cuts small letters
     apart, and attention has to find their order. Here ``letters`` find letters across patch borders, then look

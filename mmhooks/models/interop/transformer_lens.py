@@ -1,4 +1,4 @@
-"""TransformerLens over a hooked model: the same weights, our sites as its HookPoints."""
+"""TransformerLens view of a hooked model: the same weights, with our sites as HookPoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEAVES = {"attn.result": "attn.head_out", "ln1.normalized": "ln_1", "ln2.normal
 
 
 class NotInView(MMHooksError, AttributeError):
-    """Something of TransformerLens's own models that a view of places does not have."""
+    """An attribute of TransformerLens's models that a view does not have."""
 
 
 class SitePoint(HookPoint):

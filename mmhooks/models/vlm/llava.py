@@ -46,10 +46,10 @@ class Llava:
         max_new_tokens: int = 24,
         batch: int = 32,
     ) -> list[str]:
-        """Greedy answers, one a request; images go through the checkpoint's own processor, as a user's would.
+        """Greedy answers, one per request; images go through the checkpoint's own processor.
 
         Args:
-            images: from 0 to 1 (rounded to 8 bits here), or PIL images, one a request; None: text alone.
+            images: from 0 to 1 (rounded to 8 bits here), or PIL images, one per request; None: only text.
             requests: without roles and image tokens; one for all images, or one each.
 
         Raises:
