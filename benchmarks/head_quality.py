@@ -26,7 +26,7 @@ from peers import available
 from safetensors.torch import load_file, save_file
 
 import mmhooks as mm
-from mmhooks.heads.training.schedule import share
+from mmhooks.heads.training.schedule import lr_factor
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,7 +75,7 @@ def theirs(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // steps)
             order = torch.randperm(pairs, generator=generator)
         rows = order[step % steps * batch :][:batch]
-        peer.set_lr(lr * share("linear", step, steps * epochs, 0.05, 0.5))
+        peer.set_lr(lr * lr_factor("linear", step, steps * epochs, 0.05, 0.5))
         peer.step(scale * torch.cat([x[rows] for x in train]))
 
     def run(x: torch.Tensor) -> Pair:

@@ -26,7 +26,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import TABLE, Contender, Race, goal, race
 
 import mmhooks as mm
-from mmhooks.data.loading import Decoder, loader, works
+from mmhooks.data.loading import Decoder, load_batches, plan_batches
 from mmhooks.data.store import order
 from mmhooks.data.store.layout import SiteSpec
 from mmhooks.data.store.lock import Lock
@@ -61,8 +61,8 @@ def test_extraction_runs_at_the_encoders_speed(
     @torch.no_grad()
     def bare() -> None:
         bare_rows.clear()
-        work = works(found, batch_size=batch, shard_rows=8 * batch)
-        for part in loader(decoder, work, workers=0, pin=False):
+        work = plan_batches(found, batch_size=batch, shard_rows=8 * batch)
+        for part in load_batches(decoder, work, workers=0, pin=False):
             bare_rows.append(model.forward(part.images, part.texts).image)  # noqa: PERF401 - a loop, as one writes it
 
     def stored() -> mm.Store:

@@ -1,7 +1,7 @@
 """mmhooks: hooked-model mechanistic interpretability for multimodal models.
 
-Public names are imported where they are first used, so that ``import mmhooks`` costs little more than importing torch.
-``__init__.pyi`` beside this file lists them, for type checkers and for the import alike.
+Public names are imported on first use, so ``import mmhooks`` costs little more than importing torch.
+``__init__.pyi`` lists them, both for type checkers and for the lazy import.
 """
 
 import lazy_loader

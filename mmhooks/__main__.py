@@ -1,4 +1,4 @@
-"""``python -m mmhooks``: the command where its script is not on the path."""
+"""``python -m mmhooks``: runs the command line when the ``mmhooks`` script is not on the path."""
 
 from mmhooks.cli import app
 

@@ -1,4 +1,4 @@
-"""Every error that mmhooks raises on its own account. Messages carry the numbers and the way out."""
+"""The errors that mmhooks raises. Messages say what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from difflib import get_close_matches
 
 
 class MMHooksError(Exception):
-    """Base of every error raised by mmhooks: what was expected, what came, what to do."""
+    """Base of every error raised by mmhooks."""
 
 
 class MMHooksWarning(UserWarning):
-    """Something that is allowed and yet not what it may seem: a cache that kept the last of several values, ..."""
+    """Something allowed that may not be what was meant, such as a cache that kept only the last of several values."""
 
 
 class UnknownSite(MMHooksError, KeyError):
-    """A site name or pattern that selects nothing; the message lists near matches."""
+    """A site name or pattern that matches nothing; the message lists close matches."""
 
     def __init__(self, name: str, known: Iterable[str], *, where: str = "this model") -> None:
         known = list(known)
         near = get_close_matches(name, known, n=4, cutoff=0.5)
-        hint = f"near matches: {', '.join(near)}" if near else "model.sites() lists them all"
+        hint = f"close matches: {', '.join(near)}" if near else "model.sites() lists all of them"
         self.name, self.near = name, near
         super().__init__(f"no site of {where} matches {name!r} ({len(known)} sites known); {hint}")
 
@@ -33,53 +33,53 @@ class HookDidNotFire(MMHooksError):
 
 
 class ShapeMismatch(MMHooksError, ValueError):
-    """A width, shape, dtype or device that differs from what a site or a head expects."""
+    """A width, shape, dtype or device other than a site or head expects."""
 
 
 class OutOfRange(ShapeMismatch, IndexError):
-    """A feature, token, row, neuron or layer that is not there."""
+    """An index of a feature, token, row, neuron or layer that does not exist."""
 
 
 class WrongHead(MMHooksError, ValueError):
-    """A FeatureSet used on a head other than the one it was computed for."""
+    """A FeatureSet used with a head other than the one it was computed for."""
 
 
 class WrongOrigin(MMHooksError, ValueError):
-    """A mean, a decomposition or another statistic used where it does not belong: of another tower, model or weights,
-    normalized for raw (or the other way round), or not that statistic at all."""
+    """A mean, decomposition or other statistic used where it does not apply: from another tower, model or weights,
+    normalized instead of raw (or the reverse), or a different statistic altogether."""
 
 
 class NoDecoder(MMHooksError, TypeError):
-    """A head that can be read but not spliced back, because it has no decoder."""
+    """An edit that needs a decoder, on a head that has none: its features can be read but not spliced back."""
 
 
 class NotFinite(MMHooksError, ValueError):
-    """NaN or infinity where a measure, a training or an edit needs numbers."""
+    """NaN or infinity in the input of a measure, a training run or an edit."""
 
 
 class DataError(MMHooksError, ValueError):
-    """A picture, caption, file or table that cannot be used; names it."""
+    """An image, caption, file or table that cannot be used; the message names it."""
 
 
 class MissingWeights(MMHooksError, OSError):
-    """Weights, a data set or a model file that is not on this machine and cannot be fetched."""
+    """Weights, a data set or a model file that is not on this machine and cannot be downloaded."""
 
 
 class DamagedFile(MMHooksError, ValueError):
-    """A file that is not what it should be: cut off, changed, of another format; says what was found in it."""
+    """A truncated or altered file, or one of another format; the message says what it contains."""
 
 
 class CannotWrite(MMHooksError, OSError):
-    """A file or folder that cannot be written: a full disk, a read-only folder; names it and says what to do."""
+    """A file or folder that cannot be written (full disk, read-only folder); the message names it."""
 
 
 class NoDigest(MMHooksError, TypeError):
-    """An object whose content cannot be told from another's, where results would be kept under its name."""
+    """An object whose content cannot be hashed, where stored results would be keyed by it."""
 
 
 class StoreError(MMHooksError, OSError):
-    """An activation store that is damaged, unfinished, being written by another, or of other settings."""
+    """An activation store that is damaged, unfinished, locked by another writer, or written with other settings."""
 
 
 class NoExactSum(MMHooksError, TypeError):
-    """A tower whose embedding is not the sum of what its components write, or not one known here; says why."""
+    """A tower whose embedding is not an exact sum of its components' outputs, or of an unknown kind; says why."""

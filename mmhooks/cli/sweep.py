@@ -37,7 +37,7 @@ def sweep(
     Example: mmhooks sweep runs/acts --k 16,32,64 --n 1024,4096 --seeds 0,1 --out runs/sweep
     """
     from mmhooks.analysis.measures.sweep import sweep as run
-    from mmhooks.heads.vectors import paired
+    from mmhooks.heads.vectors import training_rows
     from mmhooks.report.style import draw
     from mmhooks.report.training import sweep_figure
     from mmhooks.utils.files import write_bytes
@@ -46,7 +46,7 @@ def sweep(
         names = sites.split(",")
         held_out = None
         if valid is not None:
-            held_out = tuple(rows[:] for rows in paired(valid, None, names))
+            held_out = tuple(rows[:] for rows in training_rows(valid, None, names))
         result = run(
             store, out=out, k=_numbers(k), n=_numbers(n), variants=variants.split(","), seeds=_numbers(seeds),
             valid=held_out, sites=names, epochs=epochs, batch_size=batch_size, lr=lr,  # type: ignore[arg-type]

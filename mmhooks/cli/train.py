@@ -96,22 +96,22 @@ def train(
 
     On several GPUs or processes: accelerate launch --num_processes 2 -m mmhooks.cli train runs/acts --out runs/sae
     """
-    from mmhooks.heads.reconstruction import fidelity
+    from mmhooks.heads.reconstruction import reconstruction
     from mmhooks.heads.sae.modality_centres import KEY, by_modality
-    from mmhooks.heads.training.team import Team
+    from mmhooks.heads.training.processes import Processes
     from mmhooks.heads.training.train import default_objective, train_head
-    from mmhooks.heads.vectors import every_tenth, paired
+    from mmhooks.heads.vectors import hold_out_every_tenth, training_rows
     from mmhooks.report.style import draw
     from mmhooks.report.training import training_figure
     from mmhooks.utils.files import write_bytes, write_text
 
     with clear_errors():
         names = sites.split(",")
-        image, text = paired(store, None, names)
+        image, text = training_rows(store, None, names)
         if valid is None:
-            (image, text), held_out = every_tenth(image, text)
+            (image, text), held_out = hold_out_every_tenth(image, text)
         else:
-            held_out = tuple(rows if rows is None else rows[:] for rows in paired(valid, None, names))
+            held_out = tuple(rows if rows is None else rows[:] for rows in training_rows(valid, None, names))
         head = _head(kind, image.shape[1], features, k, seed, normalize).to(device)
         objective: Any = default_objective(head)
         if kind is not Kind.ncl:
@@ -124,11 +124,11 @@ def train(
             checkpoint_every=checkpoint_every, objective=objective, precision=precision.value, compile=compile,
             tensorboard=tensorboard,
         )  # fmt: skip
-        if not Team.leads_here():
+        if not Processes.is_first_process():
             return
         heads: dict[str, Any] = dict(by_modality(head)) if KEY in head.info else {}
         rows = {
-            name: fidelity(heads.get(name, head), x).table()[0]
+            name: reconstruction(heads.get(name, head), x).table()[0]
             for name, x in zip(("image", "text"), held_out, strict=True)
             if x is not None
         }

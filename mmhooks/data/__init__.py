@@ -1,5 +1,5 @@
-"""Pictures with their texts: :func:`pairs` opens every source, :class:`Pairs` is what comes back; :func:`pair_stream`
-is for what is too large to keep; :func:`text_pool` opens lists of texts."""
+"""Image-text data: :func:`pairs` opens any source as :class:`Pairs`, :func:`pair_stream` data sets too large to store,
+and :func:`text_pool` lists of texts."""
 
 from mmhooks.data.pair_set import Pair, Pairs
 from mmhooks.data.pair_stream import PairStream, pair_stream

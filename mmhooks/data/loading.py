@@ -1,7 +1,7 @@
-"""From pairs to batches of pixels and tokens, decoded in worker processes, shard by shard.
+"""Loads pairs as batches of pixels and tokens, decoded in worker processes, shard by shard.
 
-A shard of a store is a fixed run of source rows (of a rank's rows, where a stream is split), and batches do not
-cross it. So what a shard holds depends on nothing that happened before it.
+A shard of a store is a fixed range of source rows (of a rank's rows, if a stream is split), and batches do not cross
+its end. So the content of a shard does not depend on anything that happened before it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmhooks.data.pair_set import Pairs
-from mmhooks.data.pair_stream import PairStream, Raw
+from mmhooks.data.pair_stream import PairStream, RawRow
 from mmhooks.errors import DataError, MMHooksError
 
-Job = int | Raw
+RowRef = int | RawRow  # a row number of a Pairs, or a row of a stream
 
 
-class Work(NamedTuple):
-    """Rows that make one batch, the shard they belong to, and whether they are its last."""
+class BatchPlan(NamedTuple):
+    """The rows of one batch, the shard they belong to, and whether they are its last."""
 
     shard: int
     last: bool
-    jobs: list[Job]
+    rows: list[RowRef]
 
 
 class Batch(NamedTuple):
-    """Decoded rows; ``images`` or ``texts`` is None where it was not asked for, both where every row was skipped."""
+    """Decoded rows; ``images`` or ``texts`` is None if it was not requested, both if every row was skipped."""
 
     shard: int
     last: bool
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     skipped: dict[str, str]
 
 
-def works(
+def plan_batches(
     source: Pairs | PairStream,
     *,
     batch_size: int,
@@ -49,17 +49,16 @@ def works(
     rank: int = 0,
     world: int = 1,
     done: Collection[int] = (),
-) -> Iterator[Work]:
-    """The batches of a rank: shards ``rank``, ``rank + world``, ... but those that are done.
+) -> Iterator[BatchPlan]:
+    """The batches of a rank: shards ``rank``, ``rank + world``, ... except those that are done.
 
-    Rows of a map-style source lie where one process would put them, whatever ``world`` is; of a stream, the
-    shards of all ranks take turns.
+    Rows of a map-style source are in the same shards for any ``world``; in a stream, the shards of all ranks alternate.
     """
     if isinstance(source, Pairs):
         for shard in range(rank, -(-len(source) // shard_rows), world):
             if shard not in done:
                 rows = range(shard * shard_rows, min((shard + 1) * shard_rows, len(source)))
-                yield from _cut(shard, rows, batch_size)
+                yield from _split_into_batches(shard, rows, batch_size)
         return
     passed = next(i for i in itertools.count() if rank + i * world not in done)
     rows = source.raw(rank=rank, world=world, skip=passed * shard_rows)
@@ -73,21 +72,21 @@ def works(
             for _ in block:
                 pass
         else:
-            yield from _cut(shard, block, batch_size)
+            yield from _split_into_batches(shard, block, batch_size)
 
 
-def _cut(shard: int, jobs: Iterable[Job], size: int) -> Iterator[Work]:
-    """Batches of a shard; one is held back until it is known whether it is the last."""
-    left = iter(jobs)
+def _split_into_batches(shard: int, rows: Iterable[RowRef], size: int) -> Iterator[BatchPlan]:
+    """Batches of a shard; each is held back until it is known whether it is the last."""
+    left = iter(rows)
     held = list(itertools.islice(left, size))
     while held:
         following = list(itertools.islice(left, size))
-        yield Work(shard, not following, held)
+        yield BatchPlan(shard, not following, held)
         held = following
 
 
 class Decoder:
-    """Makes a :class:`Batch` of a :class:`Work`; runs in the workers."""
+    """Turns a :class:`BatchPlan` into a :class:`Batch`; runs in the workers."""
 
     def __init__(
         self,
@@ -99,39 +98,39 @@ class Decoder:
         self._name, self._on_error = source.name, getattr(source, "on_error", "raise")
         self._preprocess, self._tokenizer = preprocess, tokenizer
 
-    def __getitem__(self, work: Work) -> Batch | MMHooksError:
+    def __getitem__(self, plan: BatchPlan) -> Batch | MMHooksError:
         try:
-            return self._decoded(work)
-        except MMHooksError as fault:  # a loader would wrap it into the traceback of its worker
+            return self._decode(plan)
+        except MMHooksError as fault:  # a DataLoader would wrap it into the traceback of its worker
             return fault
 
-    def _decoded(self, work: Work) -> Batch:
+    def _decode(self, plan: BatchPlan) -> Batch:
         ids: list[str] = []
         texts: list[str] = []
         pixels: list[Tensor] = []
         skipped: dict[str, str] = {}
-        for job in work.jobs:
-            if isinstance(job, Raw):
-                pair = job.decoded()
+        for row in plan.rows:
+            if isinstance(row, RawRow):
+                pair = row.decoded()
                 if isinstance(pair, str):
                     if self._on_error == "raise":
                         raise DataError(
-                            f'{self._name}, {job.id}: {pair}; on_error="skip" leaves such rows out'
+                            f'{self._name}, {row.id}: {pair}; on_error="skip" leaves such rows out'
                         )
-                    skipped[job.id] = pair
+                    skipped[row.id] = pair
                     continue
                 key, text, image = pair.id, pair.text, pair.image
             else:
                 assert self._pairs is not None
-                key, text = self._pairs.ids[job], self._pairs.texts[job]
-                image = None if self._preprocess is None else self._pairs.image(job)  # else it is not opened
+                key, text = self._pairs.ids[row], self._pairs.texts[row]
+                image = None if self._preprocess is None else self._pairs.image(row)  # opened only if needed
             ids.append(key)
             texts.append(text)
             if self._preprocess is not None:
                 pixels.append(self._preprocess(image))
         return Batch(
-            work.shard,
-            work.last,
+            plan.shard,
+            plan.last,
             ids,
             torch.stack(pixels) if pixels else None,
             self._tokenizer(texts) if self._tokenizer is not None and texts else None,
@@ -139,12 +138,12 @@ class Decoder:
         )
 
 
-def loader(decoder: Decoder, work: Iterable[Work], *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches in the order of ``work``, decoded by so many processes (0: by this one)."""
+def load_batches(decoder: Decoder, plans: Iterable[BatchPlan], *, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches in the order of ``plans``, decoded by ``workers`` processes (0: by this one)."""
     batches = DataLoader(
         decoder,  # type: ignore[arg-type]
-        batch_sampler=_Each(work),  # type: ignore[arg-type]
-        collate_fn=_only,
+        batch_sampler=_PlanSampler(plans),  # type: ignore[arg-type]
+        collate_fn=_unwrap,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
@@ -155,15 +154,15 @@ def loader(decoder: Decoder, work: Iterable[Work], *, workers: int, pin: bool) -
         yield batch
 
 
-class _Each:
-    """A batch sampler that hands a work on as the one index of its batch."""
+class _PlanSampler:
+    """A batch sampler that yields each plan as the only index of a batch."""
 
-    def __init__(self, work: Iterable[Work]) -> None:
-        self._work = work
+    def __init__(self, plans: Iterable[BatchPlan]) -> None:
+        self._plans = plans
 
-    def __iter__(self) -> Iterator[list[Work]]:
-        return ([work] for work in self._work)
+    def __iter__(self) -> Iterator[list[BatchPlan]]:
+        return ([plan] for plan in self._plans)
 
 
-def _only(batch: list[Any]) -> Any:
+def _unwrap(batch: list[Any]) -> Any:
     return batch[0]

@@ -1,4 +1,4 @@
-"""Pairs of a picture and a text, as a map-style data set."""
+"""Image-text pairs as a map-style data set."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mmhooks.utils.indexing import as_place, as_places, one_place
 
 @dataclass(frozen=True)
 class Row:
-    """Everything about a pair but its pixels; ``picture`` is where its source finds them."""
+    """Everything about a pair but its pixels, which its source opens by ``image_key``, a number or a path."""
 
     id: str
     text: str
-    picture: int | str
+    image_key: int | str
     split: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture (RGB) with its text. ``meta`` holds what the source knows beyond: keywords, other captions."""
+    """One image (RGB) with its text. ``meta`` holds further data of the source: keywords, other captions."""
 
     id: str
     image: Image.Image
@@ -38,24 +38,24 @@ class Pair:
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """Where pixels come from: opens the picture of a row, with its transparency if it has one."""
+class ImageSource(Protocol):
+    """Opens the image of a row, with its transparency if it has one."""
 
-    def open(self, picture: int | str) -> Image.Image: ...
+    def open(self, image_key: int | str) -> Image.Image: ...
 
 
-class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a picture
-    """A fixed list of pairs; pictures are decoded when asked for.
+class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not open an image
+    """A fixed list of pairs; images are decoded on access.
 
     Attributes:
-        name: the source, as :func:`mmhooks.data.pairs` was asked for it.
+        name: the source, as passed to :func:`mmhooks.data.pairs`.
         ids, texts: of all pairs, in order.
-        licence, attribution: of the pictures and texts; shown in reports.
-        fingerprint: a short hash of ids, texts and pixels: equal where all of them are equal.
+        licence, attribution: of the images and texts; shown in reports.
+        fingerprint: a short hash of ids, texts and pixels.
         skipped: file or row of every pair that was left out, and why (``on_error="skip"``).
 
     Raises:
-        DataError: (on construction) an id that occurs twice, a text that is empty, no pair at all.
+        DataError: (on construction) a duplicate id, an empty text, or no pair at all.
 
     >>> animals = pairs("mini").split("train")                       # doctest: +SKIP
     >>> animals[0].image.size, animals[0].text                       # doctest: +SKIP
@@ -65,7 +65,7 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
     def __init__(
         self,
         rows: Iterable[Row],
-        pictures: Pictures,
+        images: ImageSource,
         *,
         name: str,
         content: str,
@@ -74,12 +74,14 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
         skipped: Mapping[str, str] | None = None,
     ) -> None:
         self._rows = tuple(rows)
-        self._pictures = pictures
+        self._images = images
         self._content = content
         self.name, self.licence, self.attribution = name, licence, attribution
         self.skipped: Mapping[str, str] = dict(skipped or {})
         if not self._rows:
-            raise DataError(f"{name}: no pair is left of it ({len(self.skipped)} skipped)")
+            raise DataError(
+                f"{name}: expected at least one usable pair, got none ({len(self.skipped)} skipped)"
+            )
         check_rows(self._rows, name)
         self.ids: list[str] = [row.id for row in self._rows]
         self.texts: list[str] = [row.text for row in self._rows]
@@ -107,16 +109,16 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
         return f"Pairs({self.name!r}, {len(self)} pairs, {self.fingerprint})"
 
     def image(self, index: Any) -> Image.Image:
-        """The picture in RGB, laid on white where it is transparent."""
+        """The image in RGB, on white where it is transparent."""
         return rgb(self._open(index))
 
     def rgba(self, index: Any) -> Image.Image:
-        """The picture with its transparency, to lay it on another ground."""
+        """The image with its transparency, to paste it on another background."""
         return self._open(index).convert("RGBA")
 
     def images(self) -> Sequence[Image.Image]:
-        """All pictures as a sequence that decodes each when it is asked for."""
-        return _Images(self)
+        """All images as a sequence that decodes each on access."""
+        return _LazyImages(self)
 
     @property
     def meta(self) -> list[Mapping[str, Any]]:
@@ -124,20 +126,20 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
 
     @property
     def splits(self) -> list[str]:
-        """The split of every pair: the source's own, or by hash of the text (:mod:`mmhooks.data.splits`)."""
+        """The split of every pair: given by the source, or by a hash of the text (:mod:`mmhooks.data.splits`)."""
         return [row.split or split_of(self.name, row.text) for row in self._rows]
 
     def split(self, name: str) -> Pairs:
-        """The pairs of one split: "train", "heldout_pictures", "heldout_concepts", or one the source names.
+        """The pairs of one split: "train", "heldout_pictures", "heldout_concepts", or one named by the source.
 
         Raises:
-            DataError: no pair is in it; the message counts the splits that there are.
+            DataError: no pair is in it; the message lists the splits with their counts.
         """
         chosen = [i for i, split in enumerate(self.splits) if split == name]
         if not chosen:
-            there = ", ".join(f"{split} ({n})" for split, n in Counter(self.splits).items())
+            counts = ", ".join(f"{split} ({n})" for split, n in Counter(self.splits).items())
             known = f"; usual names are {', '.join(SPLITS)}" if name not in SPLITS else ""
-            raise DataError(f"{self.name} has no pair in split {name!r}; it has {there}{known}")
+            raise DataError(f"{self.name} has no pair in split {name!r}; it has {counts}{known}")
         return self.select(chosen)
 
     def select(self, indices: Any) -> Pairs:
@@ -147,14 +149,14 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
             indices: whole numbers, negative ones from the end, a slice, or a bool mask of all pairs.
 
         Raises:
-            ShapeMismatch: floats, or a mask of another length. OutOfRange: a pair that is not there.
-            DataError: none is chosen, or one twice.
+            ShapeMismatch: floats, or a mask of another length. OutOfRange: a pair that does not exist.
+            DataError: none is selected, or one twice.
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
         return Pairs(
             [self._rows[i] for i in as_places(indices, len(self), "pairs").tolist()],
-            self._pictures,
+            self._images,
             name=self.name,
             content=self._content,
             licence=self.licence,
@@ -165,17 +167,17 @@ class Pairs(Sequence[Any]):  # not of Pair: checking types must not open a pictu
     def _open(self, index: Any) -> Image.Image:
         row = self._rows[one_place(index, len(self), "pairs")]
         try:
-            image = self._pictures.open(row.picture)
+            image = self._images.open(row.image_key)
             image.load()
         except (OSError, ValueError) as fault:  # DataError is one
             raise DataError(
-                f"{self.name}: the picture of pair {row.id!r} ({row.picture}) cannot be read: {fault}; it was "
-                "readable when the pairs were opened: was it changed since?"
+                f"{self.name}: the image of pair {row.id!r} ({row.image_key}) cannot be read: {fault}; it was "
+                "readable when the pairs were opened: has it changed since?"
             ) from fault
         return image
 
 
-class _Images(Sequence[Image.Image]):
+class _LazyImages(Sequence[Image.Image]):
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
 
@@ -192,18 +194,19 @@ class _Images(Sequence[Image.Image]):
 
 
 def check_rows(rows: Sequence[Row], name: str) -> None:
-    """Raises DataError for a repeated id or an empty text, naming the first of them."""
+    """Raises DataError for a duplicate id or an empty text, naming the first one."""
     counts = Counter(row.id for row in rows)
     twice = [key for key, n in counts.items() if n > 1]
     if twice:
         raise DataError(
-            f"{name}: {len(twice)} ids occur more than once, the first is {twice[0]!r} ({counts[twice[0]]} times); "
-            "every pair needs its own id"
+            f"{name}: expected unique ids, got {len(twice)} that occur more than once, the first is {twice[0]!r} "
+            f"({counts[twice[0]]} times)"
         )
     empty = [row.id for row in rows if not row.text.strip()]
     if empty:
         raise DataError(
-            f'{name}: {len(empty)} texts are empty, the first is that of {empty[0]!r}; on_error="skip" leaves them out'
+            f"{name}: expected non-empty texts, got {len(empty)} empty ones, the first is that of {empty[0]!r}; "
+            'on_error="skip" leaves them out'
         )
 
 

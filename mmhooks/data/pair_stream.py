@@ -1,4 +1,4 @@
-"""Pairs of a data set too large to keep: read once, from front to back, by one process or by many."""
+"""Streams of pairs from data sets too large to store: read once, in order, by one process or several."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from typing import Any
 from mmhooks.data.pair_set import Pair
 from mmhooks.data.seen_ids import SeenIds
 from mmhooks.data.sources.captions import captions_in
-from mmhooks.data.sources.hub import first_reason, state_of
+from mmhooks.data.sources.hub import describe_skipped, file_state
 from mmhooks.data.sources.images import open_image, rgb
-from mmhooks.data.sources.local_files import Home
+from mmhooks.data.sources.local_files import DataRoot
 from mmhooks.data.sources.opening import (
     KNOWN,
     Columns,
-    Opened,
+    OpenDataset,
     columns_of,
     encoded,
     id_of,
+    iterate_rows,
     open_rows,
-    read_on,
 )
 from mmhooks.data.sources.tars import FAULT, KEY
 from mmhooks.errors import DataError
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A row as it was read, its image not yet decoded; ``fault``: why it cannot be used, where that is known."""
+class RawRow:
+    """A row as read, with its image still encoded; ``fault``: why it cannot be used, if that is known already."""
 
     id: str
     captions: tuple[str, ...] = ()
     image: Any = None
-    home: Home = field(default_factory=Home)
+    root: DataRoot = field(default_factory=DataRoot)
     fault: str | None = None
 
     def decoded(self) -> Pair | str:
-        """The pair, or why it is none."""
+        """The decoded pair, or why it cannot be used."""
         if self.fault is not None:
             return self.fault
         try:
-            data = encoded(self.image, self.home)
+            data = encoded(self.image, self.root)
         except DataError as fault:
             return str(fault)
         try:
             image = rgb(open_image(data))
         except DataError as fault:
-            return f"its picture cannot be read: {fault}"
+            return f"its image cannot be read: {fault}"
         return Pair(self.id, image, self.captions[0], {"captions": list(self.captions)})
 
 
 class PairStream:
-    """Pairs that are read in order, without knowing how many there are; see :func:`pair_stream`.
+    """Pairs that are read in order, their number being unknown; see :func:`pair_stream`.
 
     Attributes:
-        name, licence, attribution: as of :class:`~mmhooks.data.Pairs`.
-        fingerprint: of the request and of local files as far as :func:`~mmhooks.data.sources.hub.state_of` looks at them
-            (names, sizes, times, first and last megabyte); the rows are not read for it.
+        name, licence, attribution: as in :class:`~mmhooks.data.Pairs`.
+        fingerprint: of the request and of what :func:`~mmhooks.data.sources.hub.file_state` reads of local files (names,
+            sizes, times, first and last megabyte); the rows are not read for it.
         on_error: "raise" or "skip", for rows that cannot be used.
-        skipped: row by row why it was left out, as far as the stream was last read by this object. (Rows that
-            ``mm.extract`` leaves out stand in the store.)
+        skipped: why each skipped row was left out, as of the last iteration over this object. (Rows that
+            ``mm.extract`` leaves out are listed in the store.)
     """
 
     def __init__(
         self,
-        opened: Opened,
+        opened: OpenDataset,
         columns: Columns,
         *,
         name: str,
@@ -91,7 +91,7 @@ class PairStream:
         """The usable pairs.
 
         Raises:
-            DataError: a row that cannot be used (``on_error="raise"``), or not a single one that can.
+            DataError: a row that cannot be used (``on_error="raise"``), or no usable row at all.
         """
         self.skipped = {}
         read = 0
@@ -105,14 +105,14 @@ class PairStream:
             else:
                 self.skipped[raw.id] = pair
         if not read:
-            raise DataError(f"{self.name}: none of its rows can be used{first_reason(self.skipped)}")
+            raise DataError(f"{self.name}: none of its rows can be used{describe_skipped(self.skipped)}")
 
-    def raw(self, *, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[Raw]:
-        """The rows of one of ``world`` processes, as they are read; the first ``skip`` of them are passed over.
+    def raw(self, *, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[RawRow]:
+        """The rows of one of ``world`` processes, still encoded, after skipping the first ``skip`` of them.
 
-        Whole files go to a process where their number allows, else every ``world``-th row
-        (``datasets.distributed.split_dataset_by_node``). A row without an id column is called by its number; an id
-        that occurred before, among the rows of this call, is a fault of its row.
+        Whole files are assigned to a process if their number allows, else every ``world``-th row
+        (``datasets.distributed.split_dataset_by_node``). Without an id column, rows are named by their number; a row
+        whose id has occurred before in this call is reported as faulty.
         """
         rows = self._opened.rows if self._limit is None else self._opened.rows.take(self._limit)
         if world > 1:
@@ -120,24 +120,24 @@ class PairStream:
 
             rows = split_dataset_by_node(rows, rank=rank, world_size=world)
         before = f"{rank}of{world}-" if world > 1 else ""
-        # Keys of tars are compared tar by tar while they are read, and carry the tar.
+        # Keys of tars contain the tar's label and are checked per tar while it is read.
         seen = SeenIds() if self._columns.id not in (None, KEY) else None
         numbers = count(skip)
-        for row in read_on(self._opened, rows.skip(skip) if skip else rows, self.name):
+        for row in iterate_rows(self._opened, rows.skip(skip) if skip else rows, self.name):
             key = f"{before}{next(numbers):09d}"
             try:
                 if self._columns.id is not None:
                     key = str(row.get(self._columns.id) or key)
                     id_of(row, self._columns.id)
                     if seen is not None and not seen.add(key):
-                        raise DataError("its id occurs before")
+                        raise DataError("its id is a duplicate")
                 if FAULT in row:
                     raise DataError(row[FAULT])
                 captions = captions_in(row, self._columns.text)
             except DataError as fault:
-                yield Raw(key, fault=str(fault))
+                yield RawRow(key, fault=str(fault))
             else:
-                yield Raw(key, tuple(captions), row.get(self._columns.image), self._opened.home)
+                yield RawRow(key, tuple(captions), row.get(self._columns.image), self._opened.root)
 
 
 def pair_stream(
@@ -150,28 +150,28 @@ def pair_stream(
     text_column: str | None = None,
     allow_outside: bool = False,
 ) -> PairStream:
-    """Pairs of any image-text data set that ``datasets`` streams: nothing is kept on disk, nothing is counted.
+    """Pairs of any image-text data set that ``datasets`` can stream; nothing is stored on disk.
 
-    For what :func:`~mmhooks.data.pairs` would have to fetch whole first: LAION's WebDataset tars, Parquet with
-    picture bytes, any data set of the Hub. ``mm.extract`` reads either.
+    For data sets that :func:`~mmhooks.data.pairs` would have to download completely: LAION's WebDataset tars, Parquet
+    files with image bytes, any data set of the Hub. ``mm.extract`` reads both.
 
     Args:
-        source, split, image_column, text_column, allow_outside: as of :func:`~mmhooks.data.pairs`; also a glob of
+        source, split, image_column, text_column, allow_outside: as in :func:`~mmhooks.data.pairs`; also a glob of
             local files, ``"laion/*.tar"``.
-        limit: stop after so many rows.
-        on_error: "raise" at the first row that cannot be used, or "skip" and go on.
+        limit: stop after this many rows.
+        on_error: "raise" at the first row that cannot be used, or "skip" it and continue.
 
     Raises:
         DataError: no such file, split or column.
-        MissingWeights: a data set that is not to be fetched.
+        MissingWeights: a data set that cannot be downloaded.
 
     >>> stream = pair_stream("laion/*.tar", on_error="skip")             # doctest: +SKIP
     >>> store = mm.extract(model, stream, sites=["image.embed"], out="runs/laion")  # doctest: +SKIP
     """
     if on_error not in ("raise", "skip"):
-        raise DataError(f'on_error must be "raise" or "skip", came {on_error!r}')
+        raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, came {limit}")
+        raise DataError(f"limit must be at least 1, got {limit}")
     name = str(source)
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
@@ -184,7 +184,7 @@ def pair_stream(
         on_error,
         asdict(columns),
         allow_outside,
-        state_of(Path(path).expanduser()),
+        file_state(Path(path).expanduser()),
     ]
     return PairStream(
         opened,

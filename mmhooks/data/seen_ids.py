@@ -1,4 +1,4 @@
-"""Ids that occur twice in a stream of any length, found in eight bytes an id."""
+"""Detection of duplicate ids in a stream of any length, in eight bytes per id."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _RECENT = 2**17
 
 
 class SeenIds:
-    """Which ids were added, as hashes of 64 bits in a few sorted runs.
+    """The set of ids added so far, stored as 64-bit hashes in a few sorted runs.
 
-    Two different ids are taken for one with a chance of one in 3,700 among a hundred million.
+    Among a hundred million ids, the probability that any two different ones collide is one in 3,700.
 
     >>> seen = SeenIds()
     >>> seen.add("a"), seen.add("b"), seen.add("a")
@@ -24,17 +24,17 @@ class SeenIds:
         self._runs: list[np.ndarray] = []
 
     def add(self, key: str) -> bool:
-        """Adds an id; False where it was added before."""
+        """Adds an id; returns False if it was added before."""
         number = int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
-        if number in self._recent or any(_holds(run, number) for run in self._runs):
+        if number in self._recent or any(_contains(run, number) for run in self._runs):
             return False
         self._recent.add(number)
         if len(self._recent) == _RECENT:
-            self._settle()
+            self._merge_runs()
         return True
 
-    def _settle(self) -> None:
-        """Sorts the recent ones into a run; runs of one length become one, so that there are few."""
+    def _merge_runs(self) -> None:
+        """Sorts the recent ids into a run; runs of equal length are merged, so that there are few."""
         run = np.sort(np.fromiter(self._recent, np.uint64, len(self._recent)))
         self._recent.clear()
         while self._runs and len(self._runs[-1]) <= len(run):
@@ -42,6 +42,6 @@ class SeenIds:
         self._runs.append(run)
 
 
-def _holds(run: np.ndarray, number: int) -> bool:
+def _contains(run: np.ndarray, number: int) -> bool:
     at = int(np.searchsorted(run, np.uint64(number)))
     return at < len(run) and int(run[at]) == number

@@ -1,4 +1,4 @@
-"""Sparse rows: the few active entries of each row, as a TopK head gives them and a store keeps them."""
+"""Sparse rows: the active entries of each row, as returned by a TopK head and stored in a store."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmhooks.errors import ShapeMismatch
 
 @dataclass(frozen=True)
 class SparseRows:
-    """``[rows, n_features]`` of which only ``k`` entries a row are written down, in no set order.
+    """A table ``[rows, n_features]`` stored as ``k`` entries per row, in no particular order.
 
-    An entry of value 0 is padding: it is not active, whatever its index. Indices of active entries are
-    distinct within a row.
+    An entry of value 0 is padding and not active, whatever its index. Indices of active entries are distinct within a
+    row.
 
     Raises:
-        ShapeMismatch: values and indices of different shape.
+        ShapeMismatch: values and indices of different shapes.
 
     >>> rows = SparseRows(torch.tensor([[2.0, 0.0]]), torch.tensor([[1, 0]]), n_features=3)
     >>> rows.dense()
@@ -33,7 +33,7 @@ class SparseRows:
     def __post_init__(self) -> None:
         if self.values.shape != self.indices.shape:
             raise ShapeMismatch(
-                f"sparse rows need one index a value: values are {tuple(self.values.shape)}, indices "
+                f"sparse rows: expected one index per value, got values {tuple(self.values.shape)} and indices "
                 f"{tuple(self.indices.shape)}"
             )
 
@@ -45,19 +45,19 @@ class SparseRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the dense table."""
+        """The shape of the dense table."""
         return len(self.values), self.n_features
 
     @property
     def active(self) -> Tensor:
-        """Which entries count: those that are not 0."""
+        """Which entries are active, that is, not 0."""
         return self.values != 0
 
     def to(self, device: torch.device | str) -> SparseRows:
         return SparseRows(self.values.to(device), self.indices.to(device), self.n_features)
 
     def dense(self) -> Float[Tensor, "rows n"]:
-        """The whole table, zeros included."""
+        """The dense table."""
         table = self.values.new_zeros(self.shape)
-        # Adding, not writing: padding may share its index with an active entry.
+        # Added, not assigned: padding may have the index of an active entry.
         return table.scatter_add_(1, self.indices.long(), self.values)

@@ -1,8 +1,8 @@
-"""The fixed splits of the drawing corpora: a hash of names decides, nothing is stored.
+"""The fixed splits of the drawing corpora, determined by hashes of names, so that nothing is stored.
 
-A *concept* is what a drawing shows, skin tone aside; a *style* is the set it was drawn in. Three concepts in
-twenty are held out in every style, so no model trained on ``train`` ever saw a picture of it; of the other
-concepts, one picture in twelve is held out, so its concept was seen in other styles only.
+A *concept* is what a drawing shows, ignoring skin tone; a *style* is the set it belongs to. Three concepts in twenty
+are held out in every style, so a model trained on ``train`` has seen no image of them; of the other concepts, one image
+in twelve is held out, so its concept was seen only in other styles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 
 def choose(n: int, limit: int, seed: int) -> list[int]:
-    """``limit`` of ``n`` positions at random, in order; the same for the same seed."""
+    """``limit`` random positions out of ``n``, in order; reproducible by seed."""
     return sorted(random.Random(seed).sample(range(n), min(limit, n)))
 
 
@@ -27,7 +27,7 @@ _PREFIX = re.compile(r"^(?:(?:a|an|the) (?=\w{2})|flag (?:for )?(?:flag )?(?=\w)
 
 
 def concept_key(name: str) -> str:
-    """The concept that a drawing's name stands for: lower case, words only; no article, skin tone or "flag of".
+    """The concept in a drawing's name: lower case, words only, without article, skin tone or "flag of".
 
     >>> concept_key("woman farmer: medium-dark skin tone")
     'woman farmer'
@@ -40,7 +40,7 @@ def concept_key(name: str) -> str:
 
 
 def split_of(style: str, name: str) -> Split:
-    """The split of the drawing of ``name`` (any spelling) in ``style``; the same on every machine.
+    """The split of the drawing of ``name`` (in any spelling) in ``style``; the same on every machine.
 
     >>> split_of("openmoji", "woman farmer") == split_of("openmoji", "Woman Farmer: dark skin tone")
     True

@@ -1,8 +1,8 @@
-"""Sparse heads: the SAE family and the non-negative contrastive head, their training and their files."""
+"""Sparse heads: SAEs and the non-negative contrastive head, their training and file formats."""
 
 from mmhooks.heads.base import Head, load_head_dir
 from mmhooks.heads.ncl import NCL
-from mmhooks.heads.reconstruction import Fidelity, fidelity
+from mmhooks.heads.reconstruction import Reconstruction, reconstruction
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
@@ -15,14 +15,14 @@ __all__ = [
     "NCL",
     "SAE",
     "BatchTopKSAE",
-    "Fidelity",
     "Head",
     "JumpReLUSAE",
     "MatryoshkaSAE",
     "ReLUSAE",
+    "Reconstruction",
     "TopKSAE",
     "TrainResult",
-    "fidelity",
     "load_head_dir",
+    "reconstruction",
     "train_head",
 ]

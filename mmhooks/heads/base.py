@@ -1,7 +1,7 @@
-"""What every sparse head is: an encoder of vectors into named features, a file format and a content id.
+"""The base class of sparse heads: encoders of vectors into features, with files and a content id.
 
-A head never touches a model. The splice (``mmhooks.hooks``) needs only ``pre``, ``encode``, ``decode`` and
-``W_dec``; training and measures add ``prepare`` and the files below.
+A head never accesses a model. The splice (``mmhooks.hooks``) needs only ``pre``, ``encode``, ``decode`` and
+``W_dec``; training and measures also use ``prepare`` and the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmhooks.errors import DamagedFile, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads.files import CONFIG, FORMAT, WEIGHTS, check_about, read_head_files, write_head
-from mmhooks.heads.weights import check_finite, check_fit, load_strictly
+from mmhooks.heads.weights import check_finite_rows, check_fit, load_strictly
 from mmhooks.utils.tensors import metadata_of
 
 KINDS: dict[str, type[Head]] = {}
@@ -30,19 +30,19 @@ H = TypeVar("H", bound="Head")
 
 
 class Head(nn.Module):
-    """Base of all heads: ``x [*b d_in] -> features [*b n_features]``, and back where there is a decoder.
+    """Base of all heads: ``x [*b d_in] -> features [*b n_features]``, and back if there is a decoder.
 
-    Subclasses set ``kind`` (registered for :func:`load_head_dir`), build their parameters and implement
-    ``pre`` and ``encode``. A head whose ``normalize_input`` is true works on rows of unit norm, with
-    ``"layer_norm"`` (foreign heads) on rows of mean 0 and standard deviation 1. ``pre``, ``encode`` and the head
-    itself take vectors as a site carries them and see to it; rows that :meth:`prepare` made stay as they are.
-    ``decode`` gives vectors of the head's own space: times the scale and plus the shift of :meth:`scaled` they are
-    those of the site, as ``head(x)`` returns them.
+    Subclasses set ``kind`` (registered for :func:`load_head_dir`), create their parameters and implement ``pre`` and
+    ``encode``. A head with ``normalize_input=True`` works on rows of unit norm, with ``"layer_norm"`` (heads of other
+    libraries) on rows of mean 0 and standard deviation 1. ``pre``, ``encode`` and the head itself take raw vectors of a
+    site and normalise them; rows returned by :meth:`prepare` are left unchanged. ``decode`` returns vectors in the
+    head's own space: multiplied by the scale and shifted as in :meth:`scaled` they are those of the site, which is what
+    ``head(x)`` returns.
 
     Attributes:
         d_in, n_features: widths of the input and of the latent space.
-        name: what its sites are called, ``<site>.<name>.latents``.
-        info: free JSON (training data, seed, measures), kept in ``config.json``; not part of the id.
+        name: the name of its sites, ``<site>.<name>.latents``.
+        info: free JSON (training data, seed, measures), stored in ``config.json``; not part of the id.
     """
 
     kind: ClassVar[str] = ""
@@ -63,7 +63,7 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         if d_in < 1 or n_features < 1:
-            raise ShapeMismatch(f"a head needs d_in >= 1 and n_features >= 1, came {d_in} and {n_features}")
+            raise ShapeMismatch(f"expected d_in >= 1 and n_features >= 1, got {d_in} and {n_features}")
         self.d_in, self.n_features = d_in, n_features
         self.name = name or self.kind
         self.normalize_input = normalize_input
@@ -73,26 +73,26 @@ class Head(nn.Module):
     # -- the interface of the splice -------------------------------------------------------------------
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
-        """Pre-activations: what the features are before the sparsifying non-linearity."""
+        """Pre-activations: the features before the sparsifying non-linearity."""
         raise NotImplementedError
 
     def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
-        """Features of ``x``, never negative; differentiable to ``x``."""
+        """Features of ``x``, never negative; differentiable with respect to ``x``."""
         raise NotImplementedError
 
     def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b d"]:
-        """The vector that the features ``f`` stand for. Raises :class:`NoDecoder` where there is none."""
+        """The vector encoded by the features ``f``. Raises :class:`NoDecoder` if there is no decoder."""
         raise NoDecoder(
             f"head {self.name!r} ({self.kind}) has no decoder: its features can be read and edited "
-            "in its own latent space, not spliced back"
+            "in its own latent space, but not spliced back"
         )
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Tensor:
-        """The reconstruction of ``x`` at its own scale, or its features where there is no decoder.
+        """The reconstruction of ``x`` at its original scale, or its features if there is no decoder.
 
-        What the library of a foreign file computes by ``sae(x)``: normalised on the way in, and back on the way out.
+        Equals ``sae(x)`` in the library of a foreign file: the input is normalised, the output scaled back.
         """
-        rows, scale, shift = self.settled(x)
+        rows, scale, shift = self.scaled_once(x)
         bare = self.bare()
         f = bare.encode(rows)
         if not self.has_decoder:
@@ -104,47 +104,49 @@ class Head(nn.Module):
     # -- input -----------------------------------------------------------------------------------------
 
     def prepare(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """Checks width and finiteness of raw vectors and gives them unit norm if the head expects it.
+        """Checks width and finiteness of raw vectors, and normalises them as the head expects.
 
         Raises:
             ShapeMismatch: the last dimension is not ``d_in``.
             NotFinite: NaN, infinity, or (with ``normalize_input``) a row of zeros.
         """
         self.check_width(x)
-        check_finite(x, "input of head " + repr(self.name))
+        check_finite_rows(x, "input of head " + repr(self.name))
         rows, scale, _ = self.scaled(x)
         if scale is not None and bool((scale == 0).any()):
             fault, aim = (
                 ("all zero", "unit norm") if self.normalize_input is True else ("constant", "layer norm")
             )
             raise NotFinite(
-                f"{int((scale == 0).sum())} of {scale.numel()} input rows are {fault} and cannot be "
-                f"given {aim}; drop them or build the head with normalize_input=False"
+                f"expected input rows that can be given {aim}, got {int((scale == 0).sum())} of {scale.numel()} that are "
+                f"{fault}; drop them or build the head with normalize_input=False"
             )
         return rows
 
     def scaled(
         self, x: Float[Tensor, "*b d"]
     ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"] | None, Float[Tensor, "*b 1"] | None]:
-        """Rows as the head expects them, and the scale and shift of each that lead back (None: 1 and 0).
+        """Normalised rows, and the scale and shift of each that undo it (None: 1 and 0).
 
-        A vector ``v`` that the head decodes stands for ``v * scale + shift``. Nothing is checked.
+        A decoded vector ``v`` corresponds to ``v * scale + shift`` at the site. Nothing is checked.
         """
         if not self.normalize_input:
             return x, None, None
-        if self.normalize_input == "layer_norm":  # as SAELens and ViT-Prisma have it, 1e-5 on the way in only
+        if (
+            self.normalize_input == "layer_norm"
+        ):  # as in SAELens and ViT-Prisma, with 1e-5 only when normalising
             shift = x.mean(dim=-1, keepdim=True)
             scale = (x - shift).std(dim=-1, keepdim=True)
             return (x - shift) / (scale + 1e-5), scale, shift
         scale = x.norm(dim=-1, keepdim=True)
         return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, None
 
-    def settled(
+    def scaled_once(
         self, x: Float[Tensor, "*b d"]
     ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"] | None, Float[Tensor, "*b 1"] | None]:
-        """:meth:`scaled`, except that rows which are as the head expects them already stay, bit by bit.
+        """Like :meth:`scaled`, but leaves rows that are already normalised unchanged, bit by bit.
 
-        So :meth:`encode` takes raw vectors and what :meth:`prepare` made of them, with the same features.
+        So :meth:`encode` gives the same features for raw vectors and for those returned by :meth:`prepare`.
         """
         rows, scale, shift = self.scaled(x)
         if scale is None:
@@ -154,12 +156,12 @@ class Head(nn.Module):
             slack = (16 if x.dtype.itemsize > 2 else 1) * torch.finfo(x.dtype).eps
             there = (scale - 1).abs() <= slack
             return torch.where(there, x, rows), torch.where(there, 1, scale), None
-        # scaled() leaves a deviation of s / (s + 1e-5), a little below 1. A LayerNorm's own output has one above 1.
+        # scaled() leaves a deviation of s / (s + 1e-5), slightly below 1. A LayerNorm's own output has one above 1.
         there = (shift.abs() <= 1e-6) & (scale >= 1 - 1e-3) & (scale <= 1 + 1e-6)
         return torch.where(there, x, rows), torch.where(there, 1, scale), torch.where(there, 0, shift)
 
     def bare(self: H) -> H:
-        """The same head, sharing every tensor, for rows that are as it expects them: it normalises nothing."""
+        """The same head, sharing all tensors, for rows that are already normalised."""
         twin = copy.copy(self)
         twin.normalize_input = False
         return twin
@@ -167,14 +169,14 @@ class Head(nn.Module):
     def check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
             raise ShapeMismatch(
-                f"head {self.name!r} reads vectors of width {self.d_in}, came shape "
+                f"head {self.name!r}: expected vectors of width {self.d_in}, got shape "
                 f"{tuple(x.shape)}; attach it where it was trained, or load the head of this site"
             )
 
     def check_features(self, f: Tensor) -> None:
         if f.shape[-1] != self.n_features:
             raise ShapeMismatch(
-                f"head {self.name!r} decodes {self.n_features} features, came shape {tuple(f.shape)}"
+                f"head {self.name!r}: expected {self.n_features} features to decode, got shape {tuple(f.shape)}"
             )
 
     # -- identity and files ----------------------------------------------------------------------------
@@ -185,15 +187,15 @@ class Head(nn.Module):
 
     @property
     def id(self) -> str:
-        """``kind-<hash>`` of the configuration and the weights rounded to half precision.
+        """``kind-<hash>`` of the configuration and the weights, rounded to half precision.
 
-        The rounding makes a head and its fp16 file one and the same head; moving it to another device,
-        renaming it or adding to ``info`` changes nothing.
+        Because of the rounding, a head and its fp16 file have the same id; moving it to another device, renaming it or
+        adding to ``info`` does not change it.
         """
         state = self.state_dict()
         try:
             key = tuple((t.data_ptr(), t._version) for t in state.values())
-        except RuntimeError:  # inference tensors keep no version
+        except RuntimeError:  # inference tensors have no version counter
             key = None
         if key is not None and self._id is not None and self._id[0] == key:
             return self._id[1]
@@ -208,7 +210,7 @@ class Head(nn.Module):
     def save(self, path: str | Path, *, dtype: Literal["fp32", "fp16"] = "fp32") -> Path:
         """Writes ``config.json`` and ``model.safetensors`` into the directory ``path`` and returns it.
 
-        Both keep digests that loading compares (:mod:`mmhooks.heads.files`); a kill leaves the old head or the new.
+        Both contain digests that loading verifies (:mod:`mmhooks.heads.files`); a kill leaves the old head or the new.
 
         Raises:
             CannotWrite: a full disk, a read-only folder. MMHooksError: ``info`` is not JSON.
@@ -228,16 +230,16 @@ class Head(nn.Module):
 
     @classmethod
     def load(cls: type[H], path: str | Path, *, device: str | torch.device = "cpu") -> H:
-        """Reads a directory written by :meth:`save`; :func:`load_head_dir` does so for any kind.
+        """Reads a head of this class from a directory written by :meth:`save`; :func:`load_head_dir` reads any kind.
 
         Raises:
             MissingWeights: no head in ``path``.
-            MMHooksError: another kind of head, or weights that disagree with the configuration.
+            MMHooksError: another kind of head, or weights that do not match the configuration.
         """
         head = load_head_dir(path, device=device)
         if not isinstance(head, cls):
             raise MMHooksError(
-                f"{path} holds a {type(head).__name__}, not a {cls.__name__}; load_head_dir reads any kind"
+                f"{path}: expected a {cls.__name__}, got a {type(head).__name__}; load_head_dir reads any kind"
             )
         return head
 
@@ -255,15 +257,15 @@ class Head(nn.Module):
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> H:
-        """A head of this class from a folder or a Hub repository ``owner/name``, in any format that is read.
+        """A head of this class from a folder or a Hub repository ``owner/name``, in any supported format.
 
         Args:
-            subfolder: folder or file inside it. options: what the file leaves open
+            subfolder: folder or file inside it. options: what the file does not specify
                 (:class:`mmhooks.heads.formats.Options`).
 
         Raises:
-            MissingWeights: nothing there, or no network and nothing cached.
-            MMHooksError: another kind of head than this class, or contents that do not fit.
+            MissingWeights: no head there, or no network and nothing cached.
+            MMHooksError: a head of another class, or contents that do not fit.
         """
         from mmhooks.heads.hub import read_pretrained
 
@@ -271,7 +273,7 @@ class Head(nn.Module):
             source, inside=subfolder, revision=revision, cache_dir=cache_dir, token=token, options=options
         )
         if not isinstance(head, cls):
-            raise MMHooksError(f"{source} holds a {type(head).__name__}, not a {cls.__name__}")
+            raise MMHooksError(f"{source}: expected a {cls.__name__}, got a {type(head).__name__}")
         return head.to(device)
 
     def push_to_hub(
@@ -285,10 +287,10 @@ class Head(nn.Module):
         message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Publishes the head as ``owner/name`` with a model card; returns the address of the commit.
+        """Publishes the head as ``owner/name`` with a model card; returns the URL of the commit.
 
         Raises:
-            MMHooksError: a bad name, no token or no network; the Hub's own words are in the message.
+            MMHooksError: an invalid name, no token or no network; the message includes the Hub's own.
         """
         from mmhooks.heads.hub import push
 
@@ -308,7 +310,7 @@ class Head(nn.Module):
 
 
 def load_head_dir(path: str | Path, *, device: str | torch.device = "cpu") -> Head:
-    """The head, of whatever kind, that :meth:`Head.save` wrote into the directory ``path``; in fp32.
+    """The head of any kind that :meth:`Head.save` wrote into the directory ``path``, in fp32.
 
     >>> import tempfile; from mmhooks.heads import TopKSAE, load_head_dir
     >>> sae = TopKSAE(8, 32, 4)
@@ -320,14 +322,14 @@ def load_head_dir(path: str | Path, *, device: str | torch.device = "cpu") -> He
     where = path / CONFIG
     if about.get("kind") not in KINDS:
         raise MMHooksError(
-            f"{where}: unknown kind of head {about.get('kind')!r}; known: {', '.join(sorted(KINDS))}"
+            f"{where}: expected a kind of head among {', '.join(sorted(KINDS))}, got {about.get('kind')!r}"
         )
     if isinstance(about.get("format"), int) and about["format"] > FORMAT:
         raise MMHooksError(
-            f"{where} has format {about['format']}, this mmhooks reads up to {FORMAT}; upgrade it"
+            f"{where}: expected a format up to {FORMAT}, got {about['format']}; upgrade mmhooks"
         )
     check_about(about, where)
-    head = unfilled(about["kind"], about["config"], where, name=about.get("name"))
+    head = build_without_weights(about["kind"], about["config"], where, name=about.get("name"))
     check_fit(head, state, str(path / WEIGHTS))
     if fault is not None:
         raise DamagedFile(fault)
@@ -339,26 +341,26 @@ def load_head_dir(path: str | Path, *, device: str | torch.device = "cpu") -> He
 
 
 def _check_id(head: Head, about: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
-    """Of a file of before digests were kept: its id knows the weights to half precision."""
+    """Checks a file written before digests were stored by its id, which covers the weights in half precision."""
     for where, said in ((CONFIG, about.get("id")), (WEIGHTS, metadata_of(path / WEIGHTS).get("id"))):
         if said is not None and said != head.id:
             raise DamagedFile(
-                f"{path} is not the head that was saved: {where} says {said}, its weights and configuration make "
-                f"{head.id}; fetch it again, or save it again with head.save(path)"
+                f"{path} is not the head that was saved: {where} says {said}, but its weights and configuration have the "
+                f"id {head.id}; download it again, or save it again with head.save(path)"
             )
     if any(t.dtype != torch.float16 for t in state.values()):
         warnings.warn(
-            f"{path} was saved before heads kept digests: its weights were checked to half precision only. Save it "
-            "again to have every bit checked",
+            f"{path} was saved before heads stored digests: its weights were verified in half precision only. Save it "
+            "again to have every bit verified",
             stacklevel=3,
         )
 
 
-def unfilled(kind: str, config: dict[str, Any], where: str | Path, **options: Any) -> Head:
-    """A head without numbers (on torch's meta device), whose shapes cost nothing.
+def build_without_weights(kind: str, config: dict[str, Any], where: str | Path, **options: Any) -> Head:
+    """A head on torch's meta device, with shapes but without allocated weights.
 
     Raises:
-        DamagedFile: ``config`` is not what a head of this kind is made with.
+        DamagedFile: ``config`` does not fit a head of this kind.
     """
     faults = [f"{name} must be {_FIELDS[name][0]}, got {value!r}" for name, value in config.items()
               if name in _FIELDS and not _FIELDS[name][1](value)]  # fmt: skip
@@ -376,17 +378,17 @@ def unfilled(kind: str, config: dict[str, Any], where: str | Path, **options: An
     raise DamagedFile(f"{where} does not describe a {kind} head: {'; '.join(sorted(faults))}")
 
 
-def _whole(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _levels(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(_whole(v) for v in value))
+def _is_list_of_levels(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(_is_positive_int(v) for v in value))
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("d_in", "n_features", "k", "hidden"), ("a whole number from 1 on", _whole)),
-    **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _levels)),
+    **dict.fromkeys(("d_in", "n_features", "k", "hidden"), ("a whole number from 1 on", _is_positive_int)),
+    **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _is_list_of_levels)),
     "normalize_input": ('true, false or "layer_norm"', lambda v: isinstance(v, bool) or v == "layer_norm"),
     "decoder": ("true or false", lambda v: isinstance(v, bool)),
     "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),

@@ -1,4 +1,4 @@
-"""Heads on the Hugging Face Hub: fetched in any format that is read, published in ours or SAELens's."""
+"""Heads on the Hugging Face Hub: downloaded in any supported format, published in ours or SAELens's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mmhooks.heads.base import Head
 from mmhooks.heads.formats import Options, read_head, save_saelens
 from mmhooks.utils.assets import ASSETS, EMBEDDED
 from mmhooks.utils.escape import markdown
+from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,10 @@ WANTED = ("*.json", "*.safetensors", "*.pt", "*.pth")
 
 def fetch(repo: str, *, inside: str | None = None, revision: str | None = None, cache_dir: str | Path | None = None,
           token: str | bool | None = None) -> Path:  # fmt: skip
-    """The local path of a repository's heads, downloaded where it is not cached.
+    """The local path of a repository's heads, downloaded unless cached.
 
     Args:
-        inside: a folder or a file of the repository; only it (and the JSON files beside it) is fetched.
+        inside: a folder or a file of the repository; only it (and the JSON files beside it) is downloaded.
 
     Raises:
         MissingWeights: no such repository, no network and nothing cached, or nothing at ``inside``.
@@ -46,13 +47,14 @@ def fetch(repo: str, *, inside: str | None = None, revision: str | None = None, 
         )
     except Exception as error:
         raise MissingWeights(
-            f"the Hub did not give {repo!r}" + (f" at {revision!r}" if revision else "")
-            + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            "Without network only what was downloaded before can be loaded; else give the path of a local copy"
+            f"{repo!r}" + (f" at {revision!r}" if revision else "")
+            + f" could not be downloaded from the Hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+            "Without network only cached repositories can be loaded; otherwise give the path of a local copy"
         ) from error  # fmt: skip
     path = Path(root) / inside if inside else Path(root)
     if not path.exists():
-        raise MissingWeights(f"{repo!r} has nothing at {inside!r}")
+        raise MissingWeights(f"{repo!r} contains no {inside!r}")
     return path
 
 
@@ -65,7 +67,7 @@ def read_pretrained(
     token: str | bool | None,
     options: dict[str, Any],
 ) -> Head:
-    """The head of :meth:`Head.from_pretrained`, of whatever class: from a folder where there is one, else fetched."""
+    """Implements :meth:`Head.from_pretrained` for any class: reads a local path if it exists, else downloads."""
     path = Path(source)
     if path.exists():
         path = path / inside if inside else path
@@ -77,25 +79,25 @@ def read_pretrained(
 def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhooks", "saelens"] = "mmhooks",
          dtype: Literal["fp32", "fp16"] = "fp16", inside: str | None = None, message: str | None = None,
          token: str | bool | None = None) -> str:  # fmt: skip
-    """Publishes ``head`` as the repository ``owner/name`` and returns the address of the commit.
+    """Publishes ``head`` as the repository ``owner/name`` and returns the URL of the commit.
 
     Args:
         format: ours, or SAELens's (always fp32).
-        inside: folder of the repository to write into, for several heads in one.
+        inside: folder of the repository to write to, for several heads in one.
 
     Raises:
-        MMHooksError: a name that is no ``owner/name``, no token, no network: the Hub's own words are kept.
+        MMHooksError: a name other than ``owner/name``, no token, no network; the message includes the Hub's own.
     """
     from huggingface_hub import HfApi
 
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise MMHooksError(f"a repository is named owner/name, came {repo!r}")
+        raise MMHooksError(f"expected a repository as owner/name, got {repo!r}")
     with tempfile.TemporaryDirectory() as folder:
         if format == "saelens":
             save_saelens(head, folder)
         else:
             head.save(folder, dtype=dtype)
-        (Path(folder) / "README.md").write_text(card(head, repo, format, inside))
+        write_text(Path(folder) / "README.md", card(head, repo, format, inside))
         try:
             api = HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
@@ -104,14 +106,14 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
             )  # fmt: skip
         except Exception as error:
             raise MMHooksError(
-                f"{repo!r} could not be written to the Hub ({type(error).__name__}: {error}); a token with write "
-                "access is needed (huggingface-cli login, or token=), and network. head.save(path) keeps it locally"
+                f"{repo!r} could not be uploaded to the Hub ({type(error).__name__}: {error}); it needs network and a "
+                "token with write access (huggingface-cli login, or token=). head.save(path) saves it locally"
             ) from error
     return str(getattr(done, "commit_url", done))
 
 
 def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
-    """The model card: what it is, how it is loaded, and what ``head.info`` says of its training."""
+    """The model card: what the head is, how to load it, and the training facts in ``head.info``."""
     facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
         k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
     }
@@ -132,7 +134,7 @@ def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
 
 
 def _in_saelens(head: Head, repo: str, inside: str | None) -> str:
-    """How SAELens loads what was published; it normalises as the head does."""
+    """Code that loads the published head in SAELens."""
     sae_id = inside or "."
     return (
         "```python\nfrom huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\n"
@@ -157,14 +159,14 @@ def load_head(
 
     Args:
         source: name, path, or ``owner/name`` on the Hub.
-        subfolder: folder or file inside it, where it holds several heads.
+        subfolder: folder or file inside it, if it contains several heads.
         revision, cache_dir: of the Hub's copy.
-        options: ``token`` of the Hub, and what a foreign file leaves open: ``name``, ``normalize_input`` (give raw
-            vectors unit norm first), ``kind``, ``k``, ``threshold``.
+        options: ``token`` of the Hub, and what a file of another library does not specify: ``name``,
+            ``normalize_input`` (give raw vectors unit norm first), ``kind``, ``k``, ``threshold``.
 
     Raises:
-        MissingWeights: nothing there; the message lists what was found and what is understood.
-        MMHooksError: a known format whose contents do not fit; an option that is not known, or not of use there.
+        MissingWeights: no head there; the message lists the files found and the supported formats.
+        MMHooksError: a known format whose contents do not fit; an unknown or inapplicable option.
 
     >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
     (256, 1024)
@@ -175,19 +177,17 @@ def load_head(
     known = [*(f.name for f in fields(Options)), "token"]
     unknown = sorted(options.keys() - set(known))
     if unknown:
-        raise MMHooksError(
-            f"load_head takes no {', '.join(unknown)}; beside a source it knows {', '.join(known)}"
-        )
+        raise MMHooksError(f"load_head: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
     embedded = str(source) in embedded_heads()
     path = ASSETS / source if embedded else Path(source)
     if revision is not None and path.exists():
         raise MMHooksError(
-            f"{source} is on this machine, which has no revisions: expected no revision=, got {revision!r}; "
+            f"{source} is a local path, which has no revisions: expected no revision=, got {revision!r}; "
             "leave it out, or name a repository of the Hub"
         )
     if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
         raise MissingWeights(
-            f"no head at {str(source)!r}: embedded are {', '.join(embedded_heads())}; else give the path of a "
+            f"no head at {str(source)!r}: embedded heads are {', '.join(embedded_heads())}; otherwise give the path of a "
             "directory or file of weights, or a Hub id owner/name"
         )
     return Head.from_pretrained(

@@ -1,9 +1,8 @@
-"""Centres of point clouds and directions: the geometry that heads are initialised and constrained with.
+"""Linear algebra for initialising and constraining heads: centres, variances, unit rows, least-squares maps.
 
-Rows that stay on the unit sphere take two passes in an optimiser step, in place and in cache. Written with whole
-matrices, each pass makes temporaries of the matrix's size, and fresh memory costs a page fault every 4 KiB: at
-n = 16,384 and d = 512 that was a quarter of a training step. A block of rows at a time fits the cache, and nothing is
-allocated that the allocator would not have at hand.
+Keeping rows on the unit sphere takes two passes per optimiser step, done in place and in cache. On whole matrices each
+pass would create temporaries of the matrix's size, and fresh memory costs a page fault every 4 KiB: at n = 16,384 and
+d = 512 that was a quarter of a training step. A block of rows at a time fits the cache and reuses small allocations.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from mmhooks.heads.vectors import Rows
 
 
 def geometric_median(x: Float[Tensor, "n d"], *, steps: int = 100, tol: float = 1e-6) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances to the rows of ``x`` (Weiszfeld's iteration).
+    """The point that minimises the sum of distances to the rows of ``x`` (Weiszfeld's iteration).
 
     >>> geometric_median(torch.tensor([[0.0], [1.0], [100.0]])).round().tolist()
     [1.0]
@@ -36,13 +35,13 @@ def geometric_median(x: Float[Tensor, "n d"], *, steps: int = 100, tol: float = 
     return centre.float()
 
 
-def unit_rows(w: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of unit norm; a row of zeros stays zero."""
+def to_unit(w: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows scaled to unit norm; a row of zeros stays zero. Differentiable; :func:`to_unit_` works in place."""
     return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
 
 
 def total_variance(x: Rows) -> float:
-    """Mean squared distance of the rows to their mean: FVU's denominator, per row."""
+    """Mean squared distance of the rows to their mean: the denominator of FVU, per row."""
     centre = mean_row(x)
     sums = ((chunk.double() - centre).square().sum() for chunk in x.split(16384))
     return float(sum(sums, torch.zeros((), dtype=torch.float64))) / len(x)
@@ -59,8 +58,8 @@ def ridge_map(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, " d"]]:
     """Weight and bias of the least-squares map ``f -> x``, from batches ``(f [b n], x [b d])``, in one pass.
 
-    ``ridge`` is a share of the mean variance of the columns of ``f``; the bias is not penalised. Sums are kept
-    in double precision.
+    ``ridge`` is a fraction of the mean variance of the columns of ``f``; the bias is not penalised. Sums are
+    accumulated in double precision.
 
     >>> f = torch.tensor([[0.0], [1.0], [2.0]])
     >>> weight, bias = ridge_map([(f, 3 * f + 1)], ridge=0.0)
@@ -76,7 +75,7 @@ def ridge_map(
     assert isinstance(gram, Tensor) and isinstance(f_sum, Tensor) and isinstance(x_sum, Tensor)
     gram = gram - torch.outer(f_sum, f_sum) / rows
     cross = cross - torch.outer(f_sum, x_sum) / rows
-    # A column that never varies has an empty row in the Gram matrix: this floor keeps it solvable, and its map 0.
+    # A constant column has a zero row in the Gram matrix: this floor keeps it solvable, with map 0.
     floor = gram.diagonal().mean() * max(ridge, 1e-12) + torch.finfo(torch.float64).tiny
     gram.diagonal().add_(floor)
     weight = torch.linalg.solve(gram, cross)
@@ -98,12 +97,12 @@ def effective_rank(f: Float[Tensor, "rows n"]) -> float:
     return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 
-_AT_ONCE = 1 << 17  # numbers in a block on a CPU: half a megabyte
+_BLOCK_NUMEL = 1 << 17  # numbers in a block on a CPU: half a megabyte
 
 
 @torch.no_grad()
 def project_out_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> None:
-    """Takes the part along each row off ``gradient``: what is left moves unit rows over the sphere, not off it.
+    """Removes from ``gradient`` its component along each row, so that a step moves unit rows along the sphere.
 
     >>> g, w = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
     >>> project_out_(g, w); g
@@ -131,4 +130,4 @@ def to_unit_(rows: Float[Tensor, "n d"]) -> None:
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:
     matrix = matrix.detach()
     whole = matrix.device.type != "cpu"
-    yield from (matrix,) if whole else matrix.split(max(1, _AT_ONCE // max(1, matrix.shape[1])))
+    yield from (matrix,) if whole else matrix.split(max(1, _BLOCK_NUMEL // max(1, matrix.shape[1])))

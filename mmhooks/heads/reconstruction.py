@@ -1,4 +1,4 @@
-"""How much of a vector survives a head: FVU, cosine, L0, dead and rare features (methods.md, section 3)."""
+"""Reconstruction quality of a head: FVU, cosine, L0, dead and rare features (methods.md, section 3)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.vectors import Rows
+from mmhooks.utils.files import write_text
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """What :func:`fidelity` measured on ``n`` vectors. ``fvu`` and ``cosine`` are NaN without a decoder.
+class Reconstruction:
+    """The result of :func:`reconstruction` on ``n`` vectors. ``fvu`` and ``cosine`` are NaN without a decoder.
 
     Attributes:
         fvu: ``sum |x - x'|^2 / sum |x - mean|^2`` over the whole set.
@@ -42,24 +43,23 @@ class Fidelity:
 
     @property
     def density(self) -> float:
-        """Share of features that a vector activates: ``l0 / n_features``."""
+        """Mean share of features active for a vector: ``l0 / n_features``."""
         return self.l0 / self.n_features
 
     def table(self) -> list[dict[str, Any]]:
-        """One row of the numbers, without the counts."""
+        """One row with all numbers except the counts."""
         return [{k: v for k, v in asdict(self).items() if k != "counts"} | {"density": self.density}]
 
     def save(self, path: str | Path) -> Path:
-        path = Path(path)
-        path.write_text(json.dumps(asdict(self) | {"density": self.density}, indent=1) + "\n")
-        return path
+        """Writes the numbers as JSON, atomically, and returns the path."""
+        return write_text(path, json.dumps(asdict(self) | {"density": self.density}, indent=1) + "\n")
 
 
 class Sums(NamedTuple):
-    """What a set of vectors adds up to; sets that were looked at apart are added with :func:`add`.
+    """Sums over a set of vectors; the sums of disjoint sets are combined by :func:`add`.
 
     Attributes:
-        n: vectors. x_sum: their sum. square: sum of their squares.
+        n: number of vectors. x_sum: their sum. square: sum of their squares.
         error: sum of ``|x - x'|^2``; cosine: sum of ``cos(x, x')``; both 0 without a decoder.
         counts: how often each feature fired.
     """
@@ -81,7 +81,7 @@ class Sums(NamedTuple):
 
     @property
     def fvu(self) -> float:
-        """``sum |x - x'|^2 / sum |x - mean|^2``; NaN for vectors that are all the same."""
+        """``sum |x - x'|^2 / sum |x - mean|^2``; NaN if all vectors are equal."""
         spread = float(self.square) - float(self.x_sum.square().sum()) / float(self.n)
         return float(self.error) / spread if spread > 0 else math.nan
 
@@ -92,7 +92,7 @@ def add(one: Sums, other: Sums) -> Sums:
 
 @torch.no_grad()
 def sums(x: Float[Tensor, "b d"], f: Float[Tensor, "b n"], back: Float[Tensor, "b d"] | None) -> Sums:
-    """The sums of a batch: prepared vectors, their features and what the head makes of them; in double, on the CPU."""
+    """The sums of a batch of prepared vectors, their features and reconstructions; in double, on the CPU."""
     nothing = torch.zeros((), dtype=torch.float64)
     return Sums(
         torch.tensor(len(x)),
@@ -105,23 +105,23 @@ def sums(x: Float[Tensor, "b d"], f: Float[Tensor, "b n"], back: Float[Tensor, "
 
 
 @torch.no_grad()
-def fidelity(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int = 5) -> Fidelity:
-    """Runs ``head`` over raw vectors (given unit norm first where the head expects it), batch by batch.
+def reconstruction(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int = 5) -> Reconstruction:
+    """Runs ``head`` over raw vectors (normalised first if the head expects it), batch by batch.
 
-    Several sets count as one; FVU is per modality, so pass one modality for FVU and both to learn which
-    features fire in neither. ``mm.fidelity`` measures more: :mod:`mmhooks.analysis.measures.fidelity`.
+    Several sets are pooled; FVU is defined per modality, so pass one modality for FVU, and both to find features that
+    fire in neither. ``mm.fidelity`` measures more: :mod:`mmhooks.analysis.measures.fidelity`.
 
     Raises:
-        ShapeMismatch, NotFinite: as :meth:`Head.prepare`. MMHooksError: fewer than two vectors.
+        ShapeMismatch, NotFinite: as in :meth:`Head.prepare`. MMHooksError: fewer than two vectors.
 
     >>> from mmhooks.heads import TopKSAE
     >>> sae = TopKSAE(8, 32, k=4)
-    >>> fidelity(sae, torch.randn(100, 8)).l0 <= 4
+    >>> reconstruction(sae, torch.randn(100, 8)).l0 <= 4
     True
     """
     n = sum(len(part) for part in x)
     if n < 2:
-        raise MMHooksError(f"fidelity needs at least 2 vectors, came {n}")
+        raise MMHooksError(f"expected at least 2 vectors, got {n}")
     device = next(head.parameters()).device
     total: Sums | None = None
     for raw in (b for part in x for b in part.split(batch_size)):
@@ -130,13 +130,13 @@ def fidelity(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int = 5) 
         found = sums(rows, f, head.decode(f) if head.has_decoder else None)
         total = found if total is None else add(total, found)
     assert total is not None
-    return fidelity_of(head, total, rare_below)
+    return reconstruction_of(head, total, rare_below)
 
 
-def fidelity_of(head: Head, total: Sums, rare_below: int = 5) -> Fidelity:
-    """The numbers that follow from the sums."""
+def reconstruction_of(head: Head, total: Sums, rare_below: int = 5) -> Reconstruction:
+    """The result computed from the sums."""
     counts = total.counts
-    return Fidelity(
+    return Reconstruction(
         head=head.id,
         n=int(total.n),
         n_features=head.n_features,

@@ -1,7 +1,7 @@
-"""Where training rows come from: tensors in memory, or a store of activations that stays on disk.
+"""Training rows, from tensors in memory or from a store of activations on disk.
 
-Both become :class:`Vectors`, which gives rows the way the head expects them when they are asked for; so no
-second copy of the data is ever made, and a store larger than memory trains like a tensor.
+Both become :class:`Vectors`, which returns rows normalised as the head expects when they are indexed. So the data is
+never copied as a whole, and a store larger than memory can be trained on like a tensor.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SITES = ("image.embed", "text.embed")
 
 
 class Vectors:
-    """The rows of one modality, in single precision and scaled as ``head`` expects them.
+    """The rows of one modality, in single precision and normalised as ``head`` expects.
 
-    Indexed by a slice or by row numbers; ``split`` goes through all of them in order, as a tensor's does.
+    Indexed by a slice or by row numbers; ``split`` iterates over all rows in order, like a tensor's.
 
     >>> from mmhooks.heads import TopKSAE
     >>> x = Vectors(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), TopKSAE(2, 4, 1), torch.device("cpu"))
@@ -44,7 +44,7 @@ class Vectors:
             on = self.rows.device if isinstance(self.rows, Tensor) else torch.device("cpu")
             which = which.to(on)
         x = self.rows[which].to(self.device, torch.float32)
-        # :func:`check` found every row finite and none of length 0.
+        # check_all_rows has verified that every row is finite and not zero.
         return self.head.scaled(x)[0]
 
     def split(self, size: int) -> Iterator[Float[Tensor, "b d"]]:
@@ -52,12 +52,12 @@ class Vectors:
             yield self[begin : begin + size]
 
     def sample(self, most: int) -> Float[Tensor, "b d"]:
-        """At most twice ``most`` rows, evenly spaced; all of them where there are no more."""
+        """Evenly spaced rows, fewer than twice ``most``; all rows if there are not more."""
         return self[torch.arange(0, len(self), max(1, len(self) // most))]
 
 
-class Chosen:
-    """Some rows of a tensor or of a stored site, fetched when they are asked for."""
+class SelectedRows:
+    """Some rows of a tensor or a stored site, fetched on access."""
 
     def __init__(self, rows: Any, index: Int[Tensor, " m"]) -> None:
         self.rows, self.index = rows, index
@@ -70,8 +70,8 @@ class Chosen:
         return self.rows[self.index[which]]
 
 
-class Positions:
-    """Every position of a stored map ``(n, height, width, d)`` as a row of its own, in order, fetched when asked for."""
+class PositionRows:
+    """Every position of a stored map ``(n, height, width, d)`` as a separate row, in order, fetched on access."""
 
     def __init__(self, rows: Any) -> None:
         self.rows, self.each = rows, prod(rows.shape[1:-1])
@@ -91,17 +91,17 @@ class Positions:
 
 
 Rows = Float[Tensor, "_ d"] | Vectors
-"""What an objective sees of a modality's training data: ``len``, slices, and ``split`` in either case."""
+"""A modality's training data as passed to an objective: both types have ``len``, slices and ``split``."""
 
 
-def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
-    """Image rows and text rows (or None) of a pair of tensors or stored sites, a store, or the directory of one.
+def training_rows(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
+    """Image rows and text rows (or None) from a pair of tensors or stored sites, a store, or the directory of one.
 
-    A store gives the first of ``sites``, and the second where it holds it; of feature maps, every position is a row.
+    From a store: the first of ``sites``, and the second if present; in feature maps, every position is a row.
 
     Raises:
-        MMHooksError: a store and a tensor together, or more than two sites.
-        ShapeMismatch: a site that holds no dense vectors, one a row.
+        MMHooksError: a store together with a tensor, or more than two sites.
+        ShapeMismatch: a site without one dense vector per row.
     """
     if isinstance(data, str | Path):
         from mmhooks.data.store import Store
@@ -110,59 +110,62 @@ def paired(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[A
     if not hasattr(data, "sites"):
         return data, text
     if text is not None:
-        raise MMHooksError("a store holds both modalities: pass text= only beside a tensor, or name sites=")
+        raise MMHooksError("a store contains both modalities: pass text= only with a tensor, or name sites=")
     if not 1 <= len(sites) <= 2:
-        raise MMHooksError(f"one or two sites are trained on, came {list(sites)}")
+        raise MMHooksError(f"expected one or two sites to train on, got {list(sites)}")
     wanted = [sites[0]] + [s for s in sites[1:] if s in data.sites or tuple(sites) != SITES]
     parts = [data[name] for name in wanted]
-    parts = [Positions(p) if getattr(getattr(p, "spec", None), "positions", False) else p for p in parts]
+    parts = [PositionRows(p) if getattr(getattr(p, "spec", None), "positions", False) else p for p in parts]
     for name, rows in zip(wanted, parts, strict=True):
-        if isinstance(rows, Positions):
+        if isinstance(rows, PositionRows):
             continue
         if rows.is_sparse or len(rows.shape) != 2:
             kind = "sparse features" if rows.is_sparse else f"rows of shape {tuple(rows.shape[1:])}"
             raise ShapeMismatch(
-                f"site {name!r} of the store holds {kind}; a head trains on one dense vector a row, as at "
-                f"{SITES[0]!r}"
+                f"site {name!r} of the store: expected one dense vector per row, as at {SITES[0]!r}, got {kind}"
             )
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
-def every_tenth(image: Any, text: Any) -> tuple[tuple[Chosen, Chosen | None], tuple[Tensor, Tensor | None]]:
-    """Training pairs, which stay where they are, and held-out pairs, which are read: every tenth pair."""
-    each = image.each if isinstance(image, Positions) else 1  # positions of one image stay on one side
+def hold_out_every_tenth(
+    image: Any, text: Any
+) -> tuple[tuple[SelectedRows, SelectedRows | None], tuple[Tensor, Tensor | None]]:
+    """Splits off every tenth pair: training pairs, which are not read, and held-out pairs, which are."""
+    each = image.each if isinstance(image, PositionRows) else 1  # positions of one image stay on one side
     held = torch.arange(len(image)) // each % 10 == 9
     inside, outside = (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
     return (
-        (Chosen(image, inside), None if text is None else Chosen(text, inside)),
+        (SelectedRows(image, inside), None if text is None else SelectedRows(text, inside)),
         (image[outside].float(), None if text is None else text[outside].float()),
     )
 
 
-def ready(head: Head, image: Any, text: Any, device: torch.device) -> tuple[Vectors, Vectors | None]:
-    """Both modalities as :class:`Vectors`, after one pass over every row.
+def as_vectors(head: Head, image: Any, text: Any, device: torch.device) -> tuple[Vectors, Vectors | None]:
+    """Both modalities as :class:`Vectors`, after checking every row.
 
     Raises:
-        ShapeMismatch: width other than the head's, fewer than two rows, modalities of different length.
+        ShapeMismatch: a width other than the head's, fewer than two rows, modalities of different length.
         NotFinite: NaN, infinity or a row of zeros; says where.
     """
     if text is not None and len(text) != len(image):
-        raise ShapeMismatch(f"image and text are pairs, row by row: came {len(image)} and {len(text)} rows")
+        raise ShapeMismatch(
+            f"expected one row per pair in image and text, got {len(image)} and {len(text)} rows"
+        )
     if len(image) < 2:
-        raise ShapeMismatch(f"training needs at least 2 pairs, came {len(image)}")
+        raise ShapeMismatch(f"expected at least 2 training pairs, got {len(image)}")
     parts: list[Vectors | None] = []
     for name, rows in (("image", image), ("text", text)):
         if isinstance(rows, Tensor):
             rows = rows.detach().to(device)
         if rows is not None:
-            check(head, rows, name)
+            check_all_rows(head, rows, name)
         parts.append(None if rows is None else Vectors(rows, head, device))
     assert parts[0] is not None
     return parts[0], parts[1]
 
 
-def check(head: Head, rows: Any, name: str, step: int = 16384) -> None:
-    """Every row through :meth:`Head.prepare`, a few at a time."""
+def check_all_rows(head: Head, rows: Any, name: str, step: int = 16384) -> None:
+    """Passes every row through :meth:`Head.prepare`, in chunks."""
     for begin in range(0, len(rows), step):
         try:
             head.prepare(rows[begin : begin + step].to(torch.float32))

@@ -1,4 +1,4 @@
-"""Weights that a head is given, checked: names, shapes, and numbers that are finite."""
+"""Checked loading of a head's weights: names, shapes, and finite values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmhooks.errors import DamagedFile, NotFinite
 
 
 def check_fit(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raises where ``state`` has not the names and shapes of ``head``, naming them; nothing is allocated."""
+    """Raises DamagedFile if names or shapes in ``state`` differ from those of ``head``; allocates nothing."""
     own = head.state_dict()
     faults = [f"missing {k}" for k in own.keys() - state.keys()]
     faults += [f"unexpected {k}" for k in state.keys() - own.keys()]
@@ -30,14 +30,14 @@ def check_fit(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
 
 
 def load_strictly(head: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Gives ``head`` the numbers in ``state``, by copies of its own dtype; also where it has none (``unfilled``).
+    """Copies the values of ``state`` into ``head``, in its own dtype; also into one of ``build_without_weights``.
 
     Raises:
-        DamagedFile: a missing, surplus or misshapen tensor. NotFinite: NaN or infinity in a weight; names it.
+        DamagedFile: a missing, unexpected or misshapen tensor. NotFinite: NaN or infinity in a weight; names it.
     """
     check_fit(head, state, where)
     for name, value in state.items():
-        # A BatchTopK threshold is NaN until it is known; a JumpReLU one of zero has the logarithm -infinity.
+        # A BatchTopK threshold is NaN until it is set; a JumpReLU threshold of zero has the logarithm -infinity.
         bad = (
             ~value.isfinite()
             if name not in ("threshold", "threshold_log")
@@ -45,18 +45,22 @@ def load_strictly(head: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         )
         if bool(bad.any()):
             raise NotFinite(
-                f"{where}: {int(bad.sum())} of {value.numel()} numbers of {name} are NaN or infinite: a training that "
-                "went wrong, or a damaged file; fetch or train it again"
+                f"{where}: {int(bad.sum())} of {value.numel()} values of {name} are NaN or infinite: a failed training "
+                "run or a damaged file; download or train it again"
             )
     own = head.state_dict()
     copies = {k: v.to(own[k].dtype, copy=True) for k, v in state.items()}
-    # Elsewhere in place: an optimiser may hold the parameters.
+    # In place unless the head is on the meta device: an optimiser may hold the parameters.
     head.load_state_dict(copies, assign=any(t.is_meta for t in own.values()))
 
 
-def check_finite(x: Tensor, what: str) -> None:
-    """Raises :class:`NotFinite` with the number of bad rows and the first of them."""
-    # The sum is finite for ordinary data and costs one pass without a temporary of x's size.
+def check_finite_rows(x: Tensor, what: str) -> None:
+    """Raises :class:`NotFinite` for vectors ``[*b d]`` with the number of bad rows and the first of them.
+
+    Faster than :func:`mmhooks.analysis.inputs.checks.check_finite`, which names rows and columns of a table: training
+    calls it for every batch.
+    """
+    # The sum is finite for ordinary data, and needs one pass without a temporary of x's size.
     if bool(torch.isfinite(x.sum())):
         return
     bad = ~torch.isfinite(x).reshape(-1, x.shape[-1]).all(dim=-1)
@@ -64,5 +68,5 @@ def check_finite(x: Tensor, what: str) -> None:
         first = int(bad.nonzero()[0])
         raise NotFinite(
             f"{what}: NaN or infinity in {int(bad.sum())} of {bad.numel()} rows, the first is row {first}; "
-            "drop these rows or look at what made them"
+            "drop these rows or find what produced them"
         )

@@ -1,9 +1,10 @@
-"""Attention with its insides in the open: ``q, k, v, pattern, z, head_out``.
+"""Explicit attention that exposes its intermediate values: ``q, k, v, pattern, z, head_out``.
 
 Layouts are TransformerLens's: ``q, k, v, z [batch token head d_head]``, ``pattern [batch head query key]``,
-``head_out [batch token head d]`` with ``head_out.sum(head) + bias`` the attention's output. torch hands the weights of
-``nn.MultiheadAttention`` to one fused function, so no module owns these places; :func:`multihead_forward` repeats it.
-Fused and explicit path differ by rounding (below 1e-6 in fp32), so contexts that only read get the fused output.
+``head_out [batch token head d]``, where ``head_out.sum(head) + bias`` is the attention's output. torch passes the weights
+of ``nn.MultiheadAttention`` to one fused function, so no module owns these values; :func:`multihead_forward` recomputes
+them. The fused and the explicit path differ by rounding (below 1e-6 in fp32), so contexts that only read get the fused
+output.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.hooks.taps import Emit
 
 LEAVES = ("q", "k", "v", "pattern", "z", "head_out")
-SCORES = LEAVES[:4]  # what softmax attention reads and makes; z and head_out are the output projection's
+SCORES = LEAVES[:4]  # inputs and pattern of softmax attention; z and head_out belong to the output projection
 
 
 def multihead_forward(
@@ -38,7 +39,7 @@ def multihead_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``nn.MultiheadAttention.forward``, emitting its insides."""
+    """``nn.MultiheadAttention.forward``, emitting its intermediate values."""
     if module.batch_first:
         same = query is key and key is value
         query = query.transpose(0, 1)
@@ -84,7 +85,7 @@ def multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.nn.functional.multi_head_attention_forward``, emitting its insides: the weights are those it is given."""
+    """``torch.nn.functional.multi_head_attention_forward`` on the weights it is given, emitting intermediate values."""
     if (
         bias_k is not None
         or bias_v is not None
@@ -93,8 +94,8 @@ def multihead(
         or static_v is not None
     ):
         raise MMHooksError(
-            "expected attention over the tokens alone, got nn.MultiheadAttention with bias_k, bias_v, add_zero_attn or "
-            "static keys: its insides are not known here; hook the module itself by its native path"
+            "expected attention over the tokens only, got nn.MultiheadAttention with bias_k, bias_v, add_zero_attn or "
+            "static keys, whose intermediate values are not supported; hook the module itself by its native path"
         )  # fmt: skip
     same = query is key and key is value
     query, key, value = (t.transpose(0, 1) for t in (query, key, value))
@@ -139,12 +140,12 @@ def attend(
 ) -> tuple[Float[Tensor, "b h lq e"], Tensor | None]:
     """torch's ``scaled_dot_product_attention``, emitting ``q, k, v`` and ``pattern`` where wanted.
 
-    The pattern is computed beside the fused attention and takes its place only where it was edited, or where
-    gradients are asked of it: so what only reads changes no bit.
+    The pattern is computed beside the fused attention and replaces it only if it was edited or gradients are needed
+    through it, so reading changes no bit of the output.
 
     Args:
-        attn_mask: as torch takes it here: added, or bool, where True keeps.
-        weights: give the pattern back too.
+        attn_mask: as torch takes it here: additive, or bool, where True keeps.
+        weights: also return the pattern.
     """
     q, k, v = (by_token(emit, want, leaf, t) for leaf, t in (("q", query), ("k", key), ("v", value)))
     pattern = None
@@ -164,7 +165,7 @@ def attend(
 
 
 def by_token(emit: Emit, want: Mapping[str, Any], leaf: str, given: Tensor) -> Tensor:
-    """``[b h l e]`` shown as ``[b l h e]``; the very tensor again where nothing changed, so that its layout stays."""
+    """Emits ``[b h l e]`` as ``[b l h e]``; returns the same tensor if nothing changed, which preserves its layout."""
     if leaf not in want:
         return given
     shown = given.transpose(1, 2)
@@ -179,7 +180,7 @@ def softmax_scores(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "b h lq lk"]:
-    """The pattern of ``scaled_dot_product_attention``; a query that may look at no key has zeros, as it has there."""
+    """The pattern of ``scaled_dot_product_attention``, with its zeros for a query that may attend to no key."""
     scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.transpose(-1, -2)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -187,7 +188,7 @@ def softmax_scores(
         return scores.softmax(dim=-1)
     keeps = mask.dtype == torch.bool
     scores = scores.masked_fill(~mask, float("-inf")) if keeps else scores + mask
-    # Softmax over nothing is NaN: left padding makes such rows.
+    # Softmax over no keys is NaN; left padding creates such rows.
     blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
 
@@ -207,12 +208,12 @@ def project(
 
 
 def split_by_head(z: Float[Tensor, "*b h e"], weight: Float[Tensor, "d he"]) -> Float[Tensor, "*b h d"]:
-    """What every attention head adds to a linear projection."""
+    """The contribution of each attention head to a linear projection's output."""
     return torch.einsum("...he,dhe->...hd", z, weight.unflatten(-1, z.shape[-2:]))
 
 
 def _additive(mask: Tensor | None, q: Tensor, heads: int) -> Any:
-    """Masks as nn.MultiheadAttention takes them (bool: True hides; ``[lq lk]`` or ``[b*h lq lk]``), made additive."""
+    """A mask of nn.MultiheadAttention (bool: True hides; ``[lq lk]`` or ``[b*h lq lk]``) in additive form."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Activations by site name, as they flowed on: after all edits."""
+"""The cache of activations by site name, recorded after all edits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def recomputes() -> bool:
-    """Whether a checkpoint runs a block again in a backward pass: what flows there is kept already."""
+    """Whether activation checkpointing is recomputing a block in a backward pass: its values are cached already."""
     return torch._C._current_graph_task_id() != -1
 
 
 class ActivationCache(Mapping[str, Tensor]):
     """What ``run_with_cache`` returns: a read-only mapping from site name to tensor.
 
-    Holds what was asked and never the model. A site that runs several times keeps its last value.
+    Holds the requested tensors and no reference to the model. A site that runs several times keeps its last value.
 
     Args:
-        device, dtype: where and as what to keep the tensors (floating-point ones); default as they came.
-        detach: cut the graph. ``False`` keeps it, and :meth:`grad` gives what a backward pass brings.
-        tokens: keep only these positions, where a site has tokens.
-        copy: keep copies, for models that write into their activations.
+        device, dtype: where to keep the tensors, and the type of floating-point ones; unchanged by default.
+        detach: cut the graph. ``False`` keeps it, and :meth:`grad` returns the gradient after a backward pass.
+        tokens: keep only these positions, at sites with tokens.
+        copy: keep copies, for models that modify their activations in place.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class ActivationCache(Mapping[str, Tensor]):
     ) -> None:
         self._values: dict[str, Tensor] = {}
         self._gradients: dict[str, Any] = {}  # of values with a graph
-        self._whole: dict[str, tuple[int, ...]] = {}  # shapes before tokens= cut them
-        self.repeated: dict[str, None] = {}  # sites that ran again: the cache holds their last value
+        self._full_shapes: dict[str, tuple[int, ...]] = {}  # before tokens= selected positions
+        self.repeated: dict[str, None] = {}  # sites that ran more than once: the cache holds their last value
         self._device, self._dtype, self._detach, self._copy = device, dtype, detach, copy
         self._tokens = chosen_tokens(tokens)
 
@@ -63,13 +63,12 @@ class ActivationCache(Mapping[str, Tensor]):
     # -- filling ---------------------------------------------------------------------------------------
 
     def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
-        """The function that keeps a value under ``name``, marks ``binding`` as fired and gives the value back.
+        """Returns the function that stores a value under ``name``, marks ``binding`` as fired and returns the value.
 
-        ``axis`` is the site's dimension of tokens, None where it has none.
-
-        A cache that keeps values as they come gets one flat function: every capture pays for its length.
+        ``axis`` is the site's token dimension, None if it has none. A cache that stores values unchanged gets a minimal
+        function, since it runs at every capture.
         """
-        runs = 0  # 0, 1, or 2 for more; of this recorder: two patterns that name one site are two
+        runs = 0  # 0, 1, or 2 for more; per recorder: two patterns that match one site have two recorders
         repeated = self.repeated
         if not self._plain:
 
@@ -90,7 +89,7 @@ class ActivationCache(Mapping[str, Tensor]):
         def keep(value: Tensor) -> Tensor:
             nonlocal runs
             binding.fired = True
-            if runs < 2:  # flat, and nothing but this comparison from the third run on
+            if runs < 2:  # inlined, and only this comparison from the third run on
                 if runs == 0:
                     runs = 1
                 elif not recomputes():
@@ -102,10 +101,10 @@ class ActivationCache(Mapping[str, Tensor]):
         return keep
 
     def store(self, name: str, value: Tensor, axis: int | None, rows: slice | None = None) -> None:
-        """Keeps ``value``, or some of its rows, under ``name``; and its gradient, when one comes.
+        """Stores ``value``, or some of its rows, under ``name``, and later its gradient if there is one.
 
         Raises:
-            ShapeMismatch: a mask of tokens that differs from row to row.
+            ShapeMismatch: a token mask that differs between rows.
         """
         value = value.detach() if self._detach else value
         chosen = None
@@ -113,10 +112,10 @@ class ActivationCache(Mapping[str, Tensor]):
             mask = token_mask(self._tokens, value, axis, name)
             if mask.shape[0] > 1:
                 raise ShapeMismatch(
-                    "a cache keeps the same tokens of every row; use one mask [L], not [batch, L]"
+                    f"{name!r}: a cache keeps the same tokens of every row: expected a mask [L], got one [batch, L]"
                 )
             chosen = mask.flatten().nonzero().flatten()
-            self._whole[name] = tuple(value.shape if rows is None else value[rows].shape)
+            self._full_shapes[name] = tuple(value.shape if rows is None else value[rows].shape)
 
         def keep(whole: Tensor) -> Tensor:
             kept = whole if rows is None else whole[rows]
@@ -130,8 +129,8 @@ class ActivationCache(Mapping[str, Tensor]):
             self._gradients[name] = _Gradient(value, keep)
         kept = keep(value)
         if kept is value and value.requires_grad:
-            value.retain_grad()  # cache[name].grad, as of any tensor
-        shared = kept is value or (rows is not None and chosen is None)  # some rows are a view
+            value.retain_grad()  # so that cache[name].grad works as for any tensor
+        shared = kept is value or (rows is not None and chosen is None)  # a slice of rows is a view
         self._values[name] = kept.clone() if self._copy and shared else kept
 
     # -- reading ---------------------------------------------------------------------------------------
@@ -156,30 +155,30 @@ class ActivationCache(Mapping[str, Tensor]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes at the sites, with all of their tokens."""
-        return {name: self._whole.get(name, tuple(value.shape)) for name, value in self._values.items()}
+        """Shapes at the sites, counting all tokens."""
+        return {name: self._full_shapes.get(name, tuple(value.shape)) for name, value in self._values.items()}
 
     def select(self, pattern: Pattern) -> ActivationCache:
-        """The sites that a glob or predicate selects, without copying."""
+        """A cache of the sites that a glob or predicate selects, without copying."""
         names = match(pattern, self._values)
         if not names:
             raise UnknownSite(str(pattern), self._values, where="this cache")
         return self._with({name: self._values[name] for name in names})
 
     def half(self, index: int) -> ActivationCache:
-        """The first or second half of the rows, without copying: of a guided run, one of its prompts."""
+        """The first or second half of the rows, without copying: in a guided run, one of its two prompts."""
         new = self._with({name: value.chunk(2)[index] for name, value in self._values.items()})
         new._gradients = {name: gradient.half(index) for name, gradient in new._gradients.items()}
         return new
 
     def take_gradients(self, other: ActivationCache) -> None:
-        """The gradients of values that this cache has from another one."""
+        """Takes over the gradients of the values that this cache shares with another one."""
         for name, gradient in other._gradients.items():
             if self._values.get(name) is other._values[name]:
                 self._gradients[name] = gradient
 
     def stack(self, pattern: Pattern) -> Float[Tensor, "sites ..."]:
-        """Tensors of one shape, stacked: ``cache.stack("image.blocks.*.resid_post")``."""
+        """Stacks tensors of equal shape: ``cache.stack("image.blocks.*.resid_post")``."""
         chosen = self.select(pattern)
         shapes = {tuple(t.shape) for t in chosen.values()}
         if len(shapes) > 1:
@@ -191,7 +190,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ActivationCache:
-        """A cache of the same tensors elsewhere, or in another precision; the model does not move."""
+        """A cache of the same tensors on another device or in another dtype; the model stays where it is."""
         return self._with(
             {
                 name: t.to(device=device or t.device, dtype=dtype if t.is_floating_point() else None)
@@ -200,11 +199,11 @@ class ActivationCache(Mapping[str, Tensor]):
         )
 
     def grad(self, name: str) -> Tensor:
-        """The gradient at a site after ``backward()``, cut and moved as the value is; several passes add up.
+        """The gradient at a site after ``backward()``, with the value's tokens, device and dtype; several passes add up.
 
         Raises:
-            UnknownSite: a site that was not kept.
-            MMHooksError: a cache made with ``detach=True``, a value without a graph, or no gradient so far.
+            UnknownSite: a site that was not cached.
+            MMHooksError: a cache made with ``detach=True``, a value without a graph, or no gradient yet.
 
         >>> import mmhooks as mm, torch
         >>> model = mm.load("mini")
@@ -216,23 +215,23 @@ class ActivationCache(Mapping[str, Tensor]):
         value, gradient = self[name], self._gradients.get(name)
         if self._detach:
             raise MMHooksError(
-                f"no gradient at {name!r}: this cache cut its values off from the graph; make it with detach=False"
+                f"no gradient at {name!r}: this cache detached its values from the graph; make it with detach=False"
             )
         if gradient is None:
             raise MMHooksError(
-                f"no gradient at {name!r}: its value had no graph when it was kept, under no_grad, in inference mode, in "
-                "a checkpointed block, or because nothing in front of it requires grad; run it in grad mode, with "
+                f"no gradient at {name!r}: its value had no graph when it was cached (no_grad, inference mode, a "
+                "checkpointed block, or nothing before it requires grad); run it in grad mode, with "
                 "inputs.requires_grad_() if the weights are frozen"
             )
         if gradient.total is None:
             raise MMHooksError(
-                f"no gradient has reached {name!r}: call backward() on something that depends on it; an edit or a "
-                "function behind it that puts other values in its place cuts it off"
+                f"no gradient has reached {name!r}: call backward() on something that depends on it; a later edit or "
+                "function that replaces its value cuts it off"
             )
         return gradient.total.to(value.device, value.dtype)
 
     def to_transformer_lens(self, model: Any = None) -> Any:
-        """The same tensors as ``transformer_lens.ActivationCache`` (``model``: what it shall refer to)."""
+        """The same tensors as a ``transformer_lens.ActivationCache``; ``model`` is the model it refers to."""
         from transformer_lens import ActivationCache as TheirCache
 
         return TheirCache(dict(self._values), model)
@@ -245,7 +244,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
 
 class _HalfGradient:
-    """The gradient of half of the rows."""
+    """The gradient of one half of the rows."""
 
     def __init__(self, whole: _Gradient, index: int) -> None:
         self._whole, self._index = whole, index
@@ -256,8 +255,8 @@ class _HalfGradient:
 
 
 class _Gradient:
-    """What backward passes bring to one value. The value flows on as it is: the copy that a cache may keep of it (some
-    of its tokens, another type) lies beside the graph's path, and what writes into the value comes after this."""
+    """Collects the gradient of one value over backward passes. It hooks the value that flows on, since the copy that a
+    cache may keep (some tokens, another dtype) is not on the graph's path, and before anything writes into the value."""
 
     def __init__(self, value: Tensor, keep: Callable[[Tensor], Tensor]) -> None:
         self.total: Tensor | None = None
@@ -269,5 +268,5 @@ class _Gradient:
 
     def _add(self, grad: Tensor) -> None:
         kept = self._keep(grad.detach())
-        # Autograd may hand the same tensor to other branches.
+        # Autograd may pass the same tensor to other branches.
         self.total = kept.clone() if self.total is None else self.total + kept

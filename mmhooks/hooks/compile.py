@@ -1,4 +1,4 @@
-"""From the operations of all open contexts to one program for each place."""
+"""Compiles the operations of all open contexts into one program per place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmhooks.hooks.splice import HeadSite, HeadStep
 
 
 def compile_programs(ops: list[Op]) -> dict[Any, Any]:
-    """Tap -> program, or leaf -> program for taps with several places."""
+    """Maps each tap to its program, or for taps with several places to ``{leaf: program}``."""
     places: dict[tuple[Any, str], list[Op]] = {}
     for op in ops:
         site = op.target.site
@@ -50,7 +50,7 @@ def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
 
 
 def _add_edit(steps: list[Any], op: EditOp) -> None:
-    """Neighbouring edits of one head share a run of it."""
+    """Adjacent edits of one head share a single run of it."""
     last = steps[-1] if steps else None
     if not isinstance(op.target, HeadSite):
         steps.append(FunctionStep(op))
@@ -61,7 +61,7 @@ def _add_edit(steps: list[Any], op: EditOp) -> None:
 
 
 def _add_head_read(steps: list[Any], op: Op) -> None:
-    """Reads of a head see its last run at this place, or one of their own."""
+    """Reads of a head use its last run at this place, or a separate run if there is none."""
     run = next(
         (step for step in reversed(steps) if isinstance(step, HeadStep) and step.fits(op.target)), None
     )
@@ -72,9 +72,9 @@ def _add_head_read(steps: list[Any], op: Op) -> None:
 
 
 def _lone_capture(steps: Sequence[Any], captures: list[Capture]) -> Callable[[Tensor], Tensor] | None:
-    """The commonest program, one cache at one site, is the cache's own function: nothing stands between.
+    """For the most common program, a single cache at a site, the cache's own function, without any wrapper.
 
-    Where a checkpoint recomputes, it stores the same value once more.
+    When checkpointing recomputes a block, it stores the same value a second time.
     """
     if steps or len(captures) != 1 or not captures[0].detached or captures[0].view is not None:
         return None

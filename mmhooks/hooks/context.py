@@ -1,4 +1,4 @@
-"""The one context: opens, owns what it installed, closes, and says what never fired."""
+"""The hook context: installs taps on entry, removes them on exit, and reports edits and hooks that never fired."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mmhooks.hooks.taps import Tap
 
 
 class HookContext:
-    """``with model.hooks(...)``. Resolves its sites on entry, then installs the taps it needs: all of them or none.
+    """``with model.hooks(...)``. Resolves its sites on entry, then installs the taps it needs, all or none.
 
-    Closing removes exactly these, in whatever order contexts close, and also after an exception. It raises
-    :class:`~mmhooks.errors.HookDidNotFire` for edits and hooks that ran nowhere, unless an exception is on its
-    way or ``strict`` is false.
+    Closing removes exactly these, in any order of contexts and also after an exception. It raises
+    :class:`~mmhooks.errors.HookDidNotFire` for edits and hooks that ran at none of their sites, unless an exception is
+    propagating or ``strict`` is false.
 
-    An interrupt may come at any point. Closing first ends what the context does and then removes what it installed;
-    each part is done again where it was interrupted, and what is left even so is removed when the next context
-    opens. A context that is dropped without being closed closes then, like a file.
+    An interrupt may arrive at any point. Closing first deactivates the context and then removes what it installed; an
+    interrupted step is repeated, and anything left over is removed when the next context opens. A context that is
+    garbage-collected without being closed is closed then, like a file.
     """
 
-    _opened: dispatch.Opened | None = None
+    _opened: dispatch.OpenContext | None = None
     _is_clean = False
 
     def __init__(
@@ -36,9 +36,9 @@ class HookContext:
         plan: Callable[[], tuple[list[Op], list[Binding]]],
         *,
         strict: bool,
-        around: Callable[[], Iterable[Tap]] = tuple,
+        extra_taps: Callable[[], Iterable[Tap]] = tuple,
     ) -> None:
-        self._plan, self._strict, self._around = plan, strict, around
+        self._plan, self._strict, self._extra_taps = plan, strict, extra_taps
 
     @property
     def is_open(self) -> bool:
@@ -46,24 +46,27 @@ class HookContext:
 
     def __enter__(self) -> Any:
         if self._opened is not None:
-            raise MMHooksError("this context was entered before; call model.hooks(...) again for another one")
+            raise MMHooksError(
+                "a context can be entered only once; call model.hooks(...) again for a new one"
+            )
         try:
-            around = self._around()
-            # Tensors that a plan makes may be needed in grad mode, wherever the context was opened.
+            extra_taps = self._extra_taps()
+            # Tensors created by a plan may be needed in grad mode later, even if the context opens in inference mode.
             with dispatch.outside_inference_mode():
                 ops, bindings = self._plan()
-            taps = (*around, *(op.target.site.tap for op in ops))
-            self._opened = opened = dispatch.Opened(ops, bindings, taps)
-            # Not __del__, which every context that was closed would run too: Python drops a Ctrl-C that comes in it.
-            opened.watch = ref(self, partial(_dropped, opened))
+            taps = (*extra_taps, *(op.target.site.tap for op in ops))
+            self._opened = opened = dispatch.OpenContext(ops, bindings, taps)
+            # Not __del__, which would also run for closed contexts: Python swallows a Ctrl-C raised in it.
+            opened.watch = ref(self, partial(_close_dropped, opened))
             dispatch.registry.install(opened)
             dispatch.push(opened, compile_programs)
-            return self._gives()
+            return self._entered()
         except BaseException:
             self.close()
             raise
 
-    def _gives(self) -> Any:
+    def _entered(self) -> Any:
+        """What ``with ... as`` binds."""
         return self
 
     def __exit__(
@@ -72,20 +75,20 @@ class HookContext:
         try:
             self.close()
         finally:
-            if not self._is_clean:  # an interrupt broke it off
+            if not self._is_clean:  # an interrupt stopped it halfway
                 self.close()
         if error is None:
             self._closed()
 
     def _closed(self) -> None:
-        """Without an exception on its way: what there is to say."""
+        """Checks after closing, run only if no exception is propagating."""
         if self._strict and self._opened is not None:
             silent = [b for b in self._opened.bindings if not b.fired]
             if silent:
                 raise HookDidNotFire("; ".join(_complaint(b) for b in silent))
 
     def close(self) -> None:
-        """Ends the context and removes what it installed; may be called again."""
+        """Closes the context and removes what it installed; may be called repeatedly."""
         opened = self._opened
         if opened is None:
             return
@@ -93,19 +96,19 @@ class HookContext:
         self._is_clean = True
 
 
-def _end(opened: dispatch.Opened) -> None:
+def _end(opened: dispatch.OpenContext) -> None:
     try:
-        dispatch.shut(opened)
+        dispatch.close_context(opened)
     finally:
         dispatch.registry.release(opened)
     opened.watch = None
 
 
-def _dropped(opened: dispatch.Opened, _: Any) -> None:
+def _close_dropped(opened: dispatch.OpenContext, _: Any) -> None:
     _end(opened)
     warnings.warn(
-        "a context of mmhooks was dropped while it was open, and is closed now; keep it in a variable, or use it in a "
-        "with statement",
+        "an open mmhooks context was garbage-collected and is closed now; keep it in a variable, or use it in a with "
+        "statement",
         ResourceWarning,
         stacklevel=2,
     )
@@ -115,7 +118,7 @@ Cache = TypeVar("Cache")
 
 
 class CacheContext(HookContext, Generic[Cache]):
-    """A context that gives the cache it fills; the shapes of its sites go to ``shapes``."""
+    """A context that returns the cache it fills, and records the shapes of its sites in ``shapes``."""
 
     if TYPE_CHECKING:
 
@@ -128,7 +131,7 @@ class CacheContext(HookContext, Generic[Cache]):
         self._cache: Any = cache
         self._shapes = shapes
 
-    def _gives(self) -> Any:
+    def _entered(self) -> Any:
         return self._cache
 
     def _closed(self) -> None:
@@ -140,8 +143,9 @@ class CacheContext(HookContext, Generic[Cache]):
                 f" and {len(repeated) - 4} more" if len(repeated) > 4 else ""
             )
             warnings.warn(
-                f"{names} ran more than once inside this cache, which holds the last value of each (of generate(): its "
-                "last step). Open one cache for each run, or collect the values with fwd_hooks=; strict=False is silent",
+                f"{names} ran more than once inside this cache, which holds only the last value of each (for generate(), "
+                "the last step). Open one cache per run, or collect the values with fwd_hooks=; strict=False silences "
+                "this",
                 MMHooksWarning,
                 stacklevel=3,
             )

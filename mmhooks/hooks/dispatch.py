@@ -1,7 +1,7 @@
-"""Who sees which edits: the stack of open contexts, bound to the thread or task that opened them.
+"""The stack of open contexts of each thread or task, which determines the edits that a tap applies.
 
-A handle on a module fires for every thread. Its body asks :func:`programs_at`, which looks into a
-``contextvars`` variable: in a thread or task that opened no context there is nothing, and the tensor passes.
+A hook on a module fires in every thread. It asks :func:`programs_at`, which reads a ``contextvars`` variable: in a
+thread or task that opened no context there is no program, and the tensor passes through unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Compile = Callable[[list[Op]], dict[Any, Any]]
 
 @runtime_checkable
 class Tap(Protocol):
-    """What is installed for a context: :class:`mmhooks.hooks.taps.Tap`, which builds on this module."""
+    """The part of :class:`mmhooks.hooks.taps.Tap` that this module needs."""
 
     @property
     def key(self) -> Hashable: ...
@@ -31,50 +31,50 @@ class Tap(Protocol):
     def remove(self) -> None: ...
 
 
-class Opened:
-    """What an open context does and needs. The stack holds this, never the user's context: one that is dropped
-    without being closed can tell."""
+class OpenContext:
+    """The operations and taps of an open context. The stack holds this and not the user's context, so that a context
+    dropped without being closed can be garbage-collected and noticed."""
 
     __slots__ = ("bindings", "is_open", "ops", "taps", "watch")
 
     def __init__(self, ops: list[Op], bindings: list[Binding], taps: Iterable[Tap]) -> None:
         self.ops, self.bindings, self.taps = ops, bindings, dict.fromkeys(taps)
         self.is_open = True
-        self.watch: Any = None  # what notices that the user's context is gone
+        self.watch: Any = None  # weak reference that reports when the user's context is gone
 
 
-_AS_IT_IS = nullcontext()
+_NO_CHANGE = nullcontext()
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
-    """A block whose tensors may be used in grad mode later, wherever it runs; costs nothing outside of that mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+    """A block that creates ordinary tensors even in inference mode; free of cost outside that mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NO_CHANGE
 
 
 class Stack:
-    """Open contexts, outermost first, and the merged program of every tap that they use.
+    """Open contexts, outermost first, and the merged program of every tap they use.
 
-    ``compile`` makes the programs of their operations; the stack knows nothing of what these do.
+    ``compile`` builds the programs from their operations.
     """
 
     __slots__ = ("compile", "contexts", "epoch", "outer", "table")
 
     def __init__(
-        self, contexts: tuple[Opened, ...], epoch: int, compile: Compile, outer: Stack | None = None
+        self, contexts: tuple[OpenContext, ...], epoch: int, compile: Compile, outer: Stack | None = None
     ) -> None:
         self.contexts, self.epoch, self.compile, self.outer = contexts, epoch, compile, outer
-        # Not in inference mode: what is made for a program here may be needed by a forward in grad mode.
+        # Not in inference mode: tensors created for a program may be needed by a forward in grad mode.
         with outside_inference_mode():
             self.table: dict[Any, Any] = compile([op for c in contexts for op in c.ops])
 
 
 class epoch:
-    """Changes whenever a context closes; a stack of another epoch checks whether one of its own was closed."""
+    """Counter that changes whenever a context closes; a stack of an older epoch then drops its closed contexts."""
 
     now = 0
 
 
-_numbers = count(1)  # never the same twice, whichever thread draws them
+_numbers = count(1)  # unique across threads
 
 
 _NOTHING = Stack((), 0, lambda ops: {})
@@ -82,7 +82,7 @@ active: ContextVar[Stack] = ContextVar("mmhooks", default=_NOTHING)
 
 
 def programs_at(tap: Tap) -> Any:
-    """What the calling thread's contexts do at ``tap``: a program (single place), leaf -> program, or None."""
+    """The calling thread's program at ``tap``: one program (single place), ``{leaf: program}``, or None."""
     stack = active.get()
     if stack.epoch != epoch.now:
         stack = refreshed(stack)
@@ -90,6 +90,7 @@ def programs_at(tap: Tap) -> Any:
 
 
 def refreshed(stack: Stack) -> Stack:
+    """The stack without contexts that have closed."""
     # A context may be closed by another thread, or be inherited by a task that outlives it.
     still_open = tuple(c for c in stack.contexts if c.is_open)
     if len(still_open) != len(stack.contexts):
@@ -100,16 +101,16 @@ def refreshed(stack: Stack) -> Stack:
     return stack
 
 
-def push(context: Opened, compile: Compile) -> None:
-    """Opens ``context`` inside those of the calling thread or task, and merges their programs by ``compile``."""
+def push(context: OpenContext, compile: Compile) -> None:
+    """Adds ``context`` to the calling thread's or task's stack and recompiles its programs."""
     stack = refreshed(active.get())
     active.set(Stack((*stack.contexts, context), epoch.now, compile, stack))
 
 
-def shut(context: Opened) -> None:
-    """Ends what a context does, in every thread and task, and takes it out of the calling thread's stack.
+def close_context(context: OpenContext) -> None:
+    """Deactivates a context in every thread and task, and removes it from the calling thread's stack.
 
-    Interrupts may come at any point: whatever was done stays done, and it may be called again.
+    Safe under interrupts: completed steps stay done, and it may be called again.
     """
     try:
         context.is_open = False
@@ -121,7 +122,7 @@ def shut(context: Opened) -> None:
     if context in stack.contexts:
         outer = stack.outer
         if outer is not None and outer.contexts == stack.contexts[:-1] and stack.contexts[-1] is context:
-            active.set(refreshed(outer))  # as it was compiled then
+            active.set(refreshed(outer))  # compiled already
         else:
             refreshed(stack)
 
@@ -131,8 +132,8 @@ def current() -> Stack:
     return refreshed(active.get())
 
 
-class bound:
-    """Runs a block under ``stack`` instead of the thread's own: the recomputation of a checkpoint."""
+class under_stack:
+    """Runs a block under ``stack`` instead of the thread's own, for the recomputation of a checkpointed block."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -145,26 +146,25 @@ class bound:
 
 
 class TapRegistry:
-    """The taps of this process: one for each place of a module, whoever wraps the module, so that what is done
-    there is one program, in the order of the contexts. Installs the taps that open contexts need.
+    """All taps of this process, one per place of a module, even if several hooked models wrap that module, so that each
+    place has one program in the order of the contexts. Installs the taps that open contexts need.
 
-    What is installed follows from which contexts are open, and every step may be repeated. So an interrupt anywhere
-    leaves nothing that the next opening or closing does not put right, nor does a finaliser that closes a context
-    in the middle of another one's opening.
+    What is installed follows from which contexts are open, and every step may be repeated. So whatever an interrupt, or
+    a finaliser that closes a context while another one opens, leaves behind is corrected by the next open or close.
     """
 
     def __init__(self) -> None:
         self._lock = RLock()
         self._known: WeakValueDictionary[Any, Tap] = WeakValueDictionary()
-        self._contexts: dict[Opened, None] = {}  # open, or not yet cleaned up
+        self._contexts: dict[OpenContext, None] = {}  # open, or not yet cleaned up
         self._installed: dict[Tap, None] = {}
 
     def shared(self, tap: Tap) -> Any:
-        """The tap to use: the one that is known for this place, else this one."""
+        """The registered tap of the same place if there is one, else ``tap``, now registered."""
         with self._lock:
             return self._known.setdefault(tap.key, tap)
 
-    def install(self, context: Opened) -> None:
+    def install(self, context: OpenContext) -> None:
         with self._lock:
             for other in [c for c in self._contexts if not c.is_open]:
                 self.release(other)
@@ -174,7 +174,7 @@ class TapRegistry:
                     tap.install()
                     self._installed[tap] = None
 
-    def release(self, context: Opened) -> None:
+    def release(self, context: OpenContext) -> None:
         """Removes the taps that no other open context needs."""
         with self._lock:
             if context not in self._contexts:

@@ -1,10 +1,10 @@
-"""Edits: what can be done to the features of a head, or to the coordinates of any site.
+"""Edits of a head's features, or of the coordinates of any site.
 
-An edit is a value: make it once, use it in as many contexts as you like, or call it on a tensor by hand.
-With ``features=None`` it acts on all of them; ``at=`` says where (default: the attached heads whose
-features these are); ``tokens=`` restricts it to positions; ``steps=`` to steps of a diffusion run and
-``guidance=`` to its conditional or unconditional half.
-At sites of attention heads (``z``, ``q``, ``pattern``, ...) the features are the attention heads.
+An edit is an immutable value: create it once, use it in any number of contexts, or call it directly on a tensor.
+With ``features=None`` it acts on all features; ``at=`` selects the sites (default: the attached heads that the
+features belong to); ``tokens=`` restricts it to positions, ``steps=`` to steps of a diffusion run and ``guidance=``
+to its conditional or unconditional half. At sites with attention heads (``z``, ``q``, ``pattern``, ...) the features
+are the attention heads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mmhooks.hooks.selection import (
     reference,
     token_mask,
 )
-from mmhooks.hooks.steps import HALVES, Guidance, asleep, chosen_steps, halves, moment, now
+from mmhooks.hooks.steps import HALVES, Guidance, chosen_steps, current_moment, halves, inactive, moment
 
 At = str | Callable[[str], bool] | Sequence[str] | None
 _BY_HAND = Hook("tensor")
@@ -44,7 +44,7 @@ _VALUES = ("mean", "toward", "direction", "strength", "min", "max", "value", "so
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Base of the edits; subclasses say in :meth:`change` what becomes of the selected values."""
+    """Base class of edits; subclasses compute the new values of the selected features in :meth:`change`."""
 
     features: Features = None
     _: KW_ONLY
@@ -54,27 +54,27 @@ class Edit:
     guidance: Guidance = "both"
 
     def __post_init__(self) -> None:
-        _ = self.choice  # a bad index or mask raises where it was written, not inside a forward
+        _ = self.choice  # a bad index or mask raises here, not inside a forward
         if self.guidance not in ("cond", "uncond", "both"):
-            raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {self.guidance!r}')
+            raise MMHooksError(f'guidance: expected "cond", "uncond" or "both", got {self.guidance!r}')
         object.__setattr__(self, "steps", chosen_steps(self.steps))
         for name in _VALUES:
             if hasattr(self, name):
                 what = f"{name}= of {self.label}"
                 object.__setattr__(self, name, as_values(getattr(self, name), what))
-                if name != "source":  # what another run was, whatever it was
+                if name != "source":  # values of another run are taken as they are, even if not finite
                     check_values(getattr(self, name), what, bounds=name in ("min", "max"))
 
     @cached_property
     def choice(self) -> FeatureChoice:
-        """The features, and among how many they were chosen where that is known."""
-        with outside_inference_mode():  # an edit made there may be used in grad mode
+        """The selected features, and their total number if known."""
+        with outside_inference_mode():  # an edit created in inference mode may be used in grad mode
             choice = chosen_features(self.features)
             return choice if choice.index is None else choice._replace(index=outside_inference(choice.index))
 
     @cached_property
     def chosen_tokens(self) -> ChosenTokens | None:
-        """The tokens; read once, at the latest when a context opens."""
+        """The selected tokens; read once, at the latest when a context opens."""
         with outside_inference_mode():
             tokens = chosen_tokens(self.tokens)
             return outside_inference(tokens) if isinstance(tokens, Tensor) else tokens
@@ -86,29 +86,28 @@ class Edit:
 
     @property
     def keeps_zero(self) -> bool:
-        """Whether a value of 0 always stays 0, whichever feature it belongs to."""
+        """Whether a value of 0 stays 0 for every feature."""
         return False
 
     def change(self, value: Float[Tensor, "..."], index: Tensor | None, hook: Hook) -> Float[Tensor, "..."]:
-        """New values of the selected features (last dimension, numbered by ``index``)."""
+        """New values of the selected features (last dimension; ``index`` gives their numbers)."""
         raise NotImplementedError
 
-    never_writes = True  # for those that run it: a call leaves its input as it is
+    never_writes = True  # tells the caller that a call leaves its input unchanged
 
     def _changed(self, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor:
-        """:meth:`change`, on a copy where it may write into its input: ours do not, a user's subclass may."""
+        """:meth:`change`, on a copy for user subclasses, which may write into their input."""
         ours = type(self).change.__module__ == __name__
         return self.change(value if ours else value.clone(), index, hook)
 
     def __call__(self, value: Float[Tensor, "..."], *, hook: Hook = _BY_HAND) -> Float[Tensor, "..."]:
-        """The edited tensor; also by hand: ``Zero(imgd)(head.encode(x))``."""
+        """The edited tensor; also for direct use: ``Zero(imgd)(head.encode(x))``."""
         return self._by_half(value, hook, lambda part, rows: self._everywhere(part, hook))
 
     def _everywhere(self, value: Float[Tensor, "..."], hook: Hook) -> Float[Tensor, "..."]:
         axis = hook.axis
         moved = value if axis == -1 else value.movedim(axis, -1)
-        index = self.index
-        if index is None:
+        if (index := self.index) is None:
             new = self._changed(moved, None, hook)
         else:
             self.check_width(moved.shape[-1], value, hook)
@@ -121,7 +120,7 @@ class Edit:
     # -- for the splice: only some columns, or only the active features --------------------------------
 
     def on_columns(self, value: Float[Tensor, "*b u"], columns: Int[Tensor, " u"], hook: Hook) -> Tensor:
-        """The same edit on the columns ``columns`` (sorted, a superset of the edit's) of all features."""
+        """The same edit applied to a table of some features: ``columns``, sorted, a superset of the edit's."""
         return self._by_half(value, hook, lambda part, rows: self._some_columns(part, columns, hook))
 
     def _some_columns(self, value: Tensor, columns: Tensor, hook: Hook) -> Tensor:
@@ -138,7 +137,7 @@ class Edit:
     def on_active(
         self, value: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"], n: int, hook: Hook
     ) -> Tensor:
-        """The same edit on active features alone, given with their indices; needs :attr:`keeps_zero`."""
+        """The same edit applied to active features only, given with their indices; needs :attr:`keeps_zero`."""
         assert self.index is not None
         member = torch.zeros(n, dtype=torch.bool, device=value.device)
         member[self.index.to(value.device)] = True
@@ -153,25 +152,25 @@ class Edit:
 
     @property
     def limited(self) -> bool:
-        """Whether there are steps or rows that the edit leaves alone."""
+        """Whether the edit is restricted to some steps or to one half of the rows."""
         return self.steps is not None or self.guidance != "both"
 
-    def asleep(self, where: str) -> bool:
-        """Whether the edit does nothing at this step, or to these rows."""
-        return asleep(self.steps, self.guidance, where)
+    def inactive(self, where: str) -> bool:
+        """Whether the edit does not apply at the current step or to the current rows."""
+        return inactive(self.steps, self.guidance, where)
 
     def _by_half(self, value: Tensor, hook: Hook, act: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Each half of a guided batch by itself, as if it were alone: as its embeddings edited by hand."""
-        if self.limited and self.asleep(hook.name):
+        """Applies ``act`` to each half of a guided batch separately, as if it were the whole batch."""
+        if self.limited and self.inactive(hook.name):
             return value
-        parts = halves(len(value), hook.name) if now().half == "both" else None
+        parts = halves(len(value), hook.name) if current_moment().half == "both" else None
         if parts is None:
             return act(value, slice(None))
         new = []
         for half, rows in parts:
             part = value[rows]
             if self.guidance in ("both", half):
-                with moment(now().step, half):
+                with moment(current_moment().step, half):
                     part = act(part, rows)
             new.append(part)
         return torch.cat(new)
@@ -182,7 +181,7 @@ class Edit:
         return torch.where(token_mask(self.chosen_tokens, old, hook.tokens, hook.name), new, old)
 
     def check_width(self, width: int, value: Tensor, hook: Hook) -> None:
-        """Raises ShapeMismatch unless the features are some of ``width``."""
+        """Raises ShapeMismatch unless the selection fits a site of ``width`` features."""
         choice = self.choice
         if choice.width in (None, width) and choice.last < width and choice.numbers != width:
             return
@@ -197,21 +196,22 @@ class Edit:
     def _reference(self, given: Any, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor | float:
         if isinstance(given, Mapping):
             if hook.name not in given:
+                held = ", ".join(given) or "nothing"
                 raise MMHooksError(
-                    f"{self.label} at {hook.name!r}: the cache holds {', '.join(given) or 'nothing'}"
+                    f"{self.label} at {hook.name!r}: expected a cache with this site, got {held}"
                 )
             at_step = getattr(given, "now", None)  # a cache of a diffusion run
             given = given[hook.name] if at_step is None else at_step(hook.name)
         if isinstance(given, Tensor) and given.is_inference() and not torch.is_inference_mode_enabled():
-            given = given.clone()  # autograd saves no inference tensor
-        half = now().half
+            given = given.clone()  # autograd cannot save inference tensors
+        half = current_moment().half
         whole = isinstance(given, Tensor) and given.dim() == value.dim() and len(given) == 2 * len(value)
-        if whole and half in HALVES:  # the batch of a guided run
+        if whole and half in HALVES:  # given for the whole batch of a guided run
             given = given.chunk(2)[HALVES.index(half)]
         return reference(given, value, index, self.choice.last, hook.axis, f"{self.label} at {hook.name!r}")
 
     def _each(self, name: str, value: Tensor, index: Tensor | None, hook: Hook) -> Any:
-        """A number of the edit's, or the table of it with one for each of the selected features."""
+        """The edit's parameter ``name``: a number, or a table with one entry per selected feature."""
         given = getattr(self, name)
         table = isinstance(given, Mapping) or (isinstance(given, Tensor) and given.dim() > 0)
         return self._reference(given, value, index, hook) if table else given
@@ -236,7 +236,7 @@ class Zero(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Edit):
-    """Mean-ablation: ``f' = mean``, given (a number, a tensor or a cache), or of the batch at hand.
+    """Mean ablation: ``f' = mean``, either given (a number, a tensor or a cache) or of the current batch.
 
     >>> Mean([1])(torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[1., 3.],
@@ -253,8 +253,8 @@ class Mean(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Resample(Edit):
-    """Resample-ablation: features of other samples. From ``source [n ...]``, rows drawn with ``seed``;
-    without it, from another row of the batch (a random cycle: no row keeps its own).
+    """Resample ablation: replaces features by those of other samples, from rows of ``source [n ...]`` drawn with
+    ``seed``, or without it from another row of the batch (a random cycle, so no row keeps its own).
 
     >>> Resample()(torch.tensor([[1.], [2.]]))
     tensor([[2.],
@@ -307,7 +307,7 @@ class Interpolate(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Steer(Edit):
-    """Adds: ``f' = f + strength * direction`` (direction 1 where none is given).
+    """Adds a direction: ``f' = f + strength * direction`` (1 by default).
 
     >>> Steer([1], strength=2.0)(torch.zeros(1, 3)), Steer(direction=torch.ones(3))(torch.zeros(1, 3))
     (tensor([[0., 2., 0.]]), tensor([[1., 1., 1.]]))
@@ -323,7 +323,7 @@ class Steer(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Clamp(Edit):
-    """Holds features in ``[min, max]``, or at ``value`` (both).
+    """Clamps features to ``[min, max]``, or sets them to ``value``.
 
     >>> Clamp([0], max=1.0)(torch.tensor([[3., 3.]])), Clamp([0], value=5.0)(torch.zeros(1, 2))
     (tensor([[1., 3.]]), tensor([[5., 0.]]))
@@ -345,7 +345,7 @@ class Clamp(Edit):
     @property
     def keeps_zero(self) -> bool:
         low, high = self._bounds
-        if any(isinstance(bound, Tensor) for bound in (low, high)):  # of each feature by itself
+        if any(isinstance(bound, Tensor) for bound in (low, high)):  # one bound per feature
             return False
         return (low is None or low <= 0) and (high is None or high >= 0)
 
@@ -359,9 +359,9 @@ class Clamp(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Patch(Edit):
-    """Activation patching: the values of another run, from its cache, or a tensor of the site's shape.
+    """Activation patching: inserts the values of another run, from its cache or a tensor of the site's shape.
 
-    With a cache and no ``at=`` the sites are those of the cache. A cached batch of 1 fits any batch.
+    With a cache and no ``at=``, the sites are those of the cache. A cached batch of 1 is broadcast.
 
     >>> Patch({"tensor": torch.ones(1, 3)}, features=[2])(torch.zeros(2, 3))
     tensor([[0., 0., 1.],

@@ -1,4 +1,4 @@
-"""Feature sets: which features of which head, and where the choice came from."""
+"""Feature sets: named selections of a head's features with their provenance."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, OutOfRange, ShapeMismatch, WrongHead
+from mmhooks.utils.files import write_text
 from mmhooks.utils.indexing import as_choice, as_indices, like_a_mask, refuse_mask_of_numbers
 
 FORMAT = 1
 
 
 class FeatureSet:
-    """An immutable, named set of features of one head: ``| & -`` and ``~`` make new ones.
+    """An immutable, named set of features of one head; ``| & -`` and ``~`` create new sets.
 
     Args:
         indices: feature indices in ``0 .. n_features - 1``, in any order, repeats allowed, or a bool mask of length
-            ``n_features``; as a tensor, an array or any iterable. Features have no order: no ``-1`` for the last.
-        n_features: how many features the head has.
-        name: what the set is called in tables and messages.
+            ``n_features``; a tensor, an array or any iterable. Features are unordered, so ``-1`` is refused.
+        n_features: the number of features of the head.
+        name: the set's name in tables and messages.
         head: id of the head it was computed for; ``""`` fits any head of that width.
-        info: JSON values on where it came from (thresholds, data fingerprint); never changes the set.
+        info: JSON values on its provenance (thresholds, data fingerprint); not part of its identity.
 
     Raises:
-        ShapeMismatch: an index outside the head, a mask of another length, or floats: a mask is bool.
-        WrongHead: (set algebra, :meth:`check`) two heads that differ.
+        ShapeMismatch: an index outside the head, a mask of another length, or floats (a mask is bool).
+        WrongHead: (set algebra, :meth:`check`) two different heads.
 
     >>> imgd = FeatureSet([3, 1], 8, name="ImgD"); textd = FeatureSet([3, 5], 8, name="TextD")
     >>> imgd | textd, list(~imgd & textd)
@@ -55,7 +56,7 @@ class FeatureSet:
         info: Mapping[str, Any] | None = None,
     ) -> None:
         if n_features < 1:
-            raise ShapeMismatch(f"a FeatureSet needs n_features >= 1, came {n_features}")
+            raise ShapeMismatch(f"FeatureSet: expected n_features >= 1, got {n_features}")
         choice = as_choice(indices, "features")
         refuse_mask_of_numbers(like_a_mask(choice), n_features, "features")
         if choice.dtype == torch.bool:
@@ -101,7 +102,7 @@ class FeatureSet:
     def __contains__(self, feature: object) -> bool:
         """Whether a feature, any whole number, is in the set."""
         if isinstance(feature, Tensor) and feature.numel() == 1:
-            feature = feature.item()  # a tensor is not equal to the number in it where sets look
+            feature = feature.item()  # sets compare hashes, and a tensor's is not that of its number
         return feature in self._members
 
     def __eq__(self, other: object) -> bool:
@@ -152,14 +153,14 @@ class FeatureSet:
         )
 
     def sample(self, k: int, seed: int = 0) -> FeatureSet:
-        """``k`` features of the set at random, the same for the same seed: matched random controls.
+        """``k`` random features of the set, reproducible by ``seed``, for size-matched random controls.
 
         >>> everything = FeatureSet(range(100), 100); group = FeatureSet(range(7), 100, name="ImgD")
         >>> len((everything - group).sample(len(group), seed=0))
         7
         """
         if not 0 <= k <= len(self):
-            raise ShapeMismatch(f"cannot sample {k} features from {self!r}; k must lie in 0..{len(self)}")
+            raise ShapeMismatch(f"cannot sample {k} features from {self!r}: expected k in 0..{len(self)}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:k].tolist()
         return FeatureSet(
             (self._indices[i] for i in order),
@@ -175,19 +176,22 @@ class FeatureSet:
             raise WrongHead(
                 f"{self!r} was computed for a head of {self.n_features} features"
                 f"{f' ({self.head})' if self.head else ''}, not for {head or 'this one'} of {n_features}; "
-                "compute it again from this head's activations"
+                "recompute it from this head's activations"
             )
         if self.head and head and self.head != head:
             raise WrongHead(
-                f"{self!r} was computed for head {self.head}, not for {head}; compute it again from this "
+                f"{self!r} was computed for head {self.head}, not for {head}; recompute it from this "
                 "head's activations, or drop its provenance with FeatureSet(fs.indices, fs.n_features)"
             )
 
     # -- files -----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Writes the set as JSON and returns the path."""
-        path = Path(path)
+        """Writes the set as JSON, atomically, and returns the path.
+
+        Raises:
+            CannotWrite: a full disk, a read-only or missing folder.
+        """
         content = {
             "format": FORMAT,
             "kind": "FeatureSet",
@@ -197,12 +201,11 @@ class FeatureSet:
             "indices": list(self._indices),
             "info": dict(self.info),
         }
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSet:
-        """Reads a set written by :meth:`save`; raises MMHooksError where the file is something else."""
+        """Reads a set written by :meth:`save`; raises MMHooksError if the file is something else."""
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -217,12 +220,12 @@ class FeatureSet:
             )
         except (KeyError, TypeError, json.JSONDecodeError) as fault:
             raise MMHooksError(
-                f"{path} is no FeatureSet of format {FORMAT}, as FeatureSet.save writes it: {fault}"
+                f"{path}: expected a FeatureSet of format {FORMAT}, as FeatureSet.save writes it, got: {fault}"
             ) from fault
 
 
 def as_feature_set(features: Any, n_features: int, *, head: str = "") -> FeatureSet:
-    """``features`` as a set of this head's: a FeatureSet, once checked, or whatever one is made from.
+    """``features`` as a set for this head: a FeatureSet after a check, or anything that one can be built from.
 
     Raises:
         WrongHead: a FeatureSet of another head. ShapeMismatch: as :class:`FeatureSet`.

@@ -1,9 +1,9 @@
-"""Insides of foreign modules, seen while their own code runs: no forward is written again.
+"""Reads and edits intermediate values of other libraries' modules while their own code runs.
 
-Attention of timm and of Hugging Face comes in many variants (rotary, relative, gated, normalised). All of
-them come down to ``scaled_dot_product_attention``; a block's first addition to what it was called with is the middle
-of the residual stream. Inside :class:`Intercepted`, a torch function mode looks at
-these calls of the module's own ``forward``; only there, and only where a context asked.
+Attention in timm and Hugging Face has many variants (rotary, relative, gated, normalised), but all of them call
+``scaled_dot_product_attention``, and a block's first addition to its input is the middle of the residual stream.
+:class:`Intercepted` watches these calls inside the module's own ``forward`` with a torch function mode, so no forward is
+reimplemented; it is active only there, and only if a context needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _SUMS = (Tensor.__add__, Tensor.add, torch.add)
 
 
-class _Watch(TorchFunctionMode):
+class _CallMode(TorchFunctionMode):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self._call = call
@@ -40,10 +40,10 @@ class _Watch(TorchFunctionMode):
 
 
 class Intercepted(ExplicitForward):
-    """The module's own ``forward`` with some of its torch calls looked at.
+    """The module's own ``forward``, with its torch calls intercepted.
 
     Args:
-        watch: ``watch(module, emit, want, args, kwargs) -> call(func, args, kwargs)``, which makes the calls.
+        watch: ``watch(module, emit, want, args, kwargs) -> call(func, args, kwargs)``, which executes each torch call.
     """
 
     def _call(
@@ -55,20 +55,20 @@ class Intercepted(ExplicitForward):
             seen.add(leaf)
             return emit(leaf, value)
 
-        with _Watch(self._explicit(module, noted, want, args, kwargs)):
+        with _CallMode(self._explicit(module, noted, want, args, kwargs)):
             out = original(*args, **kwargs)
         missing = [leaf for leaf in want if leaf not in seen]
         if missing:
             raise MMHooksError(
-                f"{type(module).__name__} ran without showing {', '.join(missing)}: its code does not come down to the "
-                "torch calls that these are seen at (attention that is compiled or has a kernel of its own: choose "
-                "sdpa, e.g. model.set_attn_implementation('sdpa'))"
+                f"{type(module).__name__} ran without the torch calls at which {', '.join(missing)} can be intercepted "
+                "(its attention is compiled or uses a custom kernel); use sdpa, e.g. "
+                "model.set_attn_implementation('sdpa')"
             )
         return out
 
 
 def residual_middle(module: nn.Module, emit: Emit, want: Container[str], args: Any, kwargs: Any) -> Call:
-    """``resid_mid``: the first sum of a block that has the block's own input as a term."""
+    """``resid_mid``: a block's first sum with the block's input as a term."""
     stream = args[0] if args else next(iter(kwargs.values()))
     done = False
 
@@ -84,8 +84,8 @@ def residual_middle(module: nn.Module, emit: Emit, want: Container[str], args: A
 
 
 def attention_scores(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
-    """``q, k, v`` as they enter the scores, and ``pattern``: of the fused kernel, or of ``q @ k``, softmax, ``@ v``."""
-    done: list[str] = []  # of the three calls that attention written out comes down to
+    """``q, k, v`` as they enter the scores, and ``pattern``, from the fused kernel or from ``q @ k``, softmax, ``@ v``."""
+    done: list[str] = []  # those of the three calls of explicit attention that have run
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -108,18 +108,18 @@ def attention_scores(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs
     return call
 
 
-class OwnCode(Intercepted):
-    """A module whose forward is repeated by ``explicit`` while it is the one that its class has.
+class NativeForward(Intercepted):
+    """Replaces a module's class-level forward by the explicit reimplementation ``explicit``.
 
-    Where somebody else wrapped it (LoRA around it, accelerate's offloading, a forward of the user's), the wrapper runs
-    as it is, and what it comes down to is looked at.
+    If something replaced or wrapped that forward (LoRA, accelerate's offloading, a user's own forward), the wrapper
+    runs as it is and its torch calls are intercepted instead.
 
     Args:
-        native: the forward that ``explicit`` repeats.
+        native: the forward that ``explicit`` reimplements.
         watch: as in :class:`Intercepted`.
-        inexact: leaves for whose sake ``explicit`` leaves the bits of the original.
-        watch_is_exact: ``watch`` keeps them. Else reading takes a look aside first: under a function mode torch leaves
-            its fast path of attention, which changes the last bits.
+        inexact: leaves for which ``explicit`` differs from the original in the last bits.
+        watch_is_exact: whether ``watch`` preserves the bits. If not, reads use a separate run: under a function mode
+            torch leaves the fast path of attention, which changes the last bits.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class OwnCode(Intercepted):
 
 
 def multihead_calls(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
-    """The insides of ``nn.MultiheadAttention``, with the weights that it really hands to torch's function."""
+    """Intermediate values of ``nn.MultiheadAttention``, with the weights that it actually passes to torch's function."""
     inner = _multihead_in(module)
     changed = False
 
@@ -169,7 +169,7 @@ def multihead_calls(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs:
             seen = multihead(noted, want, *args, **kwargs)
         if changed or inner is None:
             return seen
-        # Outside of the mode torch takes its fast path again, as it does where nobody looks.
+        # Outside the function mode torch takes its fast path again, as it does without a context.
         turned = (lambda t: t.transpose(0, 1)) if inner.batch_first else (lambda t: t)
         query, key, value = args[:3]
         same = query is key and key is value
@@ -183,7 +183,7 @@ def multihead_calls(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs:
 
 
 class MultiheadWeights(NamedTuple):
-    """What torch's attention multiplies by: matrix ``[d e]`` and bias of each of its four linear maps."""
+    """Matrix ``[d e]`` and bias of the four linear maps of torch's attention."""
 
     q: Linear
     k: Linear
@@ -194,10 +194,10 @@ class MultiheadWeights(NamedTuple):
 def multihead_weights(
     module: nn.Module, query: Float[Tensor, "1 1 d"], key: Float[Tensor, "1 1 e"]
 ) -> MultiheadWeights:
-    """The weights that ``nn.MultiheadAttention``, or what is around it, hands to torch when it runs.
+    """The weights that ``nn.MultiheadAttention``, or a wrapper around one, passes to torch when it runs.
 
     Args:
-        query, key: any tokens: the weights may be there only while the module runs.
+        query, key: arbitrary tokens to run the module on, since the weights may exist only while it runs.
 
     Raises:
         MMHooksError: it never calls torch's attention.
@@ -215,29 +215,29 @@ def multihead_weights(
             found.append(MultiheadWeights(*maps))
         return func(*args, **kwargs)
 
-    with torch.no_grad(), _Watch(call):
+    with torch.no_grad(), _CallMode(call):
         own_forward(module)(query, key, key, need_weights=False)
     if not found:
         raise MMHooksError(
-            f"expected attention of torch's own, got {type(module).__name__}, which never calls it"
+            f"expected a module that calls torch's multi-head attention, got {type(module).__name__}, which never does"
         )
     return found[0]
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """A matrix as numbers of its own, whatever it is kept as (quantised, sharded)."""
+    """A plain dense copy of a matrix, however it is stored (quantised, sharded)."""
     if type(weight) in (Tensor, nn.Parameter):
         return weight.detach().clone()
     return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
 
 
 def is_multihead(module: nn.Module) -> bool:
-    """Whether it is ``nn.MultiheadAttention``, or somebody's wrapper around one."""
+    """Whether it is ``nn.MultiheadAttention``, or a wrapper around one."""
     return _multihead_in(module) is not None
 
 
 def _multihead_in(module: nn.Module) -> nn.MultiheadAttention | None:
-    """The attention itself, or the one that a wrapper holds. (``modules()`` of a LoRA layer restores its weights.)"""
+    """The attention itself, or the one inside a wrapper. (Not by ``modules()``: in a LoRA layer it restores weights.)"""
     if isinstance(module, nn.MultiheadAttention):
         return module
     children = (_multihead_in(child) for child in module._modules.values() if child is not None)

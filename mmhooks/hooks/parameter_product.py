@@ -1,6 +1,6 @@
-"""The tap of a product ``x @ parameter`` that no module owns: a tower's last projection.
+"""A tap for a product ``x @ parameter`` that no module owns, such as a tower's last projection.
 
-What the tower's own code reads multiplies like the parameter and shows its product; what anybody else reads is the
+The tower's own code reads a proxy that multiplies like the parameter and exposes the product; all other code reads the
 parameter itself.
 """
 
@@ -20,11 +20,11 @@ from mmhooks.hooks.taps import ShadowTap
 
 
 class ParameterProduct(ShadowTap):
-    """``x @ parameter`` where no module owns the product: leaf ``in`` is ``x``, leaf ``out`` the product.
+    """Tap of ``x @ parameter`` without a module of its own: leaf ``in`` is ``x``, leaf ``out`` the product.
 
-    While installed, the module's own methods read an object that multiplies like the parameter. Everyone else reads
-    the parameter itself: a product of the user's is not the tower's. ``state_dict`` and ``parameters()`` do not
-    change, and the module's own code runs as it is.
+    While installed, the module's own methods read a proxy that multiplies like the parameter. All other code reads the
+    parameter itself, since a product computed by the user is not the tower's. ``state_dict`` and ``parameters()`` do
+    not change, and the module's own code runs unmodified.
     """
 
     leaves = ("in", "out")
@@ -40,15 +40,15 @@ class ParameterProduct(ShadowTap):
     def _read(self, module: nn.Module, parameter: Any) -> Any:
         if module is not self.owner or programs_at(self) is None:
             return parameter
-        # Compiled code has no frames to look at; there, products of hooks inside the tower count as the tower's.
-        own = is_compiling() or _read_by_itself(module)
-        return _Factor(self, parameter) if own else parameter
+        # Compiled code has no frames to inspect; there, products computed by hooks inside the tower count as its own.
+        own = is_compiling() or _read_by_own_method(module)
+        return _ParameterProxy(self, parameter) if own else parameter
 
 
-def _read_by_itself(module: nn.Module) -> bool:
-    """Whether the attribute being read is read by one of the module's own methods, for itself."""
+def _read_by_own_method(module: nn.Module) -> bool:
+    """Whether the attribute is being read by one of the module's own methods."""
     frame = sys._getframe(1)
-    while frame is not None and _between(frame.f_code.co_filename):
+    while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or not frame.f_code.co_argcount:
         return False
@@ -58,20 +58,20 @@ def _read_by_itself(module: nn.Module) -> bool:
     names = code.co_qualname.rpartition(".")
     if any(kind.__qualname__ == names[0] for kind in type(module).__mro__):
         return True
-    put_on = vars(module).get(code.co_name)  # a method of this instance alone
-    return getattr(getattr(put_on, "__func__", put_on), "__code__", None) is code
+    instance_method = vars(module).get(code.co_name)  # a method of this instance alone
+    return getattr(getattr(instance_method, "__func__", instance_method), "__code__", None) is code
 
 
 _OURS = (__file__, sys.modules[Shadow.__module__].__file__ or "")
 
 
-def _between(file: str) -> bool:
-    """Frames between the reader and us: ours, and those of run-time type checks."""
+def _is_internal(file: str) -> bool:
+    """Whether a frame lies between the reader and this module: our own frames and those of run-time type checks."""
     return file in _OURS or "jaxtyping" in file or file.startswith("<@beartype")
 
 
-class _Factor:
-    """Stands for the parameter of a :class:`ParameterProduct` in the code of its module."""
+class _ParameterProxy:
+    """Stands in for the parameter of a :class:`ParameterProduct` in its module's code."""
 
     def __init__(self, tap: ParameterProduct, parameter: Any) -> None:
         self._tap, self._parameter = tap, parameter
@@ -96,7 +96,7 @@ class _Factor:
 
 
 def _delegated(name: str) -> Callable[..., Any]:
-    def operator(self: _Factor, *args: Any) -> Any:
+    def operator(self: _ParameterProxy, *args: Any) -> Any:
         return getattr(self._parameter, name)(*args)
 
     return operator
@@ -105,7 +105,7 @@ def _delegated(name: str) -> Callable[..., Any]:
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
     for _operator in (f"__{_name}__", f"__r{_name}__"):
         if hasattr(Tensor, _operator):
-            setattr(_Factor, _operator, _delegated(_operator))
+            setattr(_ParameterProxy, _operator, _delegated(_operator))
 for _name in (
     "neg",
     "abs",
@@ -121,4 +121,4 @@ for _name in (
     "gt",
     "ge",
 ):
-    setattr(_Factor, f"__{_name}__", _delegated(f"__{_name}__"))
+    setattr(_ParameterProxy, f"__{_name}__", _delegated(f"__{_name}__"))

@@ -1,4 +1,4 @@
-"""All places of one model, its own and those of attached heads; and from edits to operations on them."""
+"""All places of one model, its own sites and those of attached heads, and the planning of operations on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Planned = tuple[list[Op], list[Binding]]
 
 
 class Places:
-    """The sites of a model and of the heads attached to it, found by name, glob, predicate or tower."""
+    """The sites of a model and of its attached heads, found by name, glob, predicate or tower."""
 
     def __init__(self, sites: SiteMap) -> None:
         self.sites = sites
@@ -43,7 +43,7 @@ class Places:
         missing = [part for part in HEAD_PARTS if not hasattr(head, part)]
         if missing:
             raise MMHooksError(
-                f"{type(head).__name__} is no head: it lacks {', '.join(missing)}; see mmhooks.hooks.splice.HeadLike"
+                f"{type(head).__name__} is not a head: missing {', '.join(missing)}; see mmhooks.hooks.splice.HeadLike"
             )
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
         widths = known_widths(self.sites)
@@ -62,14 +62,14 @@ class Places:
         taken = [f"{site.name}.{name}" for site in sites if f"{site.name}.{name}" in self.attachments]
         if taken:
             raise MMHooksError(
-                f"{taken[0]!r} is attached already; detach it first, or attach with another name="
+                f"{taken[0]!r} is already attached; detach it first, or attach with another name="
             )
         for site in sites:
             self.attachments[f"{site.name}.{name}"] = Attachment(head, name, site, error_term, splice)
         return [f"{site.name}.{name}" for site in sites]
 
     def detach(self, what: Any) -> None:
-        """By head object, head name, or ``site.name``."""
+        """Detaches by head object, head name, or ``site.name``."""
         gone = [key for key, a in self.attachments.items() if what is a.head or what in (a.name, key)]
         if not gone:
             raise UnknownSite(str(what), self.attachments, where="the attached heads")
@@ -83,7 +83,7 @@ class Places:
     # -- finding ---------------------------------------------------------------------------------------
 
     def listed(self, pattern: Pattern | None = None) -> list[Place]:
-        """Canonical sites and head sites; native paths where a pattern matches nothing else."""
+        """Canonical sites and head sites; native paths only if the pattern matches nothing else."""
         if pattern is None:
             return [*self.sites.canonical.values(), *self.head_sites.values()]
         return self.find(pattern)
@@ -106,30 +106,30 @@ class Places:
         return found
 
     def latents(self, edit: Edit, attachments: Iterable[Attachment], where: str) -> list[Place]:
-        """The latents that an edit's features belong to, among the given attached heads."""
+        """The latents sites, among the given attached heads, that an edit's features belong to."""
         known = list(attachments)
         features = edit.features
         if isinstance(features, FeatureSet):
             fit = [a for a in known if a.head.n_features == features.n_features]
             fit = [a for a in fit if not features.head or a.head.id == features.head]
-            if known and not fit:  # says which head it is for
+            if known and not fit:  # raises and names the head that the features are for
                 features.check(head=known[0].head.id, n_features=known[0].head.n_features)
         else:
             fit = known
         if not fit:
             raise MMHooksError(
-                f"{edit.label} names features of a head, but no head is attached {where}: model.attach(head, "
+                f"{edit.label} selects features of a head, but no head is attached {where}: call model.attach(head, "
                 "at=[...]) first, or name the site with at="
             )
         if len({id(a.head) for a in fit}) > 1:
             names = ", ".join(f"{a.site.name}.{a.name}" for a in fit)
             raise MMHooksError(
-                f"{edit.label} fits several heads ({names}): say which with at=, e.g. at={names.split(',')[0]!r}"
+                f"{edit.label} fits several heads ({names}): choose one with at=, e.g. at={names.split(',')[0]!r}"
             )
         return [self.head_sites[f"{a.site.name}.{a.name}.latents"] for a in fit]
 
     def targets(self, edit: Edit, at: At) -> list[Place]:
-        """The places of an edit: ``at=`` in any of its forms, or the heads that its features fit."""
+        """The places of an edit: those of ``at=`` in any of its forms, or the heads that its features fit."""
         if at is None:
             return self.latents(edit, self.attachments.values(), "to the model")
         if isinstance(at, str) and at in self.sites.towers and at not in self.sites.canonical:
@@ -138,10 +138,10 @@ class Places:
             )
         if not isinstance(at, str) and not callable(at):
             return list(dict.fromkeys(place for one in at for place in self.targets(edit, one)))
-        return list(dict.fromkeys(self._own_head(edit, place) for place in self.find(at)))
+        return list(dict.fromkeys(self._latents_at(edit, place) for place in self.find(at)))
 
-    def _own_head(self, edit: Edit, place: Place) -> Place:
-        """A FeatureSet given at a plain site means the latents of its head there."""
+    def _latents_at(self, edit: Edit, place: Place) -> Place:
+        """Resolves a FeatureSet given at a plain site to the latents of its head there."""
         features = edit.features
         if isinstance(place, HeadSite):
             if isinstance(features, FeatureSet):
@@ -155,7 +155,7 @@ class Places:
             if features.head:
                 raise WrongHead(
                     f"{features!r} holds features of head {features.head}, and no head is attached at "
-                    f"{place.name!r}: model.attach(head, at=[{place.name!r}]) first"
+                    f"{place.name!r}: call model.attach(head, at=[{place.name!r}]) first"
                 )
         return place
 
@@ -166,14 +166,16 @@ class Places:
         for place in places:
             self._check_edit(edit, place)
         binding = Binding(edit.label, tuple(p.name for p in places))
-        return [EditOp(place, edit, binding) for place in _everywhere(places)], [binding]
+        return [EditOp(place, edit, binding) for place in _with_beside(places)], [binding]
 
     def plan_mask(self, mask: Any) -> Planned:
-        """``mask=``: features, or ``{site or tower: features}``; one edit, satisfied when any place ran."""
+        """``mask=``: features, or ``{site or tower: features}``; counts as one edit, fired once any of its places ran."""
         if not isinstance(mask, Mapping):
             return self.plan_edit(Zero(mask))
         if not mask:
-            raise MMHooksError("mask={} names no place: {site or tower: features}, or leave it out")
+            raise MMHooksError(
+                "mask: expected {site or tower: features}, got {}; leave it out to mask nothing"
+            )
         ops: list[Op] = []
         for where, features in mask.items():
             edit = Zero(features)
@@ -181,14 +183,14 @@ class Places:
             places = self.latents(edit, here, f"at {where!r}") if here else self.targets(edit, where)
             for place in places:
                 self._check_edit(edit, place)
-            ops += [EditOp(place, edit, _UNBOUND) for place in _everywhere(places)]
+            ops += [EditOp(place, edit, _UNBOUND) for place in _with_beside(places)]
         binding = Binding("mask", tuple(dict.fromkeys(op.target.name for op in ops)))
         return [EditOp(op.target, op.act, binding) for op in ops], [binding]
 
     def _check_edit(self, edit: Edit, place: Place) -> None:
         _ = (
             edit.chosen_tokens
-        )  # floats raise on entry, and compiled code finds positions that are read already
+        )  # invalid tokens raise on entry, and compiled code finds the positions already read
         if isinstance(place, HeadSite):
             check_splice(place.attachment, place.leaf)
             if place.leaf in ("pre", "latents"):
@@ -202,7 +204,7 @@ class Places:
         name = getattr(fn, "__name__", type(fn).__name__)
         label = f"{'backward ' if kind is GradOp else ''}hook {name!r} on {describe(pattern)!r}"
         binding = Binding(label, tuple(p.name for p in places))
-        reached = _everywhere(places) if kind is EditOp else places
+        reached = _with_beside(places) if kind is EditOp else places
         return [kind(p, fn, binding) for p in reached], [binding]
 
     def plan_capture(
@@ -219,14 +221,14 @@ class Places:
         ]
 
 
-def joined(parts: Iterable[Planned]) -> Planned:
-    """The operations of several plans, one after the other, and what they were made for."""
+def merge_plans(parts: Iterable[Planned]) -> Planned:
+    """Concatenates the operations of several plans, and their bindings."""
     parts = list(parts)
     return [op for ops, _ in parts for op in ops], [b for _, bindings in parts for b in bindings]
 
 
-def _everywhere(places: Iterable[Place]) -> list[Place]:
-    """The places, and those that get the same tensor: what is edited in one and not in the other is two models."""
+def _with_beside(places: Iterable[Place]) -> list[Place]:
+    """The places and those that receive the same tensor, so that an edit changes all of them consistently."""
     return [one for place in places for one in (place, *place.beside)]
 
 

@@ -1,7 +1,7 @@
-"""What happens to the tensor at one place: the operations of all active contexts, merged in order.
+"""The program of one place: the operations of all active contexts on its tensor, merged in order.
 
-Edits and functions run in the order given, outer contexts first. Neighbouring edits of one head share a
-single encode and decode. Gradient hooks and caches come last: they see the value that flows on.
+Edits and functions run in the order given, outer contexts first. Adjacent edits of one head share a single
+encode and decode. Gradient hooks and caches come last: they see the value that flows on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
-from mmhooks.hooks.steps import Guidance, now
+from mmhooks.hooks.steps import Guidance, current_moment
 
 
 def layer_of(name: str) -> int:
@@ -29,15 +29,15 @@ def layer_of(name: str) -> int:
     number = next((int(part) for part in name.split(".") if part.isdigit()), None)
     if number is None:
         raise MMHooksError(
-            f"site {name!r} belongs to no layer: expected a number in its name, as in image.blocks.3.resid_post; "
-            "ask for the layer at sites of blocks alone"
+            f"expected a site with a layer number in its name, as in image.blocks.3.resid_post, got {name!r}; only "
+            "sites of blocks have a layer"
         )
     return number
 
 
 @dataclass(frozen=True, eq=False)
 class Hook:
-    """What a hook function is told: ``fn(tensor, *, hook)``.
+    """Information passed to a hook function: ``fn(tensor, *, hook)``.
 
     Attributes:
         name: the site.
@@ -50,7 +50,7 @@ class Hook:
     tokens: int | None = 1
 
     def layer(self) -> int:
-        """The number in the name, as TransformerLens's HookPoint.layer().
+        """The layer number in the site's name, like TransformerLens's HookPoint.layer().
 
         Raises:
             MMHooksError: a site outside the layers.
@@ -59,29 +59,29 @@ class Hook:
 
     @property
     def step(self) -> int | None:
-        """The denoising step of the diffusion run that is going on."""
-        return now().step
+        """The current denoising step of a diffusion run, None outside one."""
+        return current_moment().step
 
     @property
     def guidance(self) -> Guidance | None:
-        """Whose rows the tensor holds in a diffusion run: ``both`` is the unconditional, then the conditional ones."""
-        return now().half
+        """Which rows the tensor holds in a diffusion run; ``both``: the unconditional, then the conditional ones."""
+        return current_moment().half
 
 
 @dataclass(eq=False)
 class Binding:
-    """One edit or hook as the user gave it; ``fired`` once it ran at any of its sites."""
+    """One edit or hook as given by the user; ``fired`` once it ran at any of its sites."""
 
     label: str
     sites: tuple[str, ...]
     fired: bool = False
     live: bool = True  # its context is open
-    hint: str = "no forward that runs them happened inside the context"
+    hint: str = "no forward pass inside the context ran them"
 
 
 @runtime_checkable
 class TargetView(Protocol):
-    """Another layout of a tap's tensor, and the way back."""
+    """Another layout of a tap's tensor, and the inverse."""
 
     @property
     def show(self) -> Callable[[Tensor], Tensor]: ...
@@ -91,7 +91,7 @@ class TargetView(Protocol):
 
 @runtime_checkable
 class TargetSite(Protocol):
-    """What an operation needs to know of a site."""
+    """The attributes of a site that an operation needs."""
 
     @property
     def tap(self) -> Any: ...
@@ -107,7 +107,7 @@ class TargetSite(Protocol):
 
 @runtime_checkable
 class Target(Protocol):
-    """Where an operation acts: a site, or a place inside a head, whose ``site`` is the one the head is attached at."""
+    """Where an operation acts: a site, or a place inside a head, whose ``site`` is where the head is attached."""
 
     @property
     def name(self) -> str: ...
@@ -121,7 +121,7 @@ class Target(Protocol):
 class Op:
     """One operation at one target: an edit, a capture or a backward hook.
 
-    ``detached``: it keeps nothing of the value's graph.
+    ``detached``: it keeps no reference to the value's graph.
     """
 
     target: Target
@@ -138,7 +138,7 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class EditOp(Op):
-    """May change the value: ``act(value, hook=)`` returns another one, or None."""
+    """May change the value: ``act(value, hook=)`` returns a new value, or None."""
 
     limited: bool = field(init=False)
     compares: bool = field(init=False)
@@ -146,20 +146,20 @@ class EditOp(Op):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "limited", getattr(self.act, "limited", False))
-        # Inside explicit forwards, heads and views, the value itself given back means that nothing was changed.
+        # Explicit forwards, heads and views detect an unchanged value by identity.
         compares = bool(self.target.leaf) or self.target.site.view is not None
         object.__setattr__(self, "compares", compares)
 
-    def asleep(self) -> bool:
-        """Whether it does nothing now: it names other steps of a diffusion run, or the other half."""
-        if not self.limited or not self.act.asleep(self.hook.name):  # type: ignore[attr-defined]
+    def inactive(self) -> bool:
+        """Whether it does not apply now: it is limited to other steps of a diffusion run, or to the other half."""
+        if not self.limited or not self.act.inactive(self.hook.name):  # type: ignore[attr-defined]
             return False
-        self.binding.hint = "its steps= or guidance= did not come up in the run"
+        self.binding.hint = "its steps= or guidance= did not occur in the run"
         return True
 
 
 class CaptureOp(Op):
-    """Stores the value that flows on: ``act(value)``."""
+    """Records the value that flows on: ``act(value)``."""
 
 
 class GradOp(Op):
@@ -167,7 +167,7 @@ class GradOp(Op):
 
 
 class FunctionStep:
-    """An edit or a plain function at a site."""
+    """Runs an edit or a plain function at a site."""
 
     detached = False
 
@@ -183,7 +183,7 @@ class FunctionStep:
 
 
 class GradStep:
-    """Backward hooks: bound to the tensor, so they work in whichever thread autograd runs them."""
+    """Registers backward hooks on the tensor itself, so they work in whichever thread autograd runs them."""
 
     detached = False
 
@@ -196,29 +196,29 @@ class GradStep:
             return raw
         value = self.view.show(raw)
         watch(value, self.ops)
-        return self.view.back(raw, value)  # the graph now runs through the layout that is watched
+        return self.view.back(raw, value)  # so that the graph runs through the watched layout
 
 
 class Capture:
-    """Stores the value that flows on."""
+    """Records the value that flows on."""
 
     def __init__(self, op: CaptureOp) -> None:
         self.view, self.record, self.detached = op.target.site.view, op.act, op.detached
 
     def __call__(self, raw: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return raw  # a checkpoint recomputes what is kept already
+            return raw  # checkpointing recomputes a value that is recorded already
         if self.view is None:
             self.record(raw)
             return raw
         value = self.view.show(raw)
         self.record(value)
-        # With its graph, the value that is kept has to be the one that flows on, or no gradient would reach it.
+        # A value recorded with its graph must be the one that flows on, or no gradient would reach it.
         return raw if self.detached or not value.requires_grad else self.view.back(raw, value)
 
 
 class Program:
-    """Steps, then captures. ``detached``: nothing can change the value and nothing keeps its graph."""
+    """Runs steps, then captures. ``detached``: nothing can change the value or keep its graph."""
 
     __slots__ = ("captures", "detached", "steps")
 
@@ -235,34 +235,34 @@ class Program:
 
 
 def apply(op: EditOp, value: Tensor, *, flows: bool = True) -> Tensor:
-    """Runs an edit or a function and checks what it returns; ``None`` leaves the value as it is.
+    """Runs an edit or a function and checks what it returns; ``None`` leaves the value unchanged.
 
-    Edits never write into their input. A function may: it gets a copy of its own, which flows on, so a write in
-    place is what returning the written tensor is, and reaches nothing else that holds the same memory (a cache, a
-    residual stream behind an Identity, the conditioning that a pipeline passes at every step).
+    Edits never write into their input. A function may: it gets its own copy, which flows on, so writing in place is
+    equivalent to returning the written tensor and reaches nothing else that shares the memory (a cache, a residual
+    stream behind an Identity, the conditioning that a pipeline passes at every step).
 
-    ``flows``: with gradients a copy that was only read flows on too, so that what the function kept of it is part of
-    the graph. Where nothing else is done to the value (a head that is only read) that would change the flow's bits.
+    ``flows``: in grad mode a copy that was only read flows on too, so that what the function kept of it is part of
+    the graph. For a head that is only read this would change the bits of the model's output, so it is turned off.
     """
-    if op.limited and op.asleep():
+    if op.limited and op.inactive():
         return value
     op.binding.fired = True
     if getattr(op.act, "never_writes", False):
         new = op.act(value, hook=op.hook)
-        return value if new is None or new is value else checked(op, value, new)
+        return value if new is None or new is value else check_returned(op, value, new)
     given = own_copy(value)
     graph = given.requires_grad
-    version = given._version if graph else 0  # a write of the same numbers may cut the graph
+    version = given._version if graph else 0  # writing equal numbers may still cut the graph
     new = op.act(given, hook=op.hook)
     if new is not None and new is not given:
-        return checked(op, value, new)
+        return check_returned(op, value, new)
     if not op.compares or (given.requires_grad and (flows or not graph or given._version != version)):
         return given
-    return value if same(given, value) else given
+    return value if same_bits(given, value) else given
 
 
 def own_copy(value: Tensor) -> Tensor:
-    """A copy with the strides of ``value``, so that whatever runs on it runs as it would have."""
+    """A copy with the strides of ``value``, so that later operations run on the same layout."""
     copy = value.clone()
     if (
         value.is_contiguous() or copy.stride() == value.stride() or 0 in value.stride()
@@ -274,37 +274,39 @@ def own_copy(value: Tensor) -> Tensor:
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same bits. Versions would not do: inference tensors have none, and
-    ``.data`` and numpy write past them. Code that is being compiled cannot ask, and takes them as different."""
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits. Version counters do not suffice: inference tensors have none,
+    and ``.data`` and numpy bypass them. While compiling, they are treated as different."""
     if torch.compiler.is_compiling() or a.is_meta:
         return False
     kind = _INTEGERS[a.element_size()]
     return torch.equal(a.detach().view(kind), b.detach().view(kind))
 
 
-def checked(op: Op, value: Tensor, new: Any) -> Tensor:
-    """What a hook returned in the place of ``value``, which it must resemble."""
+def check_returned(op: Op, value: Tensor, new: Any) -> Tensor:
+    """Returns a hook's replacement for ``value`` after checking that shape, dtype and device are the same."""
     if not isinstance(new, Tensor):
         raise ShapeMismatch(
-            f"{op.binding.label} at {op.hook.name!r} returned {type(new).__name__}; a hook returns a tensor of "
-            f"shape {tuple(value.shape)}, or None to leave the value as it is"
+            f"{op.binding.label} at {op.hook.name!r}: expected a tensor of shape {tuple(value.shape)}, got "
+            f"{type(new).__name__}; return None to leave the value unchanged"
         )
     if new.shape != value.shape or new.dtype != value.dtype or new.device != value.device:
         raise ShapeMismatch(
-            f"{op.binding.label} at {op.hook.name!r}: expected {spell(value)}, it returned {spell(new)}; "
+            f"{op.binding.label} at {op.hook.name!r}: expected {describe_tensor(value)}, it returned {describe_tensor(new)}; "
             "return the shape, dtype and device that came in"
         )
     return new
 
 
 def watch(value: Tensor, ops: Iterable[GradOp]) -> None:
-    """Registers backward hooks on a tensor; they go silent when their context closes."""
+    """Registers backward hooks on a tensor; they become inactive when their context closes."""
     for op in ops:
         if not value.requires_grad:
-            op.binding.hint = "they ran, but without a graph (no_grad, or nothing requires grad)"
+            op.binding.hint = "its sites ran, but without a graph (no_grad, or nothing requires grad)"
             continue
-        op.binding.hint = "no gradient reached them inside the context; call backward() within the with block"
+        op.binding.hint = (
+            "no gradient reached its sites inside the context; call backward() within the with block"
+        )
 
         def backward(grad: Tensor, op: GradOp = op) -> Tensor | None:
             if not op.binding.live:
@@ -312,11 +314,11 @@ def watch(value: Tensor, ops: Iterable[GradOp]) -> None:
             op.binding.fired = True
             given = own_copy(grad)  # autograd may hand the same tensor to other branches
             new = op.act(given, hook=op.hook)
-            return checked(op, grad, given if new is None else new)
+            return check_returned(op, grad, given if new is None else new)
 
         value.register_hook(backward)
 
 
-def spell(value: Tensor) -> str:
-    """A tensor in words: ``shape (4, 8), torch.float32 on cpu``."""
+def describe_tensor(value: Tensor) -> str:
+    """Shape, dtype and device of a tensor: ``shape (4, 8), torch.float32 on cpu``."""
     return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"

@@ -1,7 +1,7 @@
-"""An output projection by attention head: ``z`` as the module reads it, ``head_out`` as it multiplies.
+"""An output projection split by attention head: ``z`` is its input, ``head_out`` the contribution of each head.
 
-What a linear module multiplies by need not be its ``weight``: LoRA adds to it, quantised layers keep codes and scales,
-offloaded ones keep nothing between calls. So the module is called, and what it does to unit vectors is its matrix.
+The matrix of a linear module need not be its ``weight``: LoRA adds to it, quantised layers store codes and scales,
+offloaded ones hold nothing between calls. So the matrix is obtained by calling the module on unit vectors.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Forward = Callable[..., Tensor]
 
 
 def heads_view(heads: int) -> View:
-    """A projection's input with the attention heads in a dimension of their own."""
-    return View(_Split(heads), _joined)
+    """A view of a projection's input with the attention heads in a separate dimension."""
+    return View(_SplitHeads(heads), _merge_heads)
 
 
 @dataclass(frozen=True)
-class _Split:
+class _SplitHeads:
     heads: int
 
     def __call__(self, raw: Tensor) -> Tensor:
         return raw.unflatten(-1, (self.heads, -1))
 
 
-def _joined(raw: Tensor, value: Tensor) -> Tensor:
+def _merge_heads(raw: Tensor, value: Tensor) -> Tensor:
     return value.flatten(-2)
 
 
@@ -56,10 +56,10 @@ def is_plain(module: nn.Module) -> bool:
 def linear_map(
     module: nn.Module, like: Float[Tensor, "*b e"]
 ) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
-    """Matrix and bias that a linear module multiplies by as it runs now.
+    """Matrix and bias that a linear module currently applies.
 
     Args:
-        like: an input: its width, type and device.
+        like: an input with the right width, dtype and device.
     """
     if is_plain(module):
         return module.weight, module.bias  # type: ignore[return-value]
@@ -70,19 +70,19 @@ def linear_map(
     return (rows[:-1] - rows[-1]).T, rows[-1]
 
 
-class ByHead(ExplicitForward):
-    """``head_out`` of an output projection that is a module and is called.
+class ProjectionByHead(ExplicitForward):
+    """``head_out`` of an output projection that is a called module.
 
-    The module's own forward gives the output unless ``head_out`` was edited. Of anything but a plain ``nn.Linear``
-    the sum over attention heads is held against that output: once for inputs of one shape and type, as long as the
-    module's parts, their modes and their hooks stay what they were. Each comparison waits for the device.
+    The module's own forward computes the output unless ``head_out`` was edited. For anything but a plain ``nn.Linear``
+    the sum over attention heads is compared with that output, once per input shape and dtype as long as the module's
+    parts, their modes and their hooks stay the same. Each comparison synchronises with the device.
 
     Raises (when it runs):
-        MMHooksError: the module is not linear, or a hook of the user's changes what it returns; says which module.
+        MMHooksError: the module is not linear, or a user's hook changes its output; says which module.
     """
 
     def __init__(self, module: nn.Module, heads: int) -> None:
-        super().__init__(module, ("head_out",), _unused)
+        super().__init__(module, ("head_out",), _never_called)
         self.heads = heads
         self._checked: set[Hashable] = set()
         self._shadows = (*self._shadows, Shadow("_call_impl", self._with_hooks))
@@ -108,7 +108,7 @@ class ByHead(ExplicitForward):
         return out
 
     def _check(self, module: nn.Module, parts: Tensor, bias: Tensor | None, args: Any, kwargs: Any) -> None:
-        if is_compiling():  # a graph is traced once, and nothing is remembered in it
+        if is_compiling():  # a graph is traced once and cannot remember past checks
             _check_sum(module, parts, bias, own_forward(module)(*args, **kwargs))
             return
         key = (parts.shape, parts.dtype, torch.is_autocast_enabled(parts.device.type), *_state(module))
@@ -116,7 +116,7 @@ class ByHead(ExplicitForward):
             self._checked.add(key)
 
     def _with_hooks(self, module: nn.Module, call: Forward) -> Forward:
-        """The module's call with the user's own hooks, which must leave alone what attention heads add up to."""
+        """Wraps the module's call to check that the user's own hooks do not change the sum of the attention heads."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if module is not self.owner or programs_at(self) is None or not _users_hooks(module):
@@ -129,8 +129,8 @@ class ByHead(ExplicitForward):
                 _RETURNED.reset(token)
             if returned and (out is not returned[-1][0] or _version(out) != returned[-1][1]):
                 raise MMHooksError(
-                    f"a forward hook on this {type(module).__name__} changes what it returns, so attention heads do not "
-                    "add up to it: expected their sum and the bias; read attn.z or attn_out, or remove the hook"
+                    f"expected the output of this {type(module).__name__} to be the sum of its attention heads and the "
+                    "bias, got one changed by a forward hook; read attn.z or attn_out, or remove the hook"
                 )
             return out
 
@@ -140,8 +140,8 @@ class ByHead(ExplicitForward):
 _RETURNED: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("mmhooks_returned", default=None)
 
 
-def _unused(*_: Any) -> Tensor:
-    raise AssertionError("ByHead runs the module's own forward")
+def _never_called(*_: Any) -> Tensor:
+    raise AssertionError("ProjectionByHead runs the module's own forward")
 
 
 def _users_hooks(module: nn.Module) -> bool:
@@ -153,9 +153,9 @@ def _version(tensor: Any) -> int:
 
 
 def _state(module: nn.Module) -> Iterator[Hashable]:
-    """What decides whether a module is linear, whatever its weights are: classes, modes and hooks of all its parts.
+    """Everything besides weights that determines whether a module is linear: classes, modes and hooks of its parts.
 
-    (Not by ``modules()``, at which a LoRA layer around torch's attention restores its weights.)
+    (Not by ``modules()``, which makes a LoRA layer around torch's attention restore its weights.)
     """
     kind = type(module)
     hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
@@ -168,7 +168,7 @@ def _state(module: nn.Module) -> Iterator[Hashable]:
 def _check_sum(
     module: nn.Module, parts: Float[Tensor, "*b h d"], bias: Tensor | None, out: Float[Tensor, "*b d"]
 ) -> bool:
-    """Raises MMHooksError unless the parts add up; False where they are all zero, which says nothing."""
+    """Raises MMHooksError unless the parts add up to ``out``; False if all are zero, which proves nothing."""
     total = parts.sum(dim=-2)
     total = total if bias is None else total + bias
     largest = parts.abs().amax()
@@ -177,8 +177,8 @@ def _check_sum(
     allowed = max(1e-4, 4 * torch.finfo(out.dtype).eps)
     if not error <= allowed:
         raise MMHooksError(
-            f"attention heads add up to what this {type(module).__name__} returns with a relative error of {error:.2g}, "
-            f"expected at most {allowed:.2g}: it is not linear (it quantises its input, or draws dropout), so no head "
-            "has a part of its own; read and edit attn.z instead of attn.head_out"
+            f"expected attention heads to add up to the output of this {type(module).__name__} within {allowed:.2g}, got "
+            f"a relative error of {error:.2g}: it is not linear (it quantises its input, or applies dropout), so its "
+            "output cannot be split by head; read and edit attn.z instead of attn.head_out"
         )
     return size > 0

@@ -1,7 +1,7 @@
-"""Activation checkpointing: what is recomputed in the backward pass runs under the edits of its forward.
+"""Activation checkpointing: blocks recomputed in the backward pass run under the same edits as in their forward.
 
-Autograd may recompute in a thread of its own, or while other contexts are open. So every checkpointed block
-remembers, for the tensor that it was called with, the stack of contexts that was active then.
+Autograd may recompute in another thread, or while other contexts are open. So every checkpointed block remembers,
+for each input tensor, the stack of contexts that was active when it was called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmhooks.hooks.taps import ShadowTap
 
 
 class Recomputed(ShadowTap):
-    """Wraps the call of one checkpointed block while a context is open. Emits nothing itself."""
+    """Wraps the call of one checkpointed block while a context is open. It has no places of its own."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block, Shadow("_call_impl", self._wrapped))
@@ -42,14 +42,14 @@ class Recomputed(ShadowTap):
             stack = self._stacks.get(given)
             if stack is None:
                 return call(*args, **kwargs)
-            with dispatch.bound(stack):
+            with dispatch.under_stack(stack):
                 return call(*args, **kwargs)
 
         return wrapped
 
 
 def _guard(output: Any, stack: dispatch.Stack) -> None:
-    """The gradient of a block's output arrives before the block is recomputed: the last moment to object."""
+    """Raises if the contexts have closed when the output's gradient arrives, just before the block is recomputed."""
     first = output if isinstance(output, Tensor) else output[0]
     if not isinstance(first, Tensor) or not first.requires_grad:
         return
@@ -57,20 +57,20 @@ def _guard(output: Any, stack: dispatch.Stack) -> None:
     def check(grad: Tensor) -> None:
         if not all(context.is_open for context in stack.contexts):
             raise MMHooksError(
-                "backward() of a checkpointed block after its context closed: the block would be recomputed "
-                "without the edits of its forward; call backward() within the with block"
+                "backward() of a checkpointed block after its context closed would recompute it without the edits of "
+                "its forward; call backward() within the with block"
             )
 
     first.register_hook(check)
 
 
 def can_checkpoint(model: nn.Module) -> list[nn.Module]:
-    """Modules with a switch for checkpointing, as open_clip, timm and transformers spell it."""
+    """Modules with a checkpointing flag, under the names that open_clip, timm and transformers give it."""
     return [m for m in model.modules() if {"grad_checkpointing", "gradient_checkpointing"} & vars(m).keys()]
 
 
 def checkpointed(candidates: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The blocks that run under activation checkpointing now."""
+    """The blocks that currently run under activation checkpointing."""
     for module in candidates:
         if vars(module).get("grad_checkpointing"):
             for child in module.children():

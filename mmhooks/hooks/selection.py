@@ -1,4 +1,4 @@
-"""Which features and which tokens an edit touches."""
+"""Reads the features, tokens and values given to an edit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Tokens = Any
 
 
 class FeatureChoice(NamedTuple):
-    """Features as an edit keeps them, before it is known how many there are.
+    """The features selected by an edit, before the width of its sites is known.
 
     Attributes:
-        index: sorted and distinct; None means all of them.
-        last: the highest of them, -1 where there is none: a number, for checks that cost nothing.
-        width: how many there are in all, where the choice says so: a FeatureSet or a mask does.
-        numbers: how many there would be if the indices are a mask of zeros and ones, else 0.
+        index: sorted and distinct; None means all features.
+        last: the highest index, -1 if there is none; a Python number, for cheap checks.
+        width: the total number of features, if the selection implies it (a FeatureSet or a mask).
+        numbers: the width if the indices look like a mask of zeros and ones, else 0.
     """
 
     index: Int[Tensor, " m"] | None
@@ -37,16 +37,18 @@ class FeatureChoice(NamedTuple):
     numbers: int = 0
 
     def check(self, width: int, where: str, shape: str) -> None:
-        """Raises ShapeMismatch where the choice is not one among ``width`` features."""
+        """Raises ShapeMismatch if the selection does not fit ``width`` features."""
         if self.width not in (None, width):
-            raise ShapeMismatch(f"{where}: chosen among {self.width} features, there are {width}{shape}")
+            raise ShapeMismatch(
+                f"{where}: expected a selection among {width} features, got one among {self.width}{shape}"
+            )
         if self.last >= width:
             raise OutOfRange(f"{where}: feature {self.last} of {width}{shape}")
         refuse_mask_of_numbers(self.numbers, width, f"{where}: features")
 
 
 def chosen_features(features: Any) -> FeatureChoice:
-    """Reads a FeatureSet, a mask, indices, or None for all.
+    """Reads a FeatureSet, a mask, indices, or None for all features.
 
     Raises:
         ShapeMismatch: floats, a mask of several dimensions, a negative index.
@@ -61,13 +63,15 @@ def chosen_features(features: Any) -> FeatureChoice:
     choice = as_choice(features, "features")
     if choice.dtype == torch.bool:
         if choice.dim() != 1:
-            raise ShapeMismatch(f"a feature mask has one dimension, came shape {tuple(choice.shape)}")
+            raise ShapeMismatch(
+                f"features: expected a mask of one dimension, got shape {tuple(choice.shape)}"
+            )
         return _choice(choice.nonzero().flatten(), len(choice))
     index = choice.flatten().unique()
     if len(index) and int(index[0]) < 0:
-        raise OutOfRange(f"feature indices are >= 0, got {int(index[0])}")
+        raise OutOfRange(f"features: expected indices >= 0, got {int(index[0])}")
     chosen = _choice(index, None)
-    # Sorted and distinct, so one look at the last of them says nearly always that no mask was written as numbers.
+    # Indices are sorted and distinct, so the last one nearly always rules out a mask written as numbers.
     return chosen if chosen.last > 1 else chosen._replace(numbers=like_a_mask(choice))
 
 
@@ -76,7 +80,7 @@ def _choice(index: Tensor, width: int | None) -> FeatureChoice:
 
 
 def feature_index(features: Any) -> Int[Tensor, " m"] | None:
-    """Sorted LongTensor of the features; None means all of them.
+    """Sorted LongTensor of the features; None means all.
 
     >>> feature_index([3, 1, 3]), feature_index(torch.tensor([True, False, True]))
     (tensor([1, 3]), tensor([0, 2]))
@@ -88,10 +92,10 @@ ChosenTokens = slice | Tensor | tuple[int, ...]
 
 
 def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
-    """``tokens=`` as :func:`token_mask` reads it at every forward: a slice, a bool mask, or positions.
+    """``tokens=`` in the form that :func:`token_mask` uses at every forward: a slice, a bool mask, or positions.
 
     Raises:
-        ShapeMismatch: floats, or a table of numbers: a mask for every row is bool.
+        ShapeMismatch: floats, or a table of numbers (a mask per row must be bool).
 
     >>> chosen_tokens(-1), chosen_tokens([True, False])
     ((-1,), tensor([ True, False]))
@@ -101,7 +105,7 @@ def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
     choice = as_choice(tokens, "token positions")
     if choice.dtype != torch.bool and choice.dim() > 1:
         raise ShapeMismatch(
-            f"tokens are positions [m] or a bool mask [L] or [batch L], got {choice.dtype} of shape "
+            f"tokens: expected positions [m] or a bool mask [L] or [batch L], got {choice.dtype} of shape "
             f"{tuple(choice.shape)}; make a mask bool (attention_mask.bool())"
         )
     return choice if choice.dtype == torch.bool else tuple(choice.reshape(-1).tolist())
@@ -110,22 +114,23 @@ def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
 def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str) -> Bool[Tensor, "..."]:
     """True at the selected tokens, broadcastable to ``value``.
 
-    ``tokens``, as :func:`chosen_tokens` gives it, is a slice, positions, a bool mask ``[L]`` or one ``[batch, L]``
-    (for tokens that differ from row to row, such as the end of the text).
+    ``tokens``, from :func:`chosen_tokens`, is a slice, positions, a bool mask ``[L]``, or one ``[batch, L]`` for tokens
+    that differ between rows, such as the end of the text.
 
     Raises:
         ShapeMismatch: the value has no token dimension, a position lies outside it, or none is selected.
     """
-    # A pooled vector [b, d] or a feature map of it has no tokens; a feature axis is never the token axis.
+    # Pooled vectors [b, d] and their features have no tokens; the feature axis is never the token axis.
     if axis is None or value.dim() < axis + 2:
         raise ShapeMismatch(
-            f"tokens= at {where!r}, which has no token dimension (shape {tuple(value.shape)}); leave it out"
+            f"tokens= at {where!r}: expected a site with a token dimension, got shape {tuple(value.shape)}; leave it out"
         )
     length = value.shape[axis]
     if isinstance(tokens, Tensor):
         if tokens.dim() not in (1, 2) or tokens.shape[-1] != length:
             raise ShapeMismatch(
-                f"token mask of shape {tuple(tokens.shape)} at {where!r}, which has {length} tokens"
+                f"token mask of shape {tuple(tokens.shape)} at {where!r}, which has {length} tokens; expected [L] or "
+                "[batch L]"
             )
         if tokens.dim() == 2 and tokens.shape[0] not in (1, value.shape[0]):
             raise ShapeMismatch(
@@ -140,7 +145,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
             if not range(*tokens.indices(length)):
                 raise ShapeMismatch(f"{tokens} selects none of the {length} tokens at {where!r}")
         else:
-            _mark(mask, tokens, where, f"(shape {tuple(value.shape)})")
+            _mark_positions(mask, tokens, where, f"(shape {tuple(value.shape)})")
     shape = [1] * value.dim()
     shape[axis] = length
     if mask.dim() == 2:
@@ -148,7 +153,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
     return mask.view(shape)
 
 
-def _mark(mask: Tensor, positions: tuple[int, ...], where: str, shape: str) -> None:
+def _mark_positions(mask: Tensor, positions: tuple[int, ...], where: str, shape: str) -> None:
     length = len(mask)
     if not positions:
         raise ShapeMismatch(f"tokens=[] at {where!r} selects none of the {length} tokens")
@@ -161,9 +166,9 @@ def _mark(mask: Tensor, positions: tuple[int, ...], where: str, shape: str) -> N
 
 
 def as_values(given: Any, what: str) -> Any:
-    """A number or a table that an edit is given: arrays and lists as tensors, numpy's scalars as floats.
+    """Converts a number or table given to an edit: arrays and lists to tensors, numpy scalars to floats.
 
-    None, tensors and caches (mappings) pass.
+    None, tensors and caches (mappings) pass through.
 
     Raises:
         ShapeMismatch: text, complex numbers, or entries that are not numbers.
@@ -184,28 +189,28 @@ def as_values(given: Any, what: str) -> Any:
 def reference(
     given: Any, value: Tensor, index: Tensor | None, last: int, axis: int, where: str
 ) -> Tensor | float:
-    """A user's number or tensor, cut to the selected features and broadcastable to ``value``.
+    """A user's number or tensor, reduced to the selected features and broadcastable to ``value``.
 
-    ``value`` has its features last and already selected; ``given`` is in the layout of the site, with one
-    entry for every feature of it or none. ``last`` is the highest of the features ``index``.
+    ``value`` has the selected features last; ``given`` is in the layout of the site, with one entry for every feature
+    of it, or without a feature dimension. ``last`` is the highest entry of ``index``.
     """
-    given = as_values(given, where)  # a cache may hold arrays
+    given = as_values(given, where)  # a cache may contain arrays
     if not isinstance(given, Tensor):
         return float(given)
     if given.device != value.device and given.dim() > 0:
         raise ShapeMismatch(
-            f"{where}: a tensor on {given.device} for values on {value.device}; move it with .to()"
+            f"{where}: expected a tensor on {value.device}, got one on {given.device}; move it with .to()"
         )
     if given.dtype == torch.bool or given.is_complex():
-        raise ShapeMismatch(f"{where}: values are {value.dtype}, came {given.dtype}")
+        raise ShapeMismatch(f"{where}: expected values of {value.dtype}, got {given.dtype}")
     given = given.to(value.dtype)
     if given.dim() >= -axis:
         given = given.movedim(axis, -1)
         if index is not None and given.shape[-1] > 1:
             if given.shape[-1] <= last:
                 raise ShapeMismatch(
-                    f"{where}: features up to {last}, but the given tensor has {given.shape[-1]} "
-                    "entries along them; pass one for every feature of the site"
+                    f"{where}: features up to {last} are selected, but the given tensor has {given.shape[-1]} "
+                    "entries along that dimension; pass one for every feature of the site"
                 )
             given = given.index_select(-1, index.to(given.device))
     try:
@@ -218,14 +223,14 @@ def reference(
 
 
 def check_values(given: Any, what: str, *, bounds: bool) -> None:
-    """Numbers and tensors that an edit was given; a cache is the model's own doing. A bound may be infinite."""
+    """Checks that numbers and tensors given to an edit are finite; caches are not checked, and bounds may be infinite."""
     if isinstance(given, (int, float)):
         given = None if bounds and math.isinf(given) else torch.tensor(float(given))
     if isinstance(given, Tensor) and given.device.type != "meta" and not bool(torch.isfinite(given).all()):
         bad = int((~torch.isfinite(given)).sum())
-        raise NotFinite(f"{what}: NaN or infinity in {bad} of {given.numel()} values")
+        raise NotFinite(f"{what}: expected finite values, got NaN or infinity in {bad} of {given.numel()}")
 
 
 def outside_inference(chosen: Tensor) -> Tensor:
-    """Outside of inference mode too, where autograd keeps what a value was chosen with."""
+    """A copy usable outside inference mode, where autograd saves the indices of a selection."""
     return chosen.clone() if chosen.is_inference() else chosen

@@ -1,14 +1,12 @@
-"""Attributes of one live module, shadowed for a while without writing into the module.
+"""Temporarily shadows attributes of one live object without writing to its ``__dict__``.
 
-The module (or other object) gets a class of its own, a subclass of its class whose descriptors answer for the
-shadowed names.
-``__dict__``, parameters, submodules and ``state_dict`` stay as they are. A copy made meanwhile (``deepcopy``,
-pickle, a ``__deepcopy__`` of the class's own) is of the original class and takes none of our hooks along; a replica
-(``DataParallel``) is passed to the shadow as itself, never as the module that it was copied from. Shadows of one
-name stack, and are taken off in any order, also from under a class that another library put on top meanwhile
-(``parametrize``, ``fully_shard``).
+The object, usually a module, gets a class of its own: a subclass of its class whose descriptors answer for the shadowed
+names. ``__dict__``, parameters, submodules and ``state_dict`` do not change. A copy made meanwhile (``deepcopy``,
+pickle, the class's own ``__deepcopy__``) has the original class and none of our hooks; a replica (``DataParallel``) is
+passed to the shadow as itself, never as the module it was copied from. Shadows of one name stack, and can be removed in
+any order, even from beneath a class that another library has added meanwhile (``parametrize``, ``fully_shard``).
 
-Casting and lifting may be repeated: whatever an interrupt broke off, doing it again completes.
+Installing and removing are idempotent: repeating them completes what an interrupt left unfinished.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from threading import RLock
 from typing import Any
 
 _LOCK = RLock()
-MARK = "mmhooks_tap"  # an attribute of the hooks that taps register: copies leave these out
+MARK = "mmhooks_tap"  # an attribute of the hooks that taps register, which copies omit
 _HOOKS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -29,11 +27,11 @@ _HOOKS = {
 
 
 class Shadow:
-    """One shadow of ``name``: reading the attribute gives ``get(module, below)``, ``below`` what was there before."""
+    """A shadow of ``name``: reading the attribute returns ``get(module, below)``, with ``below`` the shadowed value."""
 
     def __init__(self, name: str, get: Callable[[Any, Any], Any]) -> None:
         self.name, self.get = name, get
-        self._classes: dict[Any, type] = {}  # made once: contexts come and go by the batch
+        self._classes: dict[Any, type] = {}  # created once, since contexts may open and close at every batch
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_classes": {}}
@@ -43,33 +41,33 @@ class Shadow:
 
     @property
     def used(self) -> bool:
-        """Whether it was ever cast."""
+        """Whether it was ever installed."""
         return bool(self._classes)
 
-    def cast(self, module: Any) -> None:
-        """Shadows ``module.<name>``; does nothing where this shadow lies on it already."""
+    def install(self, module: Any) -> None:
+        """Shadows ``module.<name>``; does nothing if this shadow is installed already."""
         with _LOCK:
             base, below = type(module), ()
             if hasattr(base, "_mmhooks_shadows"):
-                if any(self in shadows for _, shadows in _cast_on(base)):
+                if any(self in shadows for _, shadows in _classes_with_shadows(base)):
                     return
                 base, below = _base(base), vars(base).get("_mmhooks_shadows", ())
             object.__setattr__(module, "__class__", _shadowed(base, (*below, self)))
 
-    def lift(self, module: Any) -> None:
-        """Takes exactly this shadow off, if it is there."""
+    def remove(self, module: Any) -> None:
+        """Removes exactly this shadow, if installed."""
         with _LOCK:
-            if type(module).__dict__.get("_mmhooks_shadows") == (self,):  # nearly always
+            if type(module).__dict__.get("_mmhooks_shadows") == (self,):  # the common case
                 object.__setattr__(module, "__class__", type(module)._mmhooks_base)
                 return
-            for kind, shadows in [*_cast_on(type(module))]:
+            for kind, shadows in [*_classes_with_shadows(type(module))]:
                 if self in shadows:
                     rest = tuple(s for s in shadows if s is not self)
                     _replace(module, kind, _shadowed(_base(kind), rest))
 
 
 def own_forward(module: Any) -> Callable[..., Any]:
-    """The ``forward`` that a module has without shadows: set on the object by somebody else, or its class's."""
+    """A module's ``forward`` without shadows: the one set on the object, else that of its class."""
     if "forward" in vars(module):
         return vars(module)["forward"]
     classes = (kind for kind in type(module).__mro__ if "_mmhooks_shadows" not in vars(kind))
@@ -81,8 +79,8 @@ def _base(kind: type) -> type:
     return vars(kind).get("_mmhooks_base", kind)
 
 
-def _cast_on(kind: Any) -> Iterator[tuple[type, tuple[Shadow, ...]]]:
-    """The classes with shadows, from the top; below the first one only where another library's class lies between."""
+def _classes_with_shadows(kind: Any) -> Iterator[tuple[type, tuple[Shadow, ...]]]:
+    """The classes with shadows, topmost first; several only if another library's class lies between them."""
     while hasattr(kind, "_mmhooks_shadows"):
         kind = next(k for k in kind.__mro__ if "_mmhooks_shadows" in k.__dict__)
         yield kind, kind._mmhooks_shadows
@@ -93,7 +91,7 @@ def _replace(module: Any, old: type, new: type) -> None:
     if type(module) is old:
         object.__setattr__(module, "__class__", new)
         return
-    for kind in type(module).__mro__:  # another library's class for this one module lies on top
+    for kind in type(module).__mro__:  # another library has put a per-module class on top
         if old in kind.__bases__:
             kind.__bases__ = tuple(new if base is old else base for base in kind.__bases__)
 
@@ -110,8 +108,8 @@ def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:
     ours = {name: _Descriptor(name, base, tuple(s.get for s in shadows if s.name == name)) for name in names}
     same = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     marks = {"_mmhooks_base": base, "_mmhooks_shadows": shadows}
-    made = type(base)(base.__name__, (base,), {**same, **marks, **_makers(base), **ours})
-    # The base's __init_subclass__ may have put things in: transformers' layers wrap forward for checkpointing.
+    made = type(base)(base.__name__, (base,), {**same, **marks, **_copy_methods(base), **ours})
+    # The base's __init_subclass__ may add attributes: transformers' layers wrap forward for checkpointing.
     if "forward" in vars(made) and "forward" not in ours:
         del made.forward
     for name, descriptor in ours.items():
@@ -119,8 +117,8 @@ def _subclass(base: type, shadows: tuple[Shadow, ...]) -> type:
     return made
 
 
-def _makers(base: Any) -> dict[str, Any]:
-    """Every way to make another object from a shadowed one: it is of the class without shadows."""
+def _copy_methods(base: Any) -> dict[str, Any]:
+    """Methods that create another object from a shadowed one; the copy has the class without shadows."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         made = base.__reduce_ex__(self, protocol)
@@ -142,11 +140,11 @@ def _makers(base: Any) -> dict[str, Any]:
     makers: dict[str, Any] = {"__reduce_ex__": reduce, "__init__": init}
     for name in ("__deepcopy__", "__copy__"):
         if hasattr(base, name):
-            makers[name] = _bare(getattr(base, name))
+            makers[name] = _without_shadow(getattr(base, name))
     return makers
 
 
-def _bare(copy: Callable[..., Any]) -> Callable[..., Any]:
+def _without_shadow(copy: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(copy)
     def bare(self: Any, *memo: Any) -> Any:
         new = copy(self, *memo)
@@ -170,7 +168,7 @@ def _without_our_hooks(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Descriptor:
-    """A data descriptor, so that it answers even where the instance has the attribute itself."""
+    """A data descriptor, which takes precedence over an attribute in the instance's ``__dict__``."""
 
     def __init__(self, name: str, base: type, gets: tuple[Callable[..., Any], ...]) -> None:
         self.name, self.base, self.gets = name, base, gets
@@ -186,13 +184,13 @@ class _Descriptor:
     def _below(self, module: Any) -> Any:
         if self.name in module.__dict__:
             return module.__dict__[self.name]
-        # Not super(): another thread may give the module another class in between.
+        # Not super(): another thread may change the module's class in between.
         for kind in self.base.__mro__:
             if self.name in vars(kind):
                 found = vars(kind)[self.name]
                 bind = getattr(type(found), "__get__", None)
                 return found if bind is None else bind(found, module, self.base)
-        return module.__getattr__(self.name)  # where nn.Module keeps parameters and buffers
+        return module.__getattr__(self.name)  # parameters and buffers of nn.Module
 
     def __set__(self, module: Any, value: Any) -> None:
         module.__dict__[self.name] = value

@@ -1,4 +1,4 @@
-"""Sites: names of places where a tensor flows, and the map from names to taps."""
+"""Sites: named places where a tensor flows, and the map from names to taps."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Site:
     Attributes:
         name: ``image.blocks.3.attn.z``.
         tap, leaf: how the tensor is reached.
-        axis: what the features of an edit select: the last dimension, the channels of a map, or the attention heads.
-        tokens: the dimension of the tokens where there is one; used if the tensor has enough dimensions.
-        layout: dimensions in words, for the docs.
-        view: where the site is another layout of the tap's tensor.
-        width: the dimension along which a vector lies, which a head reads: the last, or the channels of a map.
-        beside: other modules that get the same tensor from outside, such as a ControlNet its conditioning. Edits of
-            the site reach them too; caches and backward hooks see the site alone.
+        axis: the dimension that an edit's features index: the last, the channels of a map, or the attention heads.
+        tokens: the token dimension, None if there is none; used if the tensor has enough dimensions.
+        layout: names of the dimensions, for the docs.
+        view: set if the site is another layout of the tap's tensor.
+        width: the dimension of the vectors that a head reads: the last, or the channels of a map.
+        beside: sites of other modules that receive the same tensor from outside, such as a ControlNet its
+            conditioning. Edits of the site reach them too; caches and backward hooks see only this site.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Site:
 
     @property
     def site(self) -> Site:
-        """Itself; a place inside a head answers with the site that the head is attached at."""
+        """Itself; for a place inside a head, this is the site where the head is attached."""
         return self
 
     @property
@@ -66,12 +66,12 @@ class Site:
 
     @property
     def is_map(self) -> bool:
-        """Whether its vectors lie on a grid, all of one kind, wherever their channels are."""
+        """Whether its vectors lie on a spatial grid, in whichever dimension the channels are."""
         return "height" in self.layout.split()
 
     @property
     def vectors(self) -> View | None:
-        """The view in which vectors lie along the last dimension: of a map, one for each position."""
+        """The view with vectors along the last dimension; for a map, one vector per position."""
         if self.width == -1:
             return self.view
         show = self.view.show if self.view else lambda raw: raw
@@ -84,31 +84,31 @@ class Site:
         """A value of the site with its vectors along the last dimension.
 
         Raises:
-            ShapeMismatch: the site was taken for a feature map and carries something else.
+            ShapeMismatch: the site was assumed to be a feature map and carries something else.
         """
         if self.width == -1:
             return value
         if value.dim() <= -self.width:
             raise ShapeMismatch(
-                f"site {self.name!r} is a feature map ({self.layout}), got shape {tuple(value.shape)}"
+                f"site {self.name!r}: expected a feature map ({self.layout}), got shape {tuple(value.shape)}"
             )
         return value.movedim(self.width, -1)
 
 
 def feature_map(name: str, tap: Tap) -> Site:
-    """A place with channels first, ``[batch channel height width]``: features and vectors are those of the channels."""
+    """A site with channels first, ``[batch channel height width]``; features and vectors run along the channels."""
     return Site(name, tap, axis=-3, width=-3, tokens=None, layout="batch channel height width")
 
 
 def _native(path: str, module: nn.Module, tap: Tap) -> Site:
-    """A module's own path. Torch and its kin call ``...2d`` what gives maps with channels first."""
+    """A site named by a module's path. Modules named ``...2d`` return maps with channels first, by torch convention."""
     named = any(_MAP.search(kind.__name__) for kind in type(module).__mro__)
     return feature_map(path, tap) if named else Site(path, tap)
 
 
 @dataclass
 class SiteMap:
-    """Names to sites for one model: the canonical ones first, then every native module path.
+    """The sites of one model by name: the canonical ones first, then every native module path.
 
     >>> from torch import nn
     >>> sites = SiteMap(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -119,7 +119,7 @@ class SiteMap:
     root: nn.Module
     canonical: dict[str, Site] = field(default_factory=dict)
     towers: set[str] = field(default_factory=set)
-    widths: dict[str, int] = field(default_factory=dict)  # of sites whose taps do not say: hooks/widths.py
+    widths: dict[str, int] = field(default_factory=dict)  # of sites whose width hooks/widths.py cannot infer
     _native: dict[str, Site] | None = None
     _parents: dict[nn.Module, tuple[nn.Module, str]] = field(default_factory=dict)
 
@@ -132,17 +132,17 @@ class SiteMap:
     # -- building --------------------------------------------------------------------------------------
 
     def output(self, module: nn.Module, *, first: bool = False) -> Tap:
-        """The one tap of a module's output, shared by all sites that look at it."""
+        """The tap of a module's output, shared by all of its sites."""
         tap = registry.shared(ModuleOutput(module, first))
         tap.first, tap.named = tap.first or first, True
         return tap
 
     def input(self, module: nn.Module, keyword: str = "") -> Tap:
-        """The one tap of a module's first input."""
+        """The tap of a module's first input."""
         return registry.shared(ModuleInput(module, keyword))
 
     def add(self, site: Site) -> None:
-        """Adds a canonical site. Its tap becomes the one that this process has for the place."""
+        """Adds a canonical site, with the process-wide tap of its place."""
         self.towers.add(site.tower)
         self.canonical[site.name] = replace(site, tap=registry.shared(site.tap))
 
@@ -150,7 +150,7 @@ class SiteMap:
 
     @property
     def native(self) -> dict[str, Site]:
-        """Every module path, except inside nn.MultiheadAttention, which never calls its children."""
+        """Every module path, except those inside nn.MultiheadAttention, which never calls its children."""
         if self._native is None:
             silent = tuple(
                 f"{path}." for path, m in self.root.named_modules() if isinstance(m, nn.MultiheadAttention)
@@ -169,7 +169,7 @@ class SiteMap:
         """Sites by exact name, glob or predicate; canonical names hide native ones.
 
         Raises:
-            UnknownSite: nothing matches; the message lists near matches.
+            UnknownSite: nothing matches; the message lists close matches.
             MMHooksError: a module of these sites was replaced since the model was hooked, say by a LoRA layer.
         """
         if isinstance(pattern, str):
@@ -183,7 +183,7 @@ class SiteMap:
         raise UnknownSite(describe(pattern), [*self.canonical, *self.native])
 
     def _in_place(self, sites: list[Site]) -> list[Site]:
-        """The sites, once it is sure that their modules are still those that the model runs."""
+        """Returns the sites after checking that their modules are still part of the model."""
         seen: set[nn.Module] = set()
         for site in sites:
             module = site.tap.owner
@@ -191,20 +191,19 @@ class SiteMap:
                 seen.add(module)
                 parent, name = self._parents[module]
                 now = parent._modules.get(name)
-                if (
-                    now is not module and getattr(now, "_orig_mod", None) is not module
-                ):  # compiled is the same one
+                # A compiled module still runs the original.
+                if now is not module and getattr(now, "_orig_mod", None) is not module:
                     raise MMHooksError(
-                        f"site {site.name!r} was found when {name!r} of a {type(parent).__name__} was a "
-                        f"{type(module).__name__}, now it is a {type(now).__name__}: the model was changed since it was "
-                        "hooked (LoRA, quantisation, ...); hook it again, e.g. mm.HookedCLIP(model.model)"
+                        f"site {site.name!r}: expected {name!r} of a {type(parent).__name__} to be the "
+                        f"{type(module).__name__} that was hooked, got a {type(now).__name__}: the model was changed since "
+                        "(LoRA, quantisation, ...); hook it again, e.g. mm.HookedCLIP(model.model)"
                     )
                 module = parent
         return sites
 
 
 class SiteList(list[str]):
-    """Names of sites; printed with their shapes, or with the layout in words where none was seen yet.
+    """Names of sites; printed with their shapes, or with the names of their dimensions if no shape was seen yet.
 
     >>> SiteList({"image.embed": "batch d", "text.embed": "batch d"}, {"image.embed": (2, 256)})
     image.embed  (2, 256)

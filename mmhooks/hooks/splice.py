@@ -1,13 +1,13 @@
-"""Sparse heads in the graph: one encode, edits in feature space, and only the difference decoded.
+"""Splices sparse heads into the graph: one encode, edits in feature space, and only the difference decoded.
 
-With features ``f = enc(x)`` edited to ``f'``, the splice puts
+With features ``f = enc(x)`` edited to ``f'``, the splice replaces ``x`` by
 
-    ``out = x + s (f' - f) W_dec``            (error term kept; ``x`` itself where nothing changed)
+    ``out = x + s (f' - f) W_dec``            (with the error term; ``x`` itself if nothing changed)
     ``out = s dec(f')``                       (``error_term=False``)
 
-in the place of ``x``, where ``s = 1``; for a head with ``normalize_input``, ``f = enc(x / |x|)`` and
-``s = |x|``; with ``"layer_norm"``, ``x`` less its mean over its deviation ``s``, and ``dec`` ends with adding the
-mean. Because the decoder is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
+where ``s = 1``. For a head with ``normalize_input``, ``f = enc(x / |x|)`` and ``s = |x|``; with ``"layer_norm"``,
+``f = enc((x - mean) / s)`` with the standard deviation ``s``, and ``dec`` adds the mean at the end. Because the decoder
+is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmhooks.errors import NoDecoder, ShapeMismatch
 from mmhooks.hooks.edits import Edit
-from mmhooks.hooks.program import CaptureOp, EditOp, GradOp, Op, Target, apply, spell, watch
+from mmhooks.hooks.program import CaptureOp, EditOp, GradOp, Op, Target, apply, describe_tensor, watch
 from mmhooks.hooks.sites import Site
 from mmhooks.hooks.steps import halves
 
@@ -33,11 +33,11 @@ HEAD_PARTS = ("d_in", "n_features", "has_decoder", "normalize_input", "id", "pre
 
 @runtime_checkable
 class HeadLike(Protocol):
-    """What the splice needs of a head. ``W_dec [n d]`` only where ``has_decoder``.
+    """The interface that the splice needs of a head. ``W_dec [n d]`` only if ``has_decoder``.
 
-    Optional: ``encode_topk(x) -> (values [*b k], indices [*b k])`` lets masks touch the ``k`` active
-    features alone; ``activate(pre) -> f`` lets edits act on pre-activations; ``bare()`` gives the head for vectors
-    that are normalised already, as the splice hands them over.
+    Optional: ``encode_topk(x) -> (values [*b k], indices [*b k])`` lets masks touch only the ``k`` active features;
+    ``activate(pre) -> f`` lets edits act on pre-activations; ``bare()`` returns the head for vectors that are already
+    normalised, as the splice passes them.
     """
 
     name: str
@@ -55,7 +55,7 @@ class HeadLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A head at a site. ``splice=False``: edits stay in the head's own latents, the model flows on as it was."""
+    """A head at a site. ``splice=False``: edits change only the head's latents, not the model's output."""
 
     head: Any
     name: str
@@ -65,7 +65,7 @@ class Attachment:
 
     @cached_property
     def beside(self) -> tuple[Attachment, ...]:
-        """The same head where edits of its site have to go as well."""
+        """The same head at the other sites that edits of its site must reach."""
         return tuple(replace(self, site=site) for site in self.site.beside)
 
     def sites(self) -> list[HeadSite]:
@@ -88,19 +88,19 @@ class HeadSite:
 
     @property
     def beside(self) -> tuple[HeadSite, ...]:
-        """This place wherever else edits of its site have to go."""
+        """The same place at the other sites that edits of its site must reach."""
         return tuple(HeadSite(self.name, other.site, other, self.leaf) for other in self.attachment.beside)
 
     @property
     def layout(self) -> str:
-        """That of the site, vectors last, with features in the place of dimensions for ``pre`` and ``latents``."""
+        """The site's layout with vectors last; for ``pre`` and ``latents`` the last dimension is features."""
         words = self.site.layout.split()
         words.append(words.pop(self.site.width) if words else "")
         return " ".join(words if self.leaf in LEAVES[2:] else [*words[:-1], "feature"])
 
 
 def union_of(chosen: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, " u"]:
-    """Sorted and distinct, as each of ``chosen`` is: the features of one edit are their own union."""
+    """The union of index tensors that are sorted and distinct, sorted and distinct as well."""
     return chosen[0] if len(chosen) == 1 else torch.cat([*chosen]).unique()
 
 
@@ -111,7 +111,7 @@ class HeadStep:
         assert isinstance(op.target, HeadSite)
         self.attachment = op.target.attachment
         self.site, self.head = self.attachment.site, self.attachment.head
-        # Vectors are normalised here, once: the step needs their scale for the way back.
+        # The step normalises vectors itself, because it needs their scale to map back.
         self.bare = self.head.bare() if hasattr(self.head, "bare") else self.head
         self.view = self.site.vectors
         self.ops: dict[str, list[Op]] = {leaf: [] for leaf in LEAVES}
@@ -126,18 +126,18 @@ class HeadStep:
         self.all.append(op)
 
     def seal(self) -> None:
-        """Decides, once for each context, how much of the head has to be computed."""
+        """Determines, once per context, how much of the head must be computed."""
         self.edits = edits = _edits(self.all)
         reads = _reads(self.all)
         self.detached = not edits and all(op.detached for op in reads)
-        # Whether the head's output is put into the flow even where functions only read.
+        # Whether the head's output enters the model's flow even if functions only read it.
         self.flows = not self.attachment.error_term or any(isinstance(op.act, Edit) for op in edits)
         own = [op.act for op in _edits(self.ops["latents"])]
-        # Edits that name their features and nothing else: only those columns of f are touched.
+        # If all edits name their features, only those columns of f are touched.
         named = bool(own) and all(isinstance(e, Edit) and e.index is not None for e in own)
         only_latents = len(edits) == len(own)
         self.limited = bool(edits) and all(op.limited for op in edits)
-        self.reads: HeadStep | None = None  # what is left of the step while all of its edits sleep
+        self.reads: HeadStep | None = None  # the step without its edits, for when all of them are inactive
         if self.limited and reads:
             self.reads = HeadStep(reads[0])
             for op in reads[1:]:
@@ -158,10 +158,10 @@ class HeadStep:
         view = self.view
         x = raw if view is None else view.show(raw)
         self._check(x)
-        if self.limited and all(op.asleep() for op in self.edits):
+        if self.limited and all(op.inactive() for op in self.edits):
             return raw if self.reads is None else self.reads(raw)
         for op in self.all:
-            if isinstance(op, CaptureOp) or (isinstance(op, EditOp) and not op.asleep()):
+            if isinstance(op, CaptureOp) or (isinstance(op, EditOp) and not op.inactive()):
                 op.binding.fired = True
         if self.detached:
             with torch.no_grad():
@@ -175,8 +175,8 @@ class HeadStep:
         return out if view is None else view.back(raw, out)
 
     def _only_halves(self, out: Tensor, x: Tensor) -> Tensor:
-        """Without an error term every row is decoded anew: those that no edit names stay as they are."""
-        named = {op.act.guidance for op in self.edits if op.limited and not op.asleep()}
+        """Without an error term every row is decoded anew; rows that no edit applies to are restored from ``x``."""
+        named = {op.act.guidance for op in self.edits if op.limited and not op.inactive()}
         parts = halves(len(x), self.site.name)
         if parts is None or "both" in named:
             return out
@@ -187,17 +187,17 @@ class HeadStep:
         if x.shape[-1] != head.d_in:
             raise ShapeMismatch(
                 f"head {self.attachment.name!r} reads vectors of width {head.d_in}, site {self.site.name!r} "
-                f"carries {spell(x)}; attach it at a site of width {head.d_in}"
+                f"carries {describe_tensor(x)}; attach it at a site of width {head.d_in}"
             )
         weight = _weight(head)
         if weight is not None and weight.device != x.device:
             raise ShapeMismatch(
-                f"head {self.attachment.name!r} is on {weight.device}, site {self.site.name!r} carries {spell(x)}; "
+                f"head {self.attachment.name!r} is on {weight.device}, site {self.site.name!r} carries {describe_tensor(x)}; "
                 f"move it with head.to({str(x.device)!r})"
             )
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The head's input, scale ``s`` (None: 1) and shift (None: 0), in its dtype unless autocast takes care."""
+        """The head's input, scale ``s`` (None: 1) and shift (None: 0), in its dtype unless autocast is on."""
         head, weight = self.head, _weight(self.head)
         if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
@@ -211,7 +211,7 @@ class HeadStep:
     # -- the K active features -------------------------------------------------------------------------
 
     def _active(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """Edits that keep zeros at zero need nothing but the active features."""
+        """Applies edits that keep zeros at zero, computing only the active features."""
         unit, scale, _ = self._prepared(x)
         values, indices = self.bare.encode_topk(unit)
         new = values
@@ -258,7 +258,7 @@ class HeadStep:
         return out
 
     def _encode(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Features before any edit, and after edits of the pre-activations."""
+        """Features before any edit, and after edits of pre-activations."""
         ops = self.ops["pre"]
         if not ops:
             f = self.bare.encode(unit)
@@ -271,7 +271,7 @@ class HeadStep:
         return self.head.activate(pre), self.head.activate(new)
 
     def _latents(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Applies the edits to ``after``; returns it with ``(f' - f) W_dec``, or None where f' is f."""
+        """Applies the edits to ``after``; returns it with ``(f' - f) W_dec``, or None if ``f'`` equals ``f``."""
         ops = self.ops["latents"]
         edits, reads = _edits(ops), _reads(ops)
         columns = None
@@ -288,7 +288,7 @@ class HeadStep:
                 final = apply(op, final, flows=self.flows)
             old, new = before, final
         if any(not op.detached for op in reads):
-            # A node of its own, inside the flow: gradients with respect to it are those of the edited features.
+            # A separate graph node inside the flow: its gradients are those of the edited features.
             final = final.view_as(final)
             old, new, columns = before, final, None
         self._read(reads, final)
@@ -322,7 +322,7 @@ def _reads(ops: Sequence[Op]) -> list[Op]:
 
 
 def _weight(head: Any) -> Tensor | None:
-    """One of a head's weights, whose type and device its input must have; None: it has none that can be seen."""
+    """A weight of the head, whose dtype and device its input must have; None if it exposes none."""
     if head.has_decoder:
         return head.W_dec
     parameters = getattr(head, "parameters", None)
@@ -330,17 +330,17 @@ def _weight(head: Any) -> Tensor | None:
 
 
 def check_splice(attachment: Attachment, leaf: str) -> None:
-    """Raises where an edit of this leaf could not reach the model."""
+    """Raises if an edit of this leaf could not reach the model."""
     head = attachment.head
     if attachment.splice and not head.has_decoder:
         raise NoDecoder(
-            f"head {attachment.name!r} ({head.id}) has no decoder: an edit of its features cannot flow back into "
-            f"{attachment.site.name!r}. Fit a decoder for it, or attach it with splice=False and read the edited "
-            f"features from a cache, or apply the edit to features by hand: Zero(...)(head.encode(x))"
+            f"head {attachment.name!r} ({head.id}) has no decoder, so an edit of its features cannot be spliced into "
+            f"{attachment.site.name!r}; fit a decoder for it, or attach it with splice=False and read the edited "
+            f"features from a cache, or apply the edit to features directly: Zero(...)(head.encode(x))"
         )
     if leaf == "pre" and not hasattr(head, "activate"):
         raise NoDecoder(
-            f"head {attachment.name!r} ({head.id}) has no activate(pre): its pre-activations can be read, not "
+            f"head {attachment.name!r} ({head.id}) has no activate(pre), so its pre-activations can be read but not "
             f"edited; edit {attachment.site.name}.{attachment.name}.latents"
         )
 
@@ -354,7 +354,7 @@ def _gather(change: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gather_rows(change: Tensor, indices: Tensor, where: Tensor, weight: Tensor) -> Tensor:
-    """The rows of ``W_dec`` for the changed entries alone, summed for each vector."""
+    """Rows of ``W_dec`` for the changed entries only, weighted and summed per vector."""
     rows, columns = where.unbind(-1)
     starts = torch.searchsorted(rows, torch.arange(len(change), device=rows.device))
     return torch.nn.functional.embedding_bag(

@@ -1,4 +1,4 @@
-"""Activations of a diffusion run, by site and denoising step."""
+"""The cache of a diffusion run: activations by site and denoising step."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError, UnknownSite
+from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.cache import ActivationCache, recomputes
 from mmhooks.hooks.program import Binding
-from mmhooks.hooks.steps import HALVES, Guidance, Moment, chosen_steps, halves, now
+from mmhooks.hooks.steps import HALVES, Guidance, Moment, chosen_steps, current_moment, halves
+from mmhooks.utils.indexing import as_choice
 
 
 class StepCache(Mapping[str, Tensor]):
     """What ``HookedDiffusion.run_with_cache`` returns: a read-only mapping from site name to tensor.
 
     A site that runs at every denoising step gives ``[step batch ...]``, in the order of :attr:`steps`; one that
-    runs once gives ``[batch ...]``. In a guided run the batch holds the unconditional rows first, as the U-Net gets
-    them, at the sites of the text encoder too; :attr:`cond` and :attr:`uncond` are the halves.
+    runs once gives ``[batch ...]``. In a guided run the batch holds the unconditional rows first, as the U-Net receives
+    them, also at sites of the text encoder; :attr:`cond` and :attr:`uncond` are the halves.
 
     Args:
-        steps: keep these denoising steps only.
-        guidance: keep this half only.
+        steps: keep only these denoising steps.
+        guidance: keep only this half.
         options: ``device, dtype, tokens, copy`` of :class:`~mmhooks.hooks.cache.ActivationCache`.
     """
 
     def __init__(self, *, steps: Any = None, guidance: Guidance = "both", **options: Any) -> None:
         if guidance not in ("cond", "uncond", "both"):
-            raise MMHooksError(f'guidance is "cond", "uncond" or "both", came {guidance!r}')
+            raise MMHooksError(f'guidance: expected "cond", "uncond" or "both", got {guidance!r}')
         self._asked, self._guidance, self._options = chosen_steps(steps), guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
-        # Sites that ran again in one step: the cache holds their last value.
+        # Sites that ran more than once in a step: the cache holds their last value.
         self.repeated: dict[str, None] = {}
 
     # -- filling ---------------------------------------------------------------------------------------
 
     def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
-        """The function that keeps what flows at ``name``, under the step and half of the moment."""
+        """Returns the function that stores a value of ``name`` under the current step and half."""
 
         seen: set[Moment] = set()
 
         def record(value: Tensor) -> Tensor:
-            at = now()
+            at = current_moment()
             if self._leaves_out(at):
                 binding.hint = (
-                    f"the run had {(at.step or 0) + 1} steps, of which steps={self._asked} and "
-                    f"guidance={self._guidance!r} keep none"
+                    f"the run had {(at.step or 0) + 1} steps, none of which are kept by steps={self._asked} and "
+                    f"guidance={self._guidance!r}"
                 )
                 return value
             chosen = None
@@ -80,7 +81,17 @@ class StepCache(Mapping[str, Tensor]):
         return sorted({at.step for at in self._parts if at.step is not None})
 
     def at(self, step: int) -> ActivationCache:
-        """What flowed at one denoising step, and at the sites that run once."""
+        """The activations of one denoising step, and of the sites that run once.
+
+        Raises:
+            ShapeMismatch: a bool, or anything but a whole number. UnknownSite: a step that was not kept.
+        """
+        choice = as_choice(step, "step")
+        if choice.dtype == torch.bool or choice.numel() != 1:
+            raise ShapeMismatch(
+                f"step: expected one whole number, got {step!r}; the cache holds steps {self.steps}"
+            )
+        step = int(choice)
         if step not in self.steps:
             raise UnknownSite(f"step {step}", [str(s) for s in self.steps], where="this cache")
         values = {}
@@ -108,12 +119,12 @@ class StepCache(Mapping[str, Tensor]):
         )
 
     def now(self, name: str) -> Tensor:
-        """The value of the step that is going on: with it, ``mm.Patch(cache)`` patches step by step."""
-        kept, step = self._of(name), now().step
+        """The value at the current denoising step, with which ``mm.Patch(cache)`` patches step by step."""
+        kept, step = self._of(name), current_moment().step
         if None in kept:
             return kept[None]
         if step is None or step not in kept:
-            raise MMHooksError(f"the cache holds {name!r} at steps {self.steps}, asked for at step {step}")
+            raise MMHooksError(f"expected a cache of {name!r} at step {step}, got one at steps {self.steps}")
         return kept[step]
 
     @property
@@ -147,13 +158,13 @@ class StepCache(Mapping[str, Tensor]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes at the sites, of one step."""
+        """Shapes at the sites, for one step."""
         return {name: shape for part in self._parts.values() for name, shape in part.shapes.items()}
 
     def _of(
         self, name: str, read: Callable[[ActivationCache, str], Tensor] = ActivationCache.__getitem__
     ) -> dict[int | None, Tensor]:
-        """Step -> value; a text encoder's two calls are put together as the U-Net gets them."""
+        """Maps step to value; a text encoder's two calls are joined in the order in which the U-Net receives them."""
         if name not in self:
             raise UnknownSite(name, self, where="this cache")
         found: dict[int | None, dict[str, Tensor]] = {}
@@ -175,5 +186,5 @@ class StepCache(Mapping[str, Tensor]):
             elif at.half in (which, None):
                 new._parts[at] = part
         if not new._parts:
-            raise MMHooksError(f"this cache holds nothing of the half {which!r}: the run had no guidance")
+            raise MMHooksError(f"this cache holds no rows of the half {which!r}: the run had no guidance")
         return new

@@ -1,8 +1,8 @@
-"""Where a diffusion run is: its denoising step, and which half of a guided batch a module works on.
+"""The state of a diffusion run: its denoising step, and the half of a guided batch that a module processes.
 
-The pipeline that runs sets both; edits with ``steps=`` and ``guidance=``, caches and hook functions ask. With
-classifier-free guidance the U-Net gets the unconditional rows and then the conditional ones in one batch, while
-the text encoder is called for each half by itself.
+The running pipeline sets both; edits with ``steps=`` and ``guidance=``, caches and hook functions read them. With
+classifier-free guidance the U-Net receives the unconditional and then the conditional rows in one batch, while the
+text encoder is called separately for each half.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mmhooks.errors import MMHooksError, OutOfRange, ShapeMismatch
 from mmhooks.utils.indexing import as_choice
 
 Guidance = Literal["cond", "uncond", "both"]
-HALVES = ("uncond", "cond")  # the order in which diffusers puts them into a batch
+HALVES = ("uncond", "cond")  # their order in a batch of diffusers
 
 
 class Moment(NamedTuple):
-    """``step``: number of the denoising step, from 0. ``half``: whose rows a batch holds; ``both``: first the
-    unconditional, then the conditional ones."""
+    """``step``: number of the denoising step, from 0. ``half``: which rows a batch holds; ``both``: the unconditional,
+    then the conditional ones."""
 
     step: int | None = None
     half: Guidance | None = None
@@ -33,13 +33,13 @@ _NEVER = Moment()
 _NOW: ContextVar[Moment] = ContextVar("mmhooks_moment", default=_NEVER)
 
 
-def now() -> Moment:
+def current_moment() -> Moment:
     return _NOW.get()
 
 
 @contextmanager
 def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
-    """Marks everything inside as belonging to a denoising step, and to a half of the batch."""
+    """Sets the denoising step, and the half of the batch, for everything inside the block."""
     token = _NOW.set(Moment(step, half))
     try:
         yield
@@ -48,10 +48,10 @@ def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
 
 
 def chosen_steps(steps: Any) -> tuple[int, ...] | range | None:
-    """``steps=`` of an edit or a cache, as numbers that can be looked up at every step.
+    """``steps=`` of an edit or a cache as numbers, for membership tests at every step.
 
     Raises:
-        ShapeMismatch: a mask, since nothing here says how many steps a run has, or anything but whole numbers.
+        ShapeMismatch: a mask, since the number of steps is not known here, or anything but whole numbers.
         OutOfRange: a negative number.
 
     >>> chosen_steps([3, 1]), chosen_steps(range(2))
@@ -62,15 +62,17 @@ def chosen_steps(steps: Any) -> tuple[int, ...] | range | None:
     choice = as_choice(steps, "steps")
     if choice.dtype == torch.bool:
         raise ShapeMismatch(
-            "steps: expected numbers of denoising steps, from 0, got a mask; pass mask.nonzero()"
+            "steps: expected numbers of denoising steps, counted from 0, got a mask; pass mask.nonzero()"
         )
     if choice.numel() and int(choice.min()) < 0:
-        raise OutOfRange(f"steps: {int(choice.min())} is not a denoising step; they are counted from 0")
+        raise OutOfRange(
+            f"steps: expected numbers of denoising steps, counted from 0, got {int(choice.min())}"
+        )
     return steps if isinstance(steps, range) else tuple(sorted(set(choice.flatten().tolist())))
 
 
-def asleep(steps: Any, guidance: Guidance, where: str) -> bool:
-    """Whether an edit limited to ``steps`` and to a half has to leave the value at ``where`` alone now.
+def inactive(steps: Any, guidance: Guidance, where: str) -> bool:
+    """Whether an edit limited to ``steps`` and to one half does not apply to the current value at ``where``.
 
     Raises:
         MMHooksError: there are no steps, or no halves, at this place.
@@ -78,13 +80,13 @@ def asleep(steps: Any, guidance: Guidance, where: str) -> bool:
     at = _NOW.get()
     if steps is not None and at.step is None:
         raise MMHooksError(
-            f"steps= at {where!r}, but no diffusion run is going on there (text encoders run once, before its "
+            f"steps= at {where!r}, which does not run inside a denoising step (text encoders run once, before the "
             "first step); leave steps= out, or edit 'text.cond'"
         )
     if guidance != "both" and at.half is None:
         raise MMHooksError(
-            f"guidance={guidance!r} at {where!r}, but nothing says whose rows these are: halves are known in the "
-            "text encoders and the U-Net of a pipeline that runs; leave guidance= out"
+            f"guidance={guidance!r} at {where!r}, where the halves of the batch are not known: they are known in the "
+            "text encoders and the U-Net of a running pipeline; leave guidance= out"
         )
     return (steps is not None and at.step not in steps) or (
         guidance != "both" and at.half not in ("both", guidance)
@@ -92,7 +94,7 @@ def asleep(steps: Any, guidance: Guidance, where: str) -> bool:
 
 
 def halves(rows: int, where: str) -> list[tuple[Guidance, slice]] | None:
-    """The halves of a batch that holds both, with their rows; None for a batch of one kind.
+    """The halves of a batch that holds both, with their rows; None for a batch of one half.
 
     >>> with moment(0, "both"):
     ...     halves(4, "text.cond")
@@ -101,5 +103,5 @@ def halves(rows: int, where: str) -> list[tuple[Guidance, slice]] | None:
     if _NOW.get().half != "both":
         return None
     if rows % 2:
-        raise ShapeMismatch(f"{rows} rows at {where!r} in a guided run, where one half follows the other")
+        raise ShapeMismatch(f"{where!r}: expected an even number of rows in a guided run, got {rows}")
     return [("uncond", slice(0, rows // 2)), ("cond", slice(rows // 2, rows))]

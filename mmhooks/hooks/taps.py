@@ -1,8 +1,8 @@
-"""Taps: the ways to reach a tensor inside a live module. Nothing is installed until a context asks.
+"""Taps: the ways to reach a tensor inside a live module. Nothing is installed until a context needs it.
 
-A tap owns one or several *leaves* (places) and knows how to install itself and how to take itself out
-again. What happens to the tensor is the business of the :class:`~mmhooks.hooks.program.Program` that the
-active contexts of the calling thread have for the tap; a thread without one passes through untouched.
+A tap owns one or several *leaves* (places) and knows how to install and remove itself. What happens to the tensor is
+determined by the :class:`~mmhooks.hooks.program.Program` that the calling thread's contexts have for the tap; in a
+thread without one, tensors pass through unchanged.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Emit = Callable[[str, Tensor], Tensor]
 
 
 class Tap:
-    """Base of the taps. ``leaves`` is ``()`` for a tap with a single place; ``owner`` is the live object it is on."""
+    """Base class of taps. ``leaves`` is ``()`` for a tap with a single place; ``owner`` is the object it is installed on."""
 
     leaves: tuple[str, ...] = ()
     owner: Any
 
     @property
     def key(self) -> Hashable:
-        """What it reaches: taps of one key on one module are one tap, whoever made them."""
+        """Identifies the place: taps with equal keys are one tap, even if several models created them."""
         return (type(self), id(self.owner), self.leaves)
 
     def install(self) -> None:
-        """Puts the hook or shadow in. It may be called again, also after an interrupt half-way."""
+        """Installs the hook or shadow. Idempotent, also after an interrupt."""
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Takes out all that :meth:`install` put in, or the part that it came to; it may be called again."""
+        """Removes everything that :meth:`install` added, even if it was interrupted. Idempotent."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
@@ -58,20 +58,20 @@ class ShadowTap(Tap):
 
     def install(self) -> None:
         for shadow in self._shadows:
-            shadow.cast(self.owner)
+            shadow.install(self.owner)
 
     def remove(self) -> None:
         for shadow in self._shadows:
-            shadow.lift(self.owner)
+            shadow.remove(self.owner)
 
 
 class HookTap(Tap):
-    """A tap that is a hook of torch's.
+    """A tap that is a torch hook.
 
-    The module is shadowed too: compiled code looks at the types of modules, not at their hooks, so without it
-    Dynamo would take code made for the same module without a hook, or with one that is gone. Modules of one class
-    that are hooked differently need a type each, for code that a graph break cuts into pieces. Many types cost
-    Python its type caches (0.5 µs a hook at 48), so until something is compiled all hooked modules share one.
+    The module is shadowed too, which changes its type: compiled code is guarded by the types of modules, not by their
+    hooks, so otherwise Dynamo would reuse code compiled for the module without a hook, or with a removed one. Modules
+    of one class that are hooked differently need a type each, for code split by graph breaks. Many types defeat
+    Python's type caches (0.5 µs per hook at 48), so until something is compiled all hooked modules share one shadow.
     """
 
     owner: nn.Module
@@ -83,33 +83,33 @@ class HookTap(Tap):
     def install(self) -> None:
         if isinstance(self.owner, torch.jit.ScriptModule):
             raise MMHooksError(
-                f"expected a module that runs in Python, got {type(self.owner).__name__}: what torch.jit compiled "
+                f"expected a module that runs in Python, got {type(self.owner).__name__}: modules compiled by torch.jit "
                 "cannot be hooked; load the model without jit (open_clip: jit=False), hook it, and script it afterwards"
             )
         shared = not _compiles()
-        (_SHARED if shared else self._own).cast(self.owner)
-        body = self._body(_refuse if shared else None)
+        (_SHARED if shared else self._own).install(self.owner)
+        body = self._body(_refuse_compilation if shared else None)
         setattr(body, MARK, self)
         self._register(body)
 
     def remove(self) -> None:
-        # By looking, not by a handle: torch may have been interrupted before it gave one.
+        # Searched for, not removed by a handle: an interrupt may have come before torch returned one.
         module, others = self.owner, False
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for number, hook in [*hooks.items()] if hooks else ():
                 mark = getattr(hook, MARK, None)
                 if mark is self:
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
-                    hooks.pop(number, None)  # last: an interrupt between leaves what is looked for
+                    hooks.pop(number, None)  # last, so that after an interrupt it can still be found
                 elif mark is not None:
                     others = True
         if self._own.used:
-            self._own.lift(module)
+            self._own.remove(module)
         if not others:
-            _SHARED.lift(module)
+            _SHARED.remove(module)
 
     def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
-        """The hook; it calls ``refuse`` where it is being compiled."""
+        """The hook function; it calls ``refuse`` when it is being compiled."""
         raise NotImplementedError
 
     def _register(self, body: Callable[..., Any]) -> None:
@@ -124,25 +124,25 @@ _SHARED = Shadow("_mmhooks_hooked", _true)
 
 
 def _compiles() -> bool:
-    """Whether ``torch.compile`` was called in this process; True where torch no longer says so."""
+    """Whether ``torch.compile`` was called in this process; True if this torch version does not tell."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and bool(getattr(dynamo, "cached_backends", True))
 
 
-def _refuse() -> None:
+def _refuse_compilation() -> None:
     raise MMHooksError(
-        "this code is compiled for the first time inside a context that was opened before any torch.compile; call "
-        "torch.compile (or torch.export) first, then open the context"
+        "torch.compile was first called inside a context that was opened before it; call torch.compile (or "
+        "torch.export) first, then open the context"
     )
 
 
 class ModuleOutput(HookTap):
-    """What a module returns: the tensor, or the first tensor of a tuple, list or model output.
+    """A module's output: the tensor, or the first tensor of a tuple, list or model output.
 
-    ``first``: before the hooks that the module has already. transformers' record hidden states with hooks of
-    their own, which stay after the first call that asks for them, and would show the value from before an edit.
-    ``named``: the site has a name of ours, which says which tensor it is; at a module's path alone, more tensors
-    than the first are told of when the module runs.
+    ``first``: run before the module's existing hooks. transformers records hidden states with hooks of its own, which
+    stay after the first call that asks for them and would otherwise see the value before an edit.
+    ``named``: the site has a canonical name, which says which tensor it is; at a plain module path, a warning tells of
+    further tensors when the module runs.
     """
 
     def __init__(self, module: nn.Module, first: bool = False, named: bool = True) -> None:
@@ -158,15 +158,15 @@ class ModuleOutput(HookTap):
         def body(module: nn.Module, args: Any, output: Any) -> Any:
             if refuse is not None and is_compiling():
                 refuse()
-            stack = active.get()  # programs_at, spelled out: this is the hot path of every capture
+            stack = active.get()  # programs_at, inlined: this is the hot path of every capture
             program = (stack if stack.epoch == epoch.now else refreshed(stack)).table.get(self)
-            if program is None or module is not own:  # a copy of the model takes torch's hooks along
+            if program is None or module is not own:  # torch's hooks are copied with a model
                 return None
             if isinstance(output, Tensor):
                 return program(output)
             old = _first(output, own)
             if not self.named:
-                _tell_of_others(output, own)
+                _warn_of_other_outputs(output, own)
             new = program(old)
             return None if new is old else _with_first(output, new)
 
@@ -174,7 +174,7 @@ class ModuleOutput(HookTap):
 
 
 class ModuleInput(HookTap):
-    """The first tensor a module is called with, or its argument ``keyword``."""
+    """The first tensor passed to a module, or its argument ``keyword``."""
 
     def __init__(self, module: nn.Module, keyword: str = "") -> None:
         super().__init__(module)
@@ -185,8 +185,8 @@ class ModuleInput(HookTap):
         return (type(self), id(self.owner), self.keyword)
 
     def _body(self, refuse: Callable[[], None] | None) -> Callable[..., Any]:
-        # kwargs has a default: while another thread is between torch's two registrations of a hook with
-        # kwargs, torch may call the body without them (that thread has no program here anyway).
+        # kwargs has a default: torch registers a hook with kwargs in two steps, and between them it may call the
+        # body from another thread without kwargs (which has no program here anyway).
         def body(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if refuse is not None and is_compiling():
                 refuse()
@@ -204,9 +204,9 @@ class ModuleInput(HookTap):
 
 
 class ModuleArgument(HookTap):
-    """One argument of a module, by name, however it is passed; ``key``: an entry of a dict that is passed.
+    """One argument of a module, by name, whether passed by position or keyword; ``key``: an entry of a dict argument.
 
-    An argument that is left out or None does not fire.
+    It does not fire for an argument that is omitted or None.
     """
 
     def __init__(self, module: nn.Module, argument: str, key: str = "") -> None:
@@ -242,15 +242,15 @@ class ModuleArgument(HookTap):
 
 
 class ExplicitForward(ShadowTap):
-    """A module's ``forward`` shadowed by one that shows its insides; only threads with a program take it.
+    """Shadows a module's ``forward`` by one that exposes intermediate values; only threads with a program run it.
 
     Args:
         module: whose ``forward`` is shadowed.
         leaves: the places that ``forward`` emits.
         forward: ``forward(module, emit, want, *args, **kwargs)``; calls ``emit(leaf, tensor) -> tensor`` at
-            each place in ``want`` and goes on with what comes back.
-        inexact: leaves for whose sake ``forward`` leaves the bits of the original. Contexts that only read
-            those get the original's output, and the explicit one is computed aside.
+            each place in ``want`` and continues with the result.
+        inexact: leaves for which ``forward`` differs from the original in the last bits. Contexts that only read
+            them get the original's output; the explicit forward is run in addition.
     """
 
     def __init__(
@@ -283,14 +283,14 @@ class ExplicitForward(ShadowTap):
             if program is None:
                 return value
             new = program(value)
-            # A tensor handed out in grad mode may be differentiated: the output must come from it.
+            # A tensor exposed in grad mode may be differentiated: the output must be computed from it.
             if new is not value or (new.requires_grad and not program.detached):
                 changed = True
             return new
 
         if self._exact(module, programs):
             return self._call(module, emit, programs, original, args, kwargs)
-        dice = _dice(module)
+        restore_rng = _preserve_rng_state(module)
         if all(program.detached for program in programs.values()):
             with torch.no_grad():
                 self._call(module, emit, programs, original, args, kwargs)
@@ -298,11 +298,11 @@ class ExplicitForward(ShadowTap):
             output = self._call(module, emit, programs, original, args, kwargs)
             if changed:
                 return output
-        dice()
+        restore_rng()
         return original(*args, **kwargs)
 
     def _exact(self, module: nn.Module, programs: Any) -> bool:
-        """Whether the explicit forward has the bits of the original for these leaves."""
+        """Whether the explicit forward is bit-equal to the original for these leaves."""
         return self._inexact.isdisjoint(programs)
 
     def _call(
@@ -311,20 +311,21 @@ class ExplicitForward(ShadowTap):
         return self._explicit(module, emit, want, *args, **kwargs)
 
 
-def _dice(module: nn.Module) -> Callable[[], None]:
-    """Puts the random numbers back, so that a look aside does not change what dropout draws afterwards."""
+def _preserve_rng_state(module: nn.Module) -> Callable[[], None]:
+    """Saves the random state and returns a function that restores it, so that an additional run of the explicit forward
+    does not change what dropout draws afterwards."""
     if not module.training:
         return lambda: None
     cpu = torch.get_rng_state()
     device = next((p.device for p in module.parameters() if p.is_cuda), None)
     cuda = None if device is None else torch.cuda.get_rng_state(device)
 
-    def back() -> None:
+    def restore() -> None:
         torch.set_rng_state(cpu)
         if cuda is not None and device is not None:
             torch.cuda.set_rng_state(cuda, device)
 
-    return back
+    return restore
 
 
 def _first(output: Any, module: nn.Module) -> Tensor:
@@ -340,13 +341,13 @@ def _first(output: Any, module: nn.Module) -> Tensor:
     return values[0]
 
 
-def _tell_of_others(output: Any, module: nn.Module) -> None:
+def _warn_of_other_outputs(output: Any, module: nn.Module) -> None:
     values = output.values() if isinstance(output, dict) else output
     others = sum(1 for _ in _tensors(values)) - 1
     if others > 0:
         warnings.warn(
-            f"{type(module).__name__} returns {others + 1} tensors; a hook, edit or cache at its path gets the first "
-            "alone, and the others flow on as they are. Hook the modules inside it that make the others",
+            f"{type(module).__name__} returns {others + 1} tensors; a hook, edit or cache at its path sees only the "
+            "first, and the others pass through unchanged. Hook the modules inside it that compute the others",
             MMHooksWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""Widths of sites that the architecture fixes, known without a run.
+"""Widths of sites, inferred from the architecture without running the model.
 
-A linear layer, a norm, an embedding or a convolution says its own width. Places that no such module owns (the ends of a
-block, sums) are as wide as places of the same block whose layout ends in the same word: ``batch token d``.
+Linear layers, norms, embeddings and convolutions store their widths. Places without such a module (the ends of a block,
+sums) are as wide as places of the same block whose layout ends in the same dimension name: ``batch token d``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from mmhooks.hooks.parameter_product import ParameterProduct
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput
 
-# Attributes that hold the width of what modules return and take; a shape counts with its last entry.
+# Attributes with the widths of a module's output and input; of a shape, the last entry.
 _OUT = ("out_features", "normalized_shape", "embedding_dim", "out_channels")
 _IN = ("in_features", "normalized_shape", "in_channels")
 
 
 def known_widths(sites: SiteMap) -> dict[str, int]:
-    """Entries of the dimension that heads read at canonical sites, where they are known without a run."""
+    """The size of the dimension that heads read, for canonical sites where it is known without a run."""
     found = dict(sites.widths)
     words: dict[tuple[str, str], int] = {}
     for name, site in sites.canonical.items():
@@ -36,7 +36,7 @@ def known_widths(sites: SiteMap) -> dict[str, int]:
 
 
 def _word(site: Site) -> tuple[str, str]:
-    """The block of a site (``image.blocks.3``) and the word that stands for its last dimension."""
+    """The block of a site (``image.blocks.3``) and the name of its last dimension."""
     return ".".join(site.name.split(".")[:3]), site.layout.rpartition(" ")[2]
 
 

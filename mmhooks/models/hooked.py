@@ -1,4 +1,4 @@
-"""HookedModel: a user's own model object, with names for its places and one context to open it."""
+"""HookedModel: named sites, hooks and heads on a user's own model object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.context import CacheContext, HookContext
 from mmhooks.hooks.dispatch import TapRegistry, registry
 from mmhooks.hooks.edits import Edit
-from mmhooks.hooks.places import HookFn, Places, Planned, joined
+from mmhooks.hooks.places import HookFn, Places, Planned, merge_plans
 from mmhooks.hooks.program import EditOp, GradOp
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
@@ -27,7 +27,7 @@ Hooks = Iterable[tuple[Pattern, HookFn]]
 
 
 class HookedModel:
-    """Base of the hooked models. ``model`` is the object that was given: never converted, never wrapped.
+    """Base of the hooked models. ``model`` is the given object, never converted or wrapped.
 
     A subclass builds the :class:`~mmhooks.hooks.sites.SiteMap` and adds the entry points. Outside contexts
     nothing is installed, so the model is what it was, bit for bit.
@@ -45,8 +45,8 @@ class HookedModel:
     # -- the model -------------------------------------------------------------------------------------
 
     @property
-    def _board(self) -> TapRegistry:
-        """What is installed now, on this model and any other."""
+    def _registry(self) -> TapRegistry:
+        """The process-wide registry of installed taps."""
         return registry
 
     @property
@@ -62,7 +62,7 @@ class HookedModel:
     def to_input(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """``value`` on the model's device, and in its dtype if it holds floating-point numbers.
 
-        Whatever runs a model over data passes its pixels and tokens through here.
+        All code that runs a model over data passes its pixels and tokens through this.
 
         >>> import torch, mmhooks as mm
         >>> model = mm.load("mini")
@@ -72,7 +72,7 @@ class HookedModel:
         torch.int64
         """
         device, dtype = self.device, self.dtype if value.is_floating_point() else None
-        # To the host a copy that nobody waits for would be read before it is there.
+        # Non-blocking copies to the host could be read before they are complete.
         return value.to(device, dtype, non_blocking=device.type == "cuda")
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ class HookedModel:
         Raises:
             UnknownSite: a site that does not exist.
             ShapeMismatch: a site known to carry another width.
-            MMHooksError: that name is taken at that site, or ``head`` is no head.
+            MMHooksError: that name is taken at that site, or ``head`` is not a head.
         """
         patterns = [at] if isinstance(at, str) or callable(at) else list(at)
         known = name or getattr(head, "name", "head")
@@ -178,8 +178,8 @@ class HookedModel:
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise MMHooksError(
-                    f"model.hooks takes edits, came {type(edit).__name__}; a FeatureSet goes to mask=, a "
-                    "function to fwd_hooks=[(site, fn)]"
+                    f"model.hooks: expected edits, got {type(edit).__name__}; pass a FeatureSet as mask=, a "
+                    "function as fwd_hooks=[(site, fn)]"
                 )
         forward, backward = _pairs(fwd_hooks, "fwd_hooks"), _pairs(bwd_hooks, "bwd_hooks")
 
@@ -189,9 +189,9 @@ class HookedModel:
                 parts.append(self.places.plan_mask(mask))
             parts += [self.places.plan_hook(pattern, fn, EditOp) for pattern, fn in forward]
             parts += [self.places.plan_hook(pattern, fn, GradOp) for pattern, fn in backward]
-            return joined(parts)
+            return merge_plans(parts)
 
-        return HookContext(plan, strict=strict, around=self._around)
+        return HookContext(plan, strict=strict, extra_taps=self._extra_taps)
 
     def caching(
         self,
@@ -214,12 +214,14 @@ class HookedModel:
         )
 
         def plan() -> Planned:
-            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return merge_plans(
+                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
+            )
 
-        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
+        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
-        """``forward`` under hooks, as TransformerLens spells it."""
+        """``forward`` under hooks, with TransformerLens's interface."""
         with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             return self.forward(*args, **kwargs)
 
@@ -259,7 +261,7 @@ class HookedModel:
         """One run of the whole model, as the family defines it."""
         raise NotImplementedError
 
-    def _around(self) -> list[Tap]:
+    def _extra_taps(self) -> list[Tap]:
         """Taps that every context installs besides its own: blocks that a backward pass would recompute."""
         if not torch.is_grad_enabled():
             return []
@@ -268,7 +270,7 @@ class HookedModel:
             for b in checkpointed(self._can_checkpoint)
         ]
 
-    def _cached(
+    def _run_cached(
         self, run: Callable[[], Any], sites: Any, options: dict[str, Any]
     ) -> tuple[Any, ActivationCache]:
         with self.caching(sites, **options) as cache:
@@ -281,6 +283,6 @@ def _pairs(hooks: Iterable[Any], what: str) -> list[tuple[Pattern, HookFn]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
             raise MMHooksError(
-                f"{what}= is a list of (site, function) pairs, e.g. [('image.embed', fn)]; came {pair!r}"
+                f"{what}: expected a list of (site, function) pairs, e.g. [('image.embed', fn)], got {pair!r}"
             )
     return pairs

@@ -1,4 +1,4 @@
-"""What a caller asks of a loader beside the name: each thing once, and never overruled by a default of ours."""
+"""Options of loaders: dtype and device, each given once and never overridden by our defaults."""
 
 from __future__ import annotations
 

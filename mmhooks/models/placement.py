@@ -1,6 +1,6 @@
-"""Where a module runs and what it takes: the device and the floating-point type of its inputs.
+"""The device and floating-point type that a module expects of its inputs.
 
-The first parameter answers neither question. Half-precision models keep some parameters in fp32 (open_clip's
+The first parameter tells neither. Half-precision models keep some parameters in fp32 (open_clip's
 ``precision="bf16"``: embeddings and norms), and an offloaded model keeps its weights on the meta device.
 """
 

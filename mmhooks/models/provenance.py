@@ -1,4 +1,4 @@
-"""Where activations come from: weights, transforms and versions, in words and digests that every process agrees on."""
+"""Provenance of activations: weights, transforms and versions, as descriptions and digests equal in every process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSIONS = ("mmhooks", "torch", "torchvision", "open_clip_torch", "pyarrow", "pi
 
 
 def weights_hash(module: torch.nn.Module, *, key: str | None = None) -> str:
-    """Of what runs: classes, attributes and hooks of all modules, parameters, buffers and packed weights bit by bit.
+    """Digest of what runs: classes, attributes and hooks of all modules; parameters, buffers and packed weights bit by bit.
 
     Raises:
         NoDigest: a part whose content cannot be seen, such as weights that are offloaded elsewhere, and no ``key``.
@@ -28,8 +28,8 @@ def weights_hash(module: torch.nn.Module, *, key: str | None = None) -> str:
     return digest(module, what="model", key=key)[:32]
 
 
-def spelled(what: Any) -> str | None:
-    """A transform in words that are the same in every process. Different ones may have the same words."""
+def describe_transform(what: Any) -> str | None:
+    """A description of a transform, equal in every process; different transforms may have the same one."""
     if what is None:
         return None
     name = getattr(what, "__qualname__", None)
@@ -54,7 +54,7 @@ def attachment_digest(attachment: Attachment, *, key: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class OpenEdit:
-    """One edit of an open context at one place: what it does there is decided by this and nothing else."""
+    """One edit of an open context at one place, which fully determines its effect there."""
 
     op: EditOp
 

@@ -49,7 +49,7 @@ def load(
     from mmhooks.models.clip.model import HookedCLIP
     from mmhooks.models.embedded.mini import load_embedded
 
-    if precision not in PRECISIONS:  # open_clip would run fp32 without a word
+    if precision not in PRECISIONS:  # open_clip would silently run fp32
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32":
@@ -86,7 +86,7 @@ def _open_clip(
         near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
         raise MMHooksError(
             f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
-            f"near matches: {', '.join(near) or 'none'}"
+            f"close matches: {', '.join(near) or 'none'}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name) if ":" not in name else []
     if pretrained and not Path(pretrained).exists() and ":" not in name and pretrained not in tags:
@@ -106,7 +106,7 @@ def _open_clip(
         if pretrained is None and ":" not in name:
             raise
         raise MissingWeights(
-            f"weights {pretrained or name!r} of {name} could not be had ({type(error).__name__}: {error}); "
+            f"weights {pretrained or name!r} of {name} could not be loaded ({type(error).__name__}: {error}); "
             "without network give pretrained= the path of a downloaded checkpoint, or use mm.load('mini')"
         ) from error
     return model, tokenizer, preprocess

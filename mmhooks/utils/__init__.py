@@ -1,1 +1,1 @@
-"""What every floor may use: files, digests, escaping, progress, processes. Imports nothing of mmhooks but errors."""
+"""Utilities for all other packages: files, digests, escaping, progress, processes. Imports only ``mmhooks.errors``."""

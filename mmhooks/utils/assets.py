@@ -1,4 +1,4 @@
-"""What ships inside the package: embedded models and heads with their cards, compared with their digests before use."""
+"""Files shipped inside the package: embedded models and heads with their cards, verified by digest before use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDED = ("mini", "mini-declip", "mini-reader")
 
 
 def card(name: str) -> dict[str, Any]:
-    """What is known of an embedded model: data, licences, recipe, seed, held-out retrieval."""
+    """The card of an embedded model: data, licences, recipe, seed, held-out retrieval."""
     path = ASSETS / name / "card.json"
     if not path.is_file():
         raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
@@ -26,17 +26,17 @@ DIGESTS = "digests.json"
 
 
 def asset(path: Path) -> Path:
-    """``path``, ``assets/<name>/<file>``, after its content was found to be what was shipped; once a process.
+    """Returns ``path`` (``assets/<name>/<file>``) after verifying its digest, once per process.
 
     Raises:
-        MissingWeights: it is not in this installation. DamagedFile: its content is another one.
+        MissingWeights: it is not in this installation. DamagedFile: its content differs from what was shipped.
 
     >>> asset(ASSETS / "mini" / "card.json").name
     'card.json'
     """
     if not path.is_file():
         raise MissingWeights(
-            f"{path.name} of {path.parent.name!r} is not in this installation; install mmhooks again"
+            f"{path.name} of {path.parent.name!r} is not in this installation; reinstall mmhooks"
         )
     state = path.stat()
     _compare(path, state.st_size, state.st_mtime_ns)
@@ -50,18 +50,20 @@ def _compare(path: Path, size: int, changed: int) -> None:
         expected = json.loads((root / DIGESTS).read_text(encoding="utf-8"))[path.relative_to(root).as_posix()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFile(
-            f"{root / DIGESTS} does not say what {path.name} should be ({error!r}); install mmhooks again"
+            f"{root / DIGESTS} has no digest of {path.name} ({error!r}); reinstall mmhooks"
         ) from error
     found = sha256_of(path)
     if found != expected:
         raise DamagedFile(
             f"{path} is not the file that was shipped (SHA-256 {found[:12]}, expected {str(expected)[:12]}, "
-            f"{size:,} bytes); install mmhooks again"
+            f"{size:,} bytes); reinstall mmhooks"
         )
 
 
 def write_digests(folder: Path = ASSETS) -> Path:
-    """Writes the digests of everything in ``folder``: whoever changes an asset does so afterwards."""
-    files = sorted(p for p in folder.glob("*/*") if p.is_file())  # heads lie deeper and keep their own
+    """Writes the digests of all files in ``folder``; to be called after an asset has changed."""
+    files = sorted(
+        p for p in folder.glob("*/*") if p.is_file()
+    )  # heads lie deeper and carry their own digests
     found = {p.relative_to(folder).as_posix(): sha256_of(p) for p in files}
     return write_text(folder / DIGESTS, json.dumps(found, indent=1) + "\n")

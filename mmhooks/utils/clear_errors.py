@@ -1,4 +1,4 @@
-"""A toolkit error as one line instead of a traceback."""
+"""Reports errors of mmhooks as one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mmhooks.utils.say import say_error
 
 
 class clear_errors:
-    """A toolkit error becomes one line on stderr and exit code 1; anything else keeps its traceback.
+    """Context manager: an :class:`MMHooksError` becomes one line on stderr and exit code 1; others keep their traceback.
 
     Args:
-        name: of the command, before the sentence.
+        name: of the command; the line begins with it.
     """
 
     def __init__(self, name: str = "mmhooks") -> None:

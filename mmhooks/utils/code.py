@@ -1,4 +1,4 @@
-"""What Python code is, for a digest of it: whose it is, what it reads, what was written and what Python adds."""
+"""Inspects Python code for digests: where it comes from, which globals it reads, what its source defines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import types
 from functools import cached_property
 from typing import Any
 
-# What Python or a decorator puts into a class besides what was written there.
+# What Python or a decorator adds to a class, beyond what its source defines.
 _ADDED = frozenset(vars(type("Empty", (), {}))) | {
     *("__qualname__", "__annotations__", "__annotate__", "__annotate_func__", "__hash__", "__slots__"),
     *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__"),
@@ -41,7 +41,7 @@ def full_name(thing: Any) -> str:
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module belongs to an installed package, to Python, or to this one."""
+    """Whether a module belongs to an installed package, to Python itself, or to mmhooks."""
     if not module or module == "__main__":
         return False
     package = module.partition(".")[0]
@@ -55,12 +55,12 @@ def is_library(module: str | None) -> bool:
 
 
 def written_in(kind: type) -> dict[str, Any]:
-    """The attributes that were written in the body of a class, by name in order, without descriptors around them."""
+    """The attributes defined in the body of a class, sorted by name, without the descriptors around them."""
     return {k: _plain_part(v) for k, v in sorted(vars(kind).items()) if k not in _ADDED}
 
 
 def _plain_part(part: Any) -> Any:
-    """What was written for one attribute of a class, without the descriptor around it."""
+    """The source-level value of one class attribute, without the descriptor around it."""
     if isinstance(part, (staticmethod, classmethod)):
         return part.__func__
     if isinstance(part, property):
@@ -70,8 +70,8 @@ def _plain_part(part: Any) -> Any:
     return None if isinstance(part, _WRITTEN_IN_C) else part
 
 
-def is_found(function: types.FunctionType) -> bool:
-    """Whether its name leads to it, so that the name is enough."""
+def resolves_by_name(function: types.FunctionType) -> bool:
+    """Whether looking up the function's qualified name gives this function, so that the name identifies it."""
     thing: Any = sys.modules.get(function.__module__)
     for part in function.__qualname__.split("."):
         thing = getattr(thing, part, None)
@@ -79,7 +79,7 @@ def is_found(function: types.FunctionType) -> bool:
 
 
 def globals_read(code: types.CodeType) -> set[str]:
-    """Names of the globals that code reads, in functions inside it too."""
+    """Names of the globals that code reads, nested functions included."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for part in code.co_consts:
         if isinstance(part, types.CodeType):

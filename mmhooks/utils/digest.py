@@ -1,15 +1,14 @@
-"""One digest of content: equal things have equal digests in every process, different things different ones.
+"""Content digests: equal values have equal digests in every process, different values have different ones.
 
-Results that are kept (stores, caches, checkpoints) are found again by what made them, so whatever decides a result
-has to be told apart: two functions of one name, two objects of one class, two tensors of one shape. What cannot be
-told apart (a generator, a file, a lock) raises :class:`~mmhooks.errors.NoDigest` and is named by the caller with
-``key=`` instead.
+Stored results (stores, caches, checkpoints) are keyed by what produced them, so everything that determines a result
+must be distinguishable: two functions of one name, two objects of one class, two tensors of one shape. What has no
+hashable content (a generator, a file, a lock) raises :class:`~mmhooks.errors.NoDigest`; the caller then names it with
+``key=``.
 
-Every value is hashed as a tag of its type, the length of its content, and the content, so no two values share an
-encoding. The order of dictionaries counts, as code may depend on it; that of sets does not.
-
-Code counts too: functions and classes of installed packages by name (versions are kept beside results), the user's
-own by bytecode, defaults, closure, and the globals they read; a module of the user's that they read by its source.
+Every value is hashed as a type tag, the length of its content, and the content, so no two values share an encoding.
+The order of dictionaries counts, since code may depend on it; that of sets does not. Code counts too: functions and
+classes of installed packages are hashed by name (versions are stored beside results); the user's own by bytecode,
+defaults, closure, and the globals they read; user modules that they read, by source.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ import torch
 from torch import Tensor, nn
 
 from mmhooks.errors import NoDigest
-from mmhooks.utils.code import full_name, globals_read, is_found, is_library, written_in
+from mmhooks.utils.code import full_name, globals_read, is_library, resolves_by_name, written_in
 
 Content = Callable[[Any], Any]
-# Content of library classes that change while they are used (caches), by module and name: see `content_of`.
+# Content functions of library classes whose objects change in use (caches), by qualified name: see `content_of`.
 _CONTENT: dict[str, Content] = {}
 
 
 def digest(*values: Any, what: str = "value", key: str | None = None) -> str:
     """The SHA-256, in hex, of the content of ``values``.
 
-    Plain values, sequences, mappings, sets, dataclasses, paths (as names), numpy and torch tensors (type, shape and
-    bits, of any device and strides), torch modules (classes, attributes, hooks, parameters, buffers and extra
-    state: everything that runs), functions and classes (code, defaults, closure, the globals they read), and every
-    object whose state Python can copy.
+    Supports plain values, sequences, mappings, sets, dataclasses, paths (by name), numpy and torch tensors (type,
+    shape and bits, regardless of device and strides), torch modules (classes, attributes, hooks, parameters, buffers
+    and extra state: everything that runs), functions and classes (code, defaults, closure, the globals they read),
+    and every object whose state Python can copy.
 
     Args:
-        what: how an error calls the first value.
-        key: stands for each part without content; the caller vouches that it names just one.
+        what: the name of the first value in error messages.
+        key: stands in for each part without content; the caller guarantees that it is unique to that part.
 
     Raises:
-        NoDigest: a part has no content that could be told from another's, and there is no ``key``.
+        NoDigest: a part has no hashable content, and there is no ``key``.
 
     >>> digest({"size": 224}) == digest({"size": 224}), digest(1) == digest(True)
     (True, False)
@@ -64,9 +63,9 @@ def digest(*values: Any, what: str = "value", key: str | None = None) -> str:
 
 
 def content_of(name: str) -> Callable[[Content], Content]:
-    """Registers what counts of a library's class ``module.Class`` and its subclasses, in place of their state.
+    """Registers the content of a library class ``module.Class`` and its subclasses, to be hashed in place of their state.
 
-    For objects that keep caches: what a call leaves behind in them must not make them another object.
+    For objects with internal caches: calling them must not change their digest.
     """
 
     def register(content: Content) -> Content:
@@ -77,14 +76,14 @@ def content_of(name: str) -> Callable[[Content], Content]:
 
 
 class _Hasher:
-    """One SHA-256 that values are written into."""
+    """A SHA-256 that values are written into."""
 
     def __init__(self, what: str, key: str | None) -> None:
         self.sha = sha256()
         self._key = key
         self._path = [what]
         self._open: dict[int, int] = {}  # the objects being written, by id: their depth
-        self._ambient = False  # in globals and attributes, where opaque objects count by their type
+        self._ambient = False  # in globals and attributes, opaque objects are hashed by type
 
     def add(self, value: Any) -> None:
         """Writes one value."""
@@ -119,7 +118,10 @@ class _Hasher:
         elif isinstance(value, np.generic):
             self._tagged("scalar")
             self._array(np.asarray(value))
-        elif kind in (np.ndarray, np.memmap):  # others, masked ones say, are more than their numbers
+        elif kind in (
+            np.ndarray,
+            np.memmap,
+        ):  # other kinds, such as masked arrays, hold more than their numbers
             self._array(value)
         elif isinstance(value, PurePath):
             self._tagged("path", value.as_posix().encode())
@@ -199,8 +201,8 @@ class _Hasher:
             self._tagged("key", self._key.encode())
         else:
             raise NoDigest(
-                f"{self._where()} ({full_name(type(value))}) has no content that could be told from another's ({why}), so "
-                'results kept for it might be taken for those of another: pass key="a name for exactly this one"'
+                f"{self._where()} ({full_name(type(value))}) has no content to tell it from another object ({why}), so "
+                'results stored for it could be confused with those of another: pass key="a name for exactly this one"'
             )
 
     # -- numbers ---------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class _Hasher:
     def _tensor(self, value: Tensor) -> None:
         value = value.detach()
         flatten = getattr(value, "__tensor_flatten__", None)
-        if flatten is not None:  # quantised and distributed tensors are made of plain ones
+        if flatten is not None:  # quantised and distributed tensors consist of plain ones
             names, context = flatten()
             self._tagged(
                 "tensor of tensors", f"{full_name(type(value))} {tuple(value.shape)} {value.dtype}".encode()
@@ -255,7 +257,7 @@ class _Hasher:
     # -- torch modules -----------------------------------------------------------------------------------
 
     def _module(self, root: nn.Module) -> None:
-        """What runs, and on which numbers. Not: devices, training modes, what our own open contexts installed."""
+        """Everything that runs, and its numbers; not devices, training modes or hooks of our own open contexts."""
         self._tagged("module", str(sum(1 for _ in root.named_modules())).encode())
         state: dict[str, Any] = dict(root.named_buffers())
         for path, module in root.named_modules():
@@ -264,7 +266,7 @@ class _Hasher:
                 kind = type(module).__dict__.get("_mmhooks_base", type(module))
                 self._class(kind)
                 if full_name(kind) == "torch._dynamo.eval_frame.OptimizedModule":
-                    continue  # its one child runs
+                    continue  # its only child is what runs
                 with self._inside("", ambient=True):
                     own = {k: v for k, v in vars(module).items() if k not in _BOOKKEEPING}
                     self._items("attributes", sorted(own.items()))
@@ -293,7 +295,7 @@ class _Hasher:
     def _function(self, function: types.FunctionType) -> None:
         self._tagged("function", full_name(function).encode())
         library = is_library(function.__module__)
-        if library and is_found(function):
+        if library and resolves_by_name(function):
             return
         with self._inside(f"({function.__qualname__})", ambient=library and self._ambient):
             self._code(function.__code__)
@@ -332,16 +334,16 @@ class _Hasher:
     # -- objects ---------------------------------------------------------------------------------------
 
     def _object(self, value: Any) -> None:
-        """By what Python would copy: class, arguments, attributes, items."""
+        """Hashes what Python would copy: class, arguments, attributes, items."""
         try:
-            listed = copyreg.dispatch_table.get(type(value))  # regular expressions, for one
+            listed = copyreg.dispatch_table.get(type(value))  # e.g. regular expressions
             reduced = listed(value) if listed is not None else value.__reduce_ex__(4)
         except Exception as fault:
             self._opaque(value, str(fault) or type(fault).__name__)
             return
         if isinstance(reduced, str):
             self._tagged("global", f"{getattr(value, '__module__', '')}.{reduced}".encode())
-            self.add(getattr(value, "__wrapped__", None))  # what functools.cache stands for
+            self.add(getattr(value, "__wrapped__", None))  # the function behind functools.cache
             return
         parts: tuple[Any, ...] = (*reduced, None, None, None)
         make, args, state, items, pairs, *_ = parts
@@ -390,9 +392,9 @@ _LEAVES: dict[type, Callable[[Any], bytes]] = {
     torch.dtype: lambda value: str(value).encode(),
     torch.layout: lambda value: str(value).encode(),
     torch.memory_format: lambda value: str(value).encode(),
-    torch.device: lambda value: value.type.encode(),  # moved, it is the same
+    torch.device: lambda value: value.type.encode(),  # without the index: moving between GPUs changes nothing
     torch.Size: lambda value: str(tuple(value)).encode(),
 }
-# Hooks of our open contexts, and those by which transformers records hidden states after the first call that asks.
+# Hooks of our open contexts, and those that transformers leaves in place after the first call with hidden states.
 _READERS = ("mmhooks.hooks.", "transformers.")
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_hf_initialized"}

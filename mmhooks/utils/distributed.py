@@ -1,4 +1,4 @@
-"""Several processes on one job, as ``torchrun`` and ``accelerate launch`` start them."""
+"""Coordination of the processes that ``torchrun`` or ``accelerate launch`` starts for one job."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import distributed
 
 from mmhooks.errors import MMHooksError, StoreError
 
-# Ranks wait for the slowest: days may pass between the first and the last to end.
-_PATIENCE = timedelta(days=14)
+# Ranks wait for the slowest one, which may finish days after the first.
+_TIMEOUT = timedelta(days=14)
 
 
 class Ranks:
-    """Which of how many processes this is, and what they wait for; alone, none of it costs anything.
+    """This process's rank, the world size, and synchronisation; free of cost in a single process.
 
-    Uses the process group that is there; where the environment names other ranks and there is none, makes
-    one (gloo), which stays until the process ends: a second one would meet the addresses of the first.
+    Uses the existing process group. If the environment announces several ranks and there is none, creates a gloo
+    group that lives until the process ends: a second group would clash with the addresses of the first.
     """
 
     def __init__(self) -> None:
-        there = distributed.is_available()
-        if there and not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
+        available = distributed.is_available()
+        if available and not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            distributed.init_process_group("gloo", timeout=_TIMEOUT)
             atexit.register(distributed.destroy_process_group)
-        self.rank, self.world = processes()
+        self.rank, self.world = rank_and_world()
 
     def barrier(self) -> None:
         if self.world > 1:
             distributed.barrier(group=_group())
 
     def first(self, act: Callable[[], Any]) -> Any:
-        """Rank 0 acts while the others wait; all get what it returns, or raise what it raised."""
+        """Runs ``act`` on rank 0 while the others wait; every rank returns its result or raises its error."""
         if self.world == 1:
             return act()
         result: Any = None
@@ -55,11 +55,11 @@ class Ranks:
 
 @cache
 def _group() -> Any:
-    """All ranks, by way of the network: a group for GPUs cannot carry objects of the CPU."""
-    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    """A gloo group of all ranks: a GPU group cannot transfer Python objects."""
+    return distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
-def processes() -> tuple[int, int]:
-    """Rank of this process, and how many work together."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process and the number of processes."""
+    grouped = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)

@@ -1,8 +1,8 @@
-"""Text from data on its way to a medium: one function for a terminal, one for Markdown; HTML is markupsafe's.
+"""Escapes text that comes from data, for terminals and for Markdown (HTML is left to markupsafe).
 
-Captions, licences, file names, names of models and heads, answers of models and the words of other libraries' errors
-are data. A terminal obeys some of their signs (cursor, title, clipboard), the eye others (direction), Markdown many.
-Files of results keep texts as they are.
+Captions, licences, file names, names of models and heads, answers of models and messages of other libraries' errors
+are data. Some of their characters control a terminal (cursor, title, clipboard), some deceive readers (text
+direction), many are Markdown. Result files keep texts unescaped.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Controls; direction, tags and other invisible signs; line ends that editors know; halves of pairs; private signs.
+# Controls; direction, tags and other invisible characters; line separators; surrogates; private use.
 _ACTING = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs", "Co"})
-# Joiners do nothing to a terminal, and some emoji and scripts cannot be spelled without them.
+# Joiners are harmless in a terminal, and some emoji and scripts need them.
 _JOINERS = frozenset("\u200c\u200d")
 
 
 def terminal(text: object, *, lines: bool = False) -> str:
-    """``text`` with every sign written out that a terminal obeys, or that hides or turns what is read.
+    """``text`` with every character escaped that controls a terminal or hides or reorders text.
 
     Args:
-        lines: leaves line ends as they are, for several lines whose texts were escaped one by one.
+        lines: keep line ends, for several lines whose texts have already been escaped.
 
     >>> terminal("a cat\\x1b]52;c;aGk=\\x07 \\u202egpj"), terminal("a\\nb"), terminal("a\\nb", lines=True)
     ('a cat\\\\x1b]52;c;aGk=\\\\x07 \\\\u202egpj', 'a\\\\nb', 'a\\nb')
@@ -32,11 +32,11 @@ def terminal(text: object, *, lines: bool = False) -> str:
     said = str(text)
     if said.isprintable():
         return said
-    return "".join(c if (lines and c == "\n") or not _acts(c) else _spelled(c) for c in said)
+    return "".join(c if (lines and c == "\n") or not _is_acting(c) else _escape_code(c) for c in said)
 
 
 def one_line(text: object) -> str:
-    """:func:`terminal` of ``text`` with its white space, line ends included, as single spaces.
+    """:func:`terminal` of ``text``, with all white space, line ends included, collapsed to single spaces.
 
     >>> one_line("broken\\n  at \\x9b2K")
     'broken at \\\\x9b2K'
@@ -45,16 +45,16 @@ def one_line(text: object) -> str:
 
 
 def rich_text(text: object, *, lines: bool = False) -> Text:
-    """:func:`terminal` for a console of rich: neither its mark-up nor its names of emoji are read."""
+    """:func:`terminal` for a rich console: markup and emoji names are not interpreted."""
     from rich.text import Text
 
     return Text(terminal(text, lines=lines))
 
 
-# A backslash before one of these is not shown, and takes its meaning away. Underscores inside words have none.
+# Characters that a backslash escapes in Markdown. Underscores inside words need no escape.
 _SIGNS = re.compile(r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
 _BLOCKS = re.compile(r"^(?=[-+](?:[\s+-]|$)|[#=>])|^\d+(?=[.)](?:\s|$))")
-# What readers turn into links without being asked: schemes, www. and addresses of mail.
+# What Markdown renderers turn into links by themselves: schemes, www. and e-mail addresses.
 _LINKS = re.compile(r"(?i)(?<=\w)(?=://)|(?<=mailto)(?=:)|(?<=xmpp)(?=:)|(?<=\bwww)(?=\.)")
 _MAIL = re.compile(r"(?<=[\w.+-])@(?=[\w-]+\.)")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
@@ -62,10 +62,10 @@ _CODE = re.compile(r"(`[^`]+`)")
 
 
 def markdown(text: object, *, code: bool = False) -> str:
-    """``text`` on one line of Markdown, in or outside a table, shown as it is: no mark-up, no HTML, no link.
+    """``text`` as one line of Markdown that renders verbatim, in or outside a table: no markup, no HTML, no links.
 
     Args:
-        code: words between backticks are code; for sentences of our own that carry data.
+        code: keep text between backticks as code; for our own sentences that contain data.
 
     >>> markdown("a|b <img>  **x**"), markdown("[free](https://x.y)"), markdown("`x|y` of *", code=True)
     ('a\\\\|b &lt;img> \\\\*\\\\*x\\\\*\\\\*', '[free\\\\](https\\\\://x.y)', '`x|y` of \\\\*')
@@ -79,14 +79,14 @@ def markdown(text: object, *, code: bool = False) -> str:
 def _escaped(text: str) -> str:
     text = _SIGNS.sub(lambda m: "\\" + m.group(), text)
     text = _LINKS.sub(r"\\", text)
-    # Finders of mail look at the text when its escapes are gone; an empty comment parts it for them.
+    # E-mail detection runs after escapes are removed; an empty comment splits the address.
     text = _ENTITY.sub("&amp;", text).replace("<", "&lt;")
     return _MAIL.sub("<!-- -->@", text)
 
 
-def _acts(sign: str) -> bool:
-    return sign not in _JOINERS and unicodedata.category(sign) in _ACTING
+def _is_acting(char: str) -> bool:
+    return char not in _JOINERS and unicodedata.category(char) in _ACTING
 
 
-def _spelled(sign: str) -> str:
-    return sign.encode("unicode_escape").decode()
+def _escape_code(char: str) -> str:
+    return char.encode("unicode_escape").decode()

@@ -1,6 +1,6 @@
-"""The one way in which mmhooks writes files: aside in the same folder, synced, and renamed. Never half a file.
+"""Atomic writing of files, which all of mmhooks uses: written to a temporary sibling, synced, and renamed.
 
-And where it keeps what it derives: the cache folder, whose files are made anew when they are damaged.
+Also the cache folder, whose files can be rebuilt when they are damaged.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mmhooks.utils.faults import first_line
 
 
 def cache_dir(*parts: str, base: str | Path | None = None) -> Path:
-    """The user's cache folder of mmhooks, or ``$MMHOOKS_CACHE`` where set; made if it is not there.
+    """The user's cache folder for mmhooks (``$MMHOOKS_CACHE`` if set), created if missing.
 
     Raises:
-        DataError: the folder cannot be made or written.
+        DataError: the folder cannot be created.
     """
     if base is None:
         base = os.environ.get("MMHOOKS_CACHE")
@@ -36,50 +36,49 @@ def cache_dir(*parts: str, base: str | Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise DataError(
-            f"the cache folder {folder} cannot be made ({fault.strerror}); set MMHOOKS_CACHE to a writable folder"
+            f"the cache folder {folder} cannot be created ({fault.strerror}); set MMHOOKS_CACHE to a writable folder"
         ) from fault
     return folder
 
 
 @contextmanager
-def kept_copy(path: Path) -> Iterator[None]:
-    """Around the reading of a file that mmhooks keeps in its cache: what fails there is damage of the file.
+def reading_cache_file(path: Path) -> Iterator[None]:
+    """Turns any failure while a cached file is read into an error that says the file is damaged.
 
     Raises:
-        DataError: anything failed; says that the file is to be deleted.
+        DataError: anything failed; says to delete the file.
     """
     try:
         yield
     except Exception as fault:  # pyarrow, safetensors and json each raise their own
         raise DataError(
-            f"{path}, the kept copy of a data set, is damaged ({type(fault).__name__}: {first_line(fault)}); expected "
-            "what mmhooks wrote there: delete it, and it is made anew"
+            f"{path}, the cached copy of a data set, is damaged ({type(fault).__name__}: {first_line(fault)}); expected "
+            "what mmhooks wrote there: delete it, and it is rebuilt"
         ) from fault
 
 
-PARTS = ".*.part"  # what a killed process leaves beside its files
+PARTS = ".*.part"  # temporary files that a killed process leaves behind
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# These can only come from writing, whatever else a block under `written_aside` does.
+# Errors that only writing can cause, whatever else a block under `atomic_path` does.
 _OF_WRITING = (*_FULL, errno.EROFS, errno.EFBIG)
-# Writers in Rust (safetensors) say the system's number in words alone.
+# Writers in Rust (safetensors) give the system's error number only in the message.
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write; it takes the name of ``path`` when the block ends without an exception.
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` to write to; it is renamed to ``path`` when the block succeeds.
 
-    Its content and then its name are synced to the disk, so a crash leaves the old file or the new one. Two
-    processes that write the same file do not disturb each other: the later rename wins. Permissions are those
-    of any new file, by the umask.
+    Content and rename are synced to disk, so a crash leaves either the old file or the new one. Two processes that
+    write the same file do not interfere: the later rename wins. Permissions follow the umask, as for any new file.
 
     Raises:
-        CannotWrite: the disk is full or read-only, the folder is missing or not ours; names the path.
+        CannotWrite: the disk is full or read-only, or the folder is missing or not writable; names the path.
 
     >>> import tempfile; from pathlib import Path
     >>> target = Path(tempfile.mkdtemp()) / "result.json"
-    >>> with written_aside(target) as aside:
+    >>> with atomic_path(target) as aside:
     ...     _ = aside.write_text("{}")
     >>> target.read_text(), [p.name for p in target.parent.iterdir()]
     ('{}', ['result.json'])
@@ -87,19 +86,19 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     aside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
     try:
-        with wrapped(path):
-            # mkstemp would make it readable for its owner alone, whatever the umask of a shared cache says.
+        with explain_os_errors(path):
+            # mkstemp would make it readable only to its owner, ignoring the umask of a shared cache.
             handle = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             mode = os.fstat(handle).st_mode
             os.close(handle)
         try:
             yield aside
         except Exception as fault:
-            if not isinstance(fault, MMHooksError) and _number(fault) in _OF_WRITING:
-                _complain(path, fault)
+            if not isinstance(fault, MMHooksError) and _errno_of(fault) in _OF_WRITING:
+                _raise_cannot_write(path, fault)
             raise
-        with wrapped(path):
-            aside.chmod(mode)  # safetensors puts a private file of its own in the place
+        with explain_os_errors(path):
+            aside.chmod(mode)  # safetensors replaces the file by a private one of its own
             sync_file(aside)
             aside.replace(path)
             sync_folder(path.parent)
@@ -109,34 +108,34 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: str | Path, write: Callable[[Any], Any]) -> Path:
-    """Lets ``write(file)`` fill the file ``path``, aside; returns the path.
+def write_atomic(path: str | Path, write: Callable[[Any], Any]) -> Path:
+    """Writes ``path`` atomically by calling ``write(file)``; returns the path.
 
     Raises:
-        CannotWrite: as :func:`written_aside`.
+        CannotWrite: as :func:`atomic_path`.
     """
-    with written_aside(path) as aside, aside.open("wb") as file:
+    with atomic_path(path) as aside, aside.open("wb") as file:
         write(file)
     return Path(path)
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Writes the file ``path`` aside with this content; returns the path."""
-    return write_whole(path, lambda file: file.write(content))
+    """Writes ``content`` to ``path`` atomically; returns the path."""
+    return write_atomic(path, lambda file: file.write(content))
 
 
 def write_text(path: str | Path, content: str) -> Path:
-    """Writes the file ``path`` aside with this text, in UTF-8; returns the path."""
+    """Writes ``content`` to ``path`` atomically, in UTF-8; returns the path."""
     return write_bytes(path, content.encode())
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Makes ``folder`` and those above it where they are missing; returns it.
+    """Creates ``folder`` and its missing parents; returns it.
 
     Raises:
-        CannotWrite: it cannot be made, or a file has its name.
+        CannotWrite: it cannot be created, or a file has its name.
     """
-    with wrapped(Path(folder)):
+    with explain_os_errors(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
@@ -148,13 +147,13 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the content of ``path`` is on the disk."""
+    """Waits until the content of ``path`` is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in ``folder`` last, where the system can."""
+    """Makes renames and removals in ``folder`` durable, where the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -164,18 +163,18 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def wrapped(path: Path) -> Iterator[None]:
-    """What the system refuses while ``path`` is written becomes :class:`~mmhooks.errors.CannotWrite`."""
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` raised while ``path`` is written into :class:`~mmhooks.errors.CannotWrite`."""
     try:
         yield
     except MMHooksError:
         raise
     except OSError as fault:
-        _complain(path, fault)
+        _raise_cannot_write(path, fault)
 
 
-def _complain(path: Path, fault: Exception) -> NoReturn:
-    number = _number(fault)
+def _raise_cannot_write(path: Path, fault: Exception) -> NoReturn:
+    number = _errno_of(fault)
     if number in _FULL:
         why, remedy = "the disk is full", "make room and run the same call again"
     elif number == errno.EROFS:
@@ -183,17 +182,17 @@ def _complain(path: Path, fault: Exception) -> NoReturn:
     elif number in (errno.EACCES, errno.EPERM):
         why, remedy = "permission denied", "choose another folder, or change the permissions of this one"
     elif number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-        why, remedy = f"{path.parent} is not a folder", "make it first, or choose another path"
+        why, remedy = f"{path.parent} is not a folder", "create it first, or choose another path"
         if number == errno.EEXIST or path.parent.is_dir():
             why, remedy = f"a file is in the way ({fault})", "choose another path"
     else:
         why, remedy = str(fault), "choose another path"
-    wrapped = CannotWrite(f"{path} could not be written: {why}; {remedy}")
-    wrapped.errno = number
-    raise wrapped from fault
+    error = CannotWrite(f"{path} could not be written: {why}; {remedy}")
+    error.errno = number
+    raise error from fault
 
 
-def _number(fault: Exception) -> int | None:
+def _errno_of(fault: Exception) -> int | None:
     if isinstance(fault, OSError) and fault.errno is not None:
         return fault.errno
     words = _IN_WORDS.search(str(fault))

@@ -1,10 +1,10 @@
-"""Indices, from whatever a caller calls features, tokens, rows, neurons or layers.
+"""Reads indices and masks of features, tokens, rows, neurons or layers in any form that a caller gives them.
 
 Bools of any kind are a mask, whole numbers of any kind are indices, and everything else is refused: a mask of floats
-or of numpy's bools that is read as indices chooses 0 and 1 without a word.
+or of numpy bools read as indices would silently select 0 and 1.
 
-Rows, tokens and layers stand in an order, so a negative number counts from the end (:func:`as_places`). Features and
-neurons do not, so there it is refused (:func:`as_indices`).
+Rows, tokens and layers are ordered, so a negative number counts from the end (:func:`as_places`). Features and
+neurons are not, so there it is refused (:func:`as_indices`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mmhooks.errors import OutOfRange, ShapeMismatch
 
 
 def as_choice(given: Any, what: str) -> Bool[Tensor, "..."] | Int[Tensor, "..."]:
-    """``given`` as a tensor on the CPU: bool where it is a mask, int64 where it is indices.
+    """``given`` as a tensor on the CPU: bool for a mask, int64 for indices.
 
     Args:
         given: a number, a tensor, an array, a series, or any iterable of numbers or bools.
-        what: how the message calls it, such as ``"features"``.
+        what: its name in error messages, such as ``"features"``.
 
     Raises:
-        ShapeMismatch: floats, strings, mappings, or numbers and bools side by side.
+        ShapeMismatch: floats, strings, mappings, or numbers mixed with bools.
 
     >>> as_choice([True, False], "features"), as_choice(np.int8(3), "features"), as_choice({2, 1}, "features")
     (tensor([ True, False]), tensor(3), tensor([1, 2]))
@@ -47,11 +47,11 @@ def as_choice(given: Any, what: str) -> Bool[Tensor, "..."] | Int[Tensor, "..."]
 
 
 def as_indices(given: Any, n: int, what: str) -> Int[Tensor, " m"]:
-    """The indices that ``given`` chooses among ``n``, in its order, repeats kept; those of a mask ascend.
+    """The indices that ``given`` selects among ``n``, in its order, with repeats; those of a mask ascend.
 
     Raises:
-        ShapeMismatch: what :func:`as_choice` refuses, or a mask of another shape than ``[n]``.
-        OutOfRange: an index outside ``0..n-1``, a negative one too.
+        ShapeMismatch: what :func:`as_choice` refuses, or a mask of a shape other than ``[n]``.
+        OutOfRange: an index outside ``0..n-1``, including negative ones.
 
     >>> as_indices(np.array([False, True, True]), 3, "features").tolist(), as_indices([2, 0], 3, "features").tolist()
     ([1, 2], [2, 0])
@@ -60,7 +60,7 @@ def as_indices(given: Any, n: int, what: str) -> Int[Tensor, " m"]:
 
 
 def as_places(given: Any, n: int, what: str) -> Int[Tensor, " m"]:
-    """As :func:`as_indices`, for things in an order: ``-1`` is the last of them.
+    """Like :func:`as_indices`, for ordered things: ``-1`` is the last.
 
     >>> as_places([-1, 0], 3, "rows").tolist()
     [2, 0]
@@ -70,10 +70,10 @@ def as_places(given: Any, n: int, what: str) -> Int[Tensor, " m"]:
 
 
 def as_place(given: Any, n: int, what: str) -> int | None:
-    """The place of one whole number of any kind, negative ones from the end; None where it is something else.
+    """The position of a single whole number of any kind, negative ones from the end; None for anything else.
 
     Raises:
-        ShapeMismatch: a single bool. OutOfRange: no such place.
+        ShapeMismatch: a single bool. OutOfRange: no such position.
 
     >>> as_place(np.int64(-1), 3, "rows"), as_place([0], 3, "rows")
     (2, None)
@@ -92,10 +92,10 @@ def as_place(given: Any, n: int, what: str) -> int | None:
 
 
 def one_index(given: Any, n: int, what: str) -> int:
-    """The one thing of ``n`` that ``given`` chooses, as :func:`as_indices` does.
+    """The single index among ``n`` that ``given`` selects, read as by :func:`as_indices`.
 
     Raises:
-        ShapeMismatch: none or several, or a single bool. OutOfRange: no such thing, or a negative number.
+        ShapeMismatch: none or several, or a single bool. OutOfRange: an index outside the range, or negative.
 
     >>> one_index(np.int64(2), 3, "features")
     2
@@ -104,7 +104,7 @@ def one_index(given: Any, n: int, what: str) -> int:
 
 
 def one_place(given: Any, n: int, what: str) -> int:
-    """As :func:`one_index`, for things in an order: ``-1`` is the last of them.
+    """Like :func:`one_index`, for ordered things: ``-1`` is the last.
 
     >>> one_place(-1, 3, "layers")
     2
@@ -119,10 +119,10 @@ def _only(index: Int[Tensor, " m"], what: str) -> int:
 
 
 def like_a_mask(index: Tensor) -> int:
-    """The width that a mask written as numbers would have: how many 0s and 1s there are, if there is nothing else.
+    """The width of a mask written as numbers: how many entries ``index`` has if all of them are 0 or 1, else 0.
 
-    A choice of distinct things among more than two never looks so: as many 0s and 1s as there are things are a mask
-    that lost its type, such as a tokenizer's ``attention_mask``.
+    Distinct indices among more than two never look like that: as many 0s and 1s as there are things to choose from
+    are a mask that lost its type, such as a tokenizer's ``attention_mask``.
 
     >>> like_a_mask(torch.tensor([0, 1, 1])), like_a_mask(torch.tensor([0, 1])), like_a_mask(torch.tensor([0, 3, 1]))
     (3, 0, 0)
@@ -132,11 +132,11 @@ def like_a_mask(index: Tensor) -> int:
 
 
 def refuse_mask_of_numbers(width: int, n: int, what: str) -> None:
-    """Raises :class:`ShapeMismatch` where :func:`like_a_mask` found the width of what is chosen from."""
+    """Raises :class:`ShapeMismatch` if the width found by :func:`like_a_mask` equals ``n``, the number to choose from."""
     if width and width == n:
         raise ShapeMismatch(
-            f"{what}: expected indices or a bool mask, got {n} zeros and ones for {n} of them, which reads like a "
-            "mask of numbers; make it bool (mask.bool(), mask.astype(bool)), or leave repeats out"
+            f"{what}: expected indices or a bool mask, got {n} zeros and ones for {n} of them, which looks like a "
+            "mask of numbers; make it bool (mask.bool(), mask.astype(bool)), or remove repeats"
         )
 
 
@@ -161,7 +161,7 @@ def _of_tensor(given: Tensor, what: str) -> Tensor:
     if given.is_floating_point() or given.is_complex():
         if given.numel():
             raise _refused(what, f"{given.dtype} of shape {tuple(given.shape)}")
-        return torch.zeros(given.shape, dtype=torch.long)  # torch.tensor([]) is float, and chooses nothing
+        return torch.zeros(given.shape, dtype=torch.long)  # torch.tensor([]) is float, and selects nothing
     return given.detach().to("cpu", torch.long)
 
 
@@ -171,21 +171,23 @@ def _of_array(given: np.ndarray, what: str) -> Tensor:
         raise _refused(what, f"{given.dtype} of shape {given.shape}")
     if kind == "u" and given.size and given.max() > np.iinfo(np.int64).max:
         raise OutOfRange(f"{what}: {given.max()} is larger than any index")
-    # A copy of its own: torch takes neither read-only arrays nor those that run backwards.
+    # A copy: torch accepts neither read-only arrays nor negative strides.
     return torch.from_numpy(np.array(given, dtype=bool if kind == "b" else np.int64))
 
 
 def _of_items(given: Any, what: str) -> Tensor:
-    """Of Python objects: a list has no dtype, so every entry is looked at."""
+    """Reads Python objects: a list has no dtype, so every entry is checked."""
     if not isinstance(given, list):
         kinds, plain = {_kind(given, what)}, given
-    elif (types := set(map(type, given))) <= {int} or types == {bool}:  # nearly always: no look at each
+    elif (types := set(map(type, given))) <= {int} or types == {
+        bool
+    }:  # the common case, without a loop in Python
         kinds, plain = types, given
     else:
         plain = [x.tolist() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x for x in given]
         kinds = {_kind(x, what) for x in _leaves(plain)}
     if len(kinds) > 1:
-        raise _refused(what, "numbers and bools side by side")
+        raise _refused(what, "numbers mixed with bools")
     try:
         return torch.from_numpy(np.array(plain, dtype=bool if kinds == {bool} else np.int64))
     except (ValueError, RuntimeError, OverflowError, TypeError) as fault:

@@ -1,4 +1,4 @@
-"""The one way in which mmhooks reads JSON that may be damaged or another file's: checked, and told in one sentence."""
+"""Reads JSON files that may be damaged or of another kind: fields are checked, and errors are one sentence."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def read_json(
     """The content of a JSON file.
 
     Args:
-        what: with its article, what the file should be ("a result of a sweep"); ``remedy``: what to do where it is not.
-        fields: names that the file, then an object, must hold, and the types of their values; more may be there.
+        what: what the file should be, with its article ("a result of a sweep"). ``remedy``: what to do if it is not.
+        fields: required names of the object in the file, and the types of their values; others are allowed.
 
     Raises:
-        MMHooksError: (``error``) the file cannot be read, is no JSON, or differs from ``fields``; the sentence has the
-            path, what was expected, what was found and ``remedy``.
+        MMHooksError: (``error``) the file cannot be read, is not JSON, or lacks ``fields``; the message has the path,
+            what was expected, what was found and ``remedy``.
 
     >>> import tempfile; place = Path(tempfile.mkdtemp()) / "run.json"
     >>> _ = place.write_text('{"seed": "1"}')
@@ -43,9 +43,12 @@ def read_json(
         content = json.loads(path.read_bytes())
     except OSError as fault:
         raise error(f"{path}, {what}, cannot be read: {fault.strerror or fault}; {remedy}") from fault
-    except (ValueError, RecursionError) as fault:  # no UTF-8, no JSON, numbers or nesting beyond reading
+    except (
+        ValueError,
+        RecursionError,
+    ) as fault:  # not UTF-8, not JSON, or numbers or nesting too large to parse
         raise error(
-            f"{path} is not {what}: expected JSON, got a file broken at: {fault}; {remedy}"
+            f"{path} is not {what}: expected JSON, got a file that cannot be parsed: {fault}; {remedy}"
         ) from fault
     if fields is not None:
         check_fields(content, fields, f"{path} is not {what}", remedy=remedy, error=error)
@@ -60,7 +63,7 @@ def check_fields(
     remedy: str,
     error: type[MMHooksError] = DataError,
 ) -> None:
-    """Refuses ``content`` where it is no object with these fields; ``where`` begins the sentence.
+    """Raises unless ``content`` is an object with these fields; ``where`` begins the message.
 
     Raises:
         MMHooksError: (``error``) names the first field that is missing or of another type.
@@ -73,7 +76,7 @@ def check_fields(
             raise error(f"{where}: expected {name!r} in it, got {found}; {remedy}")
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         value = content[name]
-        # To Python, True is an int; to whoever reads a file, it is not a number.
+        # In Python True is an int; in JSON it is not a number.
         fits = bool in allowed if isinstance(value, bool) else isinstance(value, allowed)
         if not fits:
             expected = " or ".join(_NAMES.get(kind, kind.__name__) for kind in allowed)
@@ -81,7 +84,7 @@ def check_fields(
 
 
 def describe_json(value: Any) -> str:
-    """A value of a file in a few words: its kind where it is large, itself where it is small."""
+    """A JSON value for messages: the kind and size of an object or list, otherwise the value, shortened."""
     if isinstance(value, (dict, list)):
         return f"{_NAMES[type(value)]} of {len(value)}"
     shown = repr(value)

@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block, put back module by module."""
+"""Temporary evaluation mode, restored module by module."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _LOCK = Lock()
-# How many open blocks hold a module in evaluation mode, and the mode that it had before the first of them. Blocks of
-# several threads overlap in any order, so the last one to end puts the mode back, not the one that was there first.
+# How many open blocks hold a module in evaluation mode, and its mode before the first of them. Blocks of several
+# threads overlap in any order, so the mode is restored by the last block to end, not by the one that began first.
 _HELD: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Everything below ``modules`` is in evaluation mode inside the block, and each in its own mode after it.
+    """Puts ``modules`` and all their submodules into evaluation mode for a block, and restores each one's mode after it.
 
     Dropout, patch dropout and batch statistics would make results random, and running a model over data would change
-    its batch statistics. Only the flags are set: ``eval()`` of some adapters merges weights. Modes come back after
-    exceptions too. A mode that is set inside the block does not outlive it.
+    its batch statistics. Only the flags are set, since ``eval()`` of some adapters merges weights. Modes are restored
+    after exceptions too; a mode set inside the block does not outlive it.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with evaluating(model):

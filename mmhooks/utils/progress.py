@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for work that takes more than a moment."""
+"""Progress bars on standard error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int | None, what: str, *, show: bool = True) -> Iterator[T]:
-    """Passes ``items`` on, with a bar that says how many of ``total`` are done and when the rest will be."""
+    """Yields ``items`` while a bar shows how many of ``total`` are done and the time remaining."""
     if not show:
         yield from items
         return
@@ -33,7 +33,7 @@ def track(items: Iterable[T], total: int | None, what: str, *, show: bool = True
 def rate_bar(
     what: str, total: int | None, *, unit: str, show: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(n)``; the bar says how many are done, how many a second, and when the rest will be."""
+    """Yields ``advance(n)``; the bar shows how many are done, the rate per second, and the time remaining."""
     if not show:
         yield lambda n: None
         return

@@ -1,4 +1,4 @@
-"""What the command says: one line of text from data, or lines that were escaped one by one."""
+"""Console output of the command line, with text from data escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmhooks.utils.escape import one_line, terminal
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """One line, which no caption, licence or name in it can break, colour or turn.
+    """Prints one line; captions, licences or names in it cannot break, colour or reorder it.
 
     >>> say("a cat\\x1b[2J")
     a cat\\x1b[2J
@@ -17,10 +17,10 @@ def say(text: object, *, err: bool = False) -> None:
 
 
 def say_lines(text: object) -> None:
-    """Several lines, of a table whose cells are escaped or of our own."""
+    """Prints several lines: our own text, or a table whose cells are escaped already."""
     typer.echo(terminal(text, lines=True))
 
 
 def say_error(error: object, name: str = "mmhooks") -> None:
-    """An error's words on one line of standard error."""
+    """Prints an error's message as one line on standard error."""
     typer.echo(f"{name}: {one_line(error)}", err=True)

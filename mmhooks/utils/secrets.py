@@ -1,4 +1,4 @@
-"""A key from the environment: checked when it is read, sent where it belongs, shown nowhere."""
+"""API keys from the environment: validated when read, revealed only where they are sent, never printed or logged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import NoReturn
 
 from mmhooks.errors import MMHooksError
 
-WINDOW = (
-    8  # that many characters of a key in a row give it away; a shorter key is a placeholder of a local server
-)
+WINDOW = 8  # so many consecutive characters reveal a key; a shorter key is a placeholder for a local server
 HIDDEN = "[key]"
 
 
 class Secret:
-    """A text that neither ``repr`` nor ``str`` nor a pickle shows; :meth:`reveal` is for the place that sends it.
+    """A string hidden from ``repr``, ``str`` and pickles; :meth:`reveal` is for the code that sends it.
 
     >>> key = Secret("sk-1234567890"); key, f"{key}", key.redact("wrong key: sk-1234567890!")
     ([key], '[key]', 'wrong key: [key]!')
@@ -31,11 +29,11 @@ class Secret:
 
     @classmethod
     def from_environment(cls, variable: str, error: type[MMHooksError] = MMHooksError) -> Secret | None:
-        """The value of an environment variable without the white space around it; None where it is empty.
+        """The stripped value of an environment variable; None if it is empty.
 
         Raises:
-            MMHooksError: (``error``) a name that is not a variable's, or a value that no header can carry. The message
-                shows neither: people put the key itself where its variable's name belongs.
+            MMHooksError: (``error``) an invalid variable name, or a value that no header can carry. The message shows
+                neither: people paste the key itself where the variable's name belongs.
         """
         if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", variable):
             raise error(
@@ -43,7 +41,7 @@ class Secret:
                 f"{len(variable)} characters that are not one (not shown, in case they are the key itself); "
                 "export the key in a variable and give the variable's name"
             )
-        secret = cls(os.environ.get(variable, "").strip())  # no name of a frame holds the text itself
+        secret = cls(os.environ.get(variable, "").strip())  # no local variable holds the key itself
         bad = secret._first_unfit()
         if bad is not None:
             raise error(
@@ -56,13 +54,13 @@ class Secret:
         return next((i for i, c in enumerate(self._value) if not "!" <= c <= "~"), None)
 
     def reveal(self) -> str:
-        """The text itself."""
+        """The string itself."""
         return self._value
 
     def redact(self, text: str) -> str:
-        """``text`` with every stretch of it that gives the key away (eight characters in a row, or more) replaced."""
+        """``text`` with every part that reveals the key (eight or more consecutive characters of it) replaced."""
         key, low = self._value.lower(), text.lower()
-        if len(low) != len(text):  # a few letters change length when lowered; places must stay
+        if len(low) != len(text):  # a few letters change length when lowered; positions must match
             low = text
         if len(key) < WINDOW:
             return text
@@ -90,7 +88,7 @@ class Secret:
 
 @contextmanager
 def redacted_logs(secret: Secret, *packages: str) -> Iterator[None]:
-    """While it is open, what the loggers of these packages say is redacted: servers echo keys in what gets logged."""
+    """Redacts the key in records of these packages' loggers while open: servers echo keys in what gets logged."""
 
     def redact(record: logging.LogRecord) -> bool:
         said = record.getMessage()

@@ -1,7 +1,7 @@
-"""Files of tensors, read without trust: shapes are held against the size of the file before anything is allocated.
+"""Safe reading of tensor files from untrusted sources: shapes are compared with the file size before allocation.
 
-safetensors, and torch checkpoints of which nothing but tensors is unpickled. A damaged or foreign file raises with
-its path, what was expected, what was found, and what to do.
+Reads safetensors, and torch checkpoints of which only tensors are unpickled. A damaged or foreign file raises an
+error with its path, what was expected, what was found, and what to do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MissingWeights
 
-# All that a state dict of plain tensors needs: what rebuilds tensors, storages and dictionaries.
+# The globals that a pickled state dict of plain tensors needs.
 _PLAIN = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -37,17 +37,17 @@ _HEADER_LIMIT = 1 << 20
 
 
 def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, without reading a tensor.
+    """Names and shapes in a safetensors file, without reading a tensor.
 
     Raises:
-        MissingWeights: no such file. DamagedFile: it is none, or does not hold the bytes that it announces.
+        MissingWeights: no such file. DamagedFile: not a safetensors file, or shorter than its header announces.
     """
     with _opened(Path(path)) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def metadata_of(path: str | Path) -> dict[str, str]:
-    """The text that a safetensors file carries beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
         MissingWeights, DamagedFile: as :func:`shapes_of`.
@@ -68,24 +68,24 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     {'w': tensor([1., 1.])}
     """
     with _opened(Path(path)) as file:
-        # Copies: what lies in a mapped file ends the process (SIGBUS) when someone cuts the file short.
+        # Copies: mapped memory ends the process (SIGBUS) if the file is truncated later.
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def read_checkpoint(path: str | Path, *, stand_ins: str = "") -> dict[str, Any]:
-    """The dictionary in a torch checkpoint (``torch.save``), of which nothing but tensors is unpickled.
+    """The dictionary in a torch checkpoint (``torch.save``); only tensors are unpickled.
 
     Args:
-        stand_ins: a package such as ``"vit_prisma."`` whose classes are read as :class:`StandIn`: their attributes,
-            none of their code.
+        stand_ins: a package such as ``"vit_prisma."`` whose objects are read as :class:`StandIn`: attributes only,
+            without running any of its code.
 
     Raises:
         MissingWeights: no such file.
-        DamagedFile: not a zip as torch writes it, other Python objects inside, or tensors larger than the file.
+        DamagedFile: not a zip as torch writes it, other pickled Python objects, or tensors larger than the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingWeights(f"{path} is not there")
+        raise MissingWeights(f"{path} does not exist")
     return _unpickled(path, path.read_bytes(), stand_ins)[0]
 
 
@@ -97,7 +97,7 @@ def read_headed_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, 
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingWeights(f"{path} is not there")
+        raise MissingWeights(f"{path} does not exist")
     with path.open("rb") as file:
         line = file.readline(_HEADER_LIMIT)
         try:
@@ -112,13 +112,13 @@ def read_headed_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, 
 
 
 def is_headed(path: Path) -> bool:
-    """Whether a file begins with a JSON object."""
+    """Whether a file starts with a JSON object."""
     with path.open("rb") as file:
         return file.read(1) == b"{"
 
 
 def digest_of(about: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a JSON value and of tensors by name, type, shape and bits: the same in every version.
+    """SHA-256 of a JSON value and of tensors (name, type, shape, bits); stable across versions.
 
     >>> digest_of({"k": 4}, {"w": torch.zeros(2)})[:12]
     '740c9dbaf3c3'
@@ -132,12 +132,12 @@ def digest_of(about: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 class StandIn:
-    """Where a checkpoint pickled an object of a class that is not run here: its attributes and nothing else."""
+    """Replaces a pickled object whose class is not imported: holds its attributes only."""
 
 
 def _opened(path: Path) -> Any:
     if not path.is_file():
-        raise MissingWeights(f"{path} is not there")
+        raise MissingWeights(f"{path} does not exist")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
@@ -166,23 +166,23 @@ def _unpickled(path: Path, content: bytes, stand_ins: str) -> tuple[dict[str, An
         ) from error
     if not isinstance(found, dict):
         raise DamagedFile(f"{path}: expected a dictionary of tensors, got a {type(found).__name__}")
-    # Tied weights are two names of one storage; more than that, or strides of zero, is a small file grown large.
+    # Tied weights are two names of one storage; more sharing, or strides of zero, would inflate a small file.
     total = sum(t.numel() * t.element_size() for t in _tensors_in(found))
     if total > 2 * len(content) + 4096:
         raise DamagedFile(
-            f"{path} has {len(content):,} bytes and announces tensors of {total:,}: views that repeat their storage. "
+            f"{path} has {len(content):,} bytes but announces tensors of {total:,}: views that repeat their storage. "
             "Save contiguous tensors: {k: v.contiguous() for k, v in state.items()}"
         )
     return dict(found), names
 
 
 def _globals_of(path: Path, content: bytes) -> set[str]:
-    """Every class or function that the pickle inside names; records are as large as the archive says and no larger."""
+    """Every global that the pickle inside names; compressed records, whose size could explode, are refused."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             records = archive.infolist()
             if any(r.compress_type != zipfile.ZIP_STORED for r in records):
-                raise DamagedFile(f"{path} has compressed records, as torch never writes them; save it again")
+                raise DamagedFile(f"{path} has compressed records, which torch never writes; save it again")
             pickles = [r for r in records if r.filename.endswith("data.pkl")]
             if len(pickles) != 1:
                 raise DamagedFile(f"{path}: expected one data.pkl inside, got {len(pickles)}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.utils.digest import digest
-from mmhooks.utils.files import written_aside
+from mmhooks.utils.files import atomic_path
 from mmhooks.utils.tensors import digest_of, metadata_of, read_safetensors
 
 Parts = dict[str, dict[str, Tensor]]
@@ -46,7 +46,7 @@ def save_checkpoint(
         tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     about = {"step": str(step), "started": started}
-    with written_aside(path) as aside:
+    with atomic_path(path) as aside:
         save_file(tensors, aside, about | {"digest": digest_of(about, tensors)})
 
 

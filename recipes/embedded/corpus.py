@@ -26,7 +26,7 @@ import typer
 from rich.progress import track
 from safetensors.torch import save_file
 
-from mmhooks.data.sources.drawings import SIZE, SOURCES, UNSEEN_STYLE, Corpus, hash_of, plain_codepoints
+from mmhooks.data.sources.drawings import SIZE, SOURCES, UNSEEN_STYLE, Corpus, crc32_of, plain_codepoints
 from mmhooks.data.splits import Split, concept_key, split_of
 from mmhooks.utils.files import write_text
 
@@ -118,7 +118,7 @@ def _emoji_drawings(node_modules: Path) -> list[Drawing]:
             height = icon.get("height", icons.get("height", 16))
             body = icon["body"]
             if source.ink:
-                body = body.replace("currentColor", source.ink[hash_of(slug) % len(source.ink)])
+                body = body.replace("currentColor", source.ink[crc32_of(slug) % len(source.ink)])
             left, top = icon.get("left", 0), icon.get("top", 0)
             svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                    f'viewBox="{left} {top} {width} {height}" width="{SIZE}" height="{SIZE}">{body}</svg>')  # fmt: skip

@@ -11,7 +11,13 @@ from PIL import Image
 
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models import embedders
-from mmhooks.models.embedders import by_order, efficientnet_lite0, fingerprint, image_embedder, text_embedder
+from mmhooks.models.embedders import (
+    efficientnet_lite0,
+    fingerprint,
+    image_embedder,
+    match_by_order,
+    text_embedder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +64,16 @@ def test_efficientnet_distinguishes_drawings():
 def test_weights_that_do_not_fit_are_refused():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     good = {f"x.{k}": v for k, v in model.state_dict().items()}
-    assert list(by_order(good, model)) == list(model.state_dict())
-    with pytest.raises(MissingWeights, match="6 tensors came for a model of 7"):
-        by_order(dict(list(good.items())[:-1]), model)
+    assert list(match_by_order(good, model)) == list(model.state_dict())
+    with pytest.raises(MissingWeights, match="expected 7 tensors, got 6"):
+        match_by_order(dict(list(good.items())[:-1]), model)
     shape = good | {"x.0.weight": torch.zeros(2, 3)}
     with pytest.raises(MissingWeights, match=r"x\.0\.weight \(2, 3\) does not fit 0\.weight \(2, 2\)"):
-        by_order(shape, model)
+        match_by_order(shape, model)
     keys = list(good)
     keys[4], keys[5] = keys[5], keys[4]  # variance where the mean belongs, of the same shape
     with pytest.raises(MissingWeights, match="running_var"):
-        by_order({k: good[k] for k in keys}, model)
+        match_by_order({k: good[k] for k in keys}, model)
 
 
 def test_the_cache_avoids_running_the_model(monkeypatch):

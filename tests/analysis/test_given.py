@@ -73,7 +73,7 @@ def test_invalid_images_are_refused(mini, name, kind):
     with pytest.raises(MMHooksError) as fault:
         RUNS[name](mini, IMAGES[kind]())
     assert "expected" in str(fault.value) or "no " in str(fault.value) or "images need" in str(fault.value)
-    assert len(mini._board) == 0
+    assert len(mini._registry) == 0
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -11,7 +11,7 @@ from heads.stores import write_store
 from typer.testing import CliRunner
 
 from mmhooks.cli import app
-from mmhooks.heads import fidelity, load_head_dir
+from mmhooks.heads import load_head_dir, reconstruction
 from mmhooks.heads.sae.modality_centres import by_modality
 
 
@@ -35,7 +35,7 @@ def test_train_writes_a_head_its_history_and_a_figure(store, tmp_path) -> None:
     head = load_head_dir(out)
     held_out = [x[9::10] for x in paired_clouds(600)]
     said = json.loads((out / "training.json").read_text())
-    assert said["held_out"]["image"]["fvu"] == pytest.approx(fidelity(head, held_out[0]).fvu, rel=1e-5)
+    assert said["held_out"]["image"]["fvu"] == pytest.approx(reconstruction(head, held_out[0]).fvu, rel=1e-5)
     assert [row["epoch"] for row in said["history"]] == [1, 2, 3] and "valid_fvu_text" in said["history"][0]
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert head.id in done.output and head.info["sites"] == ["image.embed", "text.embed"]

@@ -73,10 +73,10 @@ GOOD_ROWS = "b.png,second\nc.png,third\n"
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ("a.png,a man, a dog and a boat\n", "line 2: 3 fields, expected 2"),
-        ("a.png\n", "line 2: 1 fields, expected 2"),
-        ('a.png,"12 inch pizza\n', "line 2: a quote that is not closed"),
-        ('a.png,"a "big" dog"\n', "line 2: a quote that is not closed, or one inside"),
+        ("a.png,a man, a dog and a boat\n", "line 2: expected 2 fields (file_name, text), got 3"),
+        ("a.png\n", "line 2: expected 2 fields (file_name, text), got 1"),
+        ('a.png,"12 inch pizza\n', "line 2: an unclosed quote"),
+        ('a.png,"a "big" dog"\n', "line 2: an unclosed quote, or a quote inside"),
         ("a.png," + "word " * 40_000 + "\n", "line 2: field larger than field limit"),
         (",no file\n", "line 2: file_name is empty"),
         (b"a.png,caf\xe9\n", "line 2: it is not UTF-8"),
@@ -118,8 +118,8 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("file_name,text,text\na.png,x,y\n", "the column 'text' twice"),
-        ("", "has columns (none)"),
+        ("file_name,text,text\na.png,x,y\n", "got 'text' twice"),
+        ("", "got (none)"),
         (b"file_name,te\xe9xt\n", "UTF-8"),
         ("file_name,text\na.png,x\n".encode("utf-16"), "UTF-8"),
     ],
@@ -296,15 +296,15 @@ def test_images_of_other_columns_are_not_decoded(tmp_path):
         ([("001.jpg", image_bytes())], "it has no 'txt', only jpg"),
         ([("001.jpg", b"no image"), ("001.txt", b"x")], "cannot identify image file"),
         ([("001.jpg", image_bytes()), ("001.txt", b" ")], "its text is empty"),
-        ([("001.txt", b"x")], "no picture in it"),
+        ([("001.txt", b"x")], "expected an image in it"),
         ([("001.jpg", image_bytes()), ("001.jpg", image_bytes()), ("001.txt", b"x")], "two files .jpg"),
-        (samples(b"again"), "its key occurs before"),
+        (samples(b"again"), "its key is a duplicate"),
     ],
 )
 def test_a_bad_sample_of_a_tar_costs_no_other(tmp_path, bad, said):
     whole = tar_bytes([*samples(b"zero"), *bad, *samples(b"two", first=2)])
     (tmp_path / "s.tar").write_bytes(whole)
-    if said == "its key occurs before":  # two of one key that follow each other are one sample
+    if said == "its key is a duplicate":  # two of one key that follow each other are one sample
         whole = tar_bytes([*samples(b"zero"), *samples(b"two", first=2), *bad])
         (tmp_path / "s.tar").write_bytes(whole)
     assert both(tmp_path / "s.tar") == (["zero", "two"], 1)
@@ -388,7 +388,7 @@ def test_an_id_that_occurs_twice_in_a_stream_is_told(tmp_path):
     rows = [{"bytes": image_bytes(), "path": None}] * 3
     source = parquet(tmp_path / "x.parquet", rows, id=["a", "b", "a"])
     assert both(source) == (["text 0", "text 1"], 1)
-    with pytest.raises(DataError, match="a: its id occurs before"):
+    with pytest.raises(DataError, match="a: its id is a duplicate"):
         list(mm.data.pair_stream(source))
 
 
@@ -407,7 +407,7 @@ def test_repeated_ids_are_found_among_many(monkeypatch):
 def test_several_captions_in_a_text_file(tmp_path):
     (tmp_path / "s.tar").write_bytes(tar_bytes(samples(b"a cat\na small cat\n\n", b"a dog\na big dog\n")))
     with pytest.raises(
-        DataError, match=r"2 lines: text_column='txt.lines' takes each.*'txt.whole' all as one text"
+        DataError, match=r"2 lines: text_column='txt.lines' reads each.*'txt.whole' all of them as one text"
     ):
         read(tmp_path / "s.tar")
     pairs = read(tmp_path / "s.tar", text_column="txt.lines")

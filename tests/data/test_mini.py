@@ -12,7 +12,7 @@ import mmhooks as mm
 from mmhooks.data.sources import openmoji as source
 from mmhooks.data.splits import split_of
 from mmhooks.errors import DataError, MissingWeights
-from mmhooks.utils.files import cache_dir, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_limit_is_a_fixed_choice(corpus):
     assert len(some) == 20 and some.ids == mm.data.pairs("mini", limit=20, seed=3).ids
     assert some.ids != mm.data.pairs("mini", limit=20, seed=4).ids
     assert sorted(corpus.ids.index(i) for i in some.ids) == [corpus.ids.index(i) for i in some.ids]
-    with pytest.raises(DataError, match="at least 1, came 0"):
+    with pytest.raises(DataError, match="at least 1, got 0"):
         mm.data.pairs("mini", limit=0)
 
 
@@ -96,7 +96,7 @@ def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_rasterise", lambda file, size: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mm.data.pairs("mini", progress=False)
-    with pytest.raises(RuntimeError), written_aside(cache_dir("pairs") / "x") as aside:
+    with pytest.raises(RuntimeError), atomic_path(cache_dir("pairs") / "x") as aside:
         aside.write_text("half")
         raise RuntimeError
     assert list((tmp_path / "pairs").iterdir()) == []

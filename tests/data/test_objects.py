@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.data.synthetic.objects import Placing, draw_into, layers_of
+from mmhooks.data.synthetic.objects import Placement, draw_into, to_layers
 from mmhooks.errors import MMHooksError
 
 
@@ -16,7 +16,7 @@ def square():
 def test_a_thing_is_cut_to_its_ink_and_premultiplied():
     rgba = square()
     rgba[4, 2] = torch.tensor([200, 100, 50, 128], dtype=torch.uint8)
-    thing = layers_of(rgba)
+    thing = to_layers(rgba)
     assert thing.shape == (4, 8, 12)
     assert thing[:, 0, 0] * 255 == pytest.approx(torch.tensor([200, 100, 50, 255]) * 128 / 255, abs=0.1)
 
@@ -26,7 +26,7 @@ def test_a_thing_is_cut_to_its_ink_and_premultiplied():
 def test_only_the_box_changes_and_mixes_by_opacity(size, x, opacity):
     picture = torch.full((3, 40, 60), 0.5)
     before = picture.clone()
-    made = draw_into(picture, layers_of(square()), Placing(size, (x, 0.5), opacity))
+    made = draw_into(picture, to_layers(square()), Placement(size, (x, 0.5), opacity))
     assert torch.equal(picture, before)  # a copy
     wide, tall = round(size * 40), max(1, round(size * 40 * 8 / 12))
     changed = (made - picture).abs().sum(0) > 1e-6
@@ -35,7 +35,7 @@ def test_only_the_box_changes_and_mixes_by_opacity(size, x, opacity):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(MMHooksError, match="does not lie inside"):
-        draw_into(torch.zeros(3, 32, 32), layers_of(square()), Placing(0.9, (0.1, 0.5)))
+    with pytest.raises(MMHooksError, match="does not fit into"):
+        draw_into(torch.zeros(3, 32, 32), to_layers(square()), Placement(0.9, (0.1, 0.5)))
     with pytest.raises(MMHooksError, match="transparent"):
-        layers_of(torch.zeros(4, 4, 4, dtype=torch.uint8))
+        to_layers(torch.zeros(4, 4, 4, dtype=torch.uint8))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mmhooks as mm
-from mmhooks.data.store.layout import sealed
+from mmhooks.data.store.layout import manifest_bytes
 from mmhooks.data.store.merge import merge
 from mmhooks.data.store.writer import ShardWriter
 from mmhooks.errors import NoDigest, StoreError
@@ -225,7 +225,7 @@ def test_stores_of_the_first_format_open_and_are_not_gone_on_with(pairs, tmp_pat
     manifest["format"] = 1
     for entry in manifest["shards"]:
         del entry["head"]
-    (out / "manifest.json").write_bytes(sealed(manifest))
+    (out / "manifest.json").write_bytes(manifest_bytes(manifest))
     assert len(mm.Store(out)[EMBED][:]) == N
     with pytest.raises(StoreError, match="format 1, .*mm.Store still opens it: choose another folder"):
         mm.extract(model, pairs, SITES, out, **OPTIONS)
@@ -236,7 +236,7 @@ def test_stores_with_other_edits_are_not_merged(pairs, tmp_path):
     half = [mm.extract(model, pairs[:8], SITES, tmp_path / "a", **OPTIONS)]
     with model.hooks(mm.Zero([1], at=EMBED)):
         half.append(mm.extract(model, pairs[8:], SITES, tmp_path / "b", **OPTIONS))
-    with pytest.raises(StoreError, match="does not go with"):
+    with pytest.raises(StoreError, match="cannot be merged with"):
         merge([s.folder for s in half], tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 

@@ -13,7 +13,7 @@ import torch
 
 import mmhooks as mm
 from mmhooks.data.store import merge as merging
-from mmhooks.data.store.layout import SiteSpec, read_manifest, sealed
+from mmhooks.data.store.layout import SiteSpec, manifest_bytes, read_manifest
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.merge import merge
 from mmhooks.data.store.writer import ShardWriter, begin, finish
@@ -82,7 +82,11 @@ def test_threads_that_race_for_a_folder_are_one_writer(tmp_path):
 def test_a_folder_by_another_name_is_the_same_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to("a")
-    with Lock(tmp_path / "a"), pytest.raises(StoreError, match="by this very process"), Lock(tmp_path / "b"):
+    with (
+        Lock(tmp_path / "a"),
+        pytest.raises(StoreError, match="already being written by this process"),
+        Lock(tmp_path / "b"),
+    ):
         pass
 
 
@@ -127,7 +131,7 @@ def test_a_manifest_that_says_complete_without_all_rows_is_refused(tmp_path):
         {"shards": manifest["shards"][:-1], "pairs": 20},
         {"pairs": 26},
     ):
-        (store.folder / "manifest.json").write_bytes(sealed({**manifest, **change}))
+        (store.folder / "manifest.json").write_bytes(manifest_bytes({**manifest, **change}))
         with pytest.raises(StoreError, match="rows are missing"):
             mm.Store(store.folder)
 
@@ -245,8 +249,10 @@ def test_ids_and_indices_that_lead_astray_are_found_when_they_are_asked_for(tmp_
 def test_manifests_that_cannot_be_are_refused_whatever_their_checksum(tmp_path, name, value):
     store = write(tmp_path / "acts")
     manifest = read_manifest(store.folder)
-    (store.folder / "manifest.json").write_bytes(sealed({**manifest, name: value}))
-    with pytest.raises(StoreError, match=r"manifest\.json.* is expected to be .*, got .*take it from a copy"):
+    (store.folder / "manifest.json").write_bytes(manifest_bytes({**manifest, name: value}))
+    with pytest.raises(
+        StoreError, match=r"manifest\.json.* expected .* to be .*, got .*restore it from a copy"
+    ):
         mm.Store(store.folder)
 
 

@@ -121,12 +121,12 @@ def test_pairs_that_were_kept_are_read_again(tmp_path, monkeypatch):
 def test_every_byte_at_the_edges_counts(tmp_path, at):
     place = tmp_path / "a.tar"
     place.write_bytes(bytes(5 * 2**20))
-    before = stream.state_of(place)
+    before = stream.file_state(place)
     other = bytearray(5 * 2**20)
     other[at] = 1
     (tmp_path / "other").write_bytes(other)
     swap(place, tmp_path / "other")
-    assert stream.state_of(place) != before
+    assert stream.file_state(place) != before
 
 
 def test_a_small_file_is_read_once_and_an_image_not_at_all(tmp_path, monkeypatch):
@@ -134,5 +134,5 @@ def test_a_small_file_is_read_once_and_an_image_not_at_all(tmp_path, monkeypatch
     (tmp_path / "b.PNG").write_bytes(b"y" * 100)
     opened, real = [], Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self.name) or real(self, *a, **k))
-    state = stream.state_of(tmp_path)
+    state = stream.file_state(tmp_path)
     assert opened == ["a.tar"] and [row[3] == "" for row in state] == [False, True]

@@ -34,7 +34,7 @@ def test_the_largest_size_fits_and_the_next_does_not(text: str, font: str, width
     angle=st.sampled_from([0.0, 8.0]),
 )
 def test_a_word_changes_its_box_only_or_says_that_it_does_not_fit(text, x, y, plate, angle) -> None:
-    how = words.Writing("DejaVuSans", 12.0, (x, y), plate=(1.0, 1.0, 0.0) if plate else None, angle=angle)
+    how = words.TextStyle("DejaVuSans", 12.0, (x, y), plate=(1.0, 1.0, 0.0) if plate else None, angle=angle)
     picture = torch.full((3, 64, 64), 0.5)
     before = picture.clone()
     try:
@@ -55,9 +55,9 @@ def test_a_word_changes_its_box_only_or_says_that_it_does_not_fit(text, x, y, pl
 
 def test_opacity_is_a_blend() -> None:
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    full, half = (words.write(picture, "fox", words.Writing("DejaVuSans", plate=words.WHITE, opacity=o))
+    full, half = (words.write(picture, "fox", words.TextStyle("DejaVuSans", plate=words.WHITE, opacity=o))
                   for o in (1.0, 0.5))  # fmt: skip
-    box = words.box_of("fox", words.Writing("DejaVuSans"), 64, 64)
+    box = words.box_of("fox", words.TextStyle("DejaVuSans"), 64, 64)
     corner = (slice(None), box[0], box[1])  # plate without ink
     assert torch.allclose(half[corner], (picture[corner] + full[corner]) / 2)
 
@@ -70,7 +70,7 @@ def test_ink_handed_out_is_a_copy() -> None:
 
 
 def test_noise_is_seeded() -> None:
-    picture, how = torch.ones(3, 64, 64), words.Writing("DejaVuSans")
+    picture, how = torch.ones(3, 64, 64), words.TextStyle("DejaVuSans")
     one, again, other = (words.noise_patch(picture, "fox", how, seed=s) for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
@@ -89,8 +89,8 @@ def test_nonsense_has_the_length_and_the_vowels_of_the_word_and_is_not_known(wor
         (lambda: words.font_file("Comic"), "no font 'Comic'.*DejaVuSans"),
         (lambda: words.ink_of(" ", "DejaVuSans", 12.0), "no ink"),
         (lambda: words.largest_size("hippopotamus" * 4, "DejaVuSans", 20, 20), "does not fit into 20 x 20"),
-        (lambda: words.make_room(torch.ones(3, 8, 8), 1.0), "between 0 and 1"),
-        (lambda: words.nonsense("a", random.Random(0), known=set("aeiou")), "no nonsense"),
+        (lambda: words.add_strip(torch.ones(3, 8, 8), 1.0), "between 0 and 1"),
+        (lambda: words.nonsense("a", random.Random(0), known=set("aeiou")), "no pseudo-word"),
     ],
 )
 def test_what_cannot_be_done_is_said(call, says: str) -> None:

@@ -103,7 +103,7 @@ def test_prepare_normalises_and_refuses_what_is_no_number(head: Head) -> None:
     x[3, 2] = float("nan")
     with pytest.raises(NotFinite, match="1 of 5 rows, the first is row 3"):
         head.prepare(x)
-    with pytest.raises(NotFinite, match="2 of 4 input rows are all zero"):
+    with pytest.raises(NotFinite, match="unit norm, got 2 of 4 that are all zero"):
         head.prepare(torch.cat([torch.zeros(2, 16), torch.ones(2, 16)]))
 
 
@@ -170,7 +170,7 @@ def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
     with pytest.raises(MissingWeights, match="no head in"):
         load_head_dir(tmp_path / "nowhere")
     path = TopKSAE(16, 48, 5).save(tmp_path / "h")
-    with pytest.raises(MMHooksError, match="holds a TopKSAE, not a NCL"):
+    with pytest.raises(MMHooksError, match="expected a NCL, got a TopKSAE"):
         NCL.load(path)
 
     weights = load_file(path / "model.safetensors")
@@ -186,14 +186,14 @@ def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
 
     meta = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(meta | {"kind": "topkk"}))
-    with pytest.raises(MMHooksError, match=r"unknown kind of head 'topkk'; known: .*ncl, relu, topk"):
+    with pytest.raises(MMHooksError, match=r"expected a kind of head among .*ncl, relu, topk, got 'topkk'"):
         load_head_dir(path)
 
 
 def test_bad_sizes() -> None:
     with pytest.raises(ShapeMismatch, match="k must lie in"):
         TopKSAE(4, 8, 9)
-    with pytest.raises(ShapeMismatch, match="came 0 and 8"):
+    with pytest.raises(ShapeMismatch, match="got 0 and 8"):
         NCL(0, 8)
 
 
@@ -239,7 +239,7 @@ def test_heads_of_before_digests_are_compared_by_their_id(head: Head, tmp_path) 
         load_head_dir(path)
     save_file({k: v.float() for k, v in load_head_dir(head.save(tmp_path / "i")).state_dict().items()},
               path / "model.safetensors")  # fmt: skip
-    with pytest.warns(UserWarning, match="checked to half precision only"):
+    with pytest.warns(UserWarning, match="verified in half precision only"):
         load_head_dir(path)
 
 
@@ -248,16 +248,16 @@ def test_weights_of_one_head_with_the_configuration_of_another(tmp_path) -> None
     one, two = a.save(tmp_path / "a"), b.save(tmp_path / "b")
     whole = (two / "model.safetensors").read_bytes()
     (one / "model.safetensors").write_bytes(whole)  # a save killed before its second file
-    with pytest.warns(UserWarning, match="a save was broken off between them"):
+    with pytest.warns(UserWarning, match="a save was interrupted between them"):
         assert load_head_dir(one).id == b.id
     save_file(load_file(two / "model.safetensors"), one / "model.safetensors")
-    with pytest.raises(DamagedFile, match="not the weights that were saved"):
+    with pytest.raises(DamagedFile, match="does not hold the weights that were saved"):
         load_head_dir(one)
 
 
 def test_info_that_is_no_json_is_named(tmp_path) -> None:
     head = TopKSAE(16, 48, 5)
     head.info = {"rows": torch.ones(2)}
-    with pytest.raises(MMHooksError, match=r"head\.info is kept as JSON"):
+    with pytest.raises(MMHooksError, match=r"head\.info: expected values that JSON"):
         head.save(tmp_path / "h")
     assert not (tmp_path / "h" / "config.json").exists()

@@ -1,4 +1,4 @@
-"""Fidelity against its definitions, written out in one pass over the whole set."""
+"""Reconstruction against its definitions, written out in one pass over the whole set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite
-from mmhooks.heads import NCL, TopKSAE, fidelity
+from mmhooks.heads import NCL, TopKSAE, reconstruction
 
 
 def test_equals_the_definitions_whatever_the_batch(pairs) -> None:
@@ -20,7 +20,7 @@ def test_equals_the_definitions_whatever_the_batch(pairs) -> None:
     back = (f @ sae.W_dec + sae.b_pre).detach()
     counts = (f > 0).sum(dim=0)
     for batch_size in (7, 4096):
-        got = fidelity(sae, pairs[0], batch_size=batch_size, rare_below=9)
+        got = reconstruction(sae, pairs[0], batch_size=batch_size, rare_below=9)
         assert got.n == 600
         assert got.fvu == pytest.approx(
             float((x - back).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-5
@@ -41,21 +41,25 @@ def test_fvu_of_the_mean_is_one_and_of_the_vectors_is_zero() -> None:
         sae.b_pre.copy_(x.mean(dim=0))
         sae.W_dec.copy_(torch.cat([torch.eye(4), -torch.eye(4)]))
         sae.W_enc.copy_(sae.W_dec)
-    assert fidelity(sae, x).fvu == pytest.approx(0, abs=1e-10)
+    assert reconstruction(sae, x).fvu == pytest.approx(0, abs=1e-10)
     with torch.no_grad():
         sae.W_dec.zero_()
-    assert fidelity(sae, x).fvu == pytest.approx(1, rel=1e-5)
+    assert reconstruction(sae, x).fvu == pytest.approx(1, rel=1e-5)
 
 
 def test_several_sets_share_their_dead(pairs) -> None:
     sae = TopKSAE(16, 48, 1)
-    image, text, both = fidelity(sae, pairs[0]), fidelity(sae, pairs[1]), fidelity(sae, *pairs)
+    image, text, both = (
+        reconstruction(sae, pairs[0]),
+        reconstruction(sae, pairs[1]),
+        reconstruction(sae, *pairs),
+    )
     assert both.counts == tuple(a + b for a, b in zip(image.counts, text.counts, strict=True))
     assert both.dead <= min(image.dead, text.dead)
 
 
 def test_without_decoder_and_as_a_file(pairs, tmp_path) -> None:
-    result = fidelity(NCL(16, 48), pairs[0])
+    result = reconstruction(NCL(16, 48), pairs[0])
     assert result.fvu != result.fvu and result.cosine != result.cosine and result.l0 > 0
     saved = json.loads(result.save(tmp_path / "f.json").read_text())
     assert saved["l0"] == result.l0 and saved["density"] == pytest.approx(result.l0 / 48)
@@ -63,7 +67,7 @@ def test_without_decoder_and_as_a_file(pairs, tmp_path) -> None:
 
 
 def test_bad_input(pairs) -> None:
-    with pytest.raises(MMHooksError, match="at least 2 vectors, came 1"):
-        fidelity(TopKSAE(16, 48, 5), pairs[0][:1])
+    with pytest.raises(MMHooksError, match="at least 2 vectors, got 1"):
+        reconstruction(TopKSAE(16, 48, 5), pairs[0][:1])
     with pytest.raises(NotFinite, match="row 0"):
-        fidelity(TopKSAE(16, 48, 5), torch.full((3, 16), float("nan")))
+        reconstruction(TopKSAE(16, 48, 5), torch.full((3, 16), float("nan")))

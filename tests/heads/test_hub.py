@@ -78,7 +78,7 @@ def test_several_heads_in_one_repository(hub) -> None:
     back = Head.from_pretrained("me/heads", subfolder="ncl")
     x = torch.randn(4, 6)
     assert back.id == ncl.id and torch.equal(back(x), ncl(x))
-    with pytest.raises(MissingWeights, match="'me/heads' has nothing at 'other'"):
+    with pytest.raises(MissingWeights, match="'me/heads' contains no 'other'"):
         mm.load_head("me/heads", subfolder="other")
 
 
@@ -100,17 +100,19 @@ def test_from_pretrained_takes_a_folder_and_refuses_another_kind(tmp_path) -> No
     sae = mm.JumpReLUSAE(6, 20)
     path = sae.save(tmp_path / "h")
     assert mm.JumpReLUSAE.from_pretrained(path).id == sae.id
-    with pytest.raises(MMHooksError, match="holds a JumpReLUSAE, not a TopKSAE"):
+    with pytest.raises(MMHooksError, match="expected a TopKSAE, got a JumpReLUSAE"):
         mm.TopKSAE.from_pretrained(tmp_path, subfolder="h")
 
 
 def test_without_network_the_way_out_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingWeights, match=r"did not give 'nobody/nothing'.*path of a local copy"):
+    with pytest.raises(
+        MissingWeights, match=r"'nobody/nothing' could not be downloaded.*path of a local copy"
+    ):
         mm.load_head("nobody/nothing", cache_dir=tmp_path)
-    with pytest.raises(MMHooksError, match=r"could not be written to the Hub.*token.*head\.save"):
+    with pytest.raises(MMHooksError, match=r"could not be uploaded to the Hub.*token.*head\.save"):
         mm.TopKSAE(6, 20, 3).push_to_hub("nobody/nothing")
-    with pytest.raises(MMHooksError, match="owner/name, came 'nothing'"):
+    with pytest.raises(MMHooksError, match="owner/name, got 'nothing'"):
         mm.TopKSAE(6, 20, 3).push_to_hub("nothing")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import NCL, fidelity, load_head_dir, train_head
+from mmhooks.heads import NCL, load_head_dir, reconstruction, train_head
 from mmhooks.heads.linalg import effective_rank
 from mmhooks.heads.training.ncl_objective import NCLObjective, info_nce, rep_relu
 
@@ -124,7 +124,7 @@ def test_threshold_keeps_units_alive_and_sparse_where_the_loss_alone_does_not(pa
             ncl.b2[:20] = -5.0  # born dead
         objective = NCLObjective(threshold=threshold, temperature=0.2, similarity=similarity)
         train_head(ncl, *pairs, epochs=20, batch_size=200, lr=3e-3, objective=objective, progress=False)
-        got = fidelity(ncl, *pairs)
+        got = reconstruction(ncl, *pairs)
         return got.dead, got.density
 
     dead, density = shares(1.5, "cosine")
@@ -166,7 +166,7 @@ def test_fitted_decoder_is_found_by_no_other_map(pairs) -> None:
 def test_training_with_ridge_gives_a_decoder_that_is_saved_and_refitted(pairs, held_out, tmp_path) -> None:
     ncl, settings = NCL(16, 64), {"epochs": 10, "batch_size": 200, "lr": 3e-3, "progress": False}
     train_head(ncl, *pairs, objective=NCLObjective(ridge=1e-3), **settings)
-    assert ncl.has_decoder and fidelity(ncl, held_out[0]).fvu < 0.8  # four features of 64 fire
+    assert ncl.has_decoder and reconstruction(ncl, held_out[0]).fvu < 0.8  # four features of 64 fire
     back = load_head_dir(ncl.save(tmp_path / "n"))
     x = unit(held_out[0])
     assert back.id == ncl.id and torch.equal(back(x), ncl(x))
@@ -184,5 +184,5 @@ def test_a_decoder_is_part_of_the_id(pairs) -> None:
     before = ncl.id
     ncl.fit_decoder(*pairs)
     assert ncl.id != before
-    with pytest.raises(MMHooksError, match="at least 2 rows with ridge >= 0, came 1 rows"):
+    with pytest.raises(MMHooksError, match="at least 2 rows with ridge >= 0, got 1 rows"):
         ncl.fit_decoder(pairs[0][:1])

@@ -19,7 +19,7 @@ import torch
 from mmhooks.errors import MMHooksError
 from mmhooks.heads import TopKSAE, train_head
 from mmhooks.heads.base import load_head_dir
-from mmhooks.heads.training.team import Team
+from mmhooks.heads.training.processes import Processes
 
 from .test_train import same
 
@@ -35,11 +35,11 @@ with torch.no_grad():
     sae.b_enc[:24] = -0.3  # some features start dead: AuxK and the counters take part
 result = train_head(sae, image, text, epochs=8, batch_size=60, lr=3e-3, valid=paired_clouds(200, seed=1),
                     checkpoint=sys.argv[1] + "/c", progress=False)
-from mmhooks.heads.training.team import Team
-if Team.leads_here():
+from mmhooks.heads.training.processes import Processes
+if Processes.is_first_process():
     sae.save(sys.argv[1] + "/head")
     with open(sys.argv[1] + "/history.json", "w") as file:
-        json.dump({"processes": Team(sae).size, "history": result.history}, file)
+        json.dump({"processes": Processes(sae).size, "history": result.history}, file)
 try:
     train_head(NCL(16, 32), image, text, epochs=1, progress=False)
 except MMHooksError as error:
@@ -85,15 +85,15 @@ def test_two_processes_follow_one(tmp_path) -> None:
         assert mine["silent"] == theirs["silent"] and mine["l0"] == pytest.approx(theirs["l0"], rel=1e-3)
     heads = [load_head_dir(tmp_path / name / "head") for name in ("one", "two")]
     torch.testing.assert_close(heads[0].W_dec, heads[1].W_dec, atol=1e-3, rtol=0)
-    assert "2 processes would each see" in said["two"] and said["one"] == ""
+    assert "each of 2 processes would see" in said["two"] and said["one"] == ""
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch) -> None:
-    team = Team(TopKSAE(4, 8, 2))
-    assert team.size == 1 and team.leads
-    team.size = 3
-    with pytest.raises(MMHooksError, match="64 pairs cannot be shared evenly by 3 processes.* such as 63"):
-        team.check_batch(64)
+    processes = Processes(TopKSAE(4, 8, 2))
+    assert processes.size == 1 and processes.is_main
+    processes.size = 3
+    with pytest.raises(MMHooksError, match="that 3 processes can split evenly, got 64 pairs.* such as 63"):
+        processes.check_batch(64)
     assert [len(x) for x in torch.arange(63).chunk(3)] == [21, 21, 21]
 
 

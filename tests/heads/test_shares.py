@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import TopKSAE, fidelity, train_head
+from mmhooks.heads import TopKSAE, reconstruction, train_head
 from mmhooks.heads.training.sae_objective import SAEObjective
 
 
@@ -17,7 +17,7 @@ def test_the_loss_is_the_weighted_fvu(pairs, share: float) -> None:
     image, text = (torch.nn.functional.normalize(x, dim=1) for x in pairs)
     objective.measure(image, text)
     loss = objective.loss(sae, image, text, torch.zeros(48, dtype=torch.bool)).loss
-    one, two = fidelity(sae, image).fvu, fidelity(sae, text).fvu
+    one, two = reconstruction(sae, image).fvu, reconstruction(sae, text).fvu
     assert float(loss.detach()) == pytest.approx(share * one + (1 - share) * two, rel=1e-4)
     alone = objective.loss(sae, image, None, torch.zeros(48, dtype=torch.bool)).loss
     assert float(alone.detach()) == pytest.approx(one, rel=1e-4)
@@ -30,7 +30,7 @@ def test_the_modality_that_counts_more_is_reconstructed_better(pairs) -> None:
         train_head(
             sae, *pairs, epochs=30, batch_size=60, objective=SAEObjective(image_share=share), progress=False
         )
-        fvu[share] = fidelity(sae, pairs[0]).fvu, fidelity(sae, pairs[1]).fvu
+        fvu[share] = reconstruction(sae, pairs[0]).fvu, reconstruction(sae, pairs[1]).fvu
     assert fvu[0.9][0] < fvu[0.1][0] and fvu[0.1][1] < fvu[0.9][1]
 
 

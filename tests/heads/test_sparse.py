@@ -62,7 +62,7 @@ def test_products_equal_the_dense_ones(mkl, monkeypatch) -> None:
     indices = torch.stack([torch.randperm(50, generator=g)[:4] for _ in range(9)])
     values, w, d = torch.randn(9, 4), torch.randn(50, 7), torch.randn(9, 7)
     dense = torch.zeros(9, 50).scatter(1, indices, values)
-    places = sparse.Places(50, indices)
+    places = sparse.Selection(50, indices)
     torch.testing.assert_close(places.times(values, w), dense @ w)
     torch.testing.assert_close(places.transposed_times(values, d), dense.T @ d)
     torch.testing.assert_close(places.sample(d, w), (d @ w.T).gather(1, indices))
@@ -82,7 +82,7 @@ def test_whole_training_loss_and_every_gradient_equal_the_dense_step(pairs) -> N
         loss.backward()
         return loss.detach(), fired, [p.grad.clone() for p in sae.parameters() if p.grad is not None]
 
-    assert sparse.pays(4, 96, torch.device("cpu"))
+    assert sparse.sparse_is_faster(4, 96, torch.device("cpu"))
     loss, fired, grads = run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TopKSAE, "training_pass", SAE.training_pass)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmhooks.heads import TopKSAE, fidelity, train_head
-from mmhooks.heads.linalg import geometric_median, project_out_, total_variance, unit_rows
+from mmhooks.heads import TopKSAE, reconstruction, train_head
+from mmhooks.heads.linalg import geometric_median, project_out_, to_unit, total_variance
 from mmhooks.heads.training.sae_objective import SAEObjective
 
 
@@ -65,7 +65,7 @@ def test_geometric_median_is_the_least_sum_of_distances() -> None:
 
 
 def test_projection_leaves_nothing_parallel() -> None:
-    w, g = unit_rows(torch.randn(9, 4)), torch.randn(9, 4)
+    w, g = to_unit(torch.randn(9, 4)), torch.randn(9, 4)
     left = g.clone()
     project_out_(left, w)
     torch.testing.assert_close((left * w).sum(dim=1), torch.zeros(9), atol=1e-6, rtol=0)
@@ -94,7 +94,7 @@ def test_loss_is_the_mean_of_both_modalities_fvu(pairs) -> None:
         back = sae(x)
         by_hand.append(float((x - back).square().sum() / (x - x.mean(dim=0)).square().sum()))
     assert float(loss.detach()) == pytest.approx(sum(by_hand) / 2, rel=1e-5)
-    assert fidelity(sae, pairs[0]).fvu == pytest.approx(by_hand[0], rel=1e-5)
+    assert reconstruction(sae, pairs[0]).fvu == pytest.approx(by_hand[0], rel=1e-5)
     assert total_variance(image) == pytest.approx(
         float((image - image.mean(0)).square().sum(1).mean()), rel=1e-5
     )
@@ -130,7 +130,7 @@ def test_auxk_revives_features_that_start_dead(pairs) -> None:
             sae.b_enc[:24] = -0.3
         objective = SAEObjective(aux_weight=weight)
         train_head(sae, *pairs, epochs=60, batch_size=100, lr=3e-3, objective=objective, progress=False)
-        return fidelity(sae, *pairs).dead
+        return reconstruction(sae, *pairs).dead
 
     without, with_aux = dead_after_training(0.0), dead_after_training(1 / 32)
     assert without > 0.1
@@ -139,7 +139,7 @@ def test_auxk_revives_features_that_start_dead(pairs) -> None:
 
 def test_rows_stay_on_the_sphere_and_fvu_falls(pairs, held_out) -> None:
     sae = TopKSAE(16, 48, 5)
-    before = fidelity(sae, held_out[0]).fvu
+    before = reconstruction(sae, held_out[0]).fvu
     train_head(sae, *pairs, epochs=40, batch_size=100, lr=3e-3, progress=False)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
-    assert fidelity(sae, held_out[0]).fvu < min(0.3, before / 4)
+    assert reconstruction(sae, held_out[0]).fvu < min(0.3, before / 4)

@@ -94,7 +94,7 @@ def test_checkpoint_of_another_training_is_refused(pairs, tmp_path) -> None:
     with pytest.raises(MMHooksError, match="belongs to another training"):
         train_head(TopKSAE(16, 48, 5), pairs[0] + 1e-3, pairs[1], checkpoint=path, **SETTINGS)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(MMHooksError, match="is no checkpoint"):
+    with pytest.raises(MMHooksError, match="is not a checkpoint"):
         train_head(TopKSAE(16, 48, 5), *pairs, checkpoint=path, **SETTINGS)
 
 
@@ -109,7 +109,7 @@ def test_bad_input_is_refused_before_the_first_step(pairs) -> None:
         train_head(sae, image[:, :12], text[:, :12], **SETTINGS)
     with pytest.raises(ShapeMismatch, match="600 and 599 rows"):
         train_head(sae, image, text[:-1], **SETTINGS)
-    with pytest.raises(MMHooksError, match="all the same"):
+    with pytest.raises(MMHooksError, match="all equal"):
         train_head(sae, torch.ones(9, 16), torch.ones(9, 16), **SETTINGS)
     with pytest.raises(MMHooksError, match="pass valid="):
         train_head(sae, image, text, patience=1, **SETTINGS)

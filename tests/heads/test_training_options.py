@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
-from mmhooks.heads import NCL, TopKSAE, fidelity, train_head
+from mmhooks.heads import NCL, TopKSAE, reconstruction, train_head
 from mmhooks.heads.linalg import mean_row
 from mmhooks.heads.sae import topk_kernels as sparse
 from mmhooks.heads.sae.modality_centres import by_modality
 from mmhooks.heads.training.resample import resample
 from mmhooks.heads.training.sae_objective import SAEObjective
-from mmhooks.heads.training.schedule import share
-from mmhooks.heads.vectors import Chosen, Vectors, every_tenth, paired
+from mmhooks.heads.training.schedule import lr_factor
+from mmhooks.heads.vectors import SelectedRows, Vectors, hold_out_every_tenth, training_rows
 
 from .stores import write_store
 from .test_train import same
@@ -53,7 +53,7 @@ def test_sites_choose_what_of_a_store_is_trained_on(pairs, tmp_path) -> None:
     assert train_head(TopKSAE(16, 48, 5), store, **SETTINGS).steps == 24
     with pytest.raises(MMHooksError, match="no site"):
         train_head(TopKSAE(16, 48, 5), store, sites=["image.embed", "nowhere"], **SETTINGS)
-    with pytest.raises(MMHooksError, match="a store holds both"):
+    with pytest.raises(MMHooksError, match="a store contains both"):
         train_head(TopKSAE(16, 48, 5), store, pairs[1], **SETTINGS)
 
 
@@ -84,7 +84,7 @@ class Watched:
 
 def test_training_never_asks_for_all_rows_of_a_large_store() -> None:
     image, text = (Watched(torch.randn(200_000, 4)) for _ in range(2))
-    chosen = [Chosen(x, torch.arange(200_000)) for x in (image, text)]
+    chosen = [SelectedRows(x, torch.arange(200_000)) for x in (image, text)]
     train_head(TopKSAE(4, 8, 2), *chosen, epochs=1, batch_size=50_000, lr=1e-3, progress=False)
     # the sample that initialisation looks at: every third row of 200,000
     assert max(image.most, text.most) <= 2 * 65_536
@@ -100,7 +100,7 @@ def test_a_tensor_is_not_copied(pairs) -> None:
 
 
 def test_every_tenth_pair_is_held_out(pairs) -> None:
-    (image, text), (one, two) = every_tenth(*paired(*pairs))
+    (image, text), (one, two) = hold_out_every_tenth(*training_rows(*pairs))
     assert len(image) == len(text) == 540 and torch.equal(one, pairs[0][9::10])
     everything = torch.cat([image[:], one]).sort(dim=0).values
     assert torch.equal(everything, pairs[0].sort(dim=0).values) and two is not None
@@ -112,7 +112,7 @@ def test_every_tenth_pair_is_held_out(pairs) -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_rates_rise_then_fall(schedule) -> None:
-    rates = [share(schedule, step, 100, 0.1, 0.5) for step in range(100)]
+    rates = [lr_factor(schedule, step, 100, 0.1, 0.5) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:50] == pytest.approx([1.0] * 40)
     if schedule == "constant":
@@ -146,8 +146,10 @@ def test_a_centre_for_each_modality_equals_centring_by_hand(pairs, held_out) -> 
     heads = by_modality(sae)
     for name, x, m in zip(("image", "text"), held_out, means, strict=True):
         torch.testing.assert_close(heads[name](x), plain(x - m) + m, atol=1e-3, rtol=1e-3)
-        assert result.last[f"valid_fvu_{name}"] == pytest.approx(fidelity(heads[name], x).fvu, rel=1e-3)
-        assert fidelity(heads[name], x).fvu < fidelity(sae, x).fvu  # as one head it stands between the clouds
+        assert result.last[f"valid_fvu_{name}"] == pytest.approx(reconstruction(heads[name], x).fvu, rel=1e-3)
+        assert (
+            reconstruction(heads[name], x).fvu < reconstruction(sae, x).fvu
+        )  # as one head it stands between the clouds
 
 
 def test_the_centres_survive_a_file_and_are_missing_elsewhere(pairs, tmp_path) -> None:
@@ -200,7 +202,7 @@ def test_resampling_revives_and_a_broken_run_still_ends_with_the_same_bits(pairs
     without = train_head(fresh(), *pairs, objective=off, **options)
     whole = train_head(fresh(), *pairs, objective=on, **options)
     assert any(row.get("resampled", 0) >= 20 for row in whole.history)
-    dead = [fidelity(r.head, *pairs).dead for r in (without, whole)]
+    dead = [reconstruction(r.head, *pairs).dead for r in (without, whole)]
     assert dead[0] > 0.3 and dead[1] < dead[0] / 3
 
     class Crash(SAEObjective):
@@ -225,14 +227,14 @@ def test_resampling_revives_and_a_broken_run_still_ends_with_the_same_bits(pairs
 
 @pytest.mark.parametrize("n", [64, 20])  # the sparse step, and the dense one
 def test_half_precision_selects_almost_alike_and_learns_alike(pairs, held_out, n) -> None:
-    assert sparse.pays(4, n, torch.device("cpu")) == (n == 64)
+    assert sparse.sparse_is_faster(4, n, torch.device("cpu")) == (n == 64)
     options = {"epochs": 30, "batch_size": 100, "lr": 3e-3, "progress": False}
     fvu = []
     for precision in ("fp32", "bf16"):
         sae = TopKSAE(16, n, 4)
         train_head(sae, *pairs, precision=precision, **options)
         assert all(p.dtype == torch.float32 for p in sae.parameters())
-        fvu.append(fidelity(sae, held_out[0]).fvu)
+        fvu.append(reconstruction(sae, held_out[0]).fvu)
     assert fvu[1] == pytest.approx(fvu[0], rel=0.1) and fvu[0] != fvu[1]
 
 
@@ -300,7 +302,9 @@ def test_the_encoder_never_holds_all_preactivations() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "affine", watched)
         values, places = sparse.encode(x, w, torch.zeros(65_536), 8)
-    assert max(rows * n for rows, n in blocks) <= sparse.AT_ONCE and sum(rows for rows, _ in blocks) == 1024
+    assert (
+        max(rows * n for rows, n in blocks) <= sparse.BLOCK_NUMEL and sum(rows for rows, _ in blocks) == 1024
+    )
     expected = (x @ w.T).topk(8).values.relu()
     torch.testing.assert_close(values.sort(descending=True).values, expected)
 

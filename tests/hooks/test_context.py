@@ -103,7 +103,7 @@ def test_random_programs_leave_no_residue(program):
         except Boom:
             pass
     assert fingerprint(model.model) == before
-    assert len(model._board) == 0
+    assert len(model._registry) == 0
     again = model.forward(images, texts)
     assert torch.equal(again.image, clean.image) and torch.equal(again.text, clean.text)
 
@@ -201,7 +201,7 @@ def test_two_threads_with_different_masks(model, images, sae):
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
-    assert len(model._board) == 0
+    assert len(model._registry) == 0
 
 
 def test_asyncio_tasks_are_isolated(model, images):
@@ -252,14 +252,14 @@ def test_a_generator_can_hold_a_context(model, images):
     assert not next(generator).any()
     generator.close()
     assert model.encode_image(images).any()
-    assert len(model._board) == 0
+    assert len(model._registry) == 0
 
 
 def test_a_context_is_for_one_use(model, images):
     context = model.hooks(mm.Zero(at="image.embed"))
     with context:
         model.encode_image(images)
-    with pytest.raises(MMHooksError, match="entered before"), context:
+    with pytest.raises(MMHooksError, match="entered only once"), context:
         pass
 
 
@@ -268,7 +268,7 @@ def test_a_context_is_for_one_use(model, images):
 
 def test_unknown_site_names_near_matches(model):
     with pytest.raises(
-        UnknownSite, match=r"image\.blocks\.1\.atn\.z.*near matches:.*image\.blocks\.1\.attn\.z"
+        UnknownSite, match=r"image\.blocks\.1\.atn\.z.*close matches:.*image\.blocks\.1\.attn\.z"
     ):
         with model.hooks(mm.Zero(at="image.blocks.1.atn.z")):
             pass
@@ -307,7 +307,7 @@ def test_a_hook_that_did_not_fire_says_where(model, images, sae):
     [
         (lambda t: t[:, :5], r"image\.embed.*\(3, 12\).*\(3, 5\)"),
         (lambda t: t.double(), r"float32.*float64"),
-        (lambda t: "no", r"returned str"),
+        (lambda t: "no", r"got str"),
     ],
 )
 def test_a_wrong_return_value_is_described(model, images, result, words):
@@ -320,15 +320,15 @@ def test_wrong_things_given_to_hooks(model, sae):
     with pytest.raises(MMHooksError, match="mask="):
         model.hooks(mm.FeatureSet([1], 8))
     with pytest.raises(
-        MMHooksError, match=r"fwd_hooks= is a list of \(site, function\) pairs.*'image\.embed'"
+        MMHooksError, match=r"fwd_hooks: expected a list of \(site, function\) pairs.*'image\.embed'"
     ):
         _pairs(("image.embed", lambda t, *, hook: None), "fwd_hooks")
-    with pytest.raises(MMHooksError, match=r"bwd_hooks= is a list"):
+    with pytest.raises(MMHooksError, match=r"bwd_hooks: expected a list"):
         _pairs([("image.embed", "fn")], "bwd_hooks")
-    with pytest.raises(MMHooksError, match=r"mask=\{\} names no place"), model.hooks(mask={}):
+    with pytest.raises(MMHooksError, match=r"mask: expected .*got \{\}"), model.hooks(mask={}):
         pass
     with (
-        pytest.raises(UnknownSite, match=r"'imagee'.*near matches: image\.embed"),
+        pytest.raises(UnknownSite, match=r"'imagee'.*close matches: image\.embed"),
         model.hooks(mask={"imagee": [1]}),
     ):
         pass
@@ -338,7 +338,9 @@ def test_wrong_things_given_to_hooks(model, sae):
             with model.hooks(mask=mask):
                 pass
     for mask in (torch.ones(31, dtype=torch.bool), {"text": torch.ones(31, dtype=torch.bool)}):
-        with pytest.raises(mm.errors.ShapeMismatch, match=r"sae\.latents'.*among 31 features, there are 32"):
+        with pytest.raises(
+            mm.errors.ShapeMismatch, match=r"sae\.latents'.*among 32 features, got one among 31"
+        ):
             with model.hooks(mask=mask):
                 pass
 
@@ -346,7 +348,7 @@ def test_wrong_things_given_to_hooks(model, sae):
 def test_a_backward_hook_that_returns_nonsense(model, images):
     for result, words in (
         (lambda g: g[:, :5], r"image\.embed.*\(3, 12\).*\(3, 5\)"),
-        (lambda g: "no", "returned str"),
+        (lambda g: "no", "got str"),
     ):
         with pytest.raises(mm.errors.ShapeMismatch, match=words):
             with model.hooks(bwd_hooks=[("image.embed", lambda g, *, hook, result=result: result(g))]):
@@ -369,7 +371,7 @@ def test_sites_are_listed_with_shapes_after_a_forward(model, images, sae):
         mm.errors.ShapeMismatch, match=r"width 10, site 'image\.embed' carries shape \(3, 12\)"
     ):
         model.attach(TopKSAE(10, 20, 2), at="image.embed", name="wrong")
-    with pytest.raises(MMHooksError, match=r"Linear is no head: it lacks d_in, n_features"):
+    with pytest.raises(MMHooksError, match=r"Linear is not a head: missing d_in, n_features"):
         model.attach(torch.nn.Linear(2, 2), at="image.embed")
 
 
@@ -397,4 +399,4 @@ def test_async_generators_and_executors(model, images):
         assert (
             not pool.submit(copy_context().run, model.encode_image, images).result().any()
         )  # unless handed over
-    assert torch.equal(model.encode_image(images), clean) and len(model._board) == 0
+    assert torch.equal(model.encode_image(images), clean) and len(model._registry) == 0

@@ -133,7 +133,10 @@ def test_maps_have_no_tokens(made) -> None:
     with torch.no_grad(), model.caching(site, tokens=[0]) as cache:
         model.encode_image(images)
     assert cache[site].shape == carried.shape
-    with pytest.raises(ShapeMismatch, match="no token dimension"), model.hooks(mm.Zero(at=site, tokens=0)):
+    with (
+        pytest.raises(ShapeMismatch, match="with a token dimension"),
+        model.hooks(mm.Zero(at=site, tokens=0)),
+    ):
         model.encode_image(images)
 
 
@@ -199,12 +202,12 @@ def test_extract_and_train_by_position(made, tmp_path) -> None:
 
 
 def test_positions_are_rows_in_order_and_stay_on_one_side() -> None:
-    from mmhooks.heads.vectors import Positions, every_tenth
+    from mmhooks.heads.vectors import PositionRows, hold_out_every_tenth
 
     x = torch.randn(23, 2, 3, 5)
-    rows, flat = Positions(x), x.flatten(0, 2)
+    rows, flat = PositionRows(x), x.flatten(0, 2)
     assert rows.shape == flat.shape and len(rows) == len(flat)
     for which in (slice(0, 7), slice(5, 40), slice(131, None), slice(None), torch.tensor([137, 0, 6, 5, 6])):
         assert torch.equal(rows[which], flat[which])
-    (inside, _), (outside, _) = every_tenth(rows, None)
+    (inside, _), (outside, _) = hold_out_every_tenth(rows, None)
     assert torch.equal(outside, x[9::10].flatten(0, 2)) and len(inside) + len(outside) == len(flat)

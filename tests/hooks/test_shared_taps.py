@@ -143,7 +143,7 @@ def test_a_module_that_cannot_be_hooked_leaves_nothing(images):
     with pytest.raises(MMHooksError, match=r"expected a module that runs in Python, got .*torch\.jit"):
         with hooked.hooks(mm.Zero(at=["image.blocks.0.mlp_out", "image.ln_post", "image.embed"])):
             pass
-    assert fingerprint(model) == before and len(hooked._board) == 0
+    assert fingerprint(model) == before and len(hooked._registry) == 0
     hooked.run_with_cache(images, sites="image.blocks.*.resid_post")
 
 
@@ -165,7 +165,7 @@ def test_parametrized_while_a_context_is_open(model, images, order):
         with inner, model.caching("image.blocks.1.mlp.pre") as cache:
             model.encode_image(images)
         assert not cache["image.blocks.1.mlp.pre"][..., 1:3].any()
-    assert not any(m._forward_hooks for m in model.model.modules()) and len(model._board) == 0
+    assert not any(m._forward_hooks for m in model.model.modules()) and len(model._registry) == 0
     assert not any("_mmhooks_shadows" in vars(k) for m in model.model.modules() for k in type(m).__mro__)
     if order != "before":
         assert type(second).__mro__[1] is nn.Linear
@@ -192,7 +192,7 @@ def test_any_tap_that_fails_takes_the_others_out(model, images, monkeypatch):
         with pytest.raises(OSError, match="no"), model.hooks(mm.Zero(at=sites)):
             pass
         monkeypatch.undo()
-        assert fingerprint(model.model) == before and len(model._board) == 0
+        assert fingerprint(model.model) == before and len(model._registry) == 0
 
 
 # -- the projection that no module owns ------------------------------------------------------------------

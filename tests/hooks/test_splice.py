@@ -249,7 +249,7 @@ def test_a_head_without_decoder(model, images, ncl):
 
 def test_ambiguous_heads_and_taken_names(model, sae):
     model.attach(sae, at="image.embed")
-    with pytest.raises(MMHooksError, match=r"'image\.embed\.sae' is attached already"):
+    with pytest.raises(MMHooksError, match=r"'image\.embed\.sae' is already attached"):
         model.attach(sae, at="image.embed")
     model.attach(TopKSAE(12, 32, 4), at="text.embed", name="other")
     with pytest.raises(MMHooksError, match=r"fits several heads.*image\.embed\.sae, text\.embed\.other"):

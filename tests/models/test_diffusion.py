@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 import mmhooks as mm
-from mmhooks.errors import HookDidNotFire, MissingWeights, MMHooksError, UnknownSite
+from mmhooks.errors import HookDidNotFire, MissingWeights, MMHooksError, ShapeMismatch, UnknownSite
 
 from .pipelines import KINDS, PATTERN, draw, text_encoder, traces
 
@@ -258,12 +258,15 @@ def test_steps(models):
     assert "4 steps" in repr(every) and set(every) == {PATTERN, "text.ln_final"}
     with pytest.raises(UnknownSite, match="step 7"):
         every.at(7)
+    for bad in (True, False):
+        with pytest.raises(ShapeMismatch, match="step: expected"):
+            every.at(bad)
     with pytest.raises(UnknownSite, match="this cache"):
         every["text.cond"]
     with pytest.raises(HookDidNotFire, match="the run had 3 steps"):
         with sd.caching(PATTERN, steps=[5]):
             draw(sd.pipe)
-    with pytest.raises(HookDidNotFire, match="did not come up"):
+    with pytest.raises(HookDidNotFire, match="did not occur"):
         with sd.hooks(mm.Zero(at="text.cond", steps=[5])):
             draw(sd.pipe)
 
@@ -280,7 +283,7 @@ def test_patching_from_another_run_step_by_step(models, guidance):
         assert torch.equal(draw(sd.pipe, "a red panda", guidance=guidance), other)
     with sd.hooks(mm.Patch(cache.cond, guidance="cond")):  # the negative prompt is the same
         assert torch.equal(draw(sd.pipe, "a red panda", guidance=guidance), other)
-    with pytest.raises(MMHooksError, match="asked for at step 3"):
+    with pytest.raises(MMHooksError, match="at step 3, got"):
         with sd.hooks(mm.Patch(cache)):
             draw(sd.pipe, steps=4, guidance=guidance)
 
@@ -290,7 +293,7 @@ def test_loops_of_ones_own(models):
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
     edit = mm.Zero(at="text.cond", guidance="cond", steps=[1])
     with torch.no_grad(), sd.hooks(edit, strict=False), sd.caching("text.cond") as cache:
-        with pytest.raises(MMHooksError, match="no diffusion run"):
+        with pytest.raises(MMHooksError, match="does not run inside a denoising step"):
             sd.unet(x, 5, text)
         for step in range(2):
             with sd.denoising(step, guided=True):
@@ -311,7 +314,7 @@ def test_never_silent(models):
     with pytest.raises(MMHooksError, match="text encoders run once"):
         with sd.hooks(mm.Zero(at="text.ln_final", steps=[0])):
             draw(sd.pipe)
-    with pytest.raises(MMHooksError, match="nothing says whose rows"):
+    with pytest.raises(MMHooksError, match="where the halves of the batch are not known"):
         with sd.hooks(mm.Zero(at="vae.decoder", guidance="cond")):
             draw(sd.pipe)
     with pytest.raises(HookDidNotFire, match=r"text\.ln_final"):
@@ -340,7 +343,7 @@ def test_loading(tmp_path, models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingWeights, match=r"model_index\.json is missing"):
         mm.load_diffusion(tmp_path / "empty")
-    with pytest.raises(MissingWeights, match="no pipeline 'nobody/nothing' could be had"):
+    with pytest.raises(MissingWeights, match="no pipeline 'nobody/nothing' could be loaded"):
         mm.load_diffusion("nobody/nothing", local_files_only=True)
 
 
@@ -349,6 +352,6 @@ def test_clip_text_model_alone_has_no_halves():
     from mmhooks.models.diffusion.text_encoder import HookedCLIPText
 
     model = HookedCLIPText(text_encoder())
-    with pytest.raises(MMHooksError, match="halves are known"):
+    with pytest.raises(MMHooksError, match="they are known"):
         with model.hooks(mm.Zero(at="text.ln_final", guidance="cond")):
             model.forward(torch.ones(1, 12, dtype=torch.long))

@@ -189,7 +189,7 @@ def test_sites_that_cannot_be_kept(model, pairs, tmp_path):
         mm.extract(model, pairs, "image.embd", tmp_path / "acts", **OPTIONS)
     with pytest.raises(MMHooksError, match="no site to extract"):
         mm.extract(model, pairs, [], tmp_path / "acts", **OPTIONS)
-    with pytest.raises(MMHooksError, match="batch_size and shard_rows must be at least 1, came 0"):
+    with pytest.raises(MMHooksError, match="batch_size and shard_rows must be at least 1, got 0"):
         mm.extract(model, pairs, "*.embed", tmp_path / "acts", batch_size=0)
     assert not (tmp_path / "acts").exists()
 
@@ -267,7 +267,7 @@ def test_bad_rows_of_a_stream(model, reference, tmp_path):
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(
         tmp_path / "bad.parquet"
     )
-    with pytest.raises(DataError, match=r'bad\.parquet, no3: its picture cannot be read.*on_error="skip"'):
+    with pytest.raises(DataError, match=r'bad\.parquet, no3: its image cannot be read.*on_error="skip"'):
         mm.extract(model, mm.data.pair_stream(tmp_path / "bad.parquet"), out=tmp_path / "no", **OPTIONS)
     stream = mm.data.pair_stream(tmp_path / "bad.parquet", on_error="skip")
     for workers in (0, 2):
@@ -282,7 +282,7 @@ def test_bad_rows_of_a_stream(model, reference, tmp_path):
     nothing = tmp_path / "nothing.parquet"
     rows = {"image": [{"bytes": b"x", "path": None}] * 3, "caption": ["a"] * 3}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(nothing)
-    with pytest.raises(StoreError, match="no row: every pair of its source was skipped"):
+    with pytest.raises(StoreError, match="no rows: every pair of its source was skipped"):
         mm.extract(model, mm.data.pair_stream(nothing, on_error="skip"), out=tmp_path / "none", **OPTIONS)
 
 
@@ -296,7 +296,7 @@ def test_a_picture_that_went_away_is_named_and_what_was_done_stays(model, place,
         with pytest.raises(DataError, match=r"pair '020\.png'") as caught:
             mm.extract(model, pairs, out=out, **OPTIONS | {"workers": workers})
         assert "Traceback" not in str(caught.value)
-        with pytest.raises(StoreError, match=r"is unfinished.*same mm\.extract call"):
+        with pytest.raises(StoreError, match=r"is unfinished.*Repeat the mm\.extract call"):
             mm.Store(out)
     shutil.copy(place / "020.png", mine / "020.png")
     for workers in (0, 2):
@@ -357,7 +357,7 @@ def test_another_model_head_or_data_set_is_refused(model, pairs, tmp_path):
 
 def test_a_folder_of_other_files_is_left_alone(model, pairs, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(StoreError, match=r"not empty \(it holds thesis\.tex\) and no store"):
+    with pytest.raises(StoreError, match=r"expected an empty folder or a store, got one with thesis\.tex"):
         mm.extract(model, pairs, out=tmp_path, **OPTIONS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
 
@@ -387,7 +387,7 @@ def test_nan_stops_with_the_pairs_id_and_goes_on_after(model, pairs, tmp_path, m
 def test_a_second_writer_is_refused(model, pairs, tmp_path):
     out = tmp_path / "acts"
     out.mkdir()
-    with Lock(out), pytest.raises(StoreError, match="by this very process"):
+    with Lock(out), pytest.raises(StoreError, match="already being written by this process"):
         mm.extract(model, pairs, out=out, **OPTIONS)
     holder = "import sys; from mmhooks.data.store.lock import Lock; from pathlib import Path\n"
     holder += "with Lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -406,7 +406,7 @@ def test_a_second_writer_is_refused(model, pairs, tmp_path):
 def test_a_lock_of_another_machine_is_respected(model, pairs, tmp_path):
     (tmp_path / "acts").mkdir()
     (tmp_path / "acts" / ".lock").write_text(json.dumps({"pid": 7, "host": "node-17"}))
-    with pytest.raises(StoreError, match=r"process 7 on node-17.*if that process is dead, delete"):
+    with pytest.raises(StoreError, match=r"process 7 on node-17.*if that process has ended, delete"):
         mm.extract(model, pairs, out=tmp_path / "acts", **OPTIONS)
 
 
@@ -422,7 +422,7 @@ def test_a_full_disk_keeps_finished_shards(model, pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shard_file.os, "fsync", full)
     with pytest.raises(
-        StoreError, match=r"the disk is full.*[1-5] shards with \d+ pairs are whole.*same call again"
+        StoreError, match=r"the disk is full.*[1-5] finished shards with \d+ pairs are kept.*repeat the call"
     ):
         mm.extract(model, pairs, out=tmp_path / "acts", **OPTIONS)
     monkeypatch.undo()
@@ -443,7 +443,7 @@ def test_a_full_tmpfs(model, pairs, tmp_path):
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
     try:
-        with pytest.raises(StoreError, match=r"the disk is full.*shards with \d+ pairs are whole"):
+        with pytest.raises(StoreError, match=r"the disk is full.*shards with \d+ pairs are kept"):
             mm.extract(model, pairs, "image.blocks.*.resid_post", disk / "acts", **OPTIONS)
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         store = mm.extract(model, pairs, "image.blocks.*.resid_post", disk / "acts", **OPTIONS)

@@ -114,7 +114,7 @@ def test_layers_of_points(model):
     for name, point in lens.hook_dict.items():
         if ".blocks." in name:
             assert point.layer() == int(name.split(".")[2])
-    with pytest.raises(MMHooksError, match=r"image\.embed.*no layer"):
+    with pytest.raises(MMHooksError, match=r"layer number.*got 'image\.embed'"):
         lens.hook_dict["image.embed"].layer()
 
 
@@ -229,6 +229,20 @@ def test_what_reads_weights_says_why_not(model, inputs):
         with pytest.raises(MMHooksError, match=r"no 'cfg'.*mm\.decompose"):
             act()
     assert not hasattr(model.as_transformer_lens(), "cfg")
+
+
+def test_bools_are_not_layers(model, inputs):
+    lens = model.as_transformer_lens()
+    _, cache = lens.run_with_cache(inputs[0], names_filter="image.*")
+    reads = (
+        lambda layer: cache.accumulated_resid(layer=layer),
+        lambda layer: cache.stack_activation("resid_post", layer),
+        lambda layer: cache["resid_post", layer],
+    )
+    for read in reads:
+        for layer in (True, False):
+            with pytest.raises(ShapeMismatch, match="layer: expected a whole number, got the bool"):
+                read(layer)
 
 
 def test_incl_bwd_acts_on_a_number_and_else_refuses(model, inputs):

@@ -155,7 +155,7 @@ def test_answers_do_not_depend_on_the_batch(llava):
         llava.answer([i], r)[0] for i, r in zip(images, asked, strict=True)
     ]
     assert all(llava.answer(images, asked))
-    with pytest.raises(ShapeMismatch, match="3 pictures and 2 requests"):
+    with pytest.raises(ShapeMismatch, match="3 images and 2 requests"):
         llava.answer(images, asked[:2])
 
 

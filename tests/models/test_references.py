@@ -100,7 +100,7 @@ def test_of_an_open_clip_model(pipes, pictures):
     wide = build("sd1")
     wide.register_modules(text_encoder=text_encoder(192), unet=unet(192))
     stranger = mm.HookedDiffusion(wide)
-    with pytest.raises(MMHooksError, match=r"not the model that the pipeline conditions on.*\(520, 192\)"):
+    with pytest.raises(MMHooksError, match=r"not the model whose text tower the pipeline uses.*\(520, 192\)"):
         mm.reference(stranger, pictures, clip=clip)
     tokens = wide.text_encoder.get_input_embeddings()
     tokens.weight = clip.model.token_embedding.weight
@@ -156,7 +156,7 @@ def test_unclip(pipes, pictures):
             32,
         )
     assert torch.equal(draw(sd.pipe), plain) and "noise_image_embeddings" not in vars(sd.pipe)
-    with pytest.raises(MissingWeights, match="without a picture tower"):
+    with pytest.raises(MissingWeights, match="without an image tower"):
         mm.reference(sd, pictures[0], mode="unclip")
     with pytest.raises(MMHooksError, match="for StableUnCLIPPipeline"):
         mm.reference(pipes("sd1"), pictures[0], mode="unclip")
@@ -166,7 +166,7 @@ def test_what_does_not_fit(pipes, pictures):
     sd = pipes("sd2")
     with pytest.raises(MissingWeights, match="no text projection of its own"):
         mm.reference(sd, pictures)
-    with pytest.raises(ShapeMismatch, match="maps to 8 dimensions, the picture tower gives 16"):
+    with pytest.raises(ShapeMismatch, match="maps to 8 dimensions, the image tower gives 16"):
         mm.reference(sd, pictures, projection=with_projection(sd, 8))
     with pytest.raises(MissingWeights, match="Linear has no text_projection"):
         text_projection(sd, torch.nn.Linear(2, 2))
@@ -226,7 +226,7 @@ def test_modality_of_the_image_embedding(pipes, pictures, tmp_path):
 
     torch.manual_seed(7)
     other = mm.load(matching_clip(text_encoder(16, projection=16), tmp_path / "other"))
-    with pytest.raises(MMHooksError, match="not the model that the pipeline conditions on"):
+    with pytest.raises(MMHooksError, match="not the model whose text tower the pipeline uses"):
         conditioner_sides(sd, pairs, mode="unclip", clip=other, progress=False)
     with pytest.raises(MMHooksError, match="no prior with a text encoder"):
         caption_embeds(pipes("sd1"), ["a red panda"])

@@ -54,7 +54,7 @@ def _pictures_of_words(model) -> torch.Tensor:
     for i, word in enumerate(TAUGHT):
         font = words.DEJAVU[i % 4]
         size = min(15.0, words.largest_size(word, font, 60, 40))
-        how = words.Writing(font, size, (0.5, 0.3 + 0.05 * (i % 9)))
+        how = words.TextStyle(font, size, (0.5, 0.3 + 0.05 * (i % 9)))
         pixels = words.write(torch.ones(3, 64, 64), word, how)
         pictures.append(model.preprocess(Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())))
     return torch.stack(pictures)
@@ -139,7 +139,7 @@ def test_weights_that_cannot_be_fetched_are_one_clear_error(monkeypatch) -> None
 def test_an_installation_without_weights_says_so(tmp_path, monkeypatch) -> None:
     shutil.copytree(ASSETS / "mini", tmp_path / "mini", ignore=shutil.ignore_patterns("model.safetensors"))
     monkeypatch.setattr(mini, "ASSETS", tmp_path)
-    with pytest.raises(MissingWeights, match="install mmhooks again"):
+    with pytest.raises(MissingWeights, match="reinstall mmhooks"):
         mm.load("mini")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mmhooks.errors import CannotWrite
 from mmhooks.utils import files
-from mmhooks.utils.files import make_folder, write_bytes, write_text, write_whole, written_aside
+from mmhooks.utils.files import atomic_path, make_folder, write_atomic, write_bytes, write_text
 
 
 def _names(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def test_permissions_follow_the_umask(tmp_path, umask, through):
         if through == "bytes":
             write_bytes(path, b"x")
         else:
-            with written_aside(path) as aside:
+            with atomic_path(path) as aside:
                 if through == "aside":
                     aside.write_text("x")
                 else:
@@ -42,7 +42,7 @@ def test_permissions_follow_the_umask(tmp_path, umask, through):
 @pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_block_that_breaks_leaves_the_old_file_and_nothing_else(tmp_path, fault):
     path = write_text(tmp_path / "x", "old")
-    with pytest.raises(fault), written_aside(path) as aside:
+    with pytest.raises(fault), atomic_path(path) as aside:
         aside.write_text("half")
         raise fault
     assert path.read_text() == "old" and _names(tmp_path) == ["x"]
@@ -76,21 +76,21 @@ class RustError(Exception):
     ],
 )
 def test_a_full_disk_inside_the_block_is_ours_whoever_writes(tmp_path, fault):
-    with pytest.raises(CannotWrite, match="the disk is full; make room"), written_aside(tmp_path / "x"):
+    with pytest.raises(CannotWrite, match="the disk is full; make room"), atomic_path(tmp_path / "x"):
         raise fault
     assert _names(tmp_path) == []
 
 
 def test_other_faults_inside_the_block_stay_what_they_are(tmp_path):
     for fault in (FileNotFoundError(errno.ENOENT, "gone", "elsewhere"), ConnectionError("network")):
-        with pytest.raises(type(fault)) as caught, written_aside(tmp_path / "x"):
+        with pytest.raises(type(fault)) as caught, atomic_path(tmp_path / "x"):
             raise fault
         assert not isinstance(caught.value, CannotWrite)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_really_full_device(tmp_path):
-    with pytest.raises(CannotWrite, match="full"), written_aside(tmp_path / "x") as aside:
+    with pytest.raises(CannotWrite, match="full"), atomic_path(tmp_path / "x") as aside:
         aside.unlink()
         aside.symlink_to("/dev/full")
         aside.write_bytes(b"x" * 100_000)
@@ -107,7 +107,7 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_missing_folders_and_files_in_the_way(tmp_path):
-    with pytest.raises(CannotWrite, match=r"none is not a folder; make it first"):
+    with pytest.raises(CannotWrite, match=r"none is not a folder; create it first"):
         write_text(tmp_path / "none" / "x", "x")
     file = write_text(tmp_path / "file", "x")
     for call in (
@@ -143,10 +143,36 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
         os, "fsync", lambda fd: (seen.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1]
     )
     monkeypatch.setattr(Path, "replace", lambda a, b: (seen.append(f"rename {b}"), replace(a, b))[1])
-    write_whole(tmp_path / "x", lambda file: file.write(b"x"))
+    write_atomic(tmp_path / "x", lambda file: file.write(b"x"))
     assert seen[0].endswith(".part") and seen[1:] == [f"rename {tmp_path / 'x'}", str(tmp_path)]
 
 
 def test_long_names(tmp_path):
     assert write_text(tmp_path / ("x" * 255), "x").read_text() == "x"
     assert files.PARTS == ".*.part"
+
+
+def test_saves_leave_the_old_file_or_the_new(tmp_path, monkeypatch):
+    """Feature sets and reconstruction results: a disk that fails while the name is taken costs nothing that was there."""
+    import mmhooks as mm
+    from mmhooks.analysis.measures.modality_gap import modality_gap
+    from mmhooks.heads import TopKSAE, reconstruction
+
+    results = (
+        mm.FeatureSet([1, 2], 8),
+        reconstruction(TopKSAE(4, 8, 2), torch.randn(10, 4)),
+        modality_gap(torch.randn(10, 4), torch.randn(10, 4)),
+    )
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    for number, result in enumerate(results):
+        path = tmp_path / f"{number}.json"
+        path.write_text("old")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(CannotWrite, match="disk is full"):
+                result.save(path)
+        assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == number + 1
+        assert result.save(path) == path and path.read_text().startswith("{")

@@ -138,7 +138,9 @@ def decompose_batch(
     depth, n_heads = len(readout.blocks), readout.n_heads
     share = frozen.shift / (1 + 2 * depth)
     initial = frozen.linear(kept.pop("initial")) + share
-    pool = None if readout.project is None or not readout.aside else readout.project(kept.pop("aside"))
+    pool = (
+        None if readout.project is None or not readout.nonlinear_site else readout.project(kept.pop("aside"))
+    )
     b, e = embedding.shape
     heads, mlps = embedding.new_empty(b, depth, n_heads, e), embedding.new_empty(b, depth, e)
     split: list[Tensor] = []
@@ -202,8 +204,8 @@ def _run(
         (f"{prefix}.0.resid_pre", keep("initial", 1)),
         (f"{prefix}.{last}.resid_post", keep("stream", 1)),
     ]
-    if readout.aside:
-        places.append((readout.aside, keep("aside", None)))
+    if readout.nonlinear_site:
+        places.append((readout.nonlinear_site, keep("aside", None)))
     for n in range(last + 1):
         places.append((f"{prefix}.{n}.attn.z", keep(f"z{n}", 1)))
         places.append((f"{prefix}.{n}.mlp_out", keep(f"mlp{n}", 1)))

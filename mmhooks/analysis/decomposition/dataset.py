@@ -14,11 +14,12 @@ from torch import Tensor
 from mmhooks.analysis.decomposition.contributions import Decomposition, decompose_batch, shares_table
 from mmhooks.analysis.decomposition.origin import Origin, origin_of
 from mmhooks.analysis.results import Records, Result
-from mmhooks.data.loading import Decoder, loader, works
+from mmhooks.data.loading import Decoder, load_batches, plan_batches
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.pair_stream import PairStream
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_model, check_tower
+from mmhooks.utils.files import atomic_path
 from mmhooks.utils.indexing import as_places
 from mmhooks.utils.progress import rate_bar
 
@@ -64,18 +65,11 @@ class MeanDecomposition(Result):
 
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         tensors |= {f"shares.{name}": value for name, value in self.shares.items()}
-        path = Path(path)
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            path,
-            metadata={
-                "n": str(self.n),
-                "error": str(self.error),
-                "kind": type(self).__name__,
-                **self.origin.to_metadata(),
-            },
-        )
-        return path
+        about = {"n": str(self.n), "error": str(self.error), "kind": type(self).__name__}
+        about |= self.origin.to_metadata()
+        with atomic_path(path) as aside:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata=about)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> MeanDecomposition:
@@ -270,8 +264,8 @@ def batches(
     decoder = Decoder(
         inputs, model.preprocess if tower == "image" else None, model.tokenizer if tower == "text" else None
     )
-    for batch in loader(
-        decoder, works(inputs, batch_size=batch_size, shard_rows=2**40), workers=workers, pin=False
+    for batch in load_batches(
+        decoder, plan_batches(inputs, batch_size=batch_size, shard_rows=2**40), workers=workers, pin=False
     ):
         found = batch.images if tower == "image" else batch.texts
         if found is not None:

@@ -14,7 +14,7 @@ from mmhooks.analysis.inputs.sparse import Latents
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.heads.base import Head
-from mmhooks.utils.distributed import processes
+from mmhooks.utils.distributed import rank_and_world
 from mmhooks.utils.progress import track
 
 Side = Literal["image", "text"]
@@ -193,7 +193,7 @@ def row_batches(
     """
     if size < 1:
         raise ShapeMismatch(f"batch: expected at least one row, got {size}")
-    rank, world = processes()
+    rank, world = rank_and_world()
     mine = range(rank, -(-n // size), world)
     for number in track(mine, len(mine), what, show=progress and rank == 0):
         begin, end = number * size, min(n, (number + 1) * size)

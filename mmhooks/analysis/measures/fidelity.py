@@ -29,8 +29,8 @@ from mmhooks.analysis.statistics.intervals import bootstrap, wilson
 from mmhooks.analysis.statistics.jackknife import JackknifeGroups
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
-from mmhooks.heads.reconstruction import Fidelity, Sums, fidelity_of, sums
-from mmhooks.heads.vectors import SITES, Vectors, paired, ready
+from mmhooks.heads.reconstruction import Reconstruction, Sums, reconstruction_of, sums
+from mmhooks.heads.vectors import SITES, Vectors, as_vectors, training_rows
 
 NAMES: tuple[Literal["image"], Literal["text"]] = ("image", "text")
 
@@ -51,7 +51,7 @@ class ModalityFidelity(Result):
     fvu: Estimate
     cosine: Estimate
     l0: Estimate
-    sums: Fidelity = field(repr=False)
+    sums: Reconstruction = field(repr=False)
     cknna: float
     cknna_latents: float
     retrieval: ChoiceAgreement | None = None
@@ -212,7 +212,7 @@ def fidelity(
         if not isinstance(given, (str, Path, ActivationStore)) and (given is not None or what == "image"):
             check_numbers(given, f"{what} vectors")
     device = next(head.parameters()).device
-    rows = [part for part in ready(head, *paired(image, text, sites), device) if part is not None]
+    rows = [part for part in as_vectors(head, *training_rows(image, text, sites), device) if part is not None]
     if (classes is None) != (labels is None):
         raise MMHooksError(
             "zero-shot: expected both classes= (one embedding per class) and labels= (one class per row), got only one"
@@ -236,7 +236,7 @@ def fidelity(
             retrieval = _retrieval(x, back, shown[1 - i][0], scale=scale, ks=ks, seed=seed)
         fvu, cosine, l0 = stream.estimates(lambda m: _numbers(m, head), len(part))
         enough = len(x) >= max(4, neighbours + 1)
-        summed = fidelity_of(head, stream.merged().compute(), rare_below)
+        summed = reconstruction_of(head, stream.merged().compute(), rare_below)
         total += torch.tensor(summed.counts)
         found.append(
             ModalityFidelity(

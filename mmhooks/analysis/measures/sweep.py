@@ -21,7 +21,7 @@ from mmhooks.analysis.measures.mds import MDS
 from mmhooks.analysis.results import Records, Result, plain
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
-from mmhooks.heads.reconstruction import fidelity
+from mmhooks.heads.reconstruction import reconstruction
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
 from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
@@ -29,7 +29,7 @@ from mmhooks.heads.sae.topk import TopKSAE
 from mmhooks.heads.training.checkpoint import rows_hash
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.heads.training.train import train_head
-from mmhooks.heads.vectors import SITES, every_tenth, paired
+from mmhooks.heads.vectors import SITES, hold_out_every_tenth, training_rows
 from mmhooks.utils.files import make_folder, write_text
 from mmhooks.utils.json_files import read_json
 from mmhooks.utils.progress import track
@@ -130,7 +130,7 @@ def sweep(
             f"expected a grid of runs, got none: variants {list(variants)}, n {list(n)}, K {list(k)}, seeds {list(seeds)}"
         )
     if isinstance(data, (str, Path)) or hasattr(data, "sites"):
-        image, text = paired(data, text, sites)
+        image, text = training_rows(data, text, sites)
     else:
         check_numbers(data, "image rows")
         image = data.detach()
@@ -143,7 +143,7 @@ def sweep(
     train: tuple[Any, Any] = (image, text)
     held_out: tuple[Any, Any] = valid or (image, text)
     if valid is None:
-        train, held_out = every_tenth(image, text)
+        train, held_out = hold_out_every_tenth(image, text)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -216,7 +216,7 @@ def evaluate_head(
     top: int = 20,
 ) -> dict[str, Any]:
     """Computes the numbers of one row: fidelity, modality and interpretability of ``head`` on held-out pairs."""
-    one, two = (fidelity(head, x) for x in held_out)
+    one, two = (reconstruction(head, x) for x in held_out)
     fired = torch.tensor(one.counts) + torch.tensor(two.counts) > 0
     for rows in train:
         for begin in range(0, len(rows), 4096):

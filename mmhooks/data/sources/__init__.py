@@ -1,1 +1,1 @@
-"""Where pairs come from: folders, archives, hubs, drawings of installed packages."""
+"""Sources of pairs: folders, archives, the Hub, drawings from installed packages."""

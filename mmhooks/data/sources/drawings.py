@@ -1,4 +1,4 @@
-"""Drawings of several sources, each with its licence: what the embedded models are trained and tested on."""
+"""The corpus of drawings that the embedded models are trained and tested on: sources, licences, stored rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 SIZE = 72  # pixels; training crops 64 of them
-UNSEEN_STYLE = "twemoji"  # no training picture comes from it
+UNSEEN_STYLE = "twemoji"  # contributes no training images
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Source:
     style: str
     licence: str
     attribution: str
-    weight: float = 1.0  # how often one of its pictures is drawn, relative to the others
-    ink: tuple[str, ...] = ()  # colours given to one-colour drawings
+    weight: float = 1.0  # relative sampling frequency of its images
+    ink: tuple[str, ...] = ()  # colours for monochrome drawings
 
 
 SOURCES: tuple[Source, ...] = (
@@ -40,25 +40,27 @@ SOURCES: tuple[Source, ...] = (
 
 
 class Corpus:
-    """Rasterised drawings: ``rgba`` [n, SIZE, SIZE, 4] uint8 (memory-mapped) and one row of text each."""
+    """Rasterised drawings: ``rgba`` [n, SIZE, SIZE, 4] uint8 (memory-mapped), and one row of metadata each."""
 
     def __init__(self, folder: Path) -> None:
         self.rows: list[dict] = json.loads((folder / "rows.json").read_text())
         with safe_open(folder / "rgba.safetensors", "pt") as file:
             self.rgba = file.get_tensor("rgba")
         if len(self.rows) != len(self.rgba):
-            raise ValueError(f"{folder}: {len(self.rows)} rows but {len(self.rgba)} pictures; build it again")
+            raise ValueError(
+                f"{folder}: expected one image per row, got {len(self.rows)} rows and {len(self.rgba)} images; rebuild it"
+            )
 
     def where(self, split: str) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row["split"] == split]
 
 
 def plain_codepoints(code: str) -> str:
-    """One spelling of an emoji's code, without the mark that asks for colours."""
+    """An emoji's code points in canonical form, without the variation selector for colour."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
-def hash_of(text: str) -> int:
+def crc32_of(text: str) -> int:
     from zlib import crc32
 
     return crc32(text.encode())

@@ -1,4 +1,4 @@
-"""A folder of pictures with ``metadata.csv``."""
+"""Pairs from a folder of images with ``metadata.csv``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 
 from mmhooks.data.pair_set import Pairs, Row, check_rows
 from mmhooks.data.sources.images import image_fault, open_image
-from mmhooks.data.sources.local_files import Home
+from mmhooks.data.sources.local_files import DataRoot
 from mmhooks.data.sources.tables import Line, read_table
 from mmhooks.errors import DataError
 from mmhooks.utils.progress import track
 
 REQUIRED = ("file_name", "text")
 _KNOWN = {*REQUIRED, "id", "split"}
-_FEW = 500  # images that are checked without a bar
+_FEW = 500  # up to this many images are checked without a progress bar
 
 
 def folder(
@@ -33,58 +33,58 @@ def folder(
     allow_outside: bool,
     progress: bool,
 ) -> Pairs:
-    """Pairs of ``place/metadata.csv``. Every image is read once here: what cannot be decoded is named now,
-    not an hour into an extraction, and the fingerprint covers the files' bytes."""
+    """Pairs of ``place/metadata.csv``. Every image is read once here, so that undecodable ones are reported now
+    and not an hour into an extraction, and the fingerprint covers the files' bytes."""
     from mmhooks.data.splits import choose
 
-    home = Home(place, allow_outside=allow_outside)
+    root = DataRoot(place, allow_outside=allow_outside)
     skipped: dict[str, str] = {}
-    rows = _rows(home, place / "metadata.csv", on_error, skipped)
+    rows = _rows(root, place / "metadata.csv", on_error, skipped)
     if on_error == "skip":
         rows = list(_without_repeats(rows, skipped))
         for row in [row for row in rows if not row.text.strip()]:
-            skipped[str(row.picture)] = "its text is empty"
+            skipped[str(row.image_key)] = "its text is empty"
         rows = [row for row in rows if row.text.strip()]
     check_rows(rows, str(place))
     if split is not None:
-        rows = _of_split(rows, split, home, str(place))
+        rows = _rows_of_split(rows, split, root, str(place))
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in choose(len(rows), limit, seed)]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoding leaves the interpreter free
-        checks = pool.map(lambda row: _check(home, str(row.picture)), rows)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoding releases the interpreter lock
+        checks = pool.map(lambda row: _check(root, str(row.image_key)), rows)
         show = progress and len(rows) > _FEW
-        results = list(track(checks, len(rows), f"checking pictures of {place.name}", show=show))
+        results = list(track(checks, len(rows), f"checking images of {place.name}", show=show))
     kept, digest = [], blake2b(digest_size=10)
     for row, (content, fault) in zip(rows, results, strict=True):
         if fault is None:
             kept.append(row)
             digest.update(content)
         elif on_error == "skip":
-            skipped[str(row.picture)] = fault
+            skipped[str(row.image_key)] = fault
         else:
-            bad = [str(r.picture) for r, (_, f) in zip(rows, results, strict=True) if f is not None]
+            bad = [str(r.image_key) for r, (_, f) in zip(rows, results, strict=True) if f is not None]
             raise DataError(
-                f"{place}: {len(bad)} of {len(rows)} pictures cannot be used, the first is {row.picture}: {fault}; "
-                'mend or remove them, or leave them out with on_error="skip"'
+                f"{place}: {len(bad)} of {len(rows)} images cannot be used, the first is {row.image_key}: {fault}; "
+                'fix or remove them, or leave them out with on_error="skip"'
             )
     return Pairs(
-        kept, _Files(home), name=str(place), content=digest.hexdigest(), skipped=skipped,
-        licence=_licence(home) or "not stated (add a LICENSE file)",
+        kept, _Files(root), name=str(place), content=digest.hexdigest(), skipped=skipped,
+        licence=_licence(root) or "not stated (add a LICENSE file)",
     )  # fmt: skip
 
 
-def _licence(home: Home) -> str:
+def _licence(root: DataRoot) -> str:
     """The first line of the folder's LICENSE, if it has one."""
     try:
-        notice = home.read("LICENSE").decode("utf-8", errors="replace")
+        notice = root.read("LICENSE").decode("utf-8", errors="replace")
     except DataError:
         return ""
     return (notice.strip().splitlines() or [""])[0]
 
 
-def _rows(home: Home, path: Path, on_error: str, skipped: dict[str, str]) -> list[Row]:
+def _rows(root: DataRoot, path: Path, on_error: str, skipped: dict[str, str]) -> list[Row]:
     rows = []
-    for line in read_table(home.inside(path.name), REQUIRED):
+    for line in read_table(root.inside(path.name), REQUIRED):
         fault = line.fault or ("file_name is empty" if not line.entry["file_name"].strip() else None)
         if fault is None:
             rows.append(_row(line))
@@ -92,7 +92,7 @@ def _rows(home: Home, path: Path, on_error: str, skipped: dict[str, str]) -> lis
             skipped[f"line {line.number}"] = fault
         else:
             raise DataError(
-                f'{path}, line {line.number}: {fault}; mend it, or leave it out with on_error="skip"'
+                f'{path}, line {line.number}: {fault}; fix it, or leave it out with on_error="skip"'
             )
     return rows
 
@@ -111,20 +111,20 @@ def _without_repeats(rows: list[Row], skipped: dict[str, str]) -> Iterator[Row]:
         if seen[row.id] == 1:
             yield row
         else:
-            skipped[f"{row.picture} (id {row.id}, no. {seen[row.id]})"] = "its id occurs before"
+            skipped[f"{row.image_key} (id {row.id}, no. {seen[row.id]})"] = "its id is a duplicate"
 
 
-def _of_split(rows: list[Row], split: str, home: Home, name: str) -> list[Row]:
-    named = Pairs(rows, _Files(home), name=name, content="")
+def _rows_of_split(rows: list[Row], split: str, root: DataRoot, name: str) -> list[Row]:
+    named = Pairs(rows, _Files(root), name=name, content="")
     return [row for row, s in zip(rows, named.splits, strict=True) if s == split] or list(
         named.split(split)._rows
     )
 
 
-def _check(home: Home, name: str) -> tuple[bytes, str | None]:
-    """The hash of the file's bytes, or why it is no image."""
+def _check(root: DataRoot, name: str) -> tuple[bytes, str | None]:
+    """The hash of the file's bytes, or why it is not a usable image."""
     try:
-        data = home.read(name)
+        data = root.read(name)
     except DataError as fault:
         return b"", str(fault)
     fault = image_fault(data)
@@ -132,8 +132,8 @@ def _check(home: Home, name: str) -> tuple[bytes, str | None]:
 
 
 class _Files:
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, root: DataRoot) -> None:
+        self._root = root
 
-    def open(self, picture: int | str) -> Image.Image:
-        return open_image(self._home.read(str(picture)))
+    def open(self, image_key: int | str) -> Image.Image:
+        return open_image(self._root.read(str(image_key)))

@@ -1,4 +1,4 @@
-"""Image-text data sets through ``datasets``: streamed once into one Arrow file of the user's cache."""
+"""Pairs from image-text data sets that ``datasets`` reads: streamed once into an Arrow file in the user's cache."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from mmhooks.data.sources.images import image_fault, open_image
 from mmhooks.data.sources.opening import (
     KNOWN,
     Columns,
-    Opened,
+    OpenDataset,
     Source,
     columns_of,
     encoded,
     files_of,
     id_of,
     image_endings,
+    iterate_rows,
     open_rows,
-    read_on,
 )
 from mmhooks.data.sources.tars import FAULT
 from mmhooks.errors import DataError
-from mmhooks.utils.files import cache_dir, kept_copy, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir, reading_cache_file, write_text
 from mmhooks.utils.progress import track
 
 BATCH = 64
 EDGE = 2**20
-_LAYOUT = 2  # of kept files, and of what their rows mean: those of another number are not read
+_LAYOUT = 2  # version of the cached files and the meaning of their rows; other versions are not read
 
 
 def stream(
@@ -49,72 +49,71 @@ def stream(
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
-    """Pairs of a data set: fetched image by image (encoded, not decoded), kept, and read back memory-mapped."""
+    """Pairs of a data set: its encoded images are fetched once, cached, and read memory-mapped."""
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
     request = [_LAYOUT, path, wanted, limit, on_error, image_column, text_column, allow_outside]
-    request += [state_of(Path(path).expanduser()), list(meta_columns)]
+    request += [file_state(Path(path).expanduser()), list(meta_columns)]
     key = blake2b(json.dumps(request).encode(), digest_size=10).hexdigest()
     stored = cache_dir("pairs") / f"{''.join(c if c.isalnum() else '_' for c in name)[-40:]}-{key}.arrow"
     if not stored.exists():
         opened = open_rows(path, wanted, name, allow_outside=allow_outside)
         columns = columns_of(opened, known, image_column, text_column, name)
-        describe = _describer(opened.columns, meta_columns, name)
-        _keep(stored, _Usable(opened, columns, describe, name, on_error), limit, progress)
-    return _read(stored, name, known)
+        describe = _meta_encoder(opened.columns, meta_columns, name)
+        _write_cache_file(stored, _UsableRows(opened, columns, describe, name, on_error), limit, progress)
+    return _read_cache_file(stored, name, known)
 
 
-def state_of(place: Path) -> list[Any]:
-    """Of a local copy: what tells its files from others of the same names, so that changed ones are read again and a
-    store is not gone on with.
+def file_state(place: Path) -> list[Any]:
+    """Identifies the files of a local data set, so that changed files are read again and stores of them not resumed.
 
-    Names, sizes, times, and the first and last megabyte of every file but images: a tar that was swapped for one of
-    the same size and time has other bytes there, since samples stand one behind the other. To read all of a data set
-    that is larger than a disk cache for its name would take as long as to extract it. Images of a folder (by the
-    hundred thousand) go by name, size and time; files that rows name elsewhere are not looked at.
+    Consists of names, sizes, times, and the first and last megabyte of every file except images: a tar replaced by one
+    of equal size and time differs there, since samples are stored one after another. Hashing all of a data set that is
+    larger than the disk cache would take as long as extracting it. Images of a folder (possibly hundreds of thousands)
+    are identified by name, size and time; files elsewhere that rows refer to are not considered.
     """
     files = sorted(p for p in files_of(place) if p.is_file())
-    return [[str(p), (s := p.stat()).st_size, s.st_mtime_ns, _edges(p, s.st_size)] for p in files]
+    return [[str(p), (s := p.stat()).st_size, s.st_mtime_ns, _edge_hash(p, s.st_size)] for p in files]
 
 
-def _edges(file: Path, size: int) -> str:
+def _edge_hash(file: Path, size: int) -> str:
     if file.suffix.lower() in image_endings():
         return ""
     with file.open("rb") as opened:
         digest = blake2b(opened.read(EDGE), digest_size=10)
-        opened.seek(max(EDGE, size - EDGE))  # of a smaller file, the first read was all
+        opened.seek(max(EDGE, size - EDGE))  # a smaller file was read completely above
         digest.update(opened.read(EDGE))
     return digest.hexdigest()
 
 
-def _describer(
+def _meta_encoder(
     columns: Mapping[str, Any], wanted: Sequence[str], name: str
 ) -> Callable[[Mapping[str, Any]], str]:
-    """A row's wanted columns as one JSON text; classes by their names."""
+    """Returns a function that encodes a row's wanted columns as JSON, with classes by name."""
     missing = [c for c in wanted if c not in columns]
     if missing:
-        raise DataError(f"{name} has columns {', '.join(columns)}; no column {', '.join(missing)} to keep")
+        raise DataError(f"{name}: expected columns {', '.join(missing)}, got {', '.join(columns)}")
 
     def word(column: str, value: Any) -> str:
         name_of = getattr(columns[column], "int2str", None)
-        if isinstance(value, bytes):  # a file of a tar
+        if isinstance(value, bytes):  # a file in a tar
             return value.decode("utf-8", errors="replace")
         return str(name_of(value)) if name_of and isinstance(value, int) and value >= 0 else str(value)
 
     return lambda row: json.dumps({c: word(c, row.get(c)) for c in wanted})
 
 
-class _Usable:
-    """The usable rows of a data set, ready to be kept; of the others it notes why they are not.
+class _UsableRows:
+    """Iterates over the usable rows of a data set in the form in which they are cached.
 
     Attributes:
-        skipped: row and id of what was left out, and why.
+        skipped: row and id of each row that was left out, and why.
         digest: of ids and images.
     """
 
     def __init__(
         self,
-        opened: Opened,
+        opened: OpenDataset,
         columns: Columns,
         describe: Callable[[Mapping[str, Any]], str],
         name: str,
@@ -127,7 +126,7 @@ class _Usable:
         self._seen: set[str] = set()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(read_on(self._opened, self._opened.rows, self.name)):
+        for number, row in enumerate(iterate_rows(self._opened, self._opened.rows, self.name)):
             key = f"{number:09d}"
             try:
                 key = str(row.get(self._columns.id, key)) if self._columns.id else key
@@ -147,19 +146,19 @@ class _Usable:
         if self._columns.id:
             key = id_of(row, self._columns.id)
         if key in self._seen:
-            raise DataError("its id occurs before")
+            raise DataError("its id is a duplicate")
         captions = captions_in(row, self._columns.text)
-        data = encoded(row.get(self._columns.image), self._opened.home)
+        data = encoded(row.get(self._columns.image), self._opened.root)
         fault = image_fault(data)
         if fault is not None:
-            raise DataError(f"its picture cannot be read: {fault}")
+            raise DataError(f"its image cannot be read: {fault}")
         self._seen.add(key)
         self.digest.update(f"\0{key}\0".encode() + data)
         return {"id": key, "captions": captions, "image": data, "meta": self._describe(row)}
 
 
-def _keep(stored: Path, usable: _Usable, limit: int | None, progress: bool) -> None:
-    """Writes id, texts and encoded images of every usable row; only a whole file gets the name."""
+def _write_cache_file(stored: Path, usable: _UsableRows, limit: int | None, progress: bool) -> None:
+    """Writes id, texts and encoded image of every usable row, atomically."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -172,16 +171,15 @@ def _keep(stored: Path, usable: _Usable, limit: int | None, progress: bool) -> N
     )
     kept = 0
     rows = track(itertools.islice(usable, limit), limit, f"fetching {usable.name} (once)", show=progress)
-    with written_aside(stored) as aside:
+    with atomic_path(stored) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in _batches(rows):
                 kept += len(batch)
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
         if not kept:
-            raise DataError(f"{usable.name}: none of its rows can be used{first_reason(usable.skipped)}")
+            raise DataError(f"{usable.name}: none of its rows can be used{describe_skipped(usable.skipped)}")
         about = {"content": usable.digest.hexdigest(), "rows": kept, "skipped": usable.skipped}
-        with written_aside(stored.with_suffix(".json")) as beside:
-            beside.write_text(json.dumps(about))
+        write_text(stored.with_suffix(".json"), json.dumps(about))
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -190,23 +188,23 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def first_reason(skipped: Mapping[str, str]) -> str:
-    """`` (3 skipped, the first is row 0: why)``, or that there was none."""
+def describe_skipped(skipped: Mapping[str, str]) -> str:
+    """`` (3 skipped, the first is row 0: why)``, or that the data set has no rows."""
     if not skipped:
         return " (it has none)"
     key, why = next(iter(skipped.items()))
     return f" ({len(skipped)} skipped, the first is {key}: {why})"
 
 
-def _read(stored: Path, name: str, known: Source | None) -> Pairs:
-    with kept_copy(stored):
-        images = _Encoded(stored)
+def _read_cache_file(stored: Path, name: str, known: Source | None) -> Pairs:
+    with reading_cache_file(stored):
+        images = _EncodedImages(stored)
         about = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
-        images.table.validate(full=True)  # offsets that point elsewhere would end the process
+        images.table.validate(full=True)  # invalid offsets would crash the process
         table = images.table.drop_columns(["image"]).to_pydict()
         if len(table["id"]) != about["rows"]:
             raise ValueError(f"{len(table['id'])} rows, expected {about['rows']}")
-        # The first caption is the text; the others stay in meta.
+        # The first caption is the text; all of them are in meta.
         rows = [
             Row(key, captions[0], i, meta={**json.loads(meta), "captions": captions})
             for i, (key, captions, meta) in enumerate(
@@ -221,8 +219,8 @@ def _read(stored: Path, name: str, known: Source | None) -> Pairs:
     )  # fmt: skip
 
 
-class _Encoded:
-    """Encoded images of a memory-mapped Arrow file."""
+class _EncodedImages:
+    """Encoded images in a memory-mapped Arrow file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -236,8 +234,8 @@ class _Encoded:
             self._table = pa.ipc.open_file(pa.memory_map(str(self._path))).read_all()
         return self._table
 
-    def open(self, picture: int | str) -> Image.Image:
-        return open_image(self.table["image"][int(picture)].as_py())
+    def open(self, image_key: int | str) -> Image.Image:
+        return open_image(self.table["image"][int(image_key)].as_py())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_table": None}  # a worker process maps it for itself
+        return {"_path": self._path, "_table": None}  # a worker process maps the file itself

@@ -1,8 +1,8 @@
-"""The one way in which mmhooks opens an image file: upright, 8 bits a channel, RGB or RGBA, or a DataError.
+"""Opens image files, for all of mmhooks: upright, 8 bits per channel, RGB or RGBA, or a DataError.
 
-Pillow tries some forty formats by what a file contains, whatever its name says. One of them (EPS) starts another
-program, many are seldom tried by anybody, and several decode to numbers that a conversion to RGB then clips: white,
-black, or lying on its side. So the formats are named here, and nothing else is opened.
+Pillow tries some forty formats according to a file's content, regardless of its name. One of them (EPS) starts another
+program, many are rarely tested, and several decode to values that a conversion to RGB clips, or to rotated images. So
+the supported formats are listed here, and nothing else is opened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from mmhooks.errors import DataError
+from mmhooks.utils.faults import first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
@@ -32,18 +33,18 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decodes the bytes of an image file, upright and with 8 bits a channel: RGB, or RGBA where it has transparency.
+    """Decodes the bytes of an image file, upright and with 8 bits per channel: RGB, or RGBA if it has transparency.
 
-    EXIF orientation is applied (a block that cannot be read counts as none, as in browsers). 16-bit greys are scaled,
-    not clipped. CMYK becomes RGB by Pillow's formula, without colour profiles. Of an animation or a file of several
-    pages it is the first frame.
+    EXIF orientation is applied (an unreadable EXIF block is ignored, as in browsers). 16-bit greys are scaled, not
+    clipped. CMYK becomes RGB by Pillow's formula, without colour profiles. Of animations and multi-page files, the
+    first frame is returned.
 
     Args:
-        data: of a file in one of :data:`FORMATS`.
+        data: content of a file in one of :data:`FORMATS`.
 
     Raises:
         DataError: another format; damaged or truncated data; more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (89
-            million unless you set it); floating-point or 32-bit samples, whose range no format defines.
+            million by default); floating-point or 32-bit samples, whose range no format defines.
 
     >>> buffer = io.BytesIO(); Image.new("I;16", (4, 2), 0x8000).save(buffer, "PNG")
     >>> open_image(buffer.getvalue()).getpixel((0, 0))
@@ -53,27 +54,27 @@ def open_image(data: bytes) -> Image.Image:
         return _in_8_bits(_upright(_decoded(data, whole=True)))
     except DataError:
         raise
-    except Exception as fault:  # each decoder has errors of its own
-        raise DataError(_said(fault)) from fault
+    except Exception as fault:  # each decoder raises its own errors
+        raise DataError(_message(fault)) from fault
 
 
 def image_fault(data: bytes) -> str | None:
-    """Says why :func:`open_image` would refuse these bytes; None where it would not.
+    """Why :func:`open_image` would refuse these bytes; None if it would not.
 
-    Cheaper than opening: JPEG is decoded at an eighth of its size, which shows truncated data all the same.
+    Cheaper than opening: JPEG is decoded at an eighth of its size, which still detects truncated data.
 
     >>> image_fault(b"%!PS-Adobe-3.0 EPSF-3.0")[:69]
-    "cannot identify image file (23 bytes, they begin with b'%!PS-Adobe-3."
+    "cannot identify image file (23 bytes, beginning with b'%!PS-Adobe-3.0"
     """
     try:
         _in_8_bits(_upright(_decoded(data, whole=False)))
     except Exception as fault:
-        return _said(fault)
+        return _message(fault)
     return None
 
 
 def open_mask(data: bytes) -> Bool[np.ndarray, "h w"]:
-    """Decodes the bytes of a mask: where it is not black, whatever its samples are; upright like :func:`open_image`.
+    """Decodes a mask file: True where a pixel is not black, for samples of any type; upright like :func:`open_image`.
 
     Raises:
         DataError: another format, or damaged data.
@@ -87,12 +88,12 @@ def open_mask(data: bytes) -> Bool[np.ndarray, "h w"]:
         return np.asarray(mask if mask.mode[0] in "IF" else mask.convert("L")) > 0
     except DataError:
         raise
-    except Exception as fault:  # each decoder has errors of its own
-        raise DataError(_said(fault)) from fault
+    except Exception as fault:  # each decoder raises its own errors
+        raise DataError(_message(fault)) from fault
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """In RGB, laid on white where it is transparent."""
+    """The image in RGB, on white where it is transparent."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
@@ -101,7 +102,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Those of :data:`FORMATS` that this installation of Pillow can read."""
+    """The :data:`FORMATS` that this installation of Pillow can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -111,14 +112,14 @@ def _decoded(data: bytes, *, whole: bool) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=formats())
     except Image.UnidentifiedImageError as fault:
         raise DataError(
-            f"cannot identify image file ({len(data)} bytes, they begin with {bytes(data[:16])!r}); expected one of "
+            f"cannot identify image file ({len(data)} bytes, beginning with {bytes(data[:16])!r}); expected one of "
             f"{', '.join(formats())}"
         ) from fault
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
         raise DataError(
-            f"{image.width} x {image.height} pixels, expected at most {most:,}; set PIL.Image.MAX_IMAGE_PIXELS if you "
-            "mean it"
+            f"expected at most {most:,} pixels, got {image.width} x {image.height}; raise PIL.Image.MAX_IMAGE_PIXELS if "
+            "you trust the file"
         )
     if not whole:
         image.draft("RGB", (1, 1))
@@ -127,11 +128,11 @@ def _decoded(data: bytes, *, whole: bool) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Pillow's exif_transpose also writes the block anew, and fails where some other tag in it is odd. TIFF and AVIF
-    # turn while they load, and then no longer state an orientation.
+    # Pillow's exif_transpose also rewrites the EXIF block, and fails if another tag in it is invalid. TIFF and AVIF
+    # are rotated while loading, and then have no orientation tag.
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # no block that could be read: stored as it is to be seen
+    except Exception:  # an unreadable EXIF block is ignored
         return image
     if turn is None:
         return image
@@ -144,14 +145,16 @@ def _check_samples(image: Image.Image) -> None:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise DataError(
-            f"{image.format} with {kind} samples, expected 8 or 16 bits without sign: what is black and what is white "
-            "is not stated in it; scale it to 0 ... 255 and save it with 8 bits"
+            f"{image.format}: expected unsigned samples of 8 or 16 bits, got {kind} ones, whose black and white levels "
+            "are undefined; scale them to 0 ... 255 and save the image with 8 bits"
         )
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and max(clear) > 255:  # Pillow compares the wrong byte of it
-        raise DataError("16-bit colours of which one is transparent; save it with an alpha channel or 8 bits")
+        raise DataError(
+            "16-bit colours with a transparent colour are not supported; save it with an alpha channel or 8 bits"
+        )
     if image.mode == "LAB":
-        raise DataError(f"{image.format} in CIELAB, expected grey, RGB or CMYK; convert it to RGB")
+        raise DataError(f"{image.format}: expected grey, RGB or CMYK, got CIELAB; convert it to RGB")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
@@ -167,7 +170,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     most = 2 ** int(tags.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
     values = np.asarray(image).astype(np.uint32)
     grey = (values * 255 + most // 2) // most
-    if tags.get(_PHOTOMETRIC, 1) == _WHITE_IS_ZERO:  # Pillow turns these round for 8 bits only
+    if tags.get(_PHOTOMETRIC, 1) == _WHITE_IS_ZERO:  # Pillow inverts these only for 8 bits
         grey = 255 - grey
     shown = Image.fromarray(grey.astype(np.uint8), "L")
     clear = image.info.get("transparency")
@@ -177,9 +180,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return shown.convert("RGBA")
 
 
-def _said(fault: Exception) -> str:
-    """The first line of what a decoder said, and its class where it said nothing."""
-    first = (str(fault).strip().splitlines() or [""])[0][:200]
-    return (
-        first if isinstance(fault, DataError) or len(first) > 3 else f"{type(fault).__name__} {first}".strip()
-    )
+def _message(fault: Exception) -> str:
+    """The first line of a decoder's message, after its class name if it is very short (zlib's are numbers)."""
+    said = first_line(fault)
+    return said if isinstance(fault, DataError) or len(said) > 3 else f"{type(fault).__name__} {said}"

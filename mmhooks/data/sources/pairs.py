@@ -1,4 +1,4 @@
-"""One door to every source of pairs."""
+"""``mm.data.pairs``: opens pairs from any source."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ def pairs(
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
-    """Picture-text pairs from the embedded corpus, a folder, or any image-text data set of ``datasets``.
+    """Image-text pairs from the embedded corpus, a folder, or any image-text data set of ``datasets``.
 
     Args:
         source: ``"mini"`` (OpenMoji, offline); a folder with ``metadata.csv`` (columns ``file_name,text``,
             optional ``id`` and ``split``, others kept as ``meta``); a folder or file that ``datasets`` reads
             (Parquet, Arrow, image folder, WebDataset); ``"coco"``, ``"cc3m"``; or any data set's name on the Hub.
-        split: of ``mini`` and folders "train", "heldout_pictures" or "heldout_concepts"; of data sets the
-            name that they give it (default: validation where there is one).
-        limit: at most so many pairs: a random choice by ``seed``, in the source's order; from a stream
-            the first ones, so that nothing is fetched for nothing.
-        on_error: "raise" names the first pair that cannot be used; "skip" leaves such pairs out and lists
+        split: for ``mini`` and folders "train", "heldout_pictures" or "heldout_concepts"; for data sets one of their
+            own splits (default: validation if there is one).
+        limit: at most this many pairs: a random subset by ``seed``, in the source's order; of a data set the first
+            ones, so that no more than these are downloaded.
+        on_error: "raise" reports the first pair that cannot be used; "skip" leaves such pairs out and lists
             them in ``.skipped``.
-        image_column, text_column: of a data set whose columns are not found by type and name; for the texts also a
-            part of one: ``"captions.en"``, ``"conversations.1.value"``, ``"txt.lines"`` (of a tar: a caption a line).
-        meta_columns: of a data set, columns to keep in ``meta`` as text (names of classes, not their numbers);
-            of a folder all columns are kept anyway.
-        allow_outside: also read files that lie outside of the data set's folder: what a table or a row names by
-            ``../``, an absolute path, a link or an address. Set it only if you trust who wrote them.
+        image_column, text_column: of a data set whose columns cannot be inferred by type and name; for texts also a
+            part of a column: ``"captions.en"``, ``"conversations.1.value"``, ``"txt.lines"`` (in a tar: one caption
+            per line).
+        meta_columns: columns of a data set to keep in ``meta`` as text (class names instead of numbers);
+            for a folder all columns are kept.
+        allow_outside: also read files outside the data set's folder, which a table or row may refer to by ``../``, an
+            absolute path, a link or a URL. Set it only if you trust the author of the data set.
 
     Raises:
-        DataError: a source that is not there, a file or row that cannot be used; the message names it.
-        MissingWeights: a package or a data set that is neither here nor to be fetched.
+        DataError: a source that does not exist, a file or row that cannot be used; the message names it.
+        MissingWeights: a package or data set that is neither installed nor downloadable.
 
     >>> corpus = pairs("mini", split="heldout_concepts")        # doctest: +SKIP
     >>> pairs("photos/", on_error="skip").skipped               # doctest: +SKIP
     {'broken.png': 'cannot identify image file'}
     """
     if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, came {limit}")
+        raise DataError(f"limit must be at least 1, got {limit}")
     if on_error not in ("raise", "skip"):
-        raise DataError(f'on_error must be "raise" or "skip", came {on_error!r}')
+        raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     place = Path(source).expanduser()
     if str(source) == "mini":
         from mmhooks.data.sources.openmoji import openmoji

@@ -1,7 +1,7 @@
-"""WebDataset tars, read from front to back. What is damaged is told: a sample by its key, a tar by its name.
+"""Sequential reading of WebDataset tars; damage is reported by sample key or tar name.
 
-``datasets`` reads them too, but decodes every file while it reads (one caption in Latin-1 ends the stream), and like
-Python's ``tarfile`` it takes a header that is damaged, or an end without its mark, for the end.
+``datasets`` reads them too, but decodes every file while reading (one caption in Latin-1 ends the stream), and like
+Python's ``tarfile`` it treats a damaged header, or a missing end marker, as the end of the archive.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mmhooks.utils.faults import first_line
 
 KEY, FAULT = "__key__", "__fault__"
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$")
-_BEHIND = 2**20  # bytes behind the end's mark that are looked through
+_TRAILING = 2**20  # number of bytes checked after the end marker
 
 
 def tar_rows(tars: Sequence[str], labels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Samples of the tars: ``{"__key__": "0000/000123", "jpg": bytes, "txt": bytes}``, nothing decoded.
+    """Samples of the tars, not decoded: ``{"__key__": "0000/000123", "jpg": bytes, "txt": bytes}``.
 
-    A key carries its tar's label: keys often begin anew in every tar. What cannot be read is a row too, with
-    ``__fault__``; after damage in a tar its next one follows.
+    A key contains its tar's label, since keys often restart in every tar. What cannot be read becomes a row with
+    ``__fault__``; after damage, reading continues with the next tar.
 
     Raises:
-        MissingWeights: a connection that broke.
+        MissingWeights: the connection failed.
     """
     for tar, label in zip(tars, labels, strict=True):
         seen: set[str] = set()
@@ -35,13 +35,13 @@ def tar_rows(tars: Sequence[str], labels: Sequence[str]) -> Iterator[dict[str, A
             key = row[KEY]
             row[KEY] = f"{label}/{key}"
             if key in seen and FAULT not in row:
-                row = {KEY: row[KEY], FAULT: "its key occurs before in this tar"}
+                row = {KEY: row[KEY], FAULT: "its key is a duplicate in this tar"}
             seen.add(key)
             yield row
 
 
 def labels_of(tars: Sequence[str]) -> list[str]:
-    """A short name for each tar: its file's name without ending, with as many folders as tell them apart.
+    """A short name for each tar: its file name without extension, with as many folders as make it unique.
 
     >>> labels_of(["a/0.tar", "a/1.tar"]), labels_of(["a/0.tar", "b/0.tar"])
     (['0', '1'], ['a/0', 'b/0'])
@@ -51,14 +51,14 @@ def labels_of(tars: Sequence[str]) -> list[str]:
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise DataError(f"{tars[0]}: the same tar is named twice")
+    raise DataError(f"{tars[0]}: the same tar is given twice")
 
 
 def fields_of(tars: Sequence[str], samples: int = 5) -> list[str]:
-    """The endings of the files in the first samples that can be read.
+    """The file extensions in the first readable samples.
 
     Raises:
-        DataError: not one can be read.
+        DataError: no sample can be read.
     """
     fields: dict[str, None] = {}
     first, found = None, 0
@@ -76,7 +76,7 @@ def fields_of(tars: Sequence[str], samples: int = 5) -> list[str]:
 
 
 def _samples(tar: str) -> Iterator[dict[str, Any]]:
-    """Files of one key, which follow each other, in one dictionary; damage as a last one."""
+    """Groups consecutive files of one key into a sample; damage is reported as the last one."""
     sample: dict[str, Any] = {}
     try:
         for key, field, data in _files(tar):
@@ -90,7 +90,7 @@ def _samples(tar: str) -> Iterator[dict[str, Any]]:
                 sample[FAULT] = f"it has two files .{field}"
             sample[field] = data
     except _Damaged as fault:
-        # Of the sample that was being read nobody knows what else belongs to it.
+        # The sample being read may be incomplete, so it is reported as faulty.
         yield {KEY: sample.get(KEY, ""), FAULT: str(fault)}
         return
     if sample:
@@ -98,18 +98,18 @@ def _samples(tar: str) -> Iterator[dict[str, Any]]:
 
 
 class _Damaged(Exception):
-    """A tar that cannot be read on."""
+    """A tar whose remainder cannot be read."""
 
 
 def _files(tar: str) -> Iterator[tuple[str, str, bytes | str]]:
-    """Key, field and bytes of every regular file, or why it is not read."""
+    """Key, field and content of every regular file, or why it cannot be read."""
     remote, begun = "://" in tar.rsplit("::", 1)[-1], False
     try:
         with _open(tar) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as members:
             begun = True
             while (member := members.next()) is not None:
-                cast(Any, members).members.clear()  # it keeps every header otherwise
-                # The next header stands so far on; "r|" counts up to there even behind the file's end.
+                cast(Any, members).members.clear()  # tarfile would keep every header in memory
+                # Distance to the next header; in mode "r|" it may lie beyond the end of the file.
                 ahead = cast(Any, members).offset - member.offset
                 if not 0 <= member.size <= MAX_BYTES or ahead > 2 * MAX_BYTES:
                     most = max(member.size, ahead)
@@ -120,28 +120,26 @@ def _files(tar: str) -> Iterator[tuple[str, str, bytes | str]]:
                 if named is None or member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    data = f"{member.name!r} is a link or another special file, expected a regular one"
+                    data = f"{member.name!r}: expected a regular file, got a link or another special file"
                 else:
                     data = cast(Any, members.extractfile(member)).read()
                 yield named[1], named[2], data
-            behind = cast(Any, members.fileobj).read(_BEHIND)
-            if any(behind) or len(behind) == _BEHIND:
-                raise _Damaged("more follows the mark of its end: it is damaged, or several tars in one file")
+            trailing = cast(Any, members.fileobj).read(_TRAILING)
+            if any(trailing) or len(trailing) == _TRAILING:
+                raise _Damaged("data after its end marker: it is damaged, or several tars in one file")
     except _Damaged as fault:
         raise _Damaged(f"{tar}: {fault}") from fault
     except (tarfile.TarError, EOFError, ValueError, LookupError, OverflowError, RecursionError) as fault:
         hint = (
             "truncated or damaged from here on"
             if begun
-            else "no tar, or a compressed one, expected a tar as it is"
+            else "not a tar, or a compressed one; expected an uncompressed tar"
         )
         raise _Damaged(f"{tar} is {hint} ({first_line(fault)})") from fault
     except Exception as fault:  # of the disk; of fsspec, huggingface_hub and httpx
         said = f"{type(fault).__name__}: {first_line(fault)}"
         if remote:
-            raise MissingWeights(
-                f"{tar}: fetching broke off ({said}); call again, it goes on from there"
-            ) from fault
+            raise MissingWeights(f"{tar}: the download failed ({said}); call again to resume") from fault
         raise _Damaged(f"{tar} cannot be read ({said})") from fault
 
 
@@ -152,7 +150,7 @@ def _open(tar: str) -> Any:
 
 
 class _Header(tarfile.TarInfo):
-    """Headers whose damage is an error: ``tarfile`` takes it for the end."""
+    """Tar headers that raise an error if damaged, which ``tarfile`` would treat as the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
@@ -161,4 +159,4 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as fault:
             if isinstance(fault, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
                 raise
-            raise tarfile.ReadError(str(fault) or "no mark of its end") from fault
+            raise tarfile.ReadError(str(fault) or "no end marker") from fault

@@ -1,4 +1,4 @@
-"""Pools of short texts to describe pictures, attention heads and neurons with."""
+"""Pools of short texts for describing images, attention heads and neurons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GENERAL = ASSETS / "texts" / "general.txt"
 
 @dataclass(frozen=True)
 class TextPool:
-    """Distinct texts in a fixed order; ``kinds``: of each text, where the pool has them ("colour", "place", ...)."""
+    """Distinct texts in a fixed order; ``kinds``: the kind of each text, if known ("colour", "place", ...)."""
 
     name: str
     texts: tuple[str, ...]
@@ -27,13 +27,13 @@ class TextPool:
 
 
 def text_pool(source: str | Path = "general", *, template: str | None = None) -> TextPool:
-    """A pool by name, or from a file of the user's.
+    """A pool by name, or from a user's file.
 
     Args:
         source: "general" (colours, shapes, counts, places, textures, moods, animals, objects, styles; ships with
             mmhooks), "imagenet" (the 1,000 class names that open_clip carries, in a prompt), "mini" (the names of
-            the embedded corpus), or a file with one text a line; a line ``# word`` gives the kind of those below it.
-        template: wraps each text, ``{}`` stands for it; default "a photo of a {}." for imagenet, else the text alone.
+            the embedded corpus), or a file with one text per line; a line ``# word`` sets the kind of those below it.
+        template: prompt with ``{}`` in place of the text; default "a photo of a {}." for imagenet, else none.
 
     Raises:
         DataError: no such pool or file, a file without texts, or a template without ``{}``.
@@ -42,7 +42,7 @@ def text_pool(source: str | Path = "general", *, template: str | None = None) ->
     (True, True)
     """
     if template is not None and "{}" not in template:
-        raise DataError(f"template {template!r} has no {{}} for the text")
+        raise DataError(f"template: expected {{}} in place of the text, got {template!r}")
     name, kinds = str(source), None
     if name == "general":
         texts, kinds = _read(_GENERAL)
@@ -58,7 +58,7 @@ def text_pool(source: str | Path = "general", *, template: str | None = None) ->
         path = Path(source).expanduser()
         if not path.is_file():
             raise DataError(
-                f"no text pool {name!r}: give one of {', '.join(POOLS)}, or a file with one text a line"
+                f"no text pool {name!r}: give one of {', '.join(POOLS)}, or a file with one text per line"
             )
         name, (texts, kinds) = path.name, _read(path)
     texts = [t if template is None else template.replace("{}", t) for t in texts]
@@ -70,7 +70,9 @@ def _read(path: Path) -> tuple[list[str], list[str] | None]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except (DataError, UnicodeDecodeError) as fault:
-        raise DataError(f"{path} cannot be read as a list of texts in UTF-8: {fault}") from fault
+        raise DataError(
+            f"{path}: expected a list of texts in UTF-8, got a file that cannot be read: {fault}"
+        ) from fault
     for line in text.splitlines():
         line = line.strip()
         if line.startswith("#"):
@@ -79,12 +81,12 @@ def _read(path: Path) -> tuple[list[str], list[str] | None]:
             texts.append(line)
             kinds.append(kind)
     if not texts:
-        raise DataError(f"{path} holds no texts: write one a line")
+        raise DataError(f"{path}: expected one text per line, got no texts")
     return texts, kinds if any(kinds) else None
 
 
 def _distinct(name: str, texts: Iterable[str], kinds: Iterable[str] | None) -> TextPool:
-    """The first of equal texts: a second one could never be told from it."""
+    """Removes duplicate texts, keeping the first."""
     texts = list(texts)
     first = {t: i for i, t in reversed(list(enumerate(texts)))}
     rows = sorted(first.values())

@@ -1,4 +1,4 @@
-"""A thread that writes while the next batches are computed."""
+"""A background thread that writes while the next batches are computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Calls ``act`` for every item that is put, in order, in a thread of its own; a context manager.
+    """Calls ``act`` for every item put into its queue, in order, in a separate thread; a context manager.
 
-    At most ``depth`` items wait. What ``act`` raises, ``put`` or the end of the block raises. A block that
-    ends with an exception drops the items that still wait.
+    At most ``depth`` items wait. An exception in ``act`` is raised by ``put`` or at the end of the block. If the block
+    raises, waiting items are dropped.
     """
 
     def __init__(self, act: Callable[[T], None], *, depth: int = 8) -> None:

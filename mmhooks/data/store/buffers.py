@@ -1,4 +1,4 @@
-"""Memory for batches that is used again: fresh pages cost three times what filling them does."""
+"""Reusable memory for batches: fresh pages cost three times as much as filling them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-Empty = Callable[[Sequence[int], torch.dtype], Tensor]
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+def allocate(shape: Sequence[int], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
     return torch.empty(*shape, dtype=dtype)
 
 
 class Buffers:
-    """Gives uninitialised tensors; memory goes round once no tensor looks at it any more.
+    """Allocates uninitialised tensors, reusing memory that no tensor refers to any more.
 
     >>> buffers = Buffers()
     >>> first = buffers.empty((2, 3), torch.float32); place = first.data_ptr()
@@ -37,9 +37,9 @@ class Buffers:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
         size = prod(shape) * dtype.itemsize
         if size == 0:
-            return fresh(shape, dtype)
+            return allocate(shape, dtype)
         for i in range(len(self._held)):
-            # The list and the argument of getrefcount: no tensor holds it.
+            # Two references, the list and the argument of getrefcount: no tensor holds it.
             if self._held[i].nbytes == size and sys.getrefcount(self._held[i]) == 2:
                 return self._view(self._held[i], shape, dtype)
         memory = np.empty(size, np.uint8)

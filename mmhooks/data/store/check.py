@@ -1,4 +1,4 @@
-"""Looking a store over: what is in it, and every fault of its files."""
+"""Verification and summary of a store: every fault of its files, and what it contains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmhooks.utils.progress import track
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one file of a store, or with its ids."""
+    """A fault of one file of a store, or of its ids."""
 
     file: str
     kind: Literal["missing", "truncated", "altered", "unreadable", "surplus", "unfinished", "repeated id"]
@@ -28,10 +28,10 @@ class Fault:
 
 
 def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
-    """Every fault of the store in ``folder``; an empty list where there is none. Reads every byte.
+    """Every fault of the store in ``folder``, an empty list if there is none. Reads every byte.
 
     Raises:
-        StoreError: no store there. An altered manifest is a fault like any other, but hides the rest.
+        StoreError: no store there. An altered manifest is reported as the only fault, since the rest depends on it.
     """
     place = Path(folder).expanduser()
     if not (place / MANIFEST).exists():
@@ -40,7 +40,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
         manifest = read_manifest(place)
     except StoreError as fault:
         return [Fault(MANIFEST, "altered", str(fault))]
-    entries = manifest["shards"] if manifest["complete"] else _in_order(place)
+    entries = manifest["shards"] if manifest["complete"] else _journal_entries(place)
     faults = [] if manifest["complete"] else [_unfinished(manifest, entries)]
     columns = columns_of(specs_of(manifest).values())
     whole = []
@@ -53,7 +53,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
             shard = Shard(place / entry["file"], entry, columns)
             _ = shard.ids, [shard.tensor(column.name) for column in columns]
             whole.append(shard)
-        except StoreError as broken:  # as it was written, so the manifest is at fault
+        except StoreError as broken:  # the file is intact, so the manifest is at fault
             faults.append(Fault(entry["file"], "altered", str(broken)))
     known = {MANIFEST, *(entry["file"] for entry in entries)}
     if manifest["complete"]:
@@ -62,12 +62,12 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
         for name, content in derived.items():
             if not (place / name).is_file():
                 faults.append(
-                    Fault(name, "missing", "datasets needs it; the same mm.extract call writes it again")
+                    Fault(name, "missing", "datasets needs it; repeat the mm.extract call to write it again")
                 )
             elif (place / name).read_bytes() != content:
-                faults.append(Fault(name, "altered", "it does not say what the manifest says"))
+                faults.append(Fault(name, "altered", "it does not match the manifest"))
         surplus = sorted(p.name for p in place.iterdir() if p.name not in known)
-        faults += [Fault(name, "surplus", "the manifest does not know it") for name in surplus]
+        faults += [Fault(name, "surplus", "it is not in the manifest") for name in surplus]
     return [*faults, *_repeated(whole)]
 
 
@@ -95,11 +95,11 @@ def _repeated(shards: list[Shard]) -> Iterator[Fault]:
 
 
 def repeated_id(chunks: Iterable[Any]) -> str | None:
-    """How many ids of these Arrow arrays occur more than once, and the first of them; None where there is none."""
+    """A message with the number of duplicate ids in these Arrow arrays and the first of them; None if there is none."""
     import pyarrow as pa
     import pyarrow.compute
 
-    pc: Any = pyarrow.compute  # its functions are made at run time
+    pc: Any = pyarrow.compute  # its functions are created at run time
     counts = pc.value_counts(pa.chunked_array(list(chunks), pa.string()).cast(pa.large_string()))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if not len(twice):
@@ -110,7 +110,7 @@ def repeated_id(chunks: Iterable[Any]) -> str | None:
     )
 
 
-def _in_order(place: Path) -> list[dict[str, Any]]:
+def _journal_entries(place: Path) -> list[dict[str, Any]]:
     return [entry for _, entry in sorted(finished(place).items()) if entry["rows"]]
 
 
@@ -118,15 +118,15 @@ def _unfinished(manifest: Mapping[str, Any], entries: list[dict[str, Any]]) -> F
     rows, total = sum(entry["rows"] for entry in entries), manifest["data"].get("pairs")
     return Fault(
         MANIFEST, "unfinished", f"{rows} {f'of {total} ' if total else ''}pairs are written in {len(entries)} shards; "
-        "the same mm.extract call goes on from there",
+        "repeat the mm.extract call to resume",
     )  # fmt: skip
 
 
 def summary(folder: str | Path) -> dict[str, Any]:
-    """What a store holds, finished or not, in few numbers and names."""
+    """A summary of a store's contents, finished or not."""
     place = Path(folder).expanduser()
     manifest = read_manifest(place)
-    entries = manifest["shards"] if manifest["complete"] else _in_order(place)
+    entries = manifest["shards"] if manifest["complete"] else _journal_entries(place)
     specs = specs_of(manifest)
     return {
         "complete": manifest["complete"],

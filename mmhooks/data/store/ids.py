@@ -1,4 +1,4 @@
-"""Pair ids of a store, as Arrow keeps them: a sequence of strings that are made when they are read."""
+"""Pair ids of a store, kept in Arrow arrays: a sequence whose strings are created on access."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmhooks.utils.indexing import as_place, as_places
 CHUNK = 65_536
 
 
-class Ids(Sequence[Any]):  # not of str: checking types must not open shards
-    """Ids in row order; equal to any sequence of the same strings. Indexed as lists are, or by indices or a mask."""
+class Ids(Sequence[Any]):  # not of str: type checks at run time must not open shards
+    """Ids in row order; equal to any sequence of the same strings. Indexed like a list, or by indices or a mask."""
 
     @abstractmethod
     def arrow(self) -> Any:
@@ -51,16 +51,16 @@ class Ids(Sequence[Any]):  # not of str: checking types must not open shards
         return f"{type(self).__name__}({len(self)})"
 
     def rows_of(self, ids: Any, *, where: str, partial: bool = False) -> Int[Tensor, " m"]:
-        """The row of each id; with ``partial``, of those that are here.
+        """The row of each id; with ``partial``, ids that are not found are left out.
 
         Raises:
-            DataError: an id that is not here (without ``partial``); the message counts them.
+            DataError: an id is not found (without ``partial``); the message counts them.
         """
         import pyarrow as pa
         import pyarrow.compute
 
         wanted = ids.arrow() if isinstance(ids, Ids) else _strings(ids)
-        pc: Any = pyarrow.compute  # its functions are made at run time
+        pc: Any = pyarrow.compute  # its functions are created at run time
         found = pc.index_in(wanted.cast(pa.large_string()), value_set=self.arrow().cast(pa.large_string()))
         missing = found.null_count
         if missing and not partial:
@@ -82,21 +82,21 @@ def _strings(ids: Any) -> Any:
     odd = [item for item in wanted if not isinstance(item, str)]
     if odd:
         raise DataError(
-            f"expected ids, a list of strings, got {type(odd[0]).__name__} {odd[0]!r}; rows by number or by mask are "
-            "store.rows([3])"
+            f"expected ids, a list of strings, got {type(odd[0]).__name__} {odd[0]!r}; to select rows by number or mask "
+            "use store.rows([3])"
         )
     return pa.chunked_array([pa.array(wanted, pa.large_string())])
 
 
 class StoredIds(Ids):
-    """Of all shards of a store, in mapped pages."""
+    """The ids of all shards of a store, memory-mapped."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
         self._whole: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_whole": None}  # it looks at mapped pages of this process
+        return {**vars(self), "_whole": None}  # it refers to pages mapped in this process
 
     def __len__(self) -> int:
         return self._shards.starts[-1]
@@ -111,7 +111,7 @@ class StoredIds(Ids):
 
 
 class ChosenIds(Ids):
-    """Of chosen rows of other ids."""
+    """The ids of selected rows."""
 
     def __init__(self, base: Ids, index: Int[Tensor, " n"]) -> None:
         self._base, self._index = base, index

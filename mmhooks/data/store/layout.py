@@ -1,12 +1,12 @@
-"""What stands in a store's folder: columns, the manifest, and the two files by which ``datasets`` opens it.
+"""The files of a store: columns, the manifest, and the two files with which ``datasets`` opens it.
 
     manifest.json        provenance, sites, shards with their checksums
-    data-00000.arrow     one record batch: the column ``id`` and one or two columns a site
+    data-00000.arrow     one record batch: the column ``id`` and one or two columns per site
     dataset_info.json    features, for datasets.load_from_disk
     state.json           shards in order, likewise
 
 A dense site is one column of fixed-size lists; a sparse one is two, ``<site>.values`` and ``<site>.indices``.
-bf16 has no Arrow type and is kept as uint16 of the same bits.
+bf16 has no Arrow type and is stored as uint16 with the same bits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ARROW = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "int16": "int16
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the shards: its name, element type (a key of ``TORCH``), the shape of a row, and the number that
-    its entries lie below, where they are indices."""
+    """One column of the shards: name, element type (a key of ``TORCH``), shape of a row, and for indices their upper
+    bound (exclusive)."""
 
     name: str
     dtype: str
@@ -54,14 +54,14 @@ class Column:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """How a site is kept.
+    """How a site is stored.
 
     Attributes:
-        shape: of a row, dense: ``(d,)``, ``(tokens, d)``, or ``(n_features,)`` for latents.
+        shape: of a dense row: ``(d,)``, ``(tokens, d)``, or ``(n_features,)`` for latents.
         dtype: "fp32", "fp16" or "bf16".
-        sparse: entries a row where only the active ones are kept, None for dense.
+        sparse: stored entries per row if only active ones are stored, None for dense.
         head: id of the head that the site belongs to.
-        positions: whether a row is a map ``(height, width, d)`` of like vectors, each of which a head trains on.
+        positions: whether a row is a map ``(height, width, d)``, on each vector of which a head can train.
     """
 
     name: str
@@ -101,19 +101,19 @@ def specs_of(manifest: Mapping[str, Any]) -> dict[str, SiteSpec]:
 
 
 def columns_of(specs: Iterable[SiteSpec]) -> list[Column]:
-    """Of all sites, in order.
+    """The columns of all sites, in order.
 
     Raises:
-        ShapeMismatch: a site without any number in a row, or two columns of one name.
+        ShapeMismatch: a site with empty rows, or two columns of the same name.
     """
     columns = [column for spec in specs for column in spec.columns()]
     names = [c.name for c in columns]
     for column in columns:
         if prod(column.shape) < 1:
-            raise ShapeMismatch(f"site {column.name!r} has rows of shape {column.shape}: nothing to keep")
+            raise ShapeMismatch(f"site {column.name!r}: expected non-empty rows, got shape {column.shape}")
         if names.count(column.name) > 1 or column.name == "id":
             raise ShapeMismatch(
-                f"two columns would be called {column.name!r}; attach the head under another name"
+                f"expected unique column names, got {column.name!r} twice; attach the head under another name"
             )
     return columns
 
@@ -125,8 +125,8 @@ def shard_name(number: int) -> str:
 # -- the manifest --------------------------------------------------------------------------------------------
 
 
-def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written: JSON with its own checksum, so that an altered one is known as such."""
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as written: JSON with its own checksum, so that alterations are detected."""
     body = {k: v for k, v in manifest.items() if k != "checksum"}
     return (json.dumps({**body, "checksum": _checksum(body)}, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -139,7 +139,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store, finished or not.
 
     Raises:
-        StoreError: no store there, an altered manifest, one that cannot be read, or one of a later format.
+        StoreError: no store there, or a manifest that is altered, unreadable, or of a later format.
     """
     path = folder / MANIFEST
     try:
@@ -152,16 +152,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as fault:
         raise StoreError(
-            f"{path} cannot be read: {fault.strerror}; look at its permissions and disk"
+            f"{path} cannot be read: {fault.strerror}; check its permissions and disk"
         ) from fault
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise StoreError(
-            f"{path} is damaged ({type(fault).__name__}: {fault}); take it from a copy"
+            f"{path} is damaged ({type(fault).__name__}: {fault}); restore it from a copy"
         ) from fault
     check_format(manifest, path)
     if not whole:
         raise StoreError(
-            f"{path} was altered: its content does not fit its own checksum; take it from a copy"
+            f"{path} was altered: its content does not match its checksum; restore it from a copy"
         )
     check_manifest(manifest, path)
     return manifest
@@ -171,12 +171,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def dataset_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """``dataset_info.json`` and ``state.json``, which follow from the manifest."""
+    """``dataset_info.json`` and ``state.json``, derived from the manifest."""
     features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
     for column in columns_of(specs_of(manifest).values()):
         feature: dict[str, Any] = {"dtype": ARROW[column.dtype], "_type": "Value"}
         for length in reversed(column.shape):
-            # datasets 4 and later reads "Sequence" as its List; earlier ones know nothing else.
+            # datasets 4 and later reads "Sequence" as List; earlier versions know only "Sequence".
             feature = {"feature": feature, "length": length, "_type": "Sequence"}
         features[column.name] = feature
     data = manifest["data"]
@@ -202,7 +202,7 @@ def dataset_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ, as ``settings.batch_size: 64 there, 32 here``."""
+    """The differences of two JSON values, as ``settings.batch_size: 64 there, 32 here``."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         keys = [*theirs, *(k for k in ours if k not in theirs)]
         return [

@@ -1,4 +1,4 @@
-"""One store of several: shards are linked, not written again."""
+"""Merging of stores: shards are linked, not copied."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.data.store.check import repeated_id, verify
-from mmhooks.data.store.layout import INFO, MANIFEST, STATE, dataset_files, differences, sealed, shard_name
-from mmhooks.data.store.lock import NAME as LOCK
-from mmhooks.data.store.lock import Lock
+from mmhooks.data.store.layout import (
+    INFO,
+    MANIFEST,
+    STATE,
+    dataset_files,
+    differences,
+    manifest_bytes,
+    shard_name,
+)
+from mmhooks.data.store.lock import LOCK_FILE, Lock
 from mmhooks.data.store.schema import FORMAT, SHARD_NAME
 from mmhooks.data.store.store import Store
 from mmhooks.errors import StoreError
-from mmhooks.utils.files import PARTS, make_folder, sync_folder, wrapped, write_bytes, write_whole
+from mmhooks.utils.files import PARTS, explain_os_errors, make_folder, sync_folder, write_atomic, write_bytes
 
-_ALIKE = ("model", "sites", "content")  # of stores that can be one
-# Where a merge is built; what a broken-off one leaves in it is removed by the next.
+_EQUAL = ("model", "sites", "content")  # manifest entries that stores to be merged must share
+# Where a merge is built; what an interrupted merge leaves there is removed by the next one.
 _ASIDE = ".merging"
 
 
 def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
-    """The pairs of several stores of the same sites and model as one, in the order given.
+    """Merges stores of the same sites and model into one, with pairs in the order given.
 
-    Everything is checked before anything is written. Shards are hard links where the file system has them and copies
-    elsewhere. The store is built in a folder inside ``out`` and moved up with the manifest last, so that a merge that
-    was broken off leaves no store, and can be repeated.
+    Everything is checked before anything is written. Shards are hard links if the file system supports them, else
+    copies. The store is built in a folder inside ``out`` and moved up with the manifest last, so an interrupted merge
+    leaves no store and can be repeated.
 
     Raises:
-        StoreError: no store, an unfinished or faulty one, different sites, models or precision, a pair that two
-            of them hold, or an ``out`` that is not empty.
+        StoreError: no store, an unfinished or faulty one, different sites, models or precision, a pair contained in two
+            of them, or an ``out`` that is not empty.
         CannotWrite: the disk is full, or ``out`` cannot be written.
 
     >>> merge(["runs/part-0", "runs/part-1"], "runs/acts")            # doctest: +SKIP
@@ -42,12 +49,12 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
     places = [Path(s).expanduser().resolve() for s in stores]
     target = Path(out).expanduser().resolve()  # a link to a folder is that folder
     if not places:
-        raise StoreError("nothing to merge: name at least one store")
+        raise StoreError("expected at least one store to merge, got none")
     manifests = _checked(places)
     whole = _joined(manifests)
-    files = dataset_files(whole) | {MANIFEST: sealed(whole)}
+    files = dataset_files(whole) | {MANIFEST: manifest_bytes(whole)}
     make_folder(target)
-    with Lock(target), wrapped(target):
+    with Lock(target), explain_os_errors(target):
         if not _is_done(target, files):
             _clear(target)
             aside = make_folder(target / _ASIDE)
@@ -66,17 +73,19 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
 
 
 def _checked(places: Sequence[Path]) -> list[Mapping[str, Any]]:
-    """The manifests of stores that go together, are whole, and share no pair."""
+    """The manifests, after checking that the stores are compatible, without faults, and share no pair."""
     opened = [Store(place) for place in places]
     manifests = [store.manifest for store in opened]
     for place, manifest in zip(places[1:], manifests[1:], strict=True):
-        faults = [d for key in _ALIKE for d in differences(manifest.get(key), manifests[0].get(key), key)]
+        faults = [d for key in _EQUAL for d in differences(manifest.get(key), manifests[0].get(key), key)]
         if faults:
-            raise StoreError(f"{place} does not go with {places[0]}: {'; '.join(faults[:4])}")
+            raise StoreError(f"{place} cannot be merged with {places[0]}: {'; '.join(faults[:4])}")
     for place in places:
         faults = verify(place)
         if faults:
-            raise StoreError(f"{place} has {len(faults)} faults, the first: {faults[0]}; merge sound stores")
+            raise StoreError(
+                f"{place} has {len(faults)} faults, the first: {faults[0]}; repair it before merging"
+            )
     shared = repeated_id(chain.from_iterable(store.ids.arrow().chunks for store in opened))
     if shared is not None:
         raise StoreError(f"the stores share pairs: {shared}; every pair needs its own id")
@@ -84,15 +93,15 @@ def _checked(places: Sequence[Path]) -> list[Mapping[str, Any]]:
 
 
 def _is_done(target: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether an earlier call of the same merge came to its end, but for tidying up."""
+    """Whether an earlier call has completed the same merge, except for cleaning up."""
     if not (target / MANIFEST).is_file() or (target / MANIFEST).read_bytes() != files[MANIFEST]:
         return False
-    return not [fault for fault in verify(target) if fault.file not in (_ASIDE, LOCK)]
+    return not [fault for fault in verify(target) if fault.file not in (_ASIDE, LOCK_FILE)]
 
 
 def _clear(target: Path) -> None:
-    """Removes what a broken-off merge left; raises where ``target`` holds anything else."""
-    left = [p for p in target.iterdir() if p.name != LOCK]
+    """Removes what an interrupted merge left; raises if ``target`` contains anything else."""
+    left = [p for p in target.iterdir() if p.name != LOCK_FILE]
     broken_off = (target / _ASIDE).is_dir() and not (target / MANIFEST).exists()
     ours = [
         p for p in left if SHARD_NAME.fullmatch(p.name) or p.name in (INFO, STATE, _ASIDE) or p.match(PARTS)
@@ -107,12 +116,12 @@ def _clear(target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    source = source.resolve()  # a link to a relative link would lead nowhere
+    source = source.resolve()  # a hard link to a relative symlink would dangle
     try:
         os.link(source, target)
     except OSError:
         with source.open("rb") as file:
-            write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
+            write_atomic(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
 def _joined(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

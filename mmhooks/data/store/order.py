@@ -1,7 +1,7 @@
-"""The order in which shuffled batches visit rows: runs of rows at random, and at random within a window of runs.
+"""The row order of shuffled batches: runs of rows in random order, and random rows within a window of runs.
 
-A window is read as a whole before the next one begins, so a store far larger than memory is read once and in
-large pieces. Everything is a function of the seed and the epoch.
+A window is read completely before the next one begins, so a store far larger than memory is read once and in large
+pieces. Everything is a function of the seed and the epoch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Run = tuple[int, int]
 
 
 def generator(seed: int, epoch: int) -> np.random.Generator:
-    """Of its own for each seed and epoch: neighbouring ones share nothing."""
+    """An independent generator for each seed and epoch."""
     mixed = blake2b(f"{seed}/{epoch}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(mixed, "big"))
 
 
 def windows(cuts: Sequence[int], size: int, rng: np.random.Generator, *, run: int = RUN) -> list[list[Run]]:
-    """Runs of rows in random order, gathered to windows of at least ``size`` rows.
+    """Runs of rows in random order, grouped into windows of at least ``size`` rows.
 
     Args:
-        cuts: where shards begin, and the number of rows; a shard of more than ``run`` rows is several runs.
+        cuts: first rows of shards, and the number of rows; a shard of more than ``run`` rows is split into several runs.
 
     >>> sorted(windows([0, 2, 4], 2, generator(0, 0)))
     [[(0, 2)], [(2, 4)]]
@@ -49,15 +49,15 @@ def windows(cuts: Sequence[int], size: int, rng: np.random.Generator, *, run: in
 
 
 class Mixer:
-    """Deals the rows of runs out in random batches: any split of them into batches is as likely as any other.
+    """Draws random batches from the rows of runs, uniformly over all ways to split them into batches.
 
-    Within a batch the rows of a run stand together, so that they are gathered shard by shard, in one pass:
-    how many each run gives is drawn first (a multivariate hypergeometric draw), which of its rows by shuffling it.
+    Within a batch the rows of a run are adjacent, so that they are gathered shard by shard in one pass: the number of
+    rows from each run is drawn first (multivariate hypergeometric), then which of them, by shuffling the run.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
-        # torch shuffles several times as fast as numpy, which alone has the hypergeometric draw.
+        # torch shuffles several times faster than numpy, but only numpy has the hypergeometric distribution.
         self._shuffle = torch.Generator().manual_seed(int(rng.integers(2**62)))
         self._rows: list[Tensor] = []  # what is left of each run, shuffled
 
@@ -69,9 +69,10 @@ class Mixer:
         return sum(map(len, self._rows))
 
     def hold_back(self, size: int) -> list[Tensor]:
-        """Takes ``size`` random rows of the run added last (and of those before it, where it has fewer) out again.
+        """Removes ``size`` random rows of the run added last (and of those before it, if it has fewer).
 
-        Rows of one run, not of all: pieces of many runs would go along from window to window, each a gather of its own.
+        Of one run, not of all: otherwise pieces of many runs would be carried from window to window, each gathered
+        separately.
         """
         held: list[Tensor] = []
         while size:
@@ -87,7 +88,7 @@ class Mixer:
         self._rows.extend(held)
 
     def deal(self, size: int) -> tuple[Int[Tensor, " b"], list[int]]:
-        """``size`` of the rows that are left, and how many of them each run gave."""
+        """``size`` of the remaining rows, and how many of them are from each run."""
         left = [len(rows) for rows in self._rows]
         counts = left if size == sum(left) else self._rng.multivariate_hypergeometric(left, size).tolist()
         dealt = [rows[:count] for rows, count in zip(self._rows, counts, strict=True) if count]
@@ -98,7 +99,7 @@ class Mixer:
 def batches(
     plan: Sequence[Sequence[Run]], size: int, rng: np.random.Generator, *, drop_last: bool
 ) -> Iterator[tuple[int, Int[Tensor, " b"], list[int]]]:
-    """``(window, rows, rows of each run)`` for every batch; what a window leaves over goes into the next."""
+    """``(window, rows, number of rows per run)`` for every batch; a window's remainder goes into the next window."""
     mixer = Mixer(rng)
     held: list[Tensor] = []
     for number, runs in enumerate(plan):

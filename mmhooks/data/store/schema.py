@@ -1,4 +1,4 @@
-"""What a manifest and a journal must look like: the one place where what was read from a file is checked."""
+"""Validation of manifests and journals read from files."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, TypeGuard
 
 from mmhooks.errors import StoreError
 
-# 1: what decided the rows was known by labels alone, and shards had no digest of their own head.
+# Format 1 identified what determines the rows only by labels, and had no digests of shard headers.
 FORMAT = 2
 SHARD_NAME = re.compile(r"data-\d{5,9}\.arrow")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 def check_format(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raises StoreError for a manifest of a later format, whatever else stands in it."""
+    """Raises StoreError for a manifest of a later format, whatever else it contains."""
     number = manifest.get("format")
     if _is_count(number) and number > FORMAT:
-        raise StoreError(f"{path} has format {number}, this mmhooks reads up to {FORMAT}; upgrade it")
+        raise StoreError(f"{path}: expected a format up to {FORMAT}, got {number}; upgrade mmhooks")
 
 
 def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raises StoreError, naming the first entry of a manifest that cannot be right, what was expected and what to do."""
+    """Raises StoreError for the first invalid entry of a manifest."""
     for name, (fits, expected) in _MANIFEST.items():
         if not fits(manifest.get(name)):
             raise StoreError(
-                f"{path}: {name} is expected to be {expected}, got {manifest.get(name)!r:.80}; take it from a copy"
+                f"{path}: expected {name} to be {expected}, got {manifest.get(name)!r:.80}; restore it from a copy"
             )
     for name, site in manifest["sites"].items():
         _check(site, _SITE, path, f"site {name!r}")
@@ -35,27 +35,27 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
         _check(entry, _SHARD, path, f"shard {number}")
         if entry["rows"] < 1:
             raise StoreError(
-                f"{path}: shard {number} is expected to hold rows, got {entry['rows']}; take it from a copy"
+                f"{path}: expected shard {number} to hold rows, got {entry['rows']}; restore it from a copy"
             )
     if manifest["complete"]:
         check_count(manifest, path)
 
 
 def check_count(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raises StoreError where a complete store does not hold every pair of its source, or say why it does not."""
+    """Raises StoreError unless a complete store accounts for every pair of its source, stored or skipped."""
     rows, skipped = sum(entry["rows"] for entry in manifest["shards"]), len(manifest.get("skipped", {}))
     expected = manifest["data"].get("pairs")
-    # The first format counted the rows of a merged store alone.
+    # Format 1 counted only the rows of a merged store.
     left_out = 0 if manifest["format"] == 1 and "merged" in manifest else skipped
     if manifest.get("pairs") != rows or (expected is not None and rows + left_out != expected):
         raise StoreError(
-            f"{path} says that it is complete, but holds {rows} rows and {skipped} skipped pairs where {expected} pairs "
-            "were expected: rows are missing; extract anew into another folder"
+            f"{path} is marked complete: expected {expected} pairs, got {rows} rows and {skipped} skipped pairs; rows are "
+            "missing: extract again into another folder"
         )
 
 
 def is_entry(entry: Any) -> bool:
-    """Whether this may be a shard's entry of a journal."""
+    """Whether this is a valid shard entry of a journal."""
     try:
         _check(entry, {**_SHARD, "shard": (_is_count, ""), "skipped": (_is_texts, "")}, Path(), "entry")
     except StoreError:
@@ -69,12 +69,12 @@ Rule = tuple[Callable[[Any], bool], str]
 def _check(entry: Any, rules: Mapping[str, Rule], path: Path, where: str) -> None:
     if not isinstance(entry, Mapping):
         raise StoreError(
-            f"{path}: {where} is expected to be an object, got {entry!r:.80}; take it from a copy"
+            f"{path}: expected {where} to be an object, got {entry!r:.80}; restore it from a copy"
         )
     for name, (fits, expected) in rules.items():
         if not fits(entry.get(name)):
             raise StoreError(
-                f"{path}: {name} of {where} is expected to be {expected}, got {entry.get(name)!r:.80}; take it from a "
+                f"{path}: expected {name} of {where} to be {expected}, got {entry.get(name)!r:.80}; restore it from a "
                 "copy"
             )
 
@@ -118,7 +118,7 @@ _MANIFEST: dict[str, Rule] = {
     "format": (lambda v: _is_count(v) and v >= 1, "a number"),
     "complete": (lambda v: isinstance(v, bool), "true or false"),
     "model": (_is_model, "an object with a name"),
-    "sites": (lambda v: isinstance(v, Mapping) and len(v) > 0, "an object with a site at least"),
+    "sites": (lambda v: isinstance(v, Mapping) and len(v) > 0, "an object with at least one site"),
     "data": (_is_data, "an object with a name and a number of pairs or null"),
     "settings": (_is_settings, "an object with shard_rows"),
     "versions": (lambda v: isinstance(v, Mapping), "an object"),
@@ -132,10 +132,10 @@ _SITE: dict[str, Rule] = {
     "head": (lambda v: v is None or isinstance(v, str), "a text"),
 }
 _SHARD: dict[str, Rule] = {
-    # A name of ours and nothing else: a path would lead out of the folder.
+    # Only names that we write: a path could lead out of the folder.
     "file": (
         lambda v: isinstance(v, str) and SHARD_NAME.fullmatch(v) is not None,
-        "data-00000.arrow or alike",
+        "a name like data-00000.arrow",
     ),
     "rows": (_is_count, "a number"),
     "bytes": (_is_count, "a number"),

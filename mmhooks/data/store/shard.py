@@ -1,4 +1,4 @@
-"""One shard: an Arrow stream of one record batch, written whole or not at all, and read memory-mapped."""
+"""One shard: an Arrow stream of one record batch, written atomically and read memory-mapped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mmhooks.data.store.layout import ARROW, TORCH, Column
 from mmhooks.errors import StoreError
-from mmhooks.utils.files import sha256_of, write_whole
+from mmhooks.utils.files import sha256_of, write_atomic
 
 MARK = "mmhooks.content"
-# Linux; elsewhere pages are given back when the kernel needs them.
+# Only on Linux; elsewhere the kernel reclaims pages when it needs memory.
 _DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
 
@@ -35,7 +35,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Writes ids and columns, in the order of ``columns``; returns the shard's entry of the manifest.
 
-    The bytes follow from the content alone.
+    The bytes depend only on the content.
     """
     import pyarrow as pa
 
@@ -50,7 +50,7 @@ def write_shard(
             pa.field(name, array.type)
             for name, array in zip(["id", *(c.name for c in columns)], arrays, strict=True)
         ],
-        metadata={MARK: _content(ids, columns, values)},
+        metadata={MARK: _content_digest(ids, columns, values)},
     )
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -58,26 +58,26 @@ def write_shard(
         with pa.ipc.new_stream(file, batch.schema) as stream:
             stream.write_batch(batch)
 
-    write_whole(path, write)
+    write_atomic(path, write)
     return {
         "file": path.name,
         "rows": len(ids),
         "bytes": path.stat().st_size,
         "sha256": sha256_of(path),
-        "head": _head(path),
+        "head": _header(path),
     }
 
 
-def _content(ids: Sequence[str], columns: Sequence[Column], values: Mapping[str, Tensor]) -> str:
-    """A digest of all that is in a shard, kept in its head: two shards of one head are one and the same."""
+def _content_digest(ids: Sequence[str], columns: Sequence[Column], values: Mapping[str, Tensor]) -> str:
+    """A digest of a shard's content, stored in its header, so that shards with equal headers are identical."""
     digest = sha256(json.dumps(list(ids)).encode())
     for column in columns:
         digest.update(_as_numpy(values[column.name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _head(path: Path) -> dict[str, Any]:
-    """Length and digest of what comes before the first number: schema, mark and where each column lies."""
+def _header(path: Path) -> dict[str, Any]:
+    """Length and digest of the bytes before the first value: schema, content digest and column offsets."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -100,9 +100,9 @@ def _as_numpy(value: Tensor) -> np.ndarray:
 
 
 class Shard:
-    """A shard in memory-mapped pages: columns as tensors without copying, ids as an Arrow array.
+    """A memory-mapped shard: columns as tensors without copying, ids as an Arrow array.
 
-    The mapping is private: whoever writes into such a tensor changes their own copy of that page, never the file.
+    The mapping is private: writing to such a tensor changes a private copy of the page, never the file.
     """
 
     def __init__(self, path: Path, entry: Mapping[str, Any], columns: Sequence[Column]) -> None:
@@ -113,8 +113,8 @@ class Shard:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
                     raise StoreError(
-                        f"{path} has {size} bytes, the manifest says {entry['bytes']} (if the store was replaced since it was "
-                        f"opened, open it again): {_ADVICE}"
+                        f"{path}: expected {entry['bytes']} bytes by the manifest, got {size} (if the store was replaced "
+                        f"since it was opened, open it again): {_ADVICE}"
                     )
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
@@ -123,11 +123,11 @@ class Shard:
             if isinstance(fault, StoreError):
                 raise
             raise StoreError(
-                f"{path} cannot be read ({fault.strerror}); look at its permissions and disk"
+                f"{path} cannot be read ({fault.strerror}); check its permissions and disk"
             ) from fault
         head = entry.get("head")
         if head is not None and sha256(memoryview(self._map)[: head["bytes"]]).hexdigest() != head["sha256"]:
-            raise StoreError(f"{path} {_other_head(self._map)}: {_ADVICE}")
+            raise StoreError(f"{path} {_describe_other_header(self._map)}: {_ADVICE}")
         whole = pa.py_buffer(self._map)
         try:
             batch = pa.ipc.open_stream(whole).read_next_batch()
@@ -136,21 +136,21 @@ class Shard:
             there = dict(zip(batch.schema.names, batch.schema.types, strict=True))
             if list(there.items()) != list(expected.items()) or batch.num_rows != entry["rows"]:
                 raise StoreError(
-                    f"{path} holds {batch.num_rows} rows of {_spell(there)}; the manifest says {entry['rows']} rows "
-                    f"of {_spell(expected)}: {_ADVICE}"
+                    f"{path}: expected {entry['rows']} rows of {_describe_columns(expected)} by the manifest, got "
+                    f"{batch.num_rows} rows of {_describe_columns(there)}: {_ADVICE}"
                 )
             self._columns = {c.name: (c, self._offset(batch.column(c.name), c, whole)) for c in columns}
-        except _broken() as fault:
+        except _arrow_errors() as fault:
             if isinstance(fault, StoreError):
                 raise
-            raise StoreError(f"{path} is no Arrow stream any more ({fault}): {_ADVICE}") from fault
+            raise StoreError(f"{path} is no longer an Arrow stream ({fault}): {_ADVICE}") from fault
         self.path, self.rows = path, int(batch.num_rows)
         self._ids: Any = batch.column("id")
         self._ids_checked = False
         self._tensors: dict[str, Tensor] = {}
 
     def _offset(self, array: Any, column: Column, whole: Any) -> int:
-        """Where a column's numbers begin in the file; all of them lie in it."""
+        """The offset of a column's values in the file, after checking that all of them lie in it."""
         begin, size = _address(array) - whole.address, len(array) * column.row_bytes
         if begin < 0 or begin % TORCH[column.dtype].itemsize or begin + size > whole.size:
             raise ValueError(f"column {column.name!r} lies at {begin} of {whole.size} bytes")
@@ -158,10 +158,10 @@ class Shard:
 
     @property
     def ids(self) -> Any:
-        """An Arrow array; its offsets and UTF-8 are checked when they are first asked for, so that none leads astray.
+        """The ids as an Arrow array, whose offsets and UTF-8 are validated on first access.
 
         Raises:
-            StoreError: ids that cannot be.
+            StoreError: damaged ids.
         """
         import pyarrow as pa
 
@@ -176,7 +176,7 @@ class Shard:
         return self._ids
 
     def tensor(self, column: str) -> Shaped[Tensor, "rows ..."]:
-        """All rows of a column, in the mapped pages."""
+        """All rows of a column, memory-mapped."""
         found = self._tensors.get(column)
         if found is None:
             about, offset = self._columns[column]
@@ -188,15 +188,15 @@ class Shard:
         return found
 
     def _check_indices(self, flat: Tensor, about: Column) -> None:
-        """An index beyond the features would read or write memory of others, wherever a row is made dense."""
+        """Raises for an index out of range, which would access foreign memory when a row is made dense."""
         low, high = (int(x) for x in flat.aminmax())
         if low < 0 or high >= int(about.below or 0):
             raise StoreError(
-                f"{self.path}: {about.name} holds indices from {low} to {high}, expected 0 to {int(about.below or 0) - 1}: "
+                f"{self.path}: expected indices from 0 to {int(about.below or 0) - 1} in {about.name}, got {low} to {high}: "
                 f"it is damaged; {_ADVICE}"
             )
 
-    def want(self, column: str, begin: int, end: int) -> None:
+    def prefetch(self, column: str, begin: int, end: int) -> None:
         """Asks the system to read these rows ahead."""
         if _WILLNEED is not None:
             about, offset = self._columns[column]
@@ -204,29 +204,29 @@ class Shard:
             self._map.madvise(_WILLNEED, first, offset + end * about.row_bytes - first)
 
     def release(self) -> None:
-        """Gives the pages back; a tensor that still looks at them reads them from the file again."""
+        """Releases the pages; a tensor that still uses them reads them from the file again."""
         if _DONTNEED is not None:
             self._map.madvise(_DONTNEED)
 
 
-# What Arrow raises on bytes that are not what it wrote. Offsets and lengths it believes can be of any size.
-def _broken() -> tuple[type[BaseException], ...]:
+# What Arrow raises for damaged files, in which it may trust offsets and lengths of any size.
+def _arrow_errors() -> tuple[type[BaseException], ...]:
     import pyarrow as pa
 
     return (pa.ArrowException, OSError, StopIteration, ValueError, MemoryError, OverflowError, AttributeError)
 
 
-def _other_head(content: mmap.mmap) -> str:
+def _describe_other_header(content: mmap.mmap) -> str:
     length = int.from_bytes(content[4:8], "little")
     if content[:4] != b"\xff\xff\xff\xff" or not 0 < length < len(content):
-        return "is no Arrow stream any more"
+        return "is no longer an Arrow stream"
     return (
-        "is not the shard that the manifest means (the store was replaced since it was opened: open it again; or the "
-        "file was altered)"
+        "is not the shard in the manifest (if the store was replaced since it was opened, open it again; else the file "
+        "was altered)"
     )
 
 
-_ADVICE = "`mmhooks store verify` lists every fault; copy the file again or extract anew"
+_ADVICE = "`mmhooks store verify` lists every fault; copy the file again or extract again"
 
 
 def _arrow_type(column: Column) -> Any:
@@ -238,7 +238,7 @@ def _arrow_type(column: Column) -> Any:
     return kind
 
 
-def _spell(types: Mapping[str, Any]) -> str:
+def _describe_columns(types: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {kind}" for name, kind in types.items())
 
 
@@ -249,7 +249,7 @@ def _address(array: Any) -> int:
 
 
 class Shards:
-    """The shards of one store, opened when asked for; the last ones stay open."""
+    """The shards of one store, opened on access; the most recent ones stay open."""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class Shards:
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, in a worker of another process too, opens shards of its own."""
+        """A copy, for instance in a worker process, opens its own shards."""
         return {**vars(self), "_open": OrderedDict()}
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The rows of one site: mapped from shards, chosen from others, or made by a head when they are asked for."""
+"""The rows of one site: memory-mapped from shards, selected from others, or computed by a head on access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmhooks.data.sparse_rows import SparseRows
-from mmhooks.data.store.buffers import Empty, fresh
+from mmhooks.data.store.buffers import Allocate, allocate
 from mmhooks.data.store.layout import TORCH, SiteSpec
 from mmhooks.data.store.shard import Shards
 from mmhooks.errors import ShapeMismatch
@@ -27,12 +27,12 @@ class SiteRows(ABC):
     """One site of ``n`` pairs, row by row.
 
     Attributes:
-        spec: shape of a row, precision, entries a row where sparse, head.
-        cuts: rows at which a shard begins, and ``n``; a slice between two neighbours costs no copy.
+        spec: shape of a row, precision, entries per row if sparse, head.
+        cuts: first rows of shards, and ``n``; a slice between two neighbouring cuts needs no copy.
 
-    ``rows[i]``, ``rows[a:b]`` and ``rows[indices or mask]`` give a Tensor, or :class:`SparseRows` for a site
-    stored sparse (of one row for an ``int``). Negative numbers count from the end. Slices may look at the mapped
-    file: do not write into them.
+    ``rows[i]``, ``rows[a:b]`` and ``rows[indices or mask]`` return a Tensor, or :class:`SparseRows` for a site
+    stored sparse (of one row for an ``int``). Negative numbers count from the end. Slices may refer to the mapped
+    file: do not write to them.
     """
 
     spec: SiteSpec
@@ -43,7 +43,7 @@ class SiteRows(ABC):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole dense table: ``(n, *shape of a row)``."""
+        """Shape of the dense table: ``(n, *shape of a row)``."""
         return (len(self), *self.spec.shape)
 
     @property
@@ -56,7 +56,7 @@ class SiteRows(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, as they are kept."""
+        """Bytes of all rows as stored."""
         return len(self) * sum(column.row_bytes for column in self.spec.columns())
 
     def __repr__(self) -> str:
@@ -76,9 +76,9 @@ class SiteRows(ABC):
         return row if isinstance(row, SparseRows) else row[0]
 
     def chunks(self, size: int) -> Iterator[tuple[int, Rows]]:
-        """``(begin, rows)`` in order, at most ``size`` rows each, never across a shard: nothing is copied.
+        """``(begin, rows)`` in order, at most ``size`` rows each, never across shards, without copying.
 
-        Pages of a shard that was passed are given back, so memory does not grow with the store.
+        Pages of finished shards are released, so memory does not grow with the store.
         """
         for first, last in pairwise(self.cuts):
             for begin, end in spans([first, last], size):
@@ -86,7 +86,7 @@ class SiteRows(ABC):
             self.release(first, last)
 
     def tensor(self) -> Rows:
-        """All rows at once; in the mapped file where one shard holds them, else copied."""
+        """All rows at once; memory-mapped if they are in one shard, else copied."""
         return self.span(0, len(self))
 
     @abstractmethod
@@ -95,25 +95,25 @@ class SiteRows(ABC):
 
     @abstractmethod
     def take(
-        self, index: Int[Tensor, " b"], empty: Empty = fresh, counts: Sequence[int] | None = None
+        self, index: Int[Tensor, " b"], empty: Allocate = allocate, counts: Sequence[int] | None = None
     ) -> Rows:
         """A copy of these rows, in this order.
 
         Args:
             index: each in ``0..n-1``.
-            empty: gives the memory.
-            counts: lengths of stretches of ``index`` that are known to lie in one shard each.
+            empty: allocates the result.
+            counts: lengths of consecutive parts of ``index`` that are known to lie in one shard each.
         """
 
-    def read(self, begin: int, end: int, empty: Empty = fresh) -> Rows:
-        """A copy of rows ``begin`` to ``end``, which may be written into; ``empty`` gives its memory."""
+    def read(self, begin: int, end: int, empty: Allocate = allocate) -> Rows:
+        """A copy of rows ``begin`` to ``end``, which may be written to; ``empty`` allocates it."""
         return self.span(begin, end)
 
-    def want(self, begin: int, end: int) -> None:  # noqa: B027 - most rows hold no pages
-        """These rows are read soon: the system may read their shards ahead."""
+    def prefetch(self, begin: int, end: int) -> None:  # noqa: B027 - most rows hold no pages
+        """Announces that these rows are read soon, so that the system may read their shards ahead."""
 
     def release(self, begin: int, end: int) -> None:  # noqa: B027 - likewise
-        """These rows were read: their shards' pages may be given back."""
+        """Announces that these rows were read, so that their shards' pages may be released."""
 
 
 class StoredRows(SiteRows):
@@ -128,14 +128,14 @@ class StoredRows(SiteRows):
         parts = self._parts(begin, end)
         return self._wrap([column[0] if len(column) == 1 else torch.cat(column) for column in parts])
 
-    def read(self, begin: int, end: int, empty: Empty = fresh) -> Rows:
+    def read(self, begin: int, end: int, empty: Allocate = allocate) -> Rows:
         found = self._empty(end - begin, empty)
         for parts, out in zip(self._parts(begin, end), found, strict=True):
             torch.cat(parts, out=out)
         return self._wrap(found)
 
     def _parts(self, begin: int, end: int) -> list[list[Tensor]]:
-        """For each column, its mapped pieces of these rows, a shard each."""
+        """For each column, the memory-mapped pieces of these rows, one per shard."""
         parts: list[list[Tensor]] = [[] for _ in self._columns]
         for number in self._shard_range(begin, end):
             start, shard = self.cuts[number], self._shards[number]
@@ -144,7 +144,7 @@ class StoredRows(SiteRows):
         return parts
 
     def take(
-        self, index: Int[Tensor, " b"], empty: Empty = fresh, counts: Sequence[int] | None = None
+        self, index: Int[Tensor, " b"], empty: Allocate = allocate, counts: Sequence[int] | None = None
     ) -> Rows:
         back = None
         if counts is None:
@@ -159,7 +159,7 @@ class StoredRows(SiteRows):
         return self._wrap(found if back is None else [out.index_select(0, back) for out in found])
 
     def _by_shard(self, index: Tensor) -> tuple[Tensor, list[int], Tensor | None]:
-        """The rows sorted by shard, how many of each there are, and the way back (None: as they were)."""
+        """The rows sorted by shard, the number per shard, and the inverse permutation (None: order unchanged)."""
         number = torch.searchsorted(self._starts, index, right=True)
         back = None
         if bool((number[1:] < number[:-1]).any()):
@@ -169,11 +169,11 @@ class StoredRows(SiteRows):
             back[order] = torch.arange(len(order))
         return index, number.unique_consecutive(return_counts=True)[1].tolist(), back
 
-    def want(self, begin: int, end: int) -> None:
+    def prefetch(self, begin: int, end: int) -> None:
         for number in self._shard_range(begin, end):
             start, shard = self.cuts[number], self._shards[number]
             for column in self._columns:
-                shard.want(column, max(0, begin - start), min(shard.rows, end - start))
+                shard.prefetch(column, max(0, begin - start), min(shard.rows, end - start))
 
     def release(self, begin: int, end: int) -> None:
         for number in self._shard_range(begin, end):
@@ -186,7 +186,7 @@ class StoredRows(SiteRows):
     def _shard_of(self, row: int) -> int:
         return bisect_right(self.cuts, row) - 1
 
-    def _empty(self, rows: int, empty: Empty) -> list[Tensor]:
+    def _empty(self, rows: int, empty: Allocate) -> list[Tensor]:
         return [empty((rows, *c.shape), TORCH[c.dtype]) for c in self.spec.columns()]
 
     def _wrap(self, columns: list[Tensor]) -> Rows:
@@ -194,7 +194,7 @@ class StoredRows(SiteRows):
 
 
 class ChosenRows(SiteRows):
-    """Some rows of another, in any order: what ``select`` and ``join`` give. Nothing is copied before it is read."""
+    """Some rows of another site, in any order, as from ``select`` and ``join``. Nothing is copied before it is read."""
 
     def __init__(self, base: SiteRows, index: Int[Tensor, " n"]) -> None:
         self.spec, self._base, self._index, self.cuts = base.spec, base, index, [0, len(index)]
@@ -203,37 +203,37 @@ class ChosenRows(SiteRows):
         return self._base.take(self._index[begin:end])
 
     def take(
-        self, index: Int[Tensor, " b"], empty: Empty = fresh, counts: Sequence[int] | None = None
+        self, index: Int[Tensor, " b"], empty: Allocate = allocate, counts: Sequence[int] | None = None
     ) -> Rows:
         return self._base.take(self._index[index], empty)
 
 
 class HeadRows(SiteRows):
-    """Latents of stored vectors, computed chunk by chunk when they are read; the encoder does not run.
+    """Latents of stored vectors, computed chunk by chunk when read, without running the encoder.
 
-    Sparse where the head gives its active entries (``encode_topk``) and they are few.
+    Sparse if the head returns its active entries (``encode_topk``) and they are few.
     """
 
     def __init__(self, base: SiteRows, head: Any, name: str) -> None:
         if base.is_sparse or base.spec.shape[-1] != head.d_in:
             raise ShapeMismatch(
-                f"head {head.name!r} reads vectors of width {head.d_in}, {base.spec.name!r} holds rows of shape "
-                f"{base.spec.shape}; apply it to the site that it was trained on"
+                f"head {head.name!r}: expected vectors of width {head.d_in}, got rows of shape {base.spec.shape} at "
+                f"{base.spec.name!r}; apply it to the site that it was trained on"
             )
         shape = (*base.spec.shape[:-1], head.n_features)
-        self.spec = SiteSpec(name, shape, "fp32", entries(head, shape), head.id, base.spec.positions)
+        self.spec = SiteSpec(name, shape, "fp32", sparse_entries(head, shape), head.id, base.spec.positions)
         self._base, self._head, self.cuts = base, head, base.cuts
 
     def span(self, begin: int, end: int) -> Rows:
         return self._encode(self._base.span(begin, end))
 
     def take(
-        self, index: Int[Tensor, " b"], empty: Empty = fresh, counts: Sequence[int] | None = None
+        self, index: Int[Tensor, " b"], empty: Allocate = allocate, counts: Sequence[int] | None = None
     ) -> Rows:
-        return self._encode(self._base.take(index, fresh, counts))  # its cuts are the base's
+        return self._encode(self._base.take(index, allocate, counts))  # its cuts are the base's
 
-    def want(self, begin: int, end: int) -> None:
-        self._base.want(begin, end)
+    def prefetch(self, begin: int, end: int) -> None:
+        self._base.prefetch(begin, end)
 
     def release(self, begin: int, end: int) -> None:
         self._base.release(begin, end)
@@ -249,8 +249,8 @@ class HeadRows(SiteRows):
             return SparseRows(values.float(), indices, self._head.n_features)
 
 
-def entries(head: Any, shape: Sequence[int]) -> int | None:
-    """Active entries a row that a head names itself, where keeping these alone is at most half of the bytes."""
+def sparse_entries(head: Any, shape: Sequence[int]) -> int | None:
+    """The head's number of active entries per row if storing only these halves the bytes at least, else None."""
     k = getattr(head, "k", None)
     if len(shape) != 1 or not isinstance(k, int) or not hasattr(head, "encode_topk"):
         return None
@@ -258,7 +258,7 @@ def entries(head: Any, shape: Sequence[int]) -> int | None:
 
 
 def spans(cuts: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most ``size`` rows that cross no cut.
+    """Ranges of at most ``size`` rows that do not cross a cut.
 
     >>> list(spans([0, 5, 8], 3))
     [(0, 3), (3, 5), (5, 8)]

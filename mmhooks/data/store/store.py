@@ -1,4 +1,4 @@
-"""Store: what an extraction wrote, opened for reading without loading it."""
+"""Store: the activations written by ``mm.extract``, opened for reading without loading them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ Sites = str | Sequence[str] | None
 
 
 class Store:
-    """Activations of ``n`` pairs at named sites, memory-mapped from the folder that ``mm.extract`` wrote.
+    """Activations of ``n`` pairs at named sites, memory-mapped from the folder written by ``mm.extract``.
 
-    A row is a pair: rows ``i`` of all sites belong together. Opening reads the manifest alone; a shard is
-    mapped when its rows are asked for. Then its size, head, ids and sparse indices are checked, not its values:
+    A row is a pair: row ``i`` of every site belongs to pair ``i``. Opening reads only the manifest; a shard is mapped
+    when its rows are accessed. Then its size, header, ids and sparse indices are checked, but not its values:
     ``verify=True`` reads and checks every byte first.
 
     Args:
-        folder: as ``mm.extract`` wrote it.
-        verify: raise unless every byte of every file is the one that was written.
+        folder: as written by ``mm.extract``.
+        verify: raise unless every byte of every file is as written.
 
     Attributes:
-        sites: names, in the order in which they were asked for.
+        sites: names, in the order in which they were requested.
         ids: of the pairs, in row order.
         manifest: model, weights, heads, data, settings, versions and shards, as written.
 
     Raises:
-        StoreError: no store there, an unfinished one, one that lacks rows, or a manifest that was altered. A missing,
-            truncated, unreadable or replaced shard raises when it is opened. With ``verify``, any fault at all.
+        StoreError: no store there, an unfinished one, one with missing rows, or an altered manifest. A missing,
+            truncated, unreadable or replaced shard raises when it is opened; with ``verify``, any fault does.
 
     >>> store = Store("runs/acts")                                   # doctest: +SKIP
     >>> store["image.embed"][:2].shape                               # doctest: +SKIP
@@ -59,15 +59,15 @@ class Store:
         manifest = read_manifest(place)
         if not manifest["complete"]:
             raise StoreError(
-                f"{place} is unfinished: its extraction is still running or was broken off. The same mm.extract "
-                "call (or `mmhooks extract` command) goes on where it stopped; `mmhooks store info` says how far it is"
+                f"{place} is unfinished: its extraction is still running or was interrupted. Repeat the mm.extract call "
+                "(or `mmhooks extract` command) to resume it; `mmhooks store info` shows its progress"
             )
         if verify:
             _check_all(place)
         specs = specs_of(manifest)
         shards = Shards(place, manifest["shards"], columns_of(specs.values()))
         if not len(shards):
-            raise StoreError(f"{place} holds no row: every pair of its source was skipped")
+            raise StoreError(f"{place} contains no rows: every pair of its source was skipped")
         self._fill(
             place,
             {name: StoredRows(spec, shards) for name, spec in specs.items()},
@@ -104,9 +104,9 @@ class Store:
     # -- passes over all rows --------------------------------------------------------------------------
 
     def chunks(self, size: int = 4096, sites: Sites = None) -> Iterator[tuple[int, dict[str, Rows]]]:
-        """``(begin, {site: rows})`` in order, at most ``size`` rows each and never across a shard of any site.
+        """``(begin, {site: rows})`` in order, at most ``size`` rows each and never across shards of any site.
 
-        Nothing is copied and memory does not grow with the store; do not write into the tensors.
+        Nothing is copied and memory does not grow with the store; do not write to the tensors.
         """
         chosen = self._chosen(sites)
         cuts = sorted({cut for rows in chosen.values() for cut in rows.cuts})
@@ -127,23 +127,23 @@ class Store:
         drop_last: bool = False,
         window: int = order.WINDOW,
     ) -> Iterator[dict[str, Rows]]:
-        """``{site: rows}`` in batches of ``size``, copied out of the store, so that a training may write into them.
+        """``{site: rows}`` in batches of ``size``, copied from the store, so that they may be written to.
 
-        Shuffled, runs of 2,048 neighbouring rows come in random order, and rows at random within windows of at least
-        ``window`` rows; a store of fewer rows is shuffled as a whole. Which rows a batch has is random, within it
-        those of a run stand together. Everything follows from ``seed`` and ``epoch``. A larger window mixes more
+        With ``shuffle``, runs of 2,048 adjacent rows come in random order, and rows in random order within windows of at
+        least ``window`` rows; a store of fewer rows is shuffled completely. The rows of a batch are random, and those of
+        a run are adjacent within it. Everything is determined by ``seed`` and ``epoch``. A larger window mixes better
         and costs more.
 
         Args:
             sites: all by default.
-            drop_last: leave out the last batch where it is smaller.
+            drop_last: leave out the last batch if it is smaller.
 
         Raises:
             UnknownSite: a site that is not stored.
         """
         chosen = self._chosen(sites)
         if size < 1 or window < 1:
-            raise MMHooksError(f"size and window must be at least 1, came {size} and {window}")
+            raise MMHooksError(f"size and window must be at least 1, got {size} and {window}")
         empty = Buffers(keep=4 * len(chosen)).empty
         if not shuffle:
             for begin in range(0, len(self), size):
@@ -154,7 +154,7 @@ class Store:
         rng = order.generator(seed, epoch)
         cuts = max((rows.cuts for rows in chosen.values()), key=len)
         plan = order.windows(cuts, window, rng)
-        # Of a store that memory holds with ease, pages stay where they are from epoch to epoch.
+        # Pages of a store that easily fits into memory are kept from epoch to epoch.
         large = sum(rows.nbytes for rows in chosen.values()) > LARGE
         current = -1
         for number, index, counts in order.batches(plan, size, rng, drop_last=drop_last):
@@ -163,7 +163,7 @@ class Store:
                     for run in plan[current] if current >= 0 else ():
                         rows.release(*run)
                     for run in plan[number]:
-                        rows.want(*run)
+                        rows.prefetch(*run)
                 current = number
             yield {
                 name: rows.take(index, empty, counts if rows.cuts is cuts else None)
@@ -177,11 +177,11 @@ class Store:
     # -- other stores from this one --------------------------------------------------------------------
 
     def select(self, ids: Any) -> Store:
-        """The pairs of these ids, in their order, as a store; nothing is copied.
+        """The pairs with these ids, in their order, as a store; nothing is copied.
 
         Raises:
-            DataError: an id that is not here, where the message counts them and names the first; or something that
-                is not a list of ids: numbers and masks go to :meth:`rows`.
+            DataError: an unknown id (the message counts them and names the first), or something other than a list of
+                ids: numbers and masks are for :meth:`rows`.
         """
         return self.rows(self.ids.rows_of(ids, where=str(self.folder or "this store")))
 
@@ -192,7 +192,7 @@ class Store:
             index: row numbers, negative ones from the end, or a bool mask of all rows.
 
         Raises:
-            DataError: no row, a row that is not there, or neither whole numbers nor a mask.
+            DataError: no row, a row that does not exist, or neither whole numbers nor a mask.
         """
         what = f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}"
         try:
@@ -207,10 +207,10 @@ class Store:
         return self._view(rows, ChosenIds(self.ids, chosen), self.manifest)
 
     def join(self, other: Store, *, partial: bool = False) -> Store:
-        """The sites of both stores, row by row for equal pair ids, in this one's order.
+        """Joins the sites of both stores by pair id, in the order of this one.
 
         Args:
-            partial: pairs that only one of them has are left out; else they raise.
+            partial: leave out pairs that only one of them has, instead of raising.
 
         Raises:
             DataError: pairs that only one store has, no common pair, or a site that both have.
@@ -223,11 +223,14 @@ class Store:
         else:
             if not partial and len(self) != len(other):
                 raise DataError(
-                    f"the stores hold {len(self)} and {len(other)} pairs; partial=True keeps those that both have"
+                    f"expected stores of the same pairs, got {len(self)} and {len(other)} pairs; partial=True keeps those "
+                    "that both have"
                 )
             ours = self.ids.rows_of(other.ids, where="the first store", partial=partial).sort().values
             if len(ours) == 0:
-                raise DataError(f"no id of {len(other)} is among the {len(self)} of the first store")
+                raise DataError(
+                    f"expected common pairs, got none of {len(other)} ids among the {len(self)} of the first store"
+                )
             theirs = other.ids.rows_of(ChosenIds(self.ids, ours), where="the second store")
         mine = self if ours is None else self.rows(ours)
         yours = other if theirs is None else other.rows(theirs)
@@ -239,10 +242,9 @@ class Store:
     def apply(
         self, head: Any, at: Sites = ("image.embed", "text.embed"), *, name: str | None = None
     ) -> Store:
-        """This store with the latents ``<site>.<head>.latents`` of a head, computed when they are read.
+        """This store with the latents ``<site>.<head>.latents`` of a head, computed when read.
 
-        The encoder does not run again. Latents are :class:`SparseRows` where the head names its few active
-        entries.
+        The encoder does not run again. Latents are :class:`SparseRows` if the head returns its few active entries.
 
         Raises:
             UnknownSite: a site that is not stored.
@@ -255,20 +257,20 @@ class Store:
     # -- the folder ------------------------------------------------------------------------------------
 
     def verify(self, *, progress: bool = False) -> list[Fault]:
-        """Every fault of the files: missing, truncated, altered, surplus; and ids that occur twice. Reads all bytes."""
+        """Every fault of the files (missing, truncated, altered, surplus) and duplicate ids. Reads all bytes."""
         from mmhooks.data.store.check import verify
 
         if self.folder is None:
-            raise MMHooksError("a view of stores has no files of its own: verify the stores it was made of")
+            raise MMHooksError("a view of stores has no files: verify the stores it was created from")
         return verify(self.folder, progress=progress)
 
     @property
     def info(self) -> dict[str, Any]:
-        """What there is, in few numbers and names: pairs, shards, bytes, sites, model, data, settings, versions."""
+        """A summary of the contents: pairs, shards, bytes, sites, model, data, settings, versions."""
         from mmhooks.data.store.check import summary
 
         if self.folder is None:
-            raise MMHooksError("a view of stores has no files of its own: ask the stores it was made of")
+            raise MMHooksError("a view of stores has no files: use info of the stores it was created from")
         return summary(self.folder)
 
 
@@ -279,5 +281,5 @@ def _check_all(place: Path) -> None:
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise StoreError(
-            f"{place} is damaged: {faults[0]}{more}; copy the named files again, or extract anew into another folder"
+            f"{place} is damaged: {faults[0]}{more}; copy the named files again, or extract again into another folder"
         )

@@ -1,1 +1,1 @@
-"""Data that is drawn: words, objects, backgrounds."""
+"""Synthetic images: rendered words, objects, backgrounds."""

@@ -1,4 +1,4 @@
-"""Things drawn into pictures: a drawing with transparency, at a size and place. Knows no model (like `words`)."""
+"""Composites objects into images: a drawing with transparency, at a given size and position. Independent of models."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from mmhooks.errors import MMHooksError
 
 
 @dataclass(frozen=True)
-class Placing:
-    """Where a thing stands: its longer side as a share of the picture's shorter one, its centre as (x, y), 0 to 1."""
+class Placement:
+    """Placement of an object: its longer side relative to the image's shorter one, and its centre (x, y) in 0 to 1."""
 
     size: float = 0.6
     centre: tuple[float, float] = (0.5, 0.5)
     opacity: float = 1.0
 
 
-def layers_of(rgba: UInt8[Tensor, "h w 4"]) -> Float[Tensor, "4 h2 w2"]:
-    """A drawing cut to its ink, as colour times opacity, and opacity; from 0 to 1.
+def to_layers(rgba: UInt8[Tensor, "h w 4"]) -> Float[Tensor, "4 h2 w2"]:
+    """A drawing cropped to its visible part, as premultiplied colour and opacity, from 0 to 1.
 
     Raises:
-        MMHooksError: the drawing is transparent everywhere.
+        MMHooksError: the drawing is completely transparent.
 
     >>> rgba = torch.zeros(8, 8, 4, dtype=torch.uint8); rgba[2:4, 1:7] = 255
-    >>> layers_of(rgba).shape
+    >>> to_layers(rgba).shape
     torch.Size([4, 2, 6])
     """
-    some = rgba[..., 3] > 0
-    if not bool(some.any()):
-        raise MMHooksError(f"a drawing of {tuple(rgba.shape)} without a single pixel that is not transparent")
-    rows, columns = (some.any(axis).nonzero().flatten() for axis in (1, 0))
+    visible = rgba[..., 3] > 0
+    if not bool(visible.any()):
+        raise MMHooksError(
+            f"expected a drawing with visible pixels, got a transparent one of shape {tuple(rgba.shape)}"
+        )
+    rows, columns = (visible.any(axis).nonzero().flatten() for axis in (1, 0))
     cut = rgba[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
     layers = cut.permute(2, 0, 1).float() / 255
     return torch.cat([layers[:3] * layers[3:], layers[3:]])
 
 
 def draw_into(
-    picture: Float[Tensor, "3 h w"], thing: Float[Tensor, "4 th tw"], placing: Placing
+    image: Float[Tensor, "3 h w"], drawing: Float[Tensor, "4 th tw"], placement: Placement
 ) -> Float[Tensor, "3 h w"]:
-    """The picture with the thing (as :func:`layers_of` gives it) on it; a copy.
+    """A copy of the image with the object (from :func:`to_layers`) on it.
 
     Raises:
-        MMHooksError: it does not lie inside the picture.
+        MMHooksError: it does not fit inside the image.
 
-    >>> thing = torch.ones(4, 8, 4)
-    >>> int(draw_into(torch.zeros(3, 64, 64), thing, Placing(0.5)).sum() / 3)  # 32 x 16 px
+    >>> drawing = torch.ones(4, 8, 4)
+    >>> int(draw_into(torch.zeros(3, 64, 64), drawing, Placement(0.5)).sum() / 3)  # 32 x 16 px
     512
     """
-    _, h, w = picture.shape
-    scale = placing.size * min(h, w) / max(thing.shape[1:])
-    tall, wide = (max(1, round(scale * side)) for side in thing.shape[1:])
-    top, left = round(placing.centre[1] * h - tall / 2), round(placing.centre[0] * w - wide / 2)
+    _, h, w = image.shape
+    scale = placement.size * min(h, w) / max(drawing.shape[1:])
+    tall, wide = (max(1, round(scale * side)) for side in drawing.shape[1:])
+    top, left = round(placement.centre[1] * h - tall / 2), round(placement.centre[0] * w - wide / 2)
     if top < 0 or left < 0 or top + tall > h or left + wide > w:
         raise MMHooksError(
-            f"a thing of {tall} x {wide} px around {placing.centre} does not lie inside {h} x {w}; take a smaller "
+            f"an object of {tall} x {wide} px around {placement.centre} does not fit into {h} x {w}; choose a smaller "
             "size or another centre"
         )
-    small = torch.nn.functional.interpolate(thing[None], (tall, wide), mode="bilinear", antialias=True)[0]
-    small = small.clamp(0, 1) * placing.opacity
-    out = picture.clone()
+    small = torch.nn.functional.interpolate(drawing[None], (tall, wide), mode="bilinear", antialias=True)[0]
+    small = small.clamp(0, 1) * placement.opacity
+    out = image.clone()
     region = out[:, top : top + tall, left : left + wide]
     region.mul_(1 - small[3:]).add_(small[:3])
     return out

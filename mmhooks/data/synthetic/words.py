@@ -1,8 +1,8 @@
-"""Words in pictures: rendered, placed, on plates or beside the drawing, and their controls.
+"""Renders words into images: on the image, on plates or in a strip beside it, and the matching controls.
 
-Nothing here knows a model. Pictures are tensors [3, h, w] from 0 to 1. Every function is a function of its
-arguments alone, and what does not fit is an error rather than a word cut in half. `DEJAVU` comes with
-matplotlib, so it is on every machine; `mini-reader` was trained on other fonts.
+Independent of models. Images are tensors [3, h, w] from 0 to 1. All functions are pure, and a word that does not fit
+raises an error instead of being cut off. The `DEJAVU` fonts ship with matplotlib, so they are always available;
+`mini-reader` was trained on other fonts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WHITE: Colour = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How a word stands in a picture: font file, size in pixels per em, centre as (x, y) from 0 to 1.
+class TextStyle:
+    """How a word is rendered: font file, size in pixels per em, centre as (x, y) from 0 to 1.
 
-    ``plate`` is the colour of a rectangle behind the word, ``margin`` pixels larger than its ink on each
-    side; None writes on the picture itself. ``angle`` turns the word, in degrees against the clock.
+    ``plate`` is the colour of a rectangle behind the word, ``margin`` pixels larger than its ink on each side; None
+    writes on the image itself. ``angle`` rotates the word, in degrees counter-clockwise.
     """
 
     font: str
@@ -47,10 +47,10 @@ class Writing:
 
 
 def font_file(name: str) -> str:
-    """The path of a font of matplotlib's, or of a file that is there.
+    """The path of an existing font file, or of one that ships with matplotlib.
 
     Raises:
-        MMHooksError: neither.
+        MMHooksError: there is neither.
 
     >>> font_file("DejaVuSans").endswith("DejaVuSans.ttf")
     True
@@ -73,10 +73,10 @@ def _font(name: str, size: float):
 
 
 def ink_of(text: str, font: str, size: float, *, angle: float = 0.0) -> Float[Tensor, "h w"]:
-    """The word's coverage from 0 to 1, cut to its ink.
+    """The word's coverage from 0 to 1, cropped to its ink.
 
     Raises:
-        MMHooksError: the word leaves no ink (empty, blanks, or letters that the font lacks).
+        MMHooksError: the word has no ink (empty, blanks, or letters missing in the font).
 
     >>> ink_of("fox", "DejaVuSans", 16.0).shape
     torch.Size([12, 25])
@@ -96,14 +96,14 @@ def _ink(text: str, font: str, size: float, angle: float) -> Float[Tensor, "h w"
         image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     box = image.getbbox()
     if box is None:
-        raise MMHooksError(f"{text!r} leaves no ink in {font} at {size} px")
+        raise MMHooksError(f"{text!r} has no ink in {font} at {size} px")
     return torch.from_numpy(np.asarray(image.crop(box), dtype=np.float32) / 255)
 
 
-def letter_middles(text: str, font: str, size: float) -> list[tuple[float, float]]:
-    """(x, y) of each letter's middle, at half the height of an x, in pixels from the corner of the ink.
+def letter_centres(text: str, font: str, size: float) -> list[tuple[float, float]]:
+    """(x, y) of each letter's centre, at half the x-height, in pixels from the corner of the ink.
 
-    >>> [round(x) for x, _ in letter_middles("fox", "DejaVuSans", 16.0)]
+    >>> [round(x) for x, _ in letter_centres("fox", "DejaVuSans", 16.0)]
     [2, 10, 20]
     """
     face = _font(font, size)
@@ -134,78 +134,78 @@ def largest_size(text: str, font: str, width: int, height: int, *, most: float =
     return sizes[low - 1]
 
 
-def box_of(text: str, writing: Writing, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the word with its margin, in pixels of a picture of that size.
+def box_of(text: str, style: TextStyle, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width in pixels of the word with its margin, in an image of that size.
 
     Raises:
-        MMHooksError: the box does not lie inside the picture.
+        MMHooksError: the box does not fit inside the image.
     """
-    tall, wide = _ink(text, writing.font, writing.size, writing.angle).shape
-    tall, wide = tall + 2 * writing.margin, wide + 2 * writing.margin
-    top = round(writing.centre[1] * height - tall / 2)
-    left = round(writing.centre[0] * width - wide / 2)
+    tall, wide = _ink(text, style.font, style.size, style.angle).shape
+    tall, wide = tall + 2 * style.margin, wide + 2 * style.margin
+    top = round(style.centre[1] * height - tall / 2)
+    left = round(style.centre[0] * width - wide / 2)
     if top < 0 or left < 0 or top + tall > height or left + wide > width:
         raise MMHooksError(
-            f"{text!r} at {writing.size} px takes {tall} x {wide} px around {writing.centre} and does not fit "
-            f"into {height} x {width}; take a smaller size (largest_size) or another centre"
+            f"{text!r} at {style.size} px takes {tall} x {wide} px around {style.centre} and does not fit "
+            f"into {height} x {width}; choose a smaller size (largest_size) or another centre"
         )
     return top, left, tall, wide
 
 
-def write(picture: Float[Tensor, "3 h w"], text: str, writing: Writing) -> Float[Tensor, "3 h w"]:
-    """The picture with the word on it; a copy.
+def write(image: Float[Tensor, "3 h w"], text: str, style: TextStyle) -> Float[Tensor, "3 h w"]:
+    """A copy of the image with the word on it.
 
     Raises:
         MMHooksError: the word does not fit (see :func:`box_of`).
 
-    >>> written = write(torch.ones(3, 64, 64), "fox", Writing("DejaVuSans"))
+    >>> written = write(torch.ones(3, 64, 64), "fox", TextStyle("DejaVuSans"))
     >>> bool(written.min() < 0.1)
     True
     """
-    top, left, tall, wide = box_of(text, writing, *picture.shape[1:])
-    out = picture.clone()
+    top, left, tall, wide = box_of(text, style, *image.shape[1:])
+    out = image.clone()
     region = out[:, top : top + tall, left : left + wide]
-    if writing.plate is not None:
-        region.lerp_(_solid(writing.plate), writing.opacity)
-    margin = writing.margin
+    if style.plate is not None:
+        region.lerp_(_solid(style.plate), style.opacity)
+    margin = style.margin
     inner = region[:, margin : tall - margin, margin : wide - margin]
-    ink = _ink(text, writing.font, writing.size, writing.angle) * writing.opacity
-    inner.lerp_(_solid(writing.ink).expand_as(inner), ink.expand_as(inner))
+    ink = _ink(text, style.font, style.size, style.angle) * style.opacity
+    inner.lerp_(_solid(style.ink).expand_as(inner), ink.expand_as(inner))
     return out
 
 
-def blank_plate(picture: Float[Tensor, "3 h w"], text: str, writing: Writing) -> Float[Tensor, "3 h w"]:
-    """The control without a word: the plate that ``text`` would stand on, empty (white if it has none)."""
-    top, left, tall, wide = box_of(text, writing, *picture.shape[1:])
-    out = picture.clone()
-    out[:, top : top + tall, left : left + wide].lerp_(_solid(writing.plate or WHITE), writing.opacity)
+def blank_plate(image: Float[Tensor, "3 h w"], text: str, style: TextStyle) -> Float[Tensor, "3 h w"]:
+    """Control without a word: the plate of ``text``, empty (white if it has none)."""
+    top, left, tall, wide = box_of(text, style, *image.shape[1:])
+    out = image.clone()
+    out[:, top : top + tall, left : left + wide].lerp_(_solid(style.plate or WHITE), style.opacity)
     return out
 
 
 def noise_patch(
-    picture: Float[Tensor, "3 h w"], text: str, writing: Writing, *, seed: int = 0
+    image: Float[Tensor, "3 h w"], text: str, style: TextStyle, *, seed: int = 0
 ) -> Float[Tensor, "3 h w"]:
-    """The control of pure occlusion: uniform noise in the box that ``text`` would take."""
-    top, left, tall, wide = box_of(text, writing, *picture.shape[1:])
+    """Control for occlusion: uniform noise in the box of ``text``."""
+    top, left, tall, wide = box_of(text, style, *image.shape[1:])
     noise = torch.rand(3, tall, wide, generator=torch.Generator().manual_seed(seed))
-    out = picture.clone()
-    out[:, top : top + tall, left : left + wide].lerp_(noise, writing.opacity)
+    out = image.clone()
+    out[:, top : top + tall, left : left + wide].lerp_(noise, style.opacity)
     return out
 
 
-def make_room(
-    picture: Float[Tensor, "3 h w"], share: float = 0.3, *, below: bool = True, ground: Colour = WHITE
+def add_strip(
+    image: Float[Tensor, "3 h w"], share: float = 0.3, *, below: bool = True, ground: Colour = WHITE
 ) -> Float[Tensor, "3 h w"]:
-    """The picture, smaller, with an empty strip of ``share`` of the height below (or above) it.
+    """The image, scaled down, with an empty strip of ``share`` of the height below (or above) it.
 
-    >>> make_room(torch.zeros(3, 64, 64), 0.25).sum(0).eq(0).sum().item() == 48 * 48
+    >>> add_strip(torch.zeros(3, 64, 64), 0.25).sum(0).eq(0).sum().item() == 48 * 48
     True
     """
     if not 0 < share < 1:
-        raise MMHooksError(f"share of the strip must lie between 0 and 1, came {share}")
-    _, h, w = picture.shape
+        raise MMHooksError(f"share of the strip must lie between 0 and 1, got {share}")
+    _, h, w = image.shape
     tall, wide = round(h * (1 - share)), round(w * (1 - share))
-    small = torch.nn.functional.interpolate(picture[None], (tall, wide), mode="bicubic", antialias=True)[0]
+    small = torch.nn.functional.interpolate(image[None], (tall, wide), mode="bicubic", antialias=True)[0]
     out = _solid(ground).expand(3, h, w).clone()
     left = (w - wide) // 2
     top = 0 if below else h - tall
@@ -213,18 +213,18 @@ def make_room(
     return out
 
 
-def nonsense(word: str, dice: random.Random, *, known: Collection[str] = ()) -> str:
-    """Letters that are no word: vowels for vowels, consonants for consonants, none of ``known``.
+def nonsense(word: str, rng: random.Random, *, known: Collection[str] = ()) -> str:
+    """A pseudo-word: replaces vowels by vowels and consonants by consonants; not in ``known``.
 
     >>> nonsense("tiger", random.Random(0), known={"tiger"})
     'qociv'
     """
     vowels, consonants = "aeiou", "bcdfghjklmnpqrstvwxz"
     for _ in range(100):
-        made = "".join(dice.choice(vowels if c in vowels else consonants) for c in word)
+        made = "".join(rng.choice(vowels if c in vowels else consonants) for c in word)
         if made not in known and made != word:
             return made
-    raise MMHooksError(f"no nonsense like {word!r} found outside {len(known)} known words")
+    raise MMHooksError(f"found no pseudo-word like {word!r} that is not among {len(known)} known words")
 
 
 def _solid(colour: Colour) -> Float[Tensor, "3 1 1"]:

@@ -1,4 +1,4 @@
-"""One door for heads of every format: which one it is, its files say."""
+"""Reads heads in any supported format, which is recognised by the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSOR_FILES = (".safetensors", ".pt", ".pth")
 
 
 class Format(NamedTuple):
-    """A format by name, the files that make it, whether a path holds it, and how it is read."""
+    """A file format: its name, its files, whether a path contains it, and its reader."""
 
     name: str
     files: str
@@ -29,10 +29,10 @@ class Format(NamedTuple):
 
 
 def read_head(path: str | Path, options: Options | None = None) -> Head:
-    """The head at ``path``, a folder or a file of weights, in whichever of :data:`FORMATS` it is written.
+    """The head at ``path``, a folder or a file of weights, in any of :data:`FORMATS`.
 
     Raises:
-        MissingWeights: nothing there, or nothing that any format knows; the message lists both.
+        MissingWeights: nothing there, or no known format; the message lists the files found and the formats.
         MMHooksError: a known format with contents that do not fit.
 
     >>> import tempfile; from mmhooks.heads import TopKSAE
@@ -42,7 +42,7 @@ def read_head(path: str | Path, options: Options | None = None) -> Head:
     """
     path, options = Path(path), options or Options()
     if not path.exists():
-        raise MissingWeights(f"no head at {path}: nothing is there")
+        raise MissingWeights(f"no head at {path}: it does not exist")
     for format in FORMATS:
         if format.holds(path):
             return format.read(path, options)
@@ -51,13 +51,17 @@ def read_head(path: str | Path, options: Options | None = None) -> Head:
     known = "\n".join(f"  {format.name}: {format.files}" for format in FORMATS)
     inside = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
     hint = (
-        f"\nIt has folders ({', '.join(sorted(inside)[:6])}): is the head in one of them?" if inside else ""
+        f"\nIt has subfolders ({', '.join(sorted(inside)[:6])}): is the head in one of them?"
+        if inside
+        else ""
     )
-    raise MissingWeights(f"no head in {path}. Found: {shown or 'nothing'}. Understood are\n{known}{hint}")
+    raise MissingWeights(
+        f"no head in {path}. Found: {shown or 'nothing'}. Supported formats are\n{known}{hint}"
+    )
 
 
 def _config(path: Path) -> dict:
-    """``config.json`` of a folder, or the one beside a file; empty where there is none."""
+    """``config.json`` of a folder, or beside a file; empty if there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     return read_json(file) if file.is_file() else {}
 
@@ -95,11 +99,11 @@ def _from_file(read: Callable[[Path, Options], Head]) -> Callable[[Path, Options
     return of
 
 
-def _own(path: Path, options: Options) -> Head:
+def _read_own(path: Path, options: Options) -> Head:
     given = {k: v for k, v in vars(options).items() if v is not None}
     if given.keys() - {"name"}:
         raise MMHooksError(
-            f"{path} is written in our own format, which says everything itself: it takes no "
+            f"{path}: the format of mmhooks specifies everything itself: expected no "
             f"{', '.join(sorted(given.keys() - {'name'}))}"
         )
     head = base.load_head_dir(path)
@@ -107,20 +111,20 @@ def _own(path: Path, options: Options) -> Head:
     return head
 
 
-def _pair(config: str, weights: str) -> Callable[[Path], bool]:
+def _has_files(config: str, weights: str) -> Callable[[Path], bool]:
     return lambda path: (path / config).is_file() and (path / weights).is_file()
 
 
 FORMATS = (
     Format(
         "mmhooks", "config.json (with a kind) and model.safetensors",
-        lambda path: _pair(base.CONFIG, base.WEIGHTS)(path) and "kind" in _config(path), _own,
+        lambda path: _has_files(base.CONFIG, base.WEIGHTS)(path) and "kind" in _config(path), _read_own,
     ),
     Format("SAELens", "cfg.json and sae_weights.safetensors",
-           _pair(saelens.CONFIG, saelens.WEIGHTS), saelens.read),
-    Format("sparsify", "cfg.json and sae.safetensors", _pair(sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
+           _has_files(saelens.CONFIG, saelens.WEIGHTS), saelens.read),
+    Format("sparsify", "cfg.json and sae.safetensors", _has_files(sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
     Format("dictionary_learning", "ae.pt, with config.json or kind=",
-           lambda path: _pair("ae.pt", "ae.pt")(path), dictionary_learning.read),
+           lambda path: _has_files("ae.pt", "ae.pt")(path), dictionary_learning.read),
     Format("ViT-Prisma", "config.json (with activation_fn_str) and one .pt file",
            lambda path: prisma.fits(_config(path)) and (path.suffix == ".pt" or bool(list(path.glob("*.pt")))),
            prisma.read),

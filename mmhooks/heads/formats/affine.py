@@ -1,4 +1,4 @@
-"""What every SAE of the field is around its activation, and the exact rewritings that bring it to ours."""
+"""The affine part common to all SAE formats, and exact conversions of other libraries' conventions to ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MMHooksError
-from mmhooks.heads.base import unfilled
+from mmhooks.heads.base import build_without_weights
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.tensors import read_checkpoint, read_safetensors
@@ -20,9 +20,9 @@ from mmhooks.utils.tensors import read_checkpoint, read_safetensors
 
 @dataclass(frozen=True)
 class Affine:
-    """``pre = (x - b_pre) W_enc^T + b_enc`` and ``x' = f W_dec + b_pre``, with what is left to say about them.
+    """Weights of ``pre = (x - b_pre) W_enc^T + b_enc`` and ``x' = f W_dec + b_pre``.
 
-    Each method returns the weights that compute the same numbers in this form.
+    Each method converts weights of another convention to this form without changing the results.
     """
 
     W_enc: Float[Tensor, "n d"]
@@ -32,29 +32,29 @@ class Affine:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor], where: Path) -> Affine:
-        """From our four names, shapes checked against ``W_enc``."""
+        """From tensors under our four names; shapes are checked against ``W_enc``."""
         shape = tuple(weights["W_enc"].shape)
         n, d = shape if len(shape) == 2 else (-1, -1)
         for name, expected in {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_pre": (d,)}.items():
             if tuple(weights[name].shape) != expected:
                 raise MMHooksError(
                     f"{where}: for an encoder of {n} features and width {d}, {name} must be {list(expected)}, "
-                    f"came {list(weights[name].shape)}"
+                    f"got {list(weights[name].shape)}"
                 )
         return cls(**{name: weights[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_pre")})
 
     def encoder_unshifted(self) -> Affine:
-        """From an encoder that reads ``x`` itself: ``x W^T + b = (x - b_pre) W^T + (b + W b_pre)``."""
+        """From an encoder without pre-bias: ``x W^T + b = (x - b_pre) W^T + (b + W b_pre)``."""
         return replace(self, b_enc=self.b_enc + self.W_enc @ self.b_pre)
 
     def row_norms_folded(self) -> Affine:
-        """From features selected by ``pre |W_dec|`` and decoded by ``W_dec / |W_dec|``."""
+        """From an SAE that selects features by ``pre |W_dec|`` and decodes with ``W_dec / |W_dec|``."""
         norm = self.W_dec.norm(dim=1)
         rows = norm[:, None].clamp_min(1e-8)
         return replace(self, W_enc=self.W_enc * rows, b_enc=self.b_enc * norm, W_dec=self.W_dec / rows)
 
     def input_scaled(self, scale: float, mean: Tensor | float = 0.0) -> Affine:
-        """From an SAE that works on ``(x - mean) scale`` and gives ``x' / scale + mean``."""
+        """From an SAE that works on ``(x - mean) scale`` and returns ``x' / scale + mean``."""
         return replace(
             self, W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_pre=self.b_pre / scale + mean
         )
@@ -70,11 +70,11 @@ class Affine:
         about: Any = None,
         **config: Any,
     ) -> SAE:
-        """The head of this ``kind`` with these weights; every shape is checked."""
+        """Builds the head of this ``kind`` with these weights; every shape is checked."""
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_pre": self.b_pre}
         n, d = self.W_enc.shape
         config = {"d_in": d, "n_features": n, "normalize_input": options.normalize_input or False} | config
-        head = unfilled(kind, config, where, name=options.name or "sae")
+        head = build_without_weights(kind, config, where, name=options.name or "sae")
         assert isinstance(head, SAE)
         state = {k: v.float().contiguous() for k, v in (tensors | dict(extra or {})).items()}
         load_strictly(head, state, str(where))
@@ -84,13 +84,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class Options:
-    """What a file may leave open and the caller knows.
+    """What a file may not specify and the caller knows.
 
     Attributes:
         name: of the head (default "sae").
-        normalize_input: whether raw vectors are given unit norm (or ``"layer_norm"``) first; foreign formats: no,
-            unless they say so.
-        kind, k, threshold: the activation, where the file does not tell it.
+        normalize_input: whether raw vectors are given unit norm (or ``"layer_norm"``) first; in formats of other
+            libraries they are not, unless the file says so.
+        kind, k, threshold: the activation, if the file does not specify it.
     """
 
     name: str | None = None
@@ -101,7 +101,7 @@ class Options:
 
 
 def scaling_of(name: str | None, affine: Affine, options: Options, where: Path) -> tuple[Affine, Options]:
-    """What SAELens and ViT-Prisma call ``normalize_activations``, in our terms."""
+    """Converts ``normalize_activations`` of SAELens and ViT-Prisma to our form."""
     name = name or "none"
     if name == "none":
         return affine, options
@@ -111,14 +111,14 @@ def scaling_of(name: str | None, affine: Affine, options: Options, where: Path) 
         return affine, replace(options, normalize_input="layer_norm")
     raise MMHooksError(
         f"{where}: normalize_activations={name!r} scales the input by statistics that are not in the file; fold "
-        "them with SAELens first (sae.fold_activation_norm_scaling_factor or fold_activation_whitening)"
+        "them into the weights with SAELens first (sae.fold_activation_norm_scaling_factor or fold_activation_whitening)"
     )
 
 
-def take(
+def take_tensors(
     state: Mapping[str, Tensor], names: Mapping[str, str], where: Path, ignored: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """The tensors called ``names`` (ours -> theirs), in fp32; a missing or an unknown one raises, naming it."""
+    """The tensors called ``names`` (ours -> theirs), in fp32; missing and unexpected ones raise an error."""
     missing = sorted(theirs for theirs in names.values() if theirs not in state)
     surplus = sorted(state.keys() - set(names.values()) - set(ignored))
     if missing or surplus:
@@ -133,21 +133,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        DamagedFile: it is none.
+        DamagedFile: it cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is no JSON file that can be read ({error}); fetch it again") from error
+        raise DamagedFile(
+            f"{path}: expected a JSON file, got one that cannot be read ({error}); fetch it again"
+        ) from error
     if not isinstance(found, dict):
         raise DamagedFile(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file, or a torch checkpoint of which nothing but tensors is unpickled.
+    """The tensors of a safetensors file, or of a torch checkpoint, of which only tensors are unpickled.
 
     Raises:
-        MissingWeights, DamagedFile: as :mod:`mmhooks.utils.tensors` has it.
+        MissingWeights, DamagedFile: as in :mod:`mmhooks.utils.tensors`.
     """
     return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""dictionary_learning's state dicts (``ae.pt`` beside ``config.json``), read without it; checked against 0.1."""
+"""Reads state dicts of dictionary_learning (``ae.pt`` beside ``config.json``) without it; checked against 0.1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take_tensors
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.jumprelu import from_log
 
@@ -21,7 +21,7 @@ CLASSES = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "
 
 
 def fits(state: dict[str, Any]) -> bool:
-    """Whether the keys are those of one of its classes."""
+    """Whether the keys are those of one of the library's classes."""
     return set(LINEAR.values()) <= state.keys() or set(PLAIN.values()) | {"threshold"} <= state.keys()
 
 
@@ -29,7 +29,7 @@ def read(path: Path, options: Options) -> SAE:
     """``path`` is a folder with ``ae.pt``, or the file itself; ``config.json`` beside it names the class.
 
     Raises:
-        MMHooksError: a class that is not read (gated), or a file that leaves TopK and BatchTopK open.
+        MMHooksError: an unsupported class (gated), or a file that may be either TopK or BatchTopK.
     """
     where = path / WEIGHTS if path.is_dir() else path
     beside = where.parent / "config.json"
@@ -43,7 +43,8 @@ def read(path: Path, options: Options) -> SAE:
         threshold = float(state["threshold"]) if options.threshold is None else options.threshold
         if threshold < 0:
             raise MMHooksError(
-                f"{where}: its threshold is {threshold}: training never set it; pass threshold=, or kind='topk'"
+                f"{where}: expected a threshold >= 0, got {threshold}: training never set it; pass threshold=, or "
+                "kind='topk'"
             )
         extra["threshold"] = torch.tensor(threshold)
     elif kind == "jumprelu":
@@ -62,7 +63,7 @@ def read(path: Path, options: Options) -> SAE:
 def _kind(dict_class: str | None, state: dict[str, Any], options: Options, where: Path) -> str:
     if dict_class is not None and dict_class not in CLASSES:
         raise MMHooksError(
-            f"{where}: class {dict_class!r} has no counterpart here; read are {', '.join(CLASSES)}"
+            f"{where}: expected a class among {', '.join(CLASSES)}, got {dict_class!r}, which is not supported"
         )
     if options.kind or dict_class:
         return options.kind or CLASSES[dict_class or ""]
@@ -71,23 +72,23 @@ def _kind(dict_class: str | None, state: dict[str, Any], options: Options, where
     if "group_sizes" in state:
         return "batchtopk"
     raise MMHooksError(
-        f"{where}: TopK and BatchTopK have the same tensors here and no config.json beside it says which; "
+        f"{where}: TopK and BatchTopK have the same tensors, and there is no config.json beside it that says which; "
         "pass kind='topk' or kind='batchtopk'"
     )
 
 
 def _weights(kind: str, state: dict[str, Tensor], where: Path) -> Affine:
-    book = {
+    bookkeeping = {
         "topk": ("k", "threshold"),
         "batchtopk": ("k", "threshold", "group_sizes"),
         "jumprelu": ("threshold",),
     }
-    known = book.get(kind, ())
+    known = bookkeeping.get(kind, ())
     if "W_enc" in state:
-        plain = take(state, PLAIN, where, ignored=known)
+        plain = take_tensors(state, PLAIN, where, ignored=known)
         affine = Affine.of(plain | {"W_enc": plain["W_enc"].T}, where)
         return affine.encoder_unshifted() if kind == "jumprelu" else affine
     bias = next((b for b in ("bias", "b_dec", "decoder.bias") if b in state), "bias")
-    linear = take(state, LINEAR | {"b_pre": bias}, where, ignored=known)
+    linear = take_tensors(state, LINEAR | {"b_pre": bias}, where, ignored=known)
     affine = Affine.of(linear | {"W_dec": linear["W_dec"].T}, where)
     return affine.encoder_unshifted() if bias == "decoder.bias" else affine

@@ -1,4 +1,4 @@
-"""MSAE checkpoints (Zaigrajew et al. 2025): one ``.pth`` file whose *name* holds the configuration.
+"""Reads MSAE checkpoints (Zaigrajew et al. 2025): one ``.pth`` file whose *name* contains the configuration.
 
 ``<latents>_<inputs>_<activation>[_<k or weight>][_UW|_RW]_<tied>_<normalize>_<soft cap>_....pth`` with the keys
 ``model``, ``mean_center``, ``scaling_factor`` and ``target_norm``.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take
+from mmhooks.heads.formats.affine import Affine, Options, read_tensors, take_tensors
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.jumprelu import from_log
 
@@ -27,35 +27,35 @@ def fits(state: dict[str, Any]) -> bool:
 
 
 def read(path: Path, options: Options) -> SAE:
-    """As its own ``SAE(path)`` computes: the input centred and scaled, ReLU, and TopK only with ``k=``.
+    """Computes what MSAE's ``SAE(path)`` does: the input centred and scaled, ReLU, and TopK only with ``k=``.
 
     (There, ``forward(x)`` uses all positive latents and ``forward(x, topk=k)`` the ``k`` largest of them.)
 
     Raises:
-        MMHooksError: a name that tells no configuration, or one that is not read (soft cap, absolute TopK).
+        MMHooksError: a name without a configuration, or an unsupported one (soft cap, absolute TopK).
     """
     found = NAME.match(path.name)
     if found is None:
         raise MMHooksError(
-            f"{path.name!r} does not name its configuration as MSAE's files do, e.g. "
-            "6144_768_TopKReLU_64_RW_False_False_0.0_....pth; keep the name it was published with"
+            f"expected a file name with MSAE's configuration, e.g. 6144_768_TopKReLU_64_RW_False_False_0.0_....pth, got "
+            f"{path.name!r}; keep the name it was published with"
         )
     if found["activation"] not in READ or float(found["cap"]) != 0 or found["normalize"] == "True":
         raise MMHooksError(
-            f"{path.name}: read are activations {', '.join(READ)} without normalisation and without soft cap, "
-            f"came {found['activation']}, normalize {found['normalize']}, soft cap {found['cap']}"
+            f"{path.name}: expected an activation among {', '.join(READ)} without normalisation and soft cap, "
+            f"got {found['activation']}, normalize {found['normalize']}, soft cap {found['cap']}"
         )
     payload = read_tensors(path)
-    strange = sorted(payload.keys() - {"model", "mean_center", "scaling_factor", "target_norm"})
-    if strange:
-        raise MMHooksError(f"{path}: unexpected {', '.join(strange)} beside the model; fetch it again")
+    unexpected = sorted(payload.keys() - {"model", "mean_center", "scaling_factor", "target_norm"})
+    if unexpected:
+        raise MMHooksError(f"{path}: unexpected {', '.join(unexpected)} beside the model; fetch it again")
     state, mean, scale = payload["model"], payload["mean_center"], payload["scaling_factor"]
     names = {"W_enc": "encoder", "b_enc": "latent_bias", "W_dec": "decoder", "b_pre": "pre_bias"}
     if found["tied"] == "True":
         names.pop("W_dec")
     extra, thresholds = {}, ("activation.log_threshold", "dead_activations.log_threshold")
     learned = thresholds if found["activation"] == "JumpReLU" else ()
-    weights = take(state, names, path, ignored=("latents_activation_frequency", *learned))
+    weights = take_tensors(state, names, path, ignored=("latents_activation_frequency", *learned))
     weights["W_enc"] = weights["W_enc"].T
     weights.setdefault("W_dec", weights["W_enc"])
     affine = Affine.of(weights, path).input_scaled(float(scale), mean)

@@ -1,7 +1,7 @@
-"""SAELens's files (``cfg.json``, ``sae_weights.safetensors``), read and written without it; checked against 6.54.
+"""Reads and writes SAELens's files (``cfg.json``, ``sae_weights.safetensors``) without it; checked against 6.54.
 
-It keeps ``W_enc`` as ``[d_in, d_sae]`` and calls our ``b_pre`` ``b_dec``. BatchTopK heads are stored there as
-JumpReLU with one threshold, and Matryoshka heads as what they are in use; ours keep their kind in ``metadata``.
+SAELens stores ``W_enc`` as ``[d_in, d_sae]`` and calls our ``b_pre`` ``b_dec``. It stores BatchTopK heads as JumpReLU
+with one threshold, and Matryoshka heads as TopK, which they compute at inference; ours keep their kind in ``metadata``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
-from mmhooks.heads.base import Head, unfilled
-from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take
+from mmhooks.heads.base import Head, build_without_weights
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take_tensors
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE, from_log
 from mmhooks.heads.weights import load_strictly
-from mmhooks.utils.files import make_folder, write_text, written_aside
+from mmhooks.utils.files import atomic_path, make_folder, write_text
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
-# SAELens's architecture -> our kind. The last two are training checkpoints; what they compute in use is a threshold.
+# SAELens's architecture -> our kind. The last two are training checkpoints, which apply a threshold at inference.
 ARCHITECTURES = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu",
                  "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # fmt: skip
-VERSION = "6.54.12"  # whose layout is written; without one SAELens takes a file for one of before 6.0
+VERSION = "6.54.12"  # whose layout is written; without a version SAELens assumes a file from before 6.0
 NORMALIZED = {True: "constant_norm_rescale", False: "none", "layer_norm": "layer_norm"}
 WRITTEN = {
     "topk": "topk",
@@ -43,12 +43,12 @@ def load_saelens(
 ) -> SAE:
     """The SAE in a directory written by SAELens (``sae.save_model``): topk, standard, jumprelu, batchtopk.
 
-    Its inputs are taken as they come, as SAELens does; pass ``normalize_input=True`` if it was trained on
-    vectors of unit norm and should get them from raw ones. (Files that :func:`save_saelens` wrote remember it.)
+    Its inputs are not normalised, as in SAELens; pass ``normalize_input=True`` if it was trained on vectors of unit
+    norm and is to be applied to raw ones. (Files written by :func:`save_saelens` store this.)
 
     Raises:
         MissingWeights: no such files in ``path``.
-        MMHooksError: another architecture, input scaling that we do not apply, or tensors that do not fit.
+        MMHooksError: another architecture, unsupported input scaling, or tensors that do not fit.
 
     >>> import tempfile
     >>> from mmhooks.heads import TopKSAE
@@ -64,23 +64,24 @@ def read(path: Path, options: Options) -> SAE:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise MissingWeights(
-                f"no SAELens head in {path}: expected {CONFIG} and {WEIGHTS}, {file} is not there"
+                f"no SAELens head in {path}: expected {CONFIG} and {WEIGHTS}, but {file} is missing"
             )
-    cfg, where = _modern(read_json(path / CONFIG)), path / WEIGHTS
+    cfg, where = _upgrade_config(read_json(path / CONFIG)), path / WEIGHTS
     _check_types(cfg, path / CONFIG)
     architecture = cfg["architecture"]
     if architecture not in ARCHITECTURES:
         raise MMHooksError(
-            f"{path / CONFIG}: architecture {architecture!r} has no counterpart here; read are {', '.join(ARCHITECTURES)}"
+            f"{path / CONFIG}: expected an architecture among {', '.join(ARCHITECTURES)}, got {architecture!r}, which is "
+            "not supported"
         )
     state = read_tensors(where)
     ours = (cfg.get("metadata") or {}).get("mmhooks")
     if isinstance(ours, dict):
-        return _own(ours, state, options, where, cfg)
+        return _read_own(ours, state, options, where, cfg)
     if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
-        del state["scaling_factor"]  # of before 6.0, without effect
+        del state["scaling_factor"]  # from before 6.0, without effect
     kind, extra, config, state = _activation(ARCHITECTURES[architecture], cfg, state, options, where)
-    weights = take(state, NAMES, where)
+    weights = take_tensors(state, NAMES, where)
     affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, where)
     if tuple(affine.W_enc.shape) != (cfg.get("d_sae"), cfg.get("d_in")):
         raise MMHooksError(
@@ -97,8 +98,8 @@ def read(path: Path, options: Options) -> SAE:
     )
 
 
-def _modern(cfg: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of before 6.0 in today's terms."""
+def _upgrade_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Converts a configuration from before 6.0 to the current form."""
     cfg = {"architecture": "standard"} | cfg
     if cfg.get("activation_fn_str", cfg.get("activation_fn")) == "topk" and cfg["architecture"] == "standard":
         cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
@@ -108,7 +109,7 @@ def _modern(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_types(cfg: dict[str, Any], where: Path) -> None:
-    """The fields that decide what is computed, by type."""
+    """Checks the types of the fields that determine what is computed."""
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)  # noqa: E731
     expected = {
         "architecture": ("text", lambda v: isinstance(v, str)),
@@ -129,12 +130,12 @@ def _check_types(cfg: dict[str, Any], where: Path) -> None:
 def _activation(
     kind: str, cfg: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path
 ) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Our kind, its own tensors and configuration, and the state without them."""
+    """Our kind, its extra tensors and configuration, and the state without them."""
     state = dict(state)
     if kind == "topk":
         k = options.k or cfg.get("k")
         if k is None:
-            raise MMHooksError(f"{where}: {CONFIG} names no k; pass k=")
+            raise MMHooksError(f"{where}: expected k in {CONFIG}, got none; pass k=")
         return kind, {}, {"k": int(k)}, state
     if kind == "batchtopk":
         threshold = state.pop("topk_threshold", None)
@@ -142,20 +143,20 @@ def _activation(
             raise MMHooksError(f"{where}: missing topk_threshold: without it a BatchTopK SAE cannot be used")
         return kind, {"threshold": threshold}, {"k": max(1, round(cfg.get("k") or 1))}, state
     if kind == "jumprelu":
-        if "log_threshold" in state:  # training checkpoints of before 6.0
+        if "log_threshold" in state:  # training checkpoints from before 6.0
             log_threshold = state.pop("log_threshold").float()
         elif "threshold" in state:
             log_threshold = state.pop("threshold").float().clamp_min(0).log()  # at zero or below: ReLU
         else:
-            raise MMHooksError(f"{where}: missing threshold, as a jumprelu SAE has it")
+            raise MMHooksError(f"{where}: missing threshold, which a jumprelu SAE needs")
         return kind, {"threshold_log": from_log(log_threshold)}, {}, state
     return kind, {}, {}, state
 
 
-def _own(
+def _read_own(
     ours: dict[str, Any], state: dict[str, Tensor], options: Options, where: Path, cfg: dict[str, Any]
 ) -> SAE:
-    """A file of :func:`save_saelens`: the kind and configuration that its architecture cannot express."""
+    """Reads a file written by :func:`save_saelens`, whose metadata hold our kind and configuration."""
     config = ours.get("config")
     if ours.get("kind") not in WRITTEN or not isinstance(config, dict):
         raise DamagedFile(
@@ -164,11 +165,13 @@ def _own(
         )
     if options.normalize_input is not None:
         config = config | {"normalize_input": options.normalize_input}
-    head = unfilled(ours["kind"], config, where.with_name(CONFIG), name=options.name or ours.get("name"))
+    head = build_without_weights(
+        ours["kind"], config, where.with_name(CONFIG), name=options.name or ours.get("name")
+    )
     assert isinstance(head, SAE)
     state = dict(state)
     threshold = state.pop("threshold", None)
-    weights = take(state, NAMES, where)
+    weights = take_tensors(state, NAMES, where)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     if cfg.get("normalize_activations") == "constant_norm_rescale":
         root = float(cfg["d_in"]) ** 0.5
@@ -194,23 +197,23 @@ def _own(
 def save_saelens(
     head: Head, path: str | Path, *, hook_name: str | None = None, model_name: str | None = None
 ) -> Path:
-    """Writes an SAE as SAELens writes its own; there ``sae.encode(x)`` and ``sae(x)`` take the same raw vectors.
+    """Writes an SAE in SAELens's format; there ``sae.encode(x)`` and ``sae(x)`` take the same raw vectors.
 
-    Rows of unit norm are SAELens's ``constant_norm_rescale`` (rows of norm sqrt(d)) with weights scaled to match.
+    Unit-norm input becomes SAELens's ``constant_norm_rescale`` (rows of norm sqrt(d)) with weights scaled to match.
 
     Args:
-        hook_name: where the head belongs, as TransformerLens calls it; default ``head.info["hook_name"]``, or
+        hook_name: the head's site in TransformerLens's naming; default ``head.info["hook_name"]``, or
             ``head.info["site"]``.
-        model_name: of the model that it belongs to; default ``head.info["model_name"]``, or ``head.info["model"]``.
+        model_name: of the model it belongs to; default ``head.info["model_name"]``, or ``head.info["model"]``.
 
     Raises:
-        MMHooksError: a head that no SAELens architecture computes (NCL), or a BatchTopK head without threshold.
+        MMHooksError: a head without an SAELens architecture (NCL), or a BatchTopK head without a threshold.
         CannotWrite: a full disk, a read-only folder.
     """
     if head.kind not in WRITTEN:
         raise MMHooksError(
-            f"SAELens has no architecture for a {head.kind} head; written are {', '.join(WRITTEN)}. "
-            "head.save(path) keeps it in our own format"
+            f"expected a head of kind {', '.join(WRITTEN)}, got {head.kind}, for which SAELens has no architecture; "
+            "head.save(path) writes it in the format of mmhooks"
         )
     state = {k: v.detach().to("cpu", torch.float32) for k, v in head.state_dict().items()}
     tensors = {theirs: state[ours] for ours, theirs in NAMES.items()}
@@ -247,7 +250,7 @@ def save_saelens(
         | {"mmhooks": {"id": head.id, "kind": head.kind, "name": head.name, "config": head.config()}},
     }
     path = make_folder(path)
-    with written_aside(path / WEIGHTS) as aside:
+    with atomic_path(path / WEIGHTS) as aside:
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
     write_text(path / CONFIG, json.dumps(cfg, indent=1) + "\n")
     return path

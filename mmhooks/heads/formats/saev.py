@@ -1,7 +1,7 @@
-"""saev's checkpoints (one file: a JSON header line, then torch's bytes), read without it; checked against schema 5.
+"""Reads saev's checkpoints (a JSON header line, then a torch checkpoint) without it; checked against schema 5.
 
-Until schema 1 its encoder subtracted ``b_dec`` from the input, since then it does not; each file is read as the code
-that wrote it computes. BatchTopK was TopK of each row until its threshold came into the state dict.
+Until schema 1 its encoder subtracted ``b_dec`` from the input, since then it does not; each file is read as computed by
+the code that wrote it. BatchTopK was a per-row TopK until its threshold was added to the state dict.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mmhooks.errors import DamagedFile, MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, take
+from mmhooks.heads.formats.affine import Affine, Options, take_tensors
 from mmhooks.heads.sae.base import SAE
 from mmhooks.utils.tensors import is_headed, read_headed_checkpoint
 
@@ -22,7 +22,7 @@ LATEST = 5
 
 
 def fits(path: Path) -> bool:
-    """Whether a file is one of its own: a ``.pt`` that begins with a JSON header."""
+    """Whether a file is one of saev's: a ``.pt`` that starts with a JSON header."""
     return path.suffix == ".pt" and is_headed(path)
 
 
@@ -30,18 +30,18 @@ def read(path: Path, options: Options) -> SAE:
     """A ReLU, TopK or BatchTopK SAE. (There, a TopK feature may be negative where fewer than k are positive.)
 
     Raises:
-        MMHooksError: a schema of later versions, or another activation. DamagedFile: not what the header announces.
+        MMHooksError: a later schema, or another activation. DamagedFile: contents that contradict the header.
     """
     header, state = read_headed_checkpoint(path)
     schema = header.get("schema", 0)
     if type(schema) is not int or not 0 <= schema <= LATEST:
-        raise MMHooksError(f"{path}: schema {schema!r} of saev is not known here, up to {LATEST} are read")
+        raise MMHooksError(f"{path}: expected a schema of saev up to {LATEST}, got {schema!r}")
     cfg = header.get("cfg", {}) if schema else header
     if not isinstance(cfg, dict):
         raise DamagedFile(f"{path}: expected saev's configuration under 'cfg', got {cfg!r}; fetch it again")
     activation, k = _activation(header, cfg, path)
     threshold = state.pop(THRESHOLD, None)
-    weights = take(state, NAMES, path)
+    weights = take_tensors(state, NAMES, path)
     affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, path)
     width = cfg.get("d_model", cfg.get("d_vit"))
     if width is not None and width != affine.W_enc.shape[1]:
@@ -63,7 +63,7 @@ def read(path: Path, options: Options) -> SAE:
 
 
 def _activation(header: dict[str, Any], cfg: dict[str, Any], path: Path) -> tuple[str, int]:
-    """Its class and k. Schema 1 names it beside or inside the configuration, files before it are ReLU."""
+    """The activation and k. Schema 1 stores it beside or inside the configuration; earlier files are ReLU."""
     said = cfg.get("activation")
     if said is None:
         old = header.get("cls", "Relu") if "schema" in header else "Relu"
@@ -71,6 +71,6 @@ def _activation(header: dict[str, Any], cfg: dict[str, Any], path: Path) -> tupl
     name = said.get("cls") if isinstance(said, dict) else said
     if name not in ("Relu", "TopK", "BatchTopK"):
         raise MMHooksError(
-            f"{path}: activation {name!r} of saev has no counterpart here; read are Relu, TopK, BatchTopK"
+            f"{path}: expected an activation of saev among Relu, TopK, BatchTopK, got {name!r}, which is not supported"
         )
     return name, (said.get("params") or {}).get("top_k", 32)

@@ -1,11 +1,11 @@
-"""EleutherAI's sparsify (``cfg.json``, ``sae.safetensors``), read without it; checked against 1.3."""
+"""Reads SAEs of EleutherAI's sparsify (``cfg.json``, ``sae.safetensors``) without it; checked against 1.3."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take
+from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take_tensors
 from mmhooks.heads.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -15,17 +15,17 @@ def read(path: Path, options: Options) -> SAE:
     """A sparse coder of sparsify: TopK over ``ReLU((x - b_dec) W^T + b)``.
 
     Raises:
-        MMHooksError: a transcoder, a skip connection or groupmax: they are no SAE of ours.
+        MMHooksError: a transcoder, a skip connection or groupmax, which are not supported.
     """
     cfg, where = read_json(path / CONFIG), path / WEIGHTS
     for fault, words in (
         (cfg.get("transcode"), "a transcoder predicts another site than it reads"),
-        (cfg.get("skip_connection"), "a skip connection passes the input by the features"),
+        (cfg.get("skip_connection"), "a skip connection bypasses the features"),
         (cfg.get("activation", "topk") != "topk", f"activation {cfg.get('activation')!r} is not topk"),
     ):
         if fault:
-            raise MMHooksError(f"{path / CONFIG}: {words}; only plain TopK autoencoders of sparsify are read")
+            raise MMHooksError(f"{path / CONFIG}: expected a plain TopK autoencoder of sparsify; {words}")
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_pre": "b_dec"}
-    affine = Affine.of(take(read_tensors(where), names, where), where)
+    affine = Affine.of(take_tensors(read_tensors(where), names, where), where)
     k = options.k or cfg.get("k", 32)  # sparsify's own default
     return affine.build("topk", where=where, source="sparsify", options=options, about=cfg, k=k)

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the base class and one file an activation function."""
+"""Sparse autoencoders: the base class, and one module per activation function."""
 
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE

@@ -1,7 +1,7 @@
-"""SAE: what every sparse autoencoder shares, whatever its activation function.
+"""The base class of sparse autoencoders: everything but the activation function.
 
 One SAE serves both modalities (seed 001, Section 2.1): ``f = act((x - b_pre) W_enc^T + b_enc)``,
-``x' = f W_dec + b_pre``. Each activation function has a file of its own beside this one.
+``x' = f W_dec + b_pre``. Each activation function has its own module.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.heads.base import Head
-from mmhooks.heads.linalg import unit_rows
+from mmhooks.heads.linalg import to_unit
 
 
 class TrainingPass(NamedTuple):
-    """What one batch gives the objective.
+    """The outputs of one batch that the objective needs.
 
     Attributes:
         recons: reconstructions whose errors are averaged; more than one for nested heads.
         fired: features active for any row.
-        l0: active features a row.
-        penalty: the head's own measure of density, with its gradient (L1, L0); the objective weighs it. None
-            where the activation itself fixes the number of active features.
+        l0: mean number of active features per row.
+        penalty: the head's own differentiable measure of density (L1, L0), which the objective weights; None if the
+            activation itself fixes the number of active features.
     """
 
     recons: list[Tensor]
@@ -35,20 +35,20 @@ class TrainingPass(NamedTuple):
 
 
 def firing(f: Float[Tensor, "b n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
-    """Features active for any row, and the mean number of active features of a row."""
+    """Features active for any row, and the mean number of active features per row."""
     active = f.detach() > 0
     return active.any(dim=0), active.sum(dim=1).float().mean()
 
 
 class SAE(Head):
-    """Base of the SAEs: everything but the activation.
+    """Base class of SAEs: everything but the activation.
 
     ``W_enc`` and ``W_dec`` are both ``[n_features, d_in]``: row ``i`` of the decoder is the direction that
-    feature ``i`` writes. The encoder starts as the decoder (tied initialisation), rows at random on the
-    unit sphere, drawn from ``seed``.
+    feature ``i`` writes. The encoder is initialised to the decoder (tied initialisation), with rows drawn at random
+    on the unit sphere from ``seed``.
 
     Attributes:
-        unit_decoder: training keeps the decoder's rows at unit norm; elsewhere they are given it at its end.
+        unit_decoder: whether training keeps the decoder's rows at unit norm; if not, they are normalised at its end.
         penalty_weight: the objective's default weight of the head's own ``penalty``.
     """
 
@@ -68,7 +68,7 @@ class SAE(Head):
     ) -> None:
         super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)
         rows = torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(seed))
-        self.W_dec = nn.Parameter(unit_rows(rows))
+        self.W_dec = nn.Parameter(to_unit(rows))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_pre = nn.Parameter(torch.zeros(d_in))
@@ -78,14 +78,14 @@ class SAE(Head):
         raise NotImplementedError
 
     def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
-        """Encodes and decodes one batch for the objective; by default as in use."""
+        """Encodes and decodes one batch for the objective; by default as at inference."""
         f = self.encode(x)
         return TrainingPass([self.decode(f)], *firing(f))
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
         self.check_width(x)
-        return F.linear(self.settled(x)[0] - self.b_pre, self.W_enc, self.b_enc)
+        return F.linear(self.scaled_once(x)[0] - self.b_pre, self.W_enc, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         return self.activate(self.pre(x))

@@ -1,4 +1,4 @@
-"""BatchTopK: ``k`` active features a row on average, not in every row (Bussmann et al. 2024)."""
+"""BatchTopK: ``k`` active features per row on average, not in every row (Bussmann et al. 2024)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.sae.base import SAE, TrainingPass, firing
 
 RATE = 0.05
-"""Of the threshold's running average: it forgets in about 20 steps."""
+"""Rate of the threshold's running average, whose memory is about 20 steps."""
 
 
 class BatchTopKSAE(SAE):
-    """Trains on the ``B k`` largest pre-activations of a batch of ``B`` rows; in use it is a threshold.
+    """Trains on the ``B k`` largest pre-activations of a batch of ``B`` rows; at inference it applies a threshold.
 
-    A row alone has no batch to compete with, so :meth:`encode` keeps what exceeds ``threshold``: during training
-    the running average, over steps, of the smallest activation that was still selected; at its end, the value
-    that ``k`` features exceed on the training data (:meth:`calibrate`). It is part of the state dict (NaN until it
-    is known), so a head that was saved computes what the trained one did.
+    A single row has no batch to compete with, so :meth:`encode` keeps what exceeds ``threshold``: during training, the
+    running average of the smallest selected activation; at the end, the value that ``k`` features exceed on the
+    training data (:meth:`calibrate`). It is part of the state dict (NaN until set), so a saved head computes the same
+    as the trained one.
 
     >>> sae = BatchTopKSAE(d_in=8, n_features=32, k=4)
     >>> x = torch.nn.functional.normalize(torch.randn(500, 8), dim=-1)
@@ -38,10 +38,10 @@ class BatchTopKSAE(SAE):
     def __init__(self, d_in: int, n_features: int, k: int = 32, **kwargs: Any) -> None:
         super().__init__(d_in, n_features, **kwargs)
         if not 1 <= k <= n_features:
-            raise ShapeMismatch(f"k must lie in 1..n_features = {n_features}, came {k}")
+            raise ShapeMismatch(f"k must lie in 1..n_features = {n_features}, got {k}")
         self.k = k
         self.register_buffer("threshold", torch.tensor(float("nan")))
-        self._known = False
+        self._has_threshold = False
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"k": self.k}
@@ -52,9 +52,9 @@ class BatchTopKSAE(SAE):
         Raises:
             MMHooksError: the threshold was never set.
         """
-        if not self._known:  # asked until it is known: the answer costs a wait on a GPU
-            self._known = not bool(self.threshold.isnan())
-        if not self._known:
+        if not self._has_threshold:  # checked only until it is set, since on a GPU the check synchronises
+            self._has_threshold = not bool(self.threshold.isnan())
+        if not self._has_threshold:
             raise MMHooksError(
                 f"head {self.name!r} (batchtopk) has no inference threshold yet: train it, load it from a file "
                 "that has one, or set it on your own vectors with head.calibrate(x)"
@@ -70,11 +70,11 @@ class BatchTopKSAE(SAE):
     def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
         """Selects over the batch and moves the threshold towards the smallest activation in it."""
         f = self.select_over_batch(self.pre(x))
-        self._follow(f.detach())
+        self._move_threshold(f.detach())
         return TrainingPass([self.decode(f)], *firing(f))
 
     @torch.no_grad()
-    def _follow(self, f: Float[Tensor, "b n"]) -> None:
+    def _move_threshold(self, f: Float[Tensor, "b n"]) -> None:
         smallest = torch.where(f > 0, f, torch.inf).amin().to(self.threshold.dtype)
         moved = torch.where(
             self.threshold.isnan(), smallest, self.threshold + RATE * (smallest - self.threshold)
@@ -86,10 +86,10 @@ class BatchTopKSAE(SAE):
         """Sets the threshold to where ``k`` features are active on average over the rows of ``x``.
 
         Args:
-            x: raw vectors of one or more modalities; given unit norm where the head expects it.
+            x: raw vectors of one or more modalities; normalised if the head expects it.
         """
         if sum(len(part) for part in x) == 0:
-            raise MMHooksError("calibrate needs at least one vector, came none")
+            raise MMHooksError("calibrate: expected at least one vector, got none")
         chunks = (chunk.to(self.W_enc) for part in x for chunk in part.split(batch_size))
         self.threshold.copy_(threshold_at(self, self.k, *(self.prepare(chunk) for chunk in chunks)))
 
@@ -98,7 +98,7 @@ class BatchTopKSAE(SAE):
 def threshold_at(
     head: SAE, l0: int | float, *x: Float[Tensor, "_ d"], batch_size: int = 4096
 ) -> Float[Tensor, ""]:
-    """The threshold that ``l0`` pre-activations a row exceed on average; rows as ``head.pre`` takes them."""
+    """The threshold that ``l0`` pre-activations per row exceed on average; rows as ``head.pre`` takes them."""
     head = head.bare()
     wanted, largest = round(l0 * sum(len(part) for part in x)), torch.empty(0)
     for chunk in (c for part in x for c in part.split(batch_size)):

@@ -19,8 +19,8 @@ from mmhooks.errors import MMHooksError
 from mmhooks.heads.sae.base import SAE, TrainingPass, firing
 
 SPEED = 10.0
-"""The parameter is ``log(threshold) / SPEED``: Adam moves each parameter by about the learning rate a step, and
-a threshold has to travel through orders of magnitude in a few hundred steps (measured: docs/heads.md)."""
+"""The parameter is ``log(threshold) / SPEED``: Adam moves each parameter by about the learning rate per step, and
+a threshold must change by orders of magnitude in a few hundred steps (measured: docs/heads.md)."""
 
 
 def from_log(log_threshold: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -40,7 +40,7 @@ def jump_relu(
 def count_above(
     z: Float[Tensor, "*b n"], threshold: Float[Tensor, " n"], bandwidth: float
 ) -> Float[Tensor, "*b n"]:
-    """``[z > threshold]`` as 0 and 1; the threshold's gradient by the kernel estimator, none to ``z``."""
+    """``[z > threshold]`` as 0 and 1; the threshold's gradient by the kernel estimator, none for ``z``."""
     out = _Step.apply(z, threshold, bandwidth)
     assert isinstance(out, Tensor)
     return out
@@ -49,10 +49,10 @@ def count_above(
 class JumpReLUSAE(SAE):
     """Keeps a pre-activation that exceeds its feature's own learned threshold.
 
-    How many are active follows from the penalty (``SAEObjective(penalty=...)`` or ``target_l0=``).
+    The number of active features is controlled by the penalty (``SAEObjective(penalty=...)`` or ``target_l0=``).
 
     Args:
-        threshold: where every threshold starts; learned as its logarithm, so that it stays positive.
+        threshold: initial value of every threshold; learned as its logarithm, so that it stays positive.
         bandwidth: of the kernel; about the spread of the pre-activations near the threshold, or less.
 
     >>> sae = JumpReLUSAE(8, 32, threshold=0.2)
@@ -71,7 +71,7 @@ class JumpReLUSAE(SAE):
         super().__init__(d_in, n_features, **kwargs)
         if threshold <= 0 or bandwidth <= 0:
             raise MMHooksError(
-                f"threshold and bandwidth must be above zero, came {threshold} and {bandwidth}"
+                f"expected threshold and bandwidth above zero, got {threshold} and {bandwidth}"
             )
         self.bandwidth = bandwidth
         self.threshold_log = nn.Parameter(from_log(torch.full((n_features,), threshold).log()))
@@ -85,7 +85,7 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def set_threshold(self, threshold: Float[Tensor, "*n"]) -> None:
-        """One threshold for all features, or one each; at zero or below it is a ReLU."""
+        """Sets one threshold for all features, or one per feature; at zero or below a feature is a plain ReLU."""
         self.threshold_log.copy_(from_log(threshold.clamp_min(0).log()))
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:

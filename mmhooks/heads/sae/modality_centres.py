@@ -1,8 +1,8 @@
-"""One dictionary, a centre for each modality: the two clouds of a multimodal space lie apart.
+"""One dictionary with a centre per modality, since images and texts form separate clouds in a multimodal space.
 
-``SAEObjective(centre="modality")`` takes each modality's own mean off its vectors, so that no feature is spent on
-saying which modality a vector is of. For a head with a pre-bias that is the same head with another ``b_pre`` a
-modality, and :func:`by_modality` gives both, to be attached where each belongs.
+``SAEObjective(centre="modality")`` subtracts each modality's own mean from its vectors, so that no feature is spent on
+encoding a vector's modality. For a head with a pre-bias this means one ``b_pre`` per modality; :func:`by_modality`
+returns both heads, to be attached at the sites of their modalities.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ KEY = "centre"  # in ``Head.info``
 
 
 def by_modality(head: SAE) -> dict[str, SAE]:
-    """The heads for images and for texts: the same features, each with its modality's own centre.
+    """The heads for images and for texts: the same features, each with its modality's centre.
 
     Raises:
-        MMHooksError: the head was not trained with a centre for each modality.
+        MMHooksError: the head was not trained with a centre per modality.
 
     >>> from mmhooks.heads import TopKSAE, train_head
     >>> from mmhooks.heads.training.sae_objective import SAEObjective
@@ -51,7 +51,7 @@ def by_modality(head: SAE) -> dict[str, SAE]:
 
 @contextmanager
 def shifted(head: SAE, offset: Float[Tensor, " d"] | None) -> Iterator[SAE]:
-    """``head`` for vectors that ``offset`` was not taken off of; as it was afterwards."""
+    """Temporarily adds ``offset`` to the pre-bias of ``head``, for vectors from which it was not subtracted."""
     if offset is None:
         yield head
         return

@@ -1,4 +1,4 @@
-"""The plain SAE: ReLU, and an L1 penalty that weighs each feature by its decoder row's norm."""
+"""The ReLU SAE, with an L1 penalty that weights each feature by its decoder row's norm."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mmhooks.heads.sae.base import SAE, TrainingPass, firing
 
 
 class ReLUSAE(SAE):
-    """``f = ReLU((x - b_pre) W_enc^T + b_enc)`` (Bricken et al. 2023; the weighing, Conerly et al. 2024).
+    """``f = ReLU((x - b_pre) W_enc^T + b_enc)`` (Bricken et al. 2023; the weighting, Conerly et al. 2024).
 
-    The penalty is ``sum_i f_i |W_dec_i|``: what each feature contributes, so that it cannot be evaded with small
-    activations and long rows, and rows need no constraint. The objective gives them unit norm at the end,
-    which changes no reconstruction (:meth:`fold_norms`).
+    The penalty is ``sum_i f_i |W_dec_i|``, the size of each feature's contribution, so that it cannot be evaded with
+    small activations and long rows, and rows need no constraint. The objective normalises them at the end, which
+    changes no reconstruction (:meth:`fold_norms`).
 
     >>> sae = ReLUSAE(8, 32)
     >>> sae.encode(torch.randn(5, 8)).shape
@@ -35,7 +35,7 @@ class ReLUSAE(SAE):
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Decoder rows to unit norm, their lengths into the encoder: reconstructions stay, features scale."""
+        """Moves the decoder rows' norms into the encoder: reconstructions do not change, features are rescaled."""
         norm = self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
         self.W_dec.div_(norm)
         self.W_enc.mul_(norm)

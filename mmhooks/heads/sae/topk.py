@@ -1,4 +1,4 @@
-"""The TopK SAE: a fixed number of active features a vector (Gao et al. 2024)."""
+"""The TopK SAE: a fixed number of active features per vector (Gao et al. 2024)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TopKSAE(SAE):
     def __init__(self, d_in: int, n_features: int, k: int = 32, **kwargs: Any) -> None:
         super().__init__(d_in, n_features, **kwargs)
         if not 1 <= k <= n_features:
-            raise ShapeMismatch(f"k must lie in 1..n_features = {n_features}, came {k}")
+            raise ShapeMismatch(f"k must lie in 1..n_features = {n_features}, got {k}")
         self.k = k
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"k": self.k}
 
     def select(self, pre: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
-        """Values (clipped at zero) and indices of the ``k`` largest pre-activations, in no set order."""
+        """Values (clipped at zero) and indices of the ``k`` largest pre-activations, in no particular order."""
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return values.relu(), indices
 
@@ -44,19 +44,19 @@ class TopKSAE(SAE):
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def encode_topk(self, x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
-        """The same features as :meth:`encode` without the zeros: values and feature indices, ``[*b k]`` each.
+        """The same features as :meth:`encode` in sparse form: values and feature indices, ``[*b k]`` each.
 
         A selected feature whose value is 0 is not active.
         """
         return self.select(self.pre(x))
 
     def training_pass(self, x: Float[Tensor, "b d"]) -> TrainingPass:
-        """The sparse step where it pays (:mod:`mmhooks.heads.sae.topk_kernels`), the dense one elsewhere."""
-        if not sparse.pays(self.k, self.n_features, x.device):
+        """The sparse step where it is faster (:mod:`mmhooks.heads.sae.topk_kernels`), else the dense one."""
+        if not sparse.sparse_is_faster(self.k, self.n_features, x.device):
             return super().training_pass(x)
-        values, places = sparse.encode(x - self.b_pre, self.W_enc, self.b_enc, self.k)
-        recon = sparse.decode(values, places, self.W_dec) + self.b_pre
-        return TrainingPass([recon], *self.firing_at(values, places.indices))
+        values, selection = sparse.encode(x - self.b_pre, self.W_enc, self.b_enc, self.k)
+        recon = sparse.decode(values, selection, self.W_dec) + self.b_pre
+        return TrainingPass([recon], *self.firing_at(values, selection.indices))
 
     def firing_at(
         self, values: Float[Tensor, "b k"], indices: Int[Tensor, "b k"]

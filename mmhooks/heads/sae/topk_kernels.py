@@ -1,8 +1,8 @@
-"""TopK encoding and decoding that cost K, not n, per vector, apart from the encoder's one matrix product.
+"""Sparse TopK encoding and decoding: the cost per vector scales with K instead of n, except for the encoder's product.
 
 With ``S`` the sparse ``[b, n]`` matrix of selected values, a training step needs ``S W`` (decode),
-``S^T G`` (gradients of both weight matrices) and ``G W^T`` at S's places (gradient of the values). Dense,
-each is a product of 2 b n d operations; here each is 2 b K d. ``docs/training.md`` has the numbers.
+``S^T G`` (gradients of both weight matrices) and ``G W^T`` at the entries of S (gradient of the values). Dense,
+each is a product of 2 b n d operations; here each is 2 b K d. ``docs/training.md`` has the measurements.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ F_ = TypeVar("F_", bound=Callable[..., Any])
 CROSSOVER = 8
 """Sparse products win where ``n_features >= CROSSOVER * k``: measured from 4 on (AMD) and from 8 on (Intel)."""
 
-AT_ONCE = 1 << 21
-"""Pre-activations computed at once on a CPU: 8 MiB of them."""
+BLOCK_NUMEL = 1 << 21
+"""Number of pre-activations computed at a time on a CPU: 8 MiB."""
 
-# torch says so once a process; the tests compare every product with the dense one.
+# torch warns once per process; the tests compare every product with the dense one.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
-def pays(k: int, n_features: int, device: torch.device) -> bool:
-    """Whether the sparse step is the faster one here. On a GPU dense products are, at the widths of CLIP."""
+def sparse_is_faster(k: int, n_features: int, device: torch.device) -> bool:
+    """Whether the sparse step is faster on this device. On a GPU dense products are, at the widths of CLIP."""
     return device.type == "cpu" and n_features >= CROSSOVER * k
 
 
 def affine(
     x: Float[Tensor, "b d"], w: Float[Tensor, "n d"], bias: Float[Tensor, " n"]
 ) -> Float[Tensor, "b n"]:
-    """``x w^T + bias``; on a CPU in single precision by oneDNN, which is never much slower than torch's default
-    and twice as fast where that is MKL and the processor no Intel (MKL then leaves AVX-512 unused)."""
+    """``x w^T + bias``; on a CPU computed by oneDNN, which is never much slower than torch's default, and twice as fast
+    if that is MKL on a non-Intel processor (where MKL does not use AVX-512)."""
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and _in_onednn(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return torch.addmm(bias, x, w.T)
 
 
 def _in_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies in ``dtype`` on this processor: bfloat16 needs instructions that older ones lack."""
+    """Whether oneDNN supports ``dtype`` on this processor: bfloat16 needs instructions that older ones lack."""
     return dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -56,7 +56,7 @@ def _in_onednn(dtype: torch.dtype) -> bool:
 def fast_topk(
     pre: Float[Tensor, "b n"], k: int, *, chunk: int = 8
 ) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
-    """``pre.topk(k, sorted=False)``, on a CPU about 1.6 times as fast.
+    """``pre.topk(k, sorted=False)``, about 1.6 times as fast on a CPU.
 
     Columns are grouped by ``chunk``: the k largest entries lie in the k groups with the largest maxima, so
     two small selections (over ``n / chunk`` maxima, over ``k * chunk`` candidates) replace the one over n.
@@ -79,11 +79,11 @@ def fast_topk(
 
 
 def _uncompiled(f: F_) -> F_:
-    """Keeps ``f`` out of torch.compile's graphs, and its type."""
+    """Excludes ``f`` from torch.compile's graphs, and preserves its type."""
     return torch.compiler.disable(f)  # type: ignore[return-value]
 
 
-class Places:
+class Selection:
     """Which ``k`` of ``n`` columns each row selects, and products with the sparse matrix ``S`` of their values."""
 
     def __init__(self, n: int, indices: Int[Tensor, "b k"]) -> None:
@@ -91,7 +91,7 @@ class Places:
 
     @cached_property
     def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries sorted by column: their order, the row of each, and where each column begins."""
+        """The entries sorted by column: their order, the row of each, and the offset of each column."""
         flat = self.indices.reshape(-1)
         order = flat.to(torch.int32).argsort(stable=True)  # 32 bits sort twice as fast
         counts = torch.bincount(flat, minlength=self.n)
@@ -108,7 +108,7 @@ class Places:
         return F.embedding_bag(rows, g.detach(), offsets=offsets, per_sample_weights=weights, mode="sum")
 
     def sample(self, g: Float[Tensor, "b d"], w: Float[Tensor, "n d"]) -> Float[Tensor, "b k"]:
-        """``g w^T`` at the selected places only."""
+        """``g w^T`` at the selected entries only."""
         if not torch.backends.mkl.is_available():
             return (g @ w.T).gather(1, self.indices)
         b, k = self.indices.shape
@@ -123,12 +123,12 @@ class Places:
 @_uncompiled
 def encode(
     x: Float[Tensor, "b d"], w: Float[Tensor, "n d"], bias: Float[Tensor, " n"], k: int
-) -> tuple[Float[Tensor, "b k"], Places]:
-    """The ``k`` largest entries of each row of ``x w^T + bias``, clipped at zero, and their places.
+) -> tuple[Float[Tensor, "b k"], Selection]:
+    """The ``k`` largest entries of each row of ``x w^T + bias``, clipped at zero, and which columns they are in.
 
-    Under autocast the entries are selected in half precision; the values of the selected ones are exact.
+    Under autocast entries are selected in half precision; the values of the selected ones are exact.
     """
-    box: list[Places] = []
+    box: list[Selection] = []
     half = torch.is_autocast_enabled(x.device.type)
     values = _Encode.apply(x, w, bias, k, box, torch.get_autocast_dtype(x.device.type) if half else None)
     assert isinstance(values, Tensor)
@@ -136,9 +136,11 @@ def encode(
 
 
 @_uncompiled
-def decode(values: Float[Tensor, "b k"], places: Places, w: Float[Tensor, "n d"]) -> Float[Tensor, "b d"]:
-    """``S w``; both factors get their gradients."""
-    out = _Decode.apply(values, w, places)
+def decode(
+    values: Float[Tensor, "b k"], selection: Selection, w: Float[Tensor, "n d"]
+) -> Float[Tensor, "b d"]:
+    """``S w``, differentiable with respect to both factors."""
+    out = _Decode.apply(values, w, selection)
     assert isinstance(out, Tensor)
     return out
 
@@ -146,19 +148,19 @@ def decode(values: Float[Tensor, "b k"], places: Places, w: Float[Tensor, "n d"]
 class _Encode(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor, k: int, box: list[Places], half: torch.dtype | None
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor, k: int, box: list[Selection], half: torch.dtype | None
     ) -> Tensor:
-        # A few rows at a time: their pre-activations are selected from while still in cache, and the table of
-        # all of them, which no one needs, is never there.
-        step = max(1, AT_ONCE // len(w)) if x.device.type == "cpu" else len(x)
+        # A few rows at a time: selection runs while their pre-activations are in cache, and the full table is
+        # never allocated.
+        step = max(1, BLOCK_NUMEL // len(w)) if x.device.type == "cpu" else len(x)
         x_, w_, bias_ = (x, w, bias) if half is None else (x.to(half), w.to(half), bias.to(half))
         parts = [fast_topk(affine(rows, w_, bias_), k) for rows in x_.split(step)]
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-        box.append(Places(len(w), indices))
+        box.append(Selection(len(w), indices))
         if half is not None:
             values = box[0].sample(x, w) + bias[indices]
         values = values.relu_()
-        ctx.places = box[0]  # shared with the decoder, so that the entries are sorted once a step
+        ctx.selection = box[0]  # shared with the decoder, so that the entries are sorted once per step
         ctx.save_for_backward(x, w, values)
         return values
 
@@ -166,27 +168,27 @@ class _Encode(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, values = ctx.saved_tensors
-        places: Places = ctx.places
+        selection: Selection = ctx.selection
         grad = grad * (values > 0)
-        dx = places.times(grad, w) if ctx.needs_input_grad[0] else None
-        dw = places.transposed_times(grad, x) if ctx.needs_input_grad[1] else None
-        db = grad.new_zeros(len(w)).index_add_(0, places.indices.reshape(-1), grad.reshape(-1))
+        dx = selection.times(grad, w) if ctx.needs_input_grad[0] else None
+        dw = selection.transposed_times(grad, x) if ctx.needs_input_grad[1] else None
+        db = grad.new_zeros(len(w)).index_add_(0, selection.indices.reshape(-1), grad.reshape(-1))
         return dx, dw, db, None, None, None
 
 
 class _Decode(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, w: Tensor, places: Places) -> Tensor:
-        ctx.places = places
+    def forward(ctx: Any, values: Tensor, w: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection
         ctx.save_for_backward(values, w)
-        return places.times(values, w)
+        return selection.times(values, w)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, w = ctx.saved_tensors
-        places: Places = ctx.places
+        selection: Selection = ctx.selection
         grad = grad.contiguous()
-        dvalues = places.sample(grad, w) if ctx.needs_input_grad[0] else None
-        dw = places.transposed_times(values, grad) if ctx.needs_input_grad[1] else None
+        dvalues = selection.sample(grad, w) if ctx.needs_input_grad[0] else None
+        dw = selection.transposed_times(values, grad) if ctx.needs_input_grad[1] else None
         return dvalues, dw, None

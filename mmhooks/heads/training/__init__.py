@@ -1,1 +1,1 @@
-"""Training of heads: from tensors and stores, resumable, on one process or several."""
+"""Training of heads from tensors or stores, resumable, in one or several processes."""

@@ -1,8 +1,8 @@
 """Training checkpoints: one safetensors file with the head, Adam's moments and the counters; no pickle.
 
-Batches are a function of the seed and the step (see ``train``), so no generator state is needed: a run that
-was killed and resumed from here ends with the same bits as one that was not. A checkpoint knows by hashes what its
-run started from (settings, starting weights, every row of the data) and its own content: what differs is refused.
+Batches are a function of the seed and the step (see ``train``), so no generator state is needed: a resumed run ends with
+the same bits as an uninterrupted one. A checkpoint contains hashes of what its run started from (settings, starting
+weights, every row of the data) and of its own content; a mismatch is refused.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.vectors import Vectors
 from mmhooks.heads.weights import load_strictly
-from mmhooks.utils.files import make_folder, written_aside
+from mmhooks.utils.files import atomic_path, make_folder
 from mmhooks.utils.tensors import digest_of, metadata_of, read_safetensors
 
 Fingerprint = dict[str, str]
-"""What decides a training, each part by its hash."""
+"""Hashes of the parts that determine a training run, by name."""
 
 
 def save_checkpoint(
     path: Path, head: Head, adam: torch.optim.Optimizer, extra: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
-    """Writes aside, syncs and renames: the file at ``path`` is always a whole one, with its own digest."""
+    """Writes the checkpoint atomically, with its own digest."""
     tensors = {f"head.{k}": v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     for name, p in head.named_parameters():
-        # Copies: Adam's step counters are equal scalars that would otherwise count as shared memory.
+        # Cloned: Adam's step counters may share memory, which safetensors refuses.
         tensors |= {f"adam.{name}.{k}": v.detach().cpu().clone() for k, v in adam.state.get(p, {}).items()}
     tensors |= {f"extra.{k}": v.detach().cpu().contiguous() for k, v in extra.items()}
     text = json.dumps(meta)
     make_folder(path.parent)
-    with written_aside(path) as aside:
+    with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"meta": text, "digest": digest_of(text, tensors)})
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes what runs that were killed while writing ``path`` left beside it."""
+    """Removes temporary files of runs that were killed while writing ``path``."""
     for leftover in path.parent.glob(f".{path.name[:200]}.*.part"):
         leftover.unlink(missing_ok=True)
 
@@ -52,18 +52,18 @@ def clear_leftovers(path: Path) -> None:
 def load_checkpoint(
     path: Path, head: Head, adam: torch.optim.Optimizer, fingerprint: Fingerprint
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Restores head and optimiser in place; returns the extra tensors and the meta data.
+    """Restores head and optimiser in place; returns the extra tensors and the metadata.
 
     Raises:
-        MMHooksError: the file is broken, or belongs to another head, data set or setting.
+        MMHooksError: the file is damaged, or belongs to another head, data set or setting.
     """
     tensors, meta = _whole(path)
     started = meta["fingerprint"] if isinstance(meta.get("fingerprint"), dict) else {}
     differ = [name for name in fingerprint if started.get(name) != fingerprint[name]]
     if differ:
         raise MMHooksError(
-            f"{path} belongs to another training: it started from other {' and other '.join(differ)}; choose another "
-            "path, or delete it to start anew"
+            f"{path} belongs to another training run: it started from other {' and other '.join(differ)}; choose another "
+            "path, or delete it to start over"
         )
     groups: dict[str, dict[str, Tensor]] = {"head": {}, "adam": {}, "extra": {}}
     for key, value in tensors.items():
@@ -80,23 +80,24 @@ def load_checkpoint(
 
 
 def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and meta data of a checkpoint whose content is what was written."""
+    """Tensors and metadata of a checkpoint, after verifying its digest."""
     try:
         tensors, kept = read_safetensors(path), metadata_of(path)
     except MMHooksError as error:
         raise DamagedFile(
-            f"{path} is no checkpoint of a head's training ({error}); delete it to start anew"
+            f"{path} is not a checkpoint of a head's training ({error}); delete it to start over"
         ) from error
     if not {"meta", "digest"} <= kept.keys():
-        found = "a checkpoint of before digests were kept" if "meta" in kept else "another safetensors file"
+        found = (
+            "a checkpoint from before digests were stored" if "meta" in kept else "another safetensors file"
+        )
         raise DamagedFile(
-            f"{path} is no checkpoint of a head's training: got {found}; delete it to start anew, or finish the run "
-            "with the mmhooks that began it"
+            f"{path} is not a checkpoint of a head's training: got {found}; delete it to start over, or finish the run "
+            "with the version of mmhooks that began it"
         )
     if digest_of(kept["meta"], tensors) != kept["digest"]:
         raise DamagedFile(
-            f"{path} is no checkpoint that was written whole: its content is not what its digest says; delete it to "
-            "start anew, or bring back a copy"
+            f"{path} is damaged: its content does not match its digest; delete it to start over, or restore a copy"
         )
     return tensors, json.loads(kept["meta"])
 
@@ -104,7 +105,7 @@ def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def fingerprint(
     settings: Mapping[str, Any], head: Head, data: Mapping[str, Vectors | Tensor | None]
 ) -> Fingerprint:
-    """Hashes of JSON settings, of the weights that a training starts from, and of every row of its data."""
+    """Hashes of JSON settings, of the weights that training starts from, and of every row of its data."""
     trained = {name: p.requires_grad for name, p in head.named_parameters()}
     weights = {name: value for name, value in head.state_dict().items()}
     found = {"settings": digest_of(dict(settings), {}), "starting weights": digest_of(trained, weights)}
@@ -112,7 +113,7 @@ def fingerprint(
 
 
 def rows_hash(rows: Any, step: int = 16384) -> str:
-    """SHA-256 of every row of a tensor, a stored site or :class:`Vectors`, as it is kept, a few at a time."""
+    """SHA-256 of all rows of a tensor, a stored site or :class:`Vectors`, as stored, read in chunks."""
     source = rows.rows if isinstance(rows, Vectors) else rows
     digest = sha256(f"{len(source)}".encode())
     for begin in range(0, len(source), step):

@@ -17,11 +17,12 @@ from mmhooks.heads.ncl import NCL, RIDGE
 from mmhooks.heads.training.objective import Objective, StepLoss
 from mmhooks.heads.vectors import Rows
 
-_TINY = 1e-6  # keeps a constant unit from dividing by zero
+_TINY = 1e-6  # avoids division by zero for constant units
 
 
 def rep_relu(z: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-    """ReLU forward, GELU's gradient backward (Wang et al. 2024, B.1): units just below zero still learn."""
+    """ReLU in the forward pass, GELU's gradient in the backward pass (Wang et al. 2024, B.1), so that units just below
+    zero still learn."""
     smooth = F.gelu(z)
     return z.relu().detach() + smooth - smooth.detach()
 
@@ -29,7 +30,7 @@ def rep_relu(z: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
 def info_nce(
     image: Float[Tensor, "b n"], text: Float[Tensor, "b n"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of paired rows, mean of both directions; the positive stands in the denominator."""
+    """Symmetric InfoNCE of paired rows: the mean of both directions, with the positive in the denominator."""
     logits = image @ text.T / temperature
     target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -37,23 +38,23 @@ def info_nce(
 
 @dataclass
 class NCLObjective(Objective):
-    """``InfoNCE(g+(image), g+(text))``, by default over standardised units: alive *and* sparse.
+    """``InfoNCE(g+(image), g+(text))``, by default over standardised units, which keeps them alive *and* sparse.
 
-    Alone, the loss leaves most units dead (cosine: a few units suffice to tell pairs apart) or all of them
-    dense (dot: length is free). ``threshold=s`` adds what batch normalisation does in contrastive projectors:
-    each unit's pre-activation is standardised over the batch, both modalities pooled, and ``s`` taken off, so
-    a unit fires where its input stands ``s`` standard deviations above its own mean. No unit can drift to
-    silence, and by Cantelli's inequality none fires for more than ``1 / (1 + s^2)`` of the batch. Shift and
-    scale are folded into ``W2`` and ``b2`` after each step, so the head itself stays eq. 4 of the paper.
+    The loss by itself leaves most units dead (cosine: a few units suffice to distinguish pairs) or all of them dense
+    (dot: length is unconstrained). ``threshold=s`` adds what batch normalisation does in contrastive projectors: each
+    unit's pre-activation is standardised over the batch, both modalities pooled, and ``s`` is subtracted, so that a
+    unit fires where its input is ``s`` standard deviations above its mean. No unit can die, and by Cantelli's
+    inequality none fires for more than ``1 / (1 + s^2)`` of the batch. Shift and scale are folded into ``W2`` and
+    ``b2`` after each step, so the head itself remains eq. 4 of the paper.
 
     Attributes:
         temperature: of the similarities.
         similarity: "cosine" gives the rows of g+ unit norm (methods.md 2.5), "dot" is the paper's eq. 3.
-        threshold: ``s`` as above; None trains on the loss alone.
+        threshold: ``s`` as above; None trains on the plain loss.
         rep_relu: GELU-like gradient through the last ReLU.
         dead_after: epochs without firing after which a unit is dead (for the log).
         ridge: fits a linear decoder to the training data at the end (:meth:`NCL.fit_decoder`); None fits none,
-            unless the head already has one, which then is fitted anew.
+            unless the head already has one, which is then refitted.
     """
 
     shares_batches = False
@@ -67,11 +68,11 @@ class NCLObjective(Objective):
 
     def start(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
         if text is None:
-            raise MMHooksError("the contrastive head learns from pairs: pass text= as well as image=")
+            raise MMHooksError("the contrastive head trains on pairs: pass text= as well as image=")
         self._standardise(head, image, text)
 
     def loss(self, head: NCL, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
-        assert text is not None  # start() saw to it
+        assert text is not None  # checked by start()
         z = head.pre(torch.cat([image, text]))
         if self.threshold is not None:
             mean, std = z.mean(dim=0), z.std(dim=0, correction=0) + _TINY
@@ -85,7 +86,7 @@ class NCLObjective(Objective):
         return StepLoss(contrast, active.any(dim=0), parts)
 
     def after_step(self, head: NCL) -> None:
-        """Folds a tenth of this batch's statistics into ``W2`` and ``b2``: the loss does not change by it."""
+        """Folds a tenth of this batch's statistics into ``W2`` and ``b2``, which does not change the loss."""
         if self.threshold is not None:
             _fold(head, *self._batch, self.threshold, rate=0.1)
 

@@ -1,4 +1,4 @@
-"""What a training loop asks of an objective; apart from any kind of head."""
+"""The interface between the training loop and an objective, independent of the kind of head."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ class StepLoss(NamedTuple):
 
 
 class Objective:
-    """How a kind of head is trained; a dataclass whose fields are the options.
+    """How a kind of head is trained; a dataclass whose fields are its options.
 
-    ``dead_after``: a feature is dead when it fired for no pair of so many epochs.
+    ``dead_after``: number of epochs without firing after which a feature is dead.
     """
 
     dead_after: float = 1.0
     default_batch_size: ClassVar[int] = 512
     default_lr: ClassVar[float] = 1e-3
     shares_batches: ClassVar[bool] = True
-    """Whether a batch's loss is the mean of its parts' losses, so that several processes may share it."""
+    """Whether a batch's loss is the mean of its parts' losses, so that several processes can split it."""
     across: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
-    """Mean over the processes that share a batch; ``train_head`` sets it."""
+    """Mean over the processes that split a batch; set by ``train_head``."""
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def settings(self) -> dict[str, Any]:
         """The options, as JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
-    def rate(self, head: Any, name: str) -> float:
-        """The learning rate of the parameter ``name``, as a share of the training's; asked after ``measure``."""
+    def lr_scale(self, head: Any, name: str) -> float:
+        """The learning rate of the parameter ``name`` relative to the run's; called after ``measure``."""
         return 1.0
 
     def start(self, head: Any, image: Tensor, text: Tensor | None) -> None:
-        """Data-dependent initialisation: once, before the first step; on some 65,536 evenly spaced pairs, or all."""
+        """Data-dependent initialisation, once before the first step, on about 65,536 evenly spaced pairs, or all."""
 
     def measure(self, image: Rows, text: Rows | None) -> None:
-        """Constants of the data that the loss needs: at the start of every run, also of a resumed one."""
+        """Computes constants of the data that the loss needs, at the start of every run, resumed ones included."""
 
     def loss(self, head: Any, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         """The loss of one batch of pairs, with its graph."""
         raise NotImplementedError
 
     def before_step(self, head: Any) -> None:
-        """The gradients are there, the optimiser has not stepped."""
+        """Called when the gradients are computed, before the optimiser steps."""
 
     def after_step(self, head: Any) -> None:
-        """The optimiser has stepped: restores constraints."""
+        """Called after the optimiser has stepped; restores constraints."""
 
     def after_epoch(
         self,
@@ -70,15 +70,16 @@ class Objective:
         sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        """After epoch ``epoch`` (from 1), ``done`` of the training: may bring dead features back; returns how many.
+        """Called after epoch ``epoch`` (from 1), at fraction ``done`` of training; may revive dead features and returns
+        how many.
 
-        ``sample()`` gives some training pairs. A function of its arguments alone, so that a resumed run does the same.
+        ``sample()`` returns some training pairs. Depends only on its arguments, so that a resumed run does the same.
         """
         return 0
 
     def finish(self, head: Any, image: Rows, text: Rows | None) -> None:
-        """Once, after the last step, on the training data."""
+        """Called once after the last step, on the training data."""
 
     def score(self, head: Any, image: Tensor, text: Tensor | None) -> dict[str, float]:
-        """Held-out numbers; ``"score"`` is what early stopping watches, less is better."""
+        """Metrics on held-out data; ``"score"`` is used by early stopping, lower is better."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a training says while it runs: a bar with numbers beside it, and TensorBoard's files."""
+"""Progress of a training run: a bar with metrics, and TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Update = Callable[[int, dict[str, float]], None]
 
 @contextmanager
 def training_bar(label: str, total: int, *, shown: bool, begin: int = 0) -> Iterator[Update]:
-    """Yields ``update(done, numbers)``; the bar goes to stderr, so that stdout stays for results."""
+    """Yields ``update(done, numbers)``; the bar is on stderr, since stdout is for results."""
     if not shown:
         yield lambda done, numbers: None
         return
@@ -49,9 +49,9 @@ def training_bar(label: str, total: int, *, shown: bool, begin: int = 0) -> Iter
 
 @contextmanager
 def tensorboard(folder: str | Path | None, *, begin: int = 0) -> Iterator[Update]:
-    """Yields ``log(step, numbers)``, which writes scalars for TensorBoard, or does nothing without a folder.
+    """Yields ``log(step, numbers)``, which writes TensorBoard scalars, or does nothing without a folder.
 
-    ``begin`` is the step a resumed run goes on from: what an earlier run logged beyond it is dropped.
+    ``begin`` is the step at which a resumed run continues: later entries of an earlier run are dropped.
 
     Raises:
         MMHooksError: the package is missing.

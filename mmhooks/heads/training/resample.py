@@ -1,4 +1,4 @@
-"""Dead features begin again at what the head explains worst (Bricken et al. 2023, "Neuron resampling")."""
+"""Resampling: dead features restart at badly reconstructed vectors (Bricken et al. 2023, "Neuron resampling")."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmhooks.heads.linalg import unit_rows
+from mmhooks.heads.linalg import to_unit
 from mmhooks.heads.sae.base import SAE
 
 
@@ -21,9 +21,10 @@ def resample(
 ) -> int:
     """Gives every dead feature the direction of a badly reconstructed row of ``x``; returns how many there were.
 
-    Rows are drawn in proportion to ``weight`` times their squared error. The decoder row becomes that row less ``b_pre``, at unit
-    norm; the encoder row the same at the living ones' mean norm, where features compete for K places, and at a fifth
-    of it (as in the paper) where they do not; its bias 0; Adam forgets all three.
+    Rows are drawn with probability proportional to ``weight`` times their squared error. The decoder row becomes that
+    row minus ``b_pre``, at unit norm; the encoder row the same at the mean norm of the live features if features
+    compete for K places, and at a fifth of it (as in the paper) if not; its bias becomes 0, and Adam's moments of all
+    three are reset.
     """
     places = dead.nonzero().squeeze(1)
     if len(places) == 0:
@@ -34,11 +35,11 @@ def resample(
     if not float(error.sum()) > 0:
         return 0
     drawn = torch.multinomial(error.cpu(), len(places), len(places) > len(x), generator=generator)
-    rows = unit_rows(x[drawn.to(x.device)] - head.b_pre)
-    living = head.W_enc[~dead]
-    length = living.norm(dim=1).mean() if len(living) else rows.new_ones(())
+    rows = to_unit(x[drawn.to(x.device)] - head.b_pre)
+    live = head.W_enc[~dead]
+    length = live.norm(dim=1).mean() if len(live) else rows.new_ones(())
     head.W_dec[places] = rows
-    # At a fifth of the others' length a feature would never be among the K largest, and stay dead.
+    # At a fifth of the others' length a feature would never be among the K largest, and would stay dead.
     head.W_enc[places] = (1.0 if hasattr(head, "k") else 0.2) * length * rows
     head.b_enc[places] = 0.0
     for p in (head.W_dec, head.W_enc, head.b_enc):

@@ -1,4 +1,4 @@
-"""A training under way: its state, one step, the end of an epoch, and its way to and from a checkpoint."""
+"""The state of a training run: one step, the end of an epoch, saving and loading of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmhooks.errors import NotFinite
 from mmhooks.heads.base import Head
 from mmhooks.heads.training.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from mmhooks.heads.training.objective import Objective, StepLoss
-from mmhooks.heads.training.team import Team
+from mmhooks.heads.training.processes import Processes
 from mmhooks.heads.vectors import Vectors
 
 
 @dataclass
 class Run:
-    """The second half of its fields is what a checkpoint holds, with head and Adam."""
+    """A training run. The fields from ``step`` on are stored in a checkpoint, with head, Adam and ``silent``."""
 
     head: Head
     objective: Objective
@@ -32,7 +32,7 @@ class Run:
     per_epoch: int
     total: int
     seed: int
-    team: Team
+    processes: Processes
     precision: str
     silent: Tensor  # pairs seen since each feature last fired
     compute: Callable[..., StepLoss]  # the objective's loss, or its compiled form
@@ -44,52 +44,52 @@ class Run:
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.bare = self.head.bare()  # rows are normalised before they come here, and perhaps centred
+        self.bare = self.head.bare()  # rows are already normalised here, and possibly centred
 
     def dead(self) -> Bool[Tensor, " n"]:
         return self.silent > self.objective.dead_after * len(self.image)
 
     def order(self) -> Int[Tensor, " pairs"]:
-        """This epoch's: a function of the seed and the epoch."""
+        """The order of pairs in this epoch, a function of the seed and the epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step // self.per_epoch)
         return torch.randperm(len(self.image), generator=generator)
 
     def advance(self, rows: Int[Tensor, " b"]) -> dict[str, Tensor]:
-        """One optimiser step on these pairs; returns the loss and its parts."""
-        mine = self.team.share(rows)
+        """Makes one optimiser step on these pairs; returns the loss and its parts."""
+        mine = self.processes.part_of(rows)
         image, text = self.image[mine], None if self.text is None else self.text[mine]
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, fired, parts = self.compute(self.bare, image, text, self.dead())
-        # Elsewhere than on a CPU this test would wait for the device at every step.
+        # Not at every step on a GPU, where this check synchronises with the device.
         if (loss.device.type == "cpu" or self.step % 50 == 0) and not bool(torch.isfinite(loss)):
             raise NotFinite(
                 f"the loss became {float(loss)} at step {self.step} (epoch {self.step // self.per_epoch}); "
-                "lower lr, or look at the data's scale; the last checkpoint is intact"
+                "lower lr, or check the data's scale; the last checkpoint is intact"
             )
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
-        self.team.average_(p.grad for p in self.head.parameters())
+        self.processes.average_(p.grad for p in self.head.parameters())
         self.objective.before_step(self.head)
         self.adam.step()
         self.objective.after_step(self.head)
-        self.team.average_(self.head.buffers())
+        self.processes.average_(self.head.buffers())
         self.silent += len(rows)
-        self.silent[self.team.any(fired)] = 0
+        self.silent[self.processes.any(fired)] = 0
         self.step += 1
         return {"loss": loss.detach(), **parts}
 
     def numbers(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """What the bar shows of a step."""
+        """The numbers of a step for the progress bar."""
         return {k: float(v) for k, v in parts.items()} | {"dead": float(self.dead().float().mean())}
 
     def end_epoch(
         self, parts: dict[str, Tensor], held_out: tuple[Tensor, Tensor | None] | None, patience: int | None
     ) -> None:
-        """A row for the history; with ``patience``, keeps the best weights and decides whether to go on."""
+        """Appends a row to the history; with ``patience``, keeps the best weights and decides whether to stop."""
         epoch = self.step // self.per_epoch
         row = {
             "epoch": float(epoch),
-            **{k: float(self.team.mean(v.float())) for k, v in parts.items()},
+            **{k: float(self.processes.mean(v.float())) for k, v in parts.items()},
             "silent": float(self.dead().float().mean()),
         }
         self.head.eval()
@@ -109,18 +109,18 @@ class Run:
         ):
             row["resampled"] = float(again)
             self.silent[dead] = 0
-            self.team.agree_(self.head)
+            self.processes.broadcast_(self.head)
         self.history.append(row)
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
-        """Some pairs of the training data, the same at every call."""
+        """A fixed sample of the training pairs."""
         return self.image.sample(4096), None if self.text is None else self.text.sample(4096)
 
-    def store(self, path: Path, mark: Fingerprint) -> None:
-        if self.team.leads:
+    def store(self, path: Path, fingerprint: Fingerprint) -> None:
+        if self.processes.is_main:
             extra = {"silent": self.silent} | {f"best.{k}": v for k, v in self.best_state.items()}
             meta: dict[str, Any] = {
-                "fingerprint": mark,
+                "fingerprint": fingerprint,
                 "step": self.step,
                 "stopped": self.stopped,
                 "best": self.best,
@@ -128,10 +128,10 @@ class Run:
                 "history": self.history,
             }
             save_checkpoint(path, self.head, self.adam, extra, meta)
-        self.team.wait()
+        self.processes.wait()
 
-    def resume(self, path: Path, mark: Fingerprint) -> None:
-        extra, meta = load_checkpoint(path, self.head, self.adam, mark)
+    def resume(self, path: Path, fingerprint: Fingerprint) -> None:
+        extra, meta = load_checkpoint(path, self.head, self.adam, fingerprint)
         self.silent = extra.pop("silent").to(self.silent.device)
         self.best_state = {k.removeprefix("best."): v.to(self.silent.device) for k, v in extra.items()}
         self.step, self.stopped, self.history = meta["step"], meta["stopped"], meta["history"]

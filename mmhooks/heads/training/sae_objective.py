@@ -1,4 +1,4 @@
-"""The SAE's training objective: reconstruction of both modalities, and AuxK that revives dead features."""
+"""The SAE's training objective: reconstruction of both modalities, and AuxK, which revives dead features."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.linalg import geometric_median, mean_row, project_out_, to_unit_, total_variance, unit_rows
-from mmhooks.heads.reconstruction import fidelity
+from mmhooks.heads.linalg import geometric_median, mean_row, project_out_, to_unit, to_unit_, total_variance
+from mmhooks.heads.reconstruction import reconstruction
 from mmhooks.heads.sae import topk_kernels as sparse
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE, threshold_at
@@ -29,31 +29,31 @@ from mmhooks.heads.vectors import Rows, Vectors
 class SAEObjective(Objective):
     """``mean over modalities of FVU + penalty * (the head's own) + aux_weight * AuxK``.
 
-    Each modality's squared error is divided by that modality's own variance over the training data, so the
-    tighter of two clouds is not ignored. A nested head's levels count equally. AuxK (Gao et al. 2024, A.2)
-    asks the ``aux_k`` strongest *dead* features to reconstruct what the living ones left over.
+    Each modality's squared error is divided by that modality's own variance over the training data, so the tighter of
+    the two clouds is not ignored. A nested head's levels count equally. AuxK (Gao et al. 2024, A.2) trains the ``aux_k``
+    strongest *dead* features to reconstruct the error of the live ones.
 
-    Of a head with a K the encoder starts at the length that reconstructs best, and biases learn at the data's scale, so
-    that a head of scaled vectors is the scaled head.
+    For a head with a K, the encoder is initialised at the length that reconstructs best, and biases learn at the data's
+    scale, so that training on scaled vectors gives the scaled head.
 
     Attributes:
-        image_share: weight of the images' FVU in the mean, the texts' has the rest. The dictionary is divided by
-            what an error costs: a modality that would take it nearly whole can be held back here.
-        b_pre: where the pre-bias starts: geometric median, mean of both modalities pooled, or zero.
-        centre: "modality" takes each modality's mean off its vectors first (:mod:`mmhooks.heads.sae.modality_centres`);
-            "pooled" leaves both to ``b_pre``.
-        init: decoder rows at random, or centred training vectors (then no feature starts far from all data).
-        aux_k: dead features in the auxiliary reconstruction (default: half of ``d_in``).
+        image_share: weight of the images' FVU in the mean; the texts' has the rest. It controls how the dictionary is
+            divided between the modalities if one of them would take nearly all of it.
+        b_pre: initial pre-bias: geometric median or mean of both modalities pooled, or zero.
+        centre: "modality" subtracts each modality's mean first (:mod:`mmhooks.heads.sae.modality_centres`); "pooled"
+            leaves centring to ``b_pre``.
+        init: random decoder rows, or centred training vectors (then no feature starts far from all data).
+        aux_k: number of dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
-        resample_every: after every so many epochs of the first half, dead features begin again at rows that the
-            head explains badly (:mod:`mmhooks.heads.training.resample`).
+        resample_every: in the first half of training, restart dead features every so many epochs at badly
+            reconstructed rows (:mod:`mmhooks.heads.training.resample`).
         penalty: weight of the head's own penalty (ReLU: L1, divided by the data's standard deviation so that
             scale does not matter; JumpReLU: L0); by default the head's ``penalty_weight``. No other head has one.
-        target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` in place of L0 (Rajamanoharan et al. 2024, app. F),
-            weighted by ``penalty`` (default 1); thresholds start where so many features are active.
+        target_l0: for JumpReLU, ``(L0 / target_l0 - 1)^2`` instead of L0 (Rajamanoharan et al. 2024, app. F),
+            weighted by ``penalty`` (default 1); thresholds start where this many features are active.
     """
 
-    # On a few ten thousand vectors steps are what an SAE lacks: many small ones at a higher rate.
+    # On some ten thousand vectors an SAE lacks optimiser steps: many small batches at a higher learning rate.
     default_batch_size = 256
     default_lr = 2e-3
 
@@ -81,10 +81,10 @@ class SAEObjective(Objective):
             head.b_pre.copy_(pooled.mean(dim=0))
         if self.init == "data":
             rows = torch.linspace(0, len(pooled) - 1, head.n_features).long()
-            head.W_dec.copy_(unit_rows(pooled[rows] - head.b_pre))
+            head.W_dec.copy_(to_unit(pooled[rows] - head.b_pre))
             head.W_enc.copy_(head.W_dec)
         if hasattr(head, "k"):
-            # K unit rows that overlap reconstruct too much; the selection does not change with the encoder's length.
+            # K overlapping unit rows overshoot; rescaling the encoder corrects this without changing the selection.
             centred = sample - head.b_pre
             sketch = _sketch(head, centred)
             head.W_enc.mul_((centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30))
@@ -92,16 +92,15 @@ class SAEObjective(Objective):
             assert isinstance(head, JumpReLUSAE)
             head.set_threshold(threshold_at(head, self.target_l0, sample).clamp_min(1e-6))
 
-    def rate(self, head: SAE, name: str) -> float:
-        """With a K, biases learn at the data's scale; elsewhere they are what makes a head sparse, at the full rate."""
+    def lr_scale(self, head: SAE, name: str) -> float:
+        """With a K, biases learn at the data's scale; without one they make the head sparse, and use the full rate."""
         return self.spread / head.d_in**0.5 if name in ("b_enc", "b_pre") and hasattr(head, "k") else 1.0
 
     def measure(self, image: Rows, text: Rows | None) -> None:
         variances = [total_variance(x) for x in (image, text) if x is not None]
         if min(variances) < 1e-12:
             raise MMHooksError(
-                f"the training vectors of a modality are all the same (variances {variances}): "
-                "there is nothing to learn"
+                f"expected training vectors that vary, got a modality whose vectors are all equal (variances {variances})"
             )
         self.variance = (variances[0], variances[-1])
         if self.centre == "modality":
@@ -124,23 +123,23 @@ class SAEObjective(Objective):
         return StepLoss(loss, out.fired, parts)
 
     def _check(self, head: SAE) -> None:
-        """Options that this head has no use for are refused, not ignored."""
+        """Raises for options that do not apply to this head."""
         if not 0 < self.image_share < 1:
-            raise MMHooksError(f"image_share lies between 0 and 1, came {self.image_share}")
+            raise MMHooksError(f"expected image_share between 0 and 1, got {self.image_share}")
         if self.penalty is not None and head.penalty_weight == 0:
             raise MMHooksError(
-                f"penalty={self.penalty}: a {head.kind} head has no penalty to weigh; set its k"
+                f"penalty={self.penalty}: a {head.kind} head has no penalty to weight; set its k"
             )
         if self.target_l0 is not None and not isinstance(head, JumpReLUSAE):
             raise MMHooksError(
-                f"target_l0={self.target_l0} needs an L0 with a gradient, as jumprelu has; came a {head.kind} "
-                "head: set its k, or penalty= for relu"
+                f"target_l0={self.target_l0}: expected a jumprelu head, whose L0 has a gradient, got a {head.kind} "
+                "head; set its k, or penalty= for relu"
             )
 
     def _penalty(self, head: SAE, density: Float[Tensor, ""]) -> Float[Tensor, ""]:
         if self.target_l0 is not None:
             weight = 1.0 if self.penalty is None else self.penalty
-            # The square of the whole batch's mean, of which this process may hold a part: its value and gradient.
+            # Value and gradient of the square of the whole batch's mean, of which this process may hold a part.
             miss = self.across(density.detach()) / self.target_l0 - 1
             return weight * (miss.square() + 2 * miss * (density - density.detach()) / self.target_l0)
         weight = head.penalty_weight if self.penalty is None else self.penalty
@@ -148,11 +147,11 @@ class SAEObjective(Objective):
 
     @property
     def spread(self) -> float:
-        """The data's standard deviation: root of the mean of the modalities' variances."""
+        """The data's standard deviation: the root of the modalities' mean variance."""
         return (sum(self.variance) / 2) ** 0.5
 
     def stack(self, image: Tensor, text: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-        """Both modalities, centred, as one batch, and each row's weight: share / (rows x variance) of its modality."""
+        """Both modalities, centred, as one batch, and each row's weight: its modality's share / (rows x variance)."""
         parts = [part for part in (image, text) if part is not None]
         split = (self.image_share, 1 - self.image_share) if len(parts) == 2 else (1.0,)
         shares = [
@@ -170,7 +169,7 @@ class SAEObjective(Objective):
     def auxiliary(
         self, head: SAE, x: Float[Tensor, "b d"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
     ) -> Float[Tensor, ""]:
-        """AuxK: ``|e - e'|^2 / |e|^2`` with ``e'`` from the strongest dead features alone."""
+        """AuxK: ``|e - e'|^2 / |e|^2`` with ``e'`` reconstructed by the strongest dead features only."""
         rows = dead.nonzero().squeeze(1)
         pre = F.linear(x - head.b_pre, head.W_enc[rows], head.b_enc[rows])
         k = min(self.aux_k or max(1, head.d_in // 2), len(rows))
@@ -200,13 +199,13 @@ class SAEObjective(Objective):
         sample: Callable[[], tuple[Tensor, Tensor | None]],
         generator: torch.Generator,
     ) -> int:
-        # Not in the second half: a feature that begins again needs the rest of the training to find its place.
+        # Not in the second half: a restarted feature needs the rest of training to converge.
         due = self.resample_every is not None and epoch % self.resample_every == 0 and done <= 0.5
         return resample(head, adam, dead, *self.stack(*sample()), generator) if due else 0
 
     @torch.no_grad()
     def finish(self, head: SAE, image: Rows, text: Rows | None) -> None:
-        """ReLU: the decoder's norms into the encoder. BatchTopK: the threshold where K are active on the data."""
+        """ReLU: folds the decoder's norms into the encoder. BatchTopK: sets the threshold at which K are active."""
         if isinstance(head, ReLUSAE):
             head.fold_norms()
         if isinstance(head, BatchTopKSAE):
@@ -214,7 +213,7 @@ class SAEObjective(Objective):
             head.threshold.copy_(threshold_at(head, head.k, sample))
         one, two = self.offsets
         if one is not None and two is not None:
-            # Used as one head, it stands between the modalities; by_modality() puts it where each one is.
+            # As a single head it is centred between the modalities; by_modality() shifts it to each.
             middle = (one + two) / 2
             head.b_pre.add_(middle)
             centres = {"image": one - middle, "text": two - middle}
@@ -225,12 +224,12 @@ class SAEObjective(Objective):
         for name, x, offset in zip(("image", "text"), (image, text), self.offsets, strict=True):
             if x is not None:
                 with shifted(head, offset):
-                    scores[f"fvu_{name}"] = fidelity(head, x).fvu
+                    scores[f"fvu_{name}"] = reconstruction(head, x).fvu
         return scores | {"score": sum(scores.values()) / len(scores)}
 
 
 def _sketch(head: Any, centred: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-    """What the K strongest features of each row make of it, before any training."""
+    """The reconstruction of each row by its K strongest features, before any training."""
     parts = []
     for part in centred.split(4096):
         values, places = sparse.encode(part, head.W_enc, head.b_enc, head.k)

@@ -1,4 +1,4 @@
-"""The learning rate as a share of its peak: a function of the step alone, so that a resumed run needs no state."""
+"""The learning rate as a fraction of its peak, a function of the step only: a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 Schedule = Literal["linear", "cosine", "constant"]
 
 
-def share(schedule: Schedule, step: int, total: int, warmup: float, decay: float) -> float:
-    """Rises linearly over the first ``warmup`` of ``total`` steps, falls over the last ``decay`` of them.
+def lr_factor(schedule: Schedule, step: int, total: int, warmup: float, decay: float) -> float:
+    """Increases linearly over the first fraction ``warmup`` of ``total`` steps, decreases over the last ``decay``.
 
-    "linear" falls in a straight line to zero, "cosine" along half a cosine, "constant" stays up.
+    "linear" decreases linearly to zero, "cosine" along half a cosine, "constant" does not decrease.
 
-    >>> [round(share("linear", step, 10, 0.2, 0.5), 2) for step in (0, 1, 5, 7, 9)]
+    >>> [round(lr_factor("linear", step, 10, 0.2, 0.5), 2) for step in (0, 1, 5, 7, 9)]
     [0.5, 1.0, 1.0, 0.6, 0.2]
-    >>> round(share("cosine", 5, 10, 0.0, 1.0), 2), share("constant", 9, 10, 0.2, 0.5)
+    >>> round(lr_factor("cosine", 5, 10, 0.0, 1.0), 2), lr_factor("constant", 9, 10, 0.2, 0.5)
     (0.5, 1.0)
     """
     up = min(1.0, (step + 1) / max(1.0, warmup * total))

@@ -1,7 +1,7 @@
-"""Training a head on embeddings: one loop for every kind, what differs is the objective's.
+"""The training loop for heads of every kind; what differs between kinds is in the objective.
 
-Batch ``i`` of epoch ``e`` is a function of the seed alone, the learning rate of the step alone; so a
-checkpoint needs no generator state and a resumed run is bit-identical to an unbroken one.
+Batch ``i`` of epoch ``e`` depends only on the seed, and the learning rate only on the step, so a checkpoint needs no
+generator state and a resumed run is bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.training.checkpoint import clear_leftovers, fingerprint
 from mmhooks.heads.training.ncl_objective import NCLObjective
 from mmhooks.heads.training.objective import Objective
+from mmhooks.heads.training.processes import Processes
 from mmhooks.heads.training.progress import tensorboard as tensorboard_log
 from mmhooks.heads.training.progress import training_bar
 from mmhooks.heads.training.run import Run
 from mmhooks.heads.training.sae_objective import SAEObjective
-from mmhooks.heads.training.schedule import Schedule, share
-from mmhooks.heads.training.team import Team
-from mmhooks.heads.vectors import SITES, paired, ready
+from mmhooks.heads.training.schedule import Schedule, lr_factor
+from mmhooks.heads.vectors import SITES, as_vectors, training_rows
 
-START = 65_536  # pairs that data-dependent initialisation looks at
+START = 65_536  # number of pairs used for data-dependent initialisation
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What :func:`train_head` did: the head (trained in place) and one ``history`` row an epoch."""
+    """The result of :func:`train_head`: the head (trained in place) and one ``history`` row per epoch."""
 
     head: Head = field(repr=False)
     epochs: int
@@ -78,30 +78,30 @@ def train_head(
 ) -> TrainResult:
     """Trains ``head`` in place on paired embeddings (rows of ``image`` and ``text`` belong together).
 
-    Vectors are given unit norm where the head expects it. Adam with eps 6.25e-10; the learning rate rises
-    over the first ``warmup`` of all steps, and falls to zero over the last ``decay`` of them.
+    Vectors are given unit norm if the head expects it. Adam with eps 6.25e-10; the learning rate increases over the
+    first fraction ``warmup`` of all steps, and decreases to zero over the last fraction ``decay``.
 
-    Under ``accelerate launch`` every process takes its share of each batch; ``batch_size`` is that of all of them.
+    Under ``accelerate launch`` each process takes its share of every batch; ``batch_size`` counts all processes.
 
     Args:
-        image: ``[n, d]`` beside ``text [n, d]`` or alone; or a ``Store`` of activations, or the directory of one,
-            whose ``sites`` are read as they are needed and never held in memory at once.
+        image: ``[n, d]``, with or without ``text [n, d]``; or a ``Store`` of activations, or the directory of one,
+            whose ``sites`` are read as needed and never held in memory at once.
         batch_size, lr: by default the objective's (SAE: 256 and 2e-3, NCL: 512 and 1e-3).
-        schedule: how the rate falls: "linear", "cosine", or "constant" (not at all).
+        schedule: how the learning rate decreases: "linear", "cosine", or "constant" (not at all).
         valid: held-out pairs, scored after every epoch: ``(image, text)``, a Store or a directory.
-        patience: stop after so many epochs without a better held-out score, and keep the best weights.
-        checkpoint: a file; written after every epoch, and every ``checkpoint_every`` steps inside one, and
-            resumed from when it is there: the run ends with the same bits as an unbroken one. Another one than this
-            run's (other settings, starting weights or rows) and a damaged one are refused.
-        objective: options of the loss; by default the one that fits the head.
-        precision: "bf16" computes the large products in half precision; weights and Adam stay single.
-        compile: through ``torch.compile``; pays where the dense step is used (a GPU).
-        tensorboard: a folder for TensorBoard's files.
+        patience: stop after this many epochs without a better held-out score, and keep the best weights.
+        checkpoint: a file, written after every epoch and every ``checkpoint_every`` steps within one. If it exists,
+            the run resumes from it and ends with the same bits as an uninterrupted one. A damaged checkpoint, or one
+            of another run (other settings, starting weights or rows), is refused.
+        objective: the loss and its options; by default the one for the head's kind.
+        precision: "bf16" computes the large products in half precision; weights and Adam stay in single precision.
+        compile: use ``torch.compile``; worthwhile where the dense step is used (a GPU).
+        tensorboard: a folder for TensorBoard logs.
 
     Raises:
-        ShapeMismatch: width other than the head's, or modalities of different length.
+        ShapeMismatch: a width other than the head's, or modalities of different length.
         NotFinite: NaN in the data (with the row), or a loss that became NaN.
-        MMHooksError: a checkpoint of another training; settings that make no sense.
+        MMHooksError: a checkpoint of another run; contradictory settings.
 
     >>> from mmhooks.heads import TopKSAE, train_head
     >>> x = torch.randn(256, 8)
@@ -111,18 +111,18 @@ def train_head(
     _check_gradients(head)
     objective = objective or default_objective(head)
     if patience is not None and valid is None:
-        raise MMHooksError("early stopping (patience=) watches held-out pairs: pass valid=(image, text)")
-    team = Team(head)
-    if team.size > 1 and not objective.shares_batches:
+        raise MMHooksError("early stopping (patience=) needs held-out pairs: pass valid=(image, text)")
+    processes = Processes(head)
+    if processes.size > 1 and not objective.shares_batches:
         raise MMHooksError(
-            f"{type(objective).__name__} compares all pairs of a batch, which {team.size} processes would each see "
-            "a part of; train this head in one process"
+            f"{type(objective).__name__} compares all pairs of a batch, of which each of {processes.size} processes would "
+            "see only a part; train this head in one process"
         )
-    head.to(team.device)
-    rows = ready(head, *paired(image, text, sites), team.device)
-    held_out = _held_out(head, valid, sites, team.device)
+    head.to(processes.device)
+    rows = as_vectors(head, *training_rows(image, text, sites), processes.device)
+    held_out = _held_out(head, valid, sites, processes.device)
     batch = min(batch_size or objective.default_batch_size, len(rows[0]))
-    team.check_batch(batch)
+    processes.check_batch(batch)
     lr = objective.default_lr if lr is None else lr
     per_epoch = len(rows[0]) // batch
     total = epochs * per_epoch
@@ -142,7 +142,7 @@ def train_head(
                 "seed": seed,
                 "patience": patience,
                 "objective": [type(objective).__name__, objective.settings()],
-                "numerics": [precision, compile, team.size, team.device.type],
+                "numerics": [precision, compile, processes.size, processes.device.type],
                 "pairs": len(rows[0]),
             },
             head,
@@ -154,37 +154,46 @@ def train_head(
             },
         )
     )
-    objective.across = team.mean
+    objective.across = processes.mean
     objective.measure(*rows)
-    groups = [{"params": [p], "share": objective.rate(head, name)} for name, p in head.named_parameters()]
+    groups = [
+        {"params": [p], "lr_factor": objective.lr_scale(head, name)} for name, p in head.named_parameters()
+    ]
     adam = torch.optim.Adam(groups, lr=lr, eps=6.25e-10, weight_decay=weight_decay, fused=True)
-    silent = torch.zeros(head.n_features, dtype=torch.long, device=team.device)
+    silent = torch.zeros(head.n_features, dtype=torch.long, device=processes.device)
     compute = torch.compile(objective.loss) if compile else objective.loss
-    run = Run(head, objective, adam, *rows, per_epoch, total, seed, team, precision, silent, compute)
-    if path is not None and team.leads:
+    run = Run(head, objective, adam, *rows, per_epoch, total, seed, processes, precision, silent, compute)
+    if path is not None and processes.is_main:
         clear_leftovers(path)
     if path is not None and path.exists():
         run.resume(path, mark)
     else:
         objective.start(head, rows[0].sample(START), None if rows[1] is None else rows[1].sample(START))
-        team.agree_(head)
+        processes.broadcast_(head)
 
     began, parts = time.perf_counter(), {}
     head.train()
     with (
-        training_bar(f"training {head.name}", total, shown=progress and team.leads, begin=run.step) as show,
-        tensorboard_log(tensorboard if team.leads else None, begin=run.step) as log,
+        training_bar(
+            f"training {head.name}", total, shown=progress and processes.is_main, begin=run.step
+        ) as show,
+        tensorboard_log(tensorboard if processes.is_main else None, begin=run.step) as log,
     ):
         while run.step < total and not run.stopped:
             order = run.order()
             for i in range(run.step % per_epoch, per_epoch):
                 for group in adam.param_groups:
-                    group["lr"] = lr * group["share"] * share(schedule, run.step, total, warmup, decay)
+                    group["lr"] = (
+                        lr * group["lr_factor"] * lr_factor(schedule, run.step, total, warmup, decay)
+                    )
                 parts = run.advance(order[i * batch : (i + 1) * batch])
                 if run.step % 10 == 0:
                     numbers = run.numbers(parts)
                     show(run.step, numbers)
-                    log(run.step, numbers | {"lr": lr * share(schedule, run.step - 1, total, warmup, decay)})
+                    log(
+                        run.step,
+                        numbers | {"lr": lr * lr_factor(schedule, run.step - 1, total, warmup, decay)},
+                    )
                 if path and checkpoint_every and run.step % checkpoint_every == 0 and i + 1 < per_epoch:
                     run.store(path, mark)
             run.end_epoch(parts, held_out, patience)
@@ -201,26 +210,26 @@ def train_head(
 
 
 def _check_gradients(head: Head) -> None:
-    """Under no_grad a training switches gradients on; inference mode leaves tensors that can have none."""
+    """Raises if the head cannot have gradients. no_grad is overridden by training; inference mode cannot be."""
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in head.parameters()):
         raise MMHooksError(
-            "a head cannot learn in torch.inference_mode(), nor if it was made there: its tensors can have no "
-            "gradients. Make it and call train_head outside of the block (torch.no_grad() is no hindrance)"
+            "a head cannot be trained in torch.inference_mode(), nor if it was created there: its tensors cannot have "
+            "gradients. Create it and call train_head outside of the block (torch.no_grad() is fine)"
         )
     if not any(p.requires_grad for p in head.parameters()):
         raise MMHooksError(
-            f"no parameter of head {head.name!r} has requires_grad set, so nothing would be learned: "
-            "head.requires_grad_(True), or for those that should learn"
+            f"expected a head with trainable parameters, got {head.name!r} with requires_grad=False for all of them; "
+            "call head.requires_grad_(True), or set it for those to be trained"
         )
 
 
 def default_objective(head: Head) -> Objective:
-    """The objective that fits the kind of head, with its default options."""
+    """The default objective for the head's kind."""
     if isinstance(head, NCL):
         return NCLObjective()
     if isinstance(head, SAE):
         return SAEObjective()
-    raise MMHooksError(f"no objective is known for a {type(head).__name__}: pass objective=")
+    raise MMHooksError(f"there is no default objective for a {type(head).__name__}: pass objective=")
 
 
 def _held_out(
@@ -229,6 +238,6 @@ def _held_out(
     """Held-out pairs, in memory."""
     if valid is None:
         return None
-    pair = valid if isinstance(valid, tuple) else paired(valid, None, sites)
-    image, text = ready(head, pair[0], pair[1], device)
+    pair = valid if isinstance(valid, tuple) else training_rows(valid, None, sites)
+    image, text = as_vectors(head, pair[0], pair[1], device)
     return image[:], None if text is None else text[:]

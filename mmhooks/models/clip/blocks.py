@@ -1,4 +1,4 @@
-"""Sites of open_clip's own transformer blocks, of both kinds."""
+"""Sites of open_clip's two kinds of transformer blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmhooks.hooks.attention import LEAVES, SCORES, multihead_forward
-from mmhooks.hooks.intercept import Intercepted, OwnCode, attention_scores, multihead_calls, residual_middle
-from mmhooks.hooks.projection import ByHead, heads_view
+from mmhooks.hooks.intercept import (
+    Intercepted,
+    NativeForward,
+    attention_scores,
+    multihead_calls,
+    residual_middle,
+)
+from mmhooks.hooks.projection import ProjectionByHead, heads_view
 from mmhooks.hooks.sites import Site, SiteMap, View
 from mmhooks.hooks.taps import Emit, Tap
 
@@ -28,8 +34,8 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
         _add_multihead(sites, prefix, block.attn)  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.attn_out", sites.output(block.ls_1))  # type: ignore[arg-type]
     middle: Tap = Intercepted(block, ("resid_mid",), residual_middle)
-    if not custom:  # a function mode would keep attention off torch's fast path
-        middle = OwnCode(block, ("resid_mid",), block_forward, _native(block), residual_middle)
+    if not custom:  # a function mode would disable torch's fast path of attention
+        middle = NativeForward(block, ("resid_mid",), block_forward, _native(block), residual_middle)
     add_site(sites, f"{prefix}.resid_mid", middle, "resid_mid")
     add_site(sites, f"{prefix}.ln_2", sites.output(block.ln_2))  # type: ignore[arg-type]
     add_site(sites, f"{prefix}.mlp.pre", sites.output(mlp.c_fc), layout="batch token d_mlp")
@@ -41,9 +47,9 @@ def add_openclip_block(sites: SiteMap, prefix: str, block: nn.Module) -> None:
 
 
 def _add_multihead(sites: SiteMap, prefix: str, attn: nn.Module) -> None:
-    """``attn.*`` of ``nn.MultiheadAttention``, or of what somebody wrapped around it."""
+    """``attn.*`` of ``nn.MultiheadAttention``, or of a wrapper around it."""
     native = nn.MultiheadAttention.forward
-    tap = OwnCode(
+    tap = NativeForward(
         attn, LEAVES, multihead_forward, native, multihead_calls, inexact=LEAVES, watch_is_exact=True
     )
     for leaf in LEAVES:
@@ -53,16 +59,16 @@ def _add_multihead(sites: SiteMap, prefix: str, attn: nn.Module) -> None:
 def add_projected_attention(
     sites: SiteMap, prefix: str, scope: nn.Module, heads: int, projection: nn.Module, *, fused: bool = True
 ) -> None:
-    """``attn.*`` where the output projection is a module that ``scope`` calls, and all code is the model's own.
+    """``attn.*`` if the output projection is a module called by ``scope``, running the model's own code.
 
     Args:
-        fused: whether the attention before it can be looked into; else there is only what the projection sees.
+        fused: whether the attention before it can be intercepted; if not, only the projection's sites are added.
     """
     scores = Intercepted(scope, SCORES, attention_scores)
     for leaf in SCORES if fused else ():
         add_attention_site(sites, f"{prefix}.attn.{leaf}", scores, leaf)
     add_attention_site(sites, f"{prefix}.attn.z", sites.input(projection), "", heads_view(heads))
-    add_attention_site(sites, f"{prefix}.attn.head_out", ByHead(projection, heads), "head_out")
+    add_attention_site(sites, f"{prefix}.attn.head_out", ProjectionByHead(projection, heads), "head_out")
 
 
 def _native(module: nn.Module) -> Callable[..., Any]:
@@ -70,17 +76,17 @@ def _native(module: nn.Module) -> Callable[..., Any]:
 
 
 def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str, view: View | None = None) -> None:
-    """``q, k, v, z, head_out``: attention heads in the last but one dimension; ``pattern``: in the second."""
+    """``q, k, v, z, head_out``: attention heads in the second to last dimension; ``pattern``: in the second."""
     heads, tokens = (-3, 2) if leaf == "pattern" else (-2, 1)
     sites.add(Site(name, tap, leaf, heads, tokens, _LAYOUT.get(leaf, "batch token head d_head"), view))
 
 
 def add_site(sites: SiteMap, name: str, tap: Tap, leaf: str = "", layout: str = "batch token d") -> None:
-    """A place in the stream of tokens."""
+    """Adds a site with tokens."""
     sites.add(Site(name, tap, leaf, layout=layout))
 
 
-# -- open_clip's forward with its insides -------------------------------------------------------------
+# -- open_clip's forward, explicit -------------------------------------------------------------
 
 
 def block_forward(

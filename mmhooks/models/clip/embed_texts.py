@@ -17,7 +17,7 @@ from mmhooks.utils.progress import track
 def embed_texts(
     model: Model, texts: Texts, *, batch: int = 256, unit: bool = True, progress: bool = False
 ) -> Float[Tensor, "t d"]:
-    """Embeddings of texts, of unit norm unless told otherwise, on the CPU in fp32; made in evaluation mode.
+    """Embeddings of texts, of unit norm by default, on the CPU in fp32, computed in evaluation mode.
 
     Raises:
         MMHooksError: not a hooked CLIP, a model without a tokenizer, no text, or something else than texts.
@@ -27,12 +27,14 @@ def embed_texts(
     """
     check_model(model)
     if model.tokenizer is None:
-        raise MMHooksError("the model has no tokenizer: HookedCLIP(model, tokenizer=...)")
+        raise MMHooksError(
+            "expected a model with a tokenizer, got one without: HookedCLIP(model, tokenizer=...)"
+        )
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         hint = "put it into a list" if isinstance(texts, str) else "every one a str"
         raise MMHooksError(f"expected a list of texts, got a {type(texts).__name__}: {hint}")
     if not len(texts):
-        raise MMHooksError("no texts to embed")
+        raise MMHooksError("expected at least one text, got none")
     starts = range(0, len(texts), batch)
     with evaluating(model.model):
         rows = [

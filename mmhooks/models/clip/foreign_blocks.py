@@ -1,6 +1,6 @@
 """Sites of transformer blocks that are not open_clip's own: timm's, and those of Hugging Face text encoders.
 
-Their code is not repeated here: what no module owns is seen through :mod:`mmhooks.hooks.intercept`.
+Their code is not reimplemented: values without a module of their own are read through :mod:`mmhooks.hooks.intercept`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MLP = "batch token d_mlp"
 
 
 def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
-    """What a block of a timm ViT, EVA or relative-position ViT structurally has."""
+    """Sites of a block of a timm ViT, EVA or relative-position ViT, as far as its structure has them."""
     add_site(sites, f"{prefix}.resid_pre", sites.input(block))
     _outputs(sites, prefix, {"ln_1": _child(block, "norm1")})
     attn = _child(block, "attn")
@@ -35,7 +35,7 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
     _outputs(sites, prefix, {"ln_2": _child(block, "norm2")})
     mlp = _child(block, "mlp")
     first, last = _child(mlp, "fc1"), _child(mlp, "fc2") or _child(mlp, "w2")
-    if first is not None:  # SwiGLU with two first layers has no one place before its non-linearity
+    if first is not None:  # SwiGLU with two first layers has no single place before its non-linearity
         add_site(sites, f"{prefix}.mlp.pre", sites.output(first), layout=_MLP)
     if last is not None:
         add_site(sites, f"{prefix}.mlp.post", sites.input(last), layout=_MLP)
@@ -44,7 +44,7 @@ def add_timm_block(sites: SiteMap, prefix: str, block: Any) -> None:
 
 
 def add_hf_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
-    """A layer of a Hugging Face text encoder: BERT's kin, M2M100 (NLLB), T5; others get the residual stream."""
+    """A layer of a Hugging Face text encoder: BERT-like, M2M100 (NLLB), T5; others get only the residual stream."""
     add_site(sites, f"{prefix}.resid_pre", sites.input(layer, "hidden_states"))
     if hasattr(getattr(layer, "attention", None), "self") and hasattr(layer, "intermediate"):
         _bert(sites, prefix, layer)

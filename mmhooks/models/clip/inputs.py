@@ -1,7 +1,7 @@
-"""What a user hands to a function that runs a CLIP: the right thing, or a sentence that says how to make it of this.
+"""Checks the inputs of functions that run a CLIP, with errors that say how to convert them.
 
-Static checkers see the types; at run time the functions here check them, so that the error is ours and says what to
-do (beartype would be faster).
+Static checkers see the types; at run time these functions check them instead of beartype, whose errors would come
+first and not say what to do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_model(model: Any) -> None:
             if hasattr(model, "visual")
             else "mm.load(...)"
         )
-        raise MMHooksError(f"expected a mm.HookedCLIP, got {_name(model)}: make one by {hint}")
+        raise MMHooksError(f"expected a mm.HookedCLIP, got {_describe(model)}: create one with {hint}")
 
 
 def check_tower(tower: str) -> None:
@@ -45,21 +45,23 @@ def check_batch(model: HookedCLIP, inputs: Any, tower: str) -> None:
     check_tower(tower)
     wanted = "pixels [n 3 h w]" if tower == "image" else "tokens [n l]"
     if not isinstance(inputs, Tensor):
-        raise ShapeMismatch(f"expected {wanted}, got {_name(inputs)}: {_remedy(inputs, tower)}")
+        raise ShapeMismatch(f"expected {wanted}, got {_describe(inputs)}: {_remedy(inputs, tower)}")
     if tower == "text":
         if inputs.ndim != 2 or inputs.is_floating_point() or inputs.dtype == torch.bool:
             raise ShapeMismatch(
-                f"expected tokens [n l] of integers, got {_tensor(inputs)}: model.tokenizer(list of texts) makes them"
+                f"expected tokens [n l] of integers, got {_describe_tensor(inputs)}: model.tokenizer(list of texts) makes them"
             )
         return
     if inputs.ndim != 4 or not inputs.is_floating_point():
         hint = "add the batch axis, image[None]" if inputs.ndim == 3 else "model.preprocess(image) makes each"
-        raise ShapeMismatch(f"expected floating-point pixels [n 3 h w], got {_tensor(inputs)}: {hint}")
+        raise ShapeMismatch(
+            f"expected floating-point pixels [n 3 h w], got {_describe_tensor(inputs)}: {hint}"
+        )
     size, channels = image_size(model), 3
     if inputs.shape[1] != channels or (size is not None and tuple(inputs.shape[2:]) != size):
         reads = "[n 3 h w]" if size is None else f"[n 3 {size[0]} {size[1]}]"
         raise ShapeMismatch(
-            f"expected pixels {reads}, which this model reads, got {_tensor(inputs)}: model.preprocess(image) brings "
+            f"expected pixels {reads}, which this model reads, got {_describe_tensor(inputs)}: model.preprocess(image) brings "
             "an image to its size"
         )
 
@@ -69,11 +71,13 @@ def check_directions(directions: Any, width: int | None, what: str) -> None:
     wanted = f"vectors [m {width or 'd'}]"
     if not isinstance(directions, Tensor):
         raise ShapeMismatch(
-            f"{what}: expected {wanted}, got {_name(directions)}: "
+            f"{what}: expected {wanted}, got {_describe(directions)}: "
             "mmhooks.models.clip.embed_texts.embed_texts(model, texts) makes them of texts"
         )
     if directions.ndim != 2 or not directions.is_floating_point():
-        raise ShapeMismatch(f"{what}: expected {wanted}, got {_tensor(directions)}: one vector a row")
+        raise ShapeMismatch(
+            f"{what}: expected {wanted}, got {_describe_tensor(directions)}: one vector a row"
+        )
     if width is not None and directions.shape[1] != width:
         raise ShapeMismatch(
             f"{what}: expected {wanted}, got vectors of width {directions.shape[1]}: give embeddings of the same model"
@@ -81,7 +85,7 @@ def check_directions(directions: Any, width: int | None, what: str) -> None:
 
 
 def image_size(model: HookedCLIP) -> tuple[int, int] | None:
-    """Height and width of the images that the model reads; None where it reads several."""
+    """Height and width of the images that the model reads; None if it accepts several."""
     visual: Any = model.model.visual
     embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     fixed = hasattr(visual, "positional_embedding") or bool(getattr(embed, "strict_img_size", False))
@@ -97,8 +101,8 @@ def _remedy(inputs: Any, tower: str) -> str:
     return "model.preprocess(image)[None] makes them of one image, torch.stack of several"
 
 
-def _name(value: Any) -> str:
-    """In words: "a list of str", "a PIL image", "CLIP"."""
+def _describe(value: Any) -> str:
+    """A value's type for messages: "a list of str", "a PIL image", "a CLIP"."""
     if type(value).__module__.startswith("PIL."):
         return "a PIL image"
     if isinstance(value, (list, tuple)):
@@ -110,5 +114,5 @@ def _name(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _tensor(value: Tensor) -> str:
+def _describe_tensor(value: Tensor) -> str:
     return f"{list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"

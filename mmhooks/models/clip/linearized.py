@@ -1,8 +1,8 @@
-"""A tower's last steps as one linear map of its residual stream, with what depends on the input held fixed.
+"""A tower's last steps as one linear map of its residual stream, with input-dependent factors held fixed.
 
-Final LayerNorm, pooling and projection are not linear, but they are once the LayerNorm's σ and the weights of an
-attention pooling are frozen at their values for this input. :class:`Frozen` is that map; it is exact at the input
-where it was taken: ``frozen(stream)`` is the embedding.
+Final LayerNorm, pooling and projection are linear once the LayerNorm's σ and the weights of an attention pooling are
+frozen at their values for this input. :class:`Frozen` is that map; it is exact at that
+input: ``frozen(stream)`` is the embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Frozen:
     Attributes:
         weights: of a token in the pooling over σ; one ``p`` for each attention head of the pooling, else a single one.
         maps: from the residual stream to the embedding, with the LayerNorm's gain.
-        shift: what no component wrote: LayerNorm's mean and bias, and the biases behind it.
+        shift: the part of no component: LayerNorm's mean and bias, and the biases behind it.
     """
 
     weights: Float[Tensor, "b p t"]
@@ -39,7 +39,7 @@ class Frozen:
         return torch.einsum("bpd,pde->be", self.weights @ stream, self.maps)
 
     def heads(self, z: Float[Tensor, "b t h k"], w_o: Float[Tensor, "h k d"]) -> Float[Tensor, "b h e"]:
-        """What every attention head adds: tokens are summed first, so nothing holds a token's vector a head."""
+        """What every attention head adds; tokens are summed first, to avoid one vector per token and head."""
         pooled = torch.einsum("bpt,bthk->bphk", self.weights, z)
         total = 0.0
         for p, to_embedding in enumerate(self.maps):
@@ -84,9 +84,9 @@ def pooled(
 
 
 def check_norm(norm: nn.Module, what: str) -> None:
-    """Raises NoExactSum unless a norm is an Identity or the LayerNorm that its weights, bias and epsilon say.
+    """Raises NoExactSum unless a norm is an Identity, or a LayerNorm that computes what its weight, bias and epsilon imply.
 
-    These are read, not run: what an adapter put around or beside them would be left out without a word.
+    Only these are read later, so the effect of an adapter around them would be silently ignored.
     """
     if isinstance(norm, nn.Identity):
         return
@@ -101,8 +101,8 @@ def check_norm(norm: nn.Module, what: str) -> None:
         if like.is_meta or torch.allclose(out, said, rtol=0.02, atol=0.02 * float(said.abs().max())):
             return
     raise NoExactSum(
-        f"{what} is a {type(norm).__name__} that is not a LayerNorm of its own weight and bias: expected one, so that "
-        "what goes through it can be told apart; merge an adapter into the model first (merge_and_unload of peft)"
+        f"{what} is a {type(norm).__name__} that does not compute a LayerNorm of its weight and bias: expected "
+        "one, so that contributions through it can be separated; merge an adapter into the model first (merge_and_unload of peft)"
     )
 
 

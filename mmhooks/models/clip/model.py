@@ -1,4 +1,4 @@
-"""HookedCLIP: any open_clip model, both towers, nothing converted."""
+"""HookedCLIP: any open_clip model with both towers, unconverted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HookedCLIP(HookedModel):
     """An open_clip model with named sites, hooks and heads.
 
     Args:
-        model: ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; stays the untouched object at ``.model``.
+        model: ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; available unchanged at ``.model``.
         tokenizer, preprocess: kept for the user's convenience.
         name: for messages and manifests.
         autocast: run ``encode_image`` and ``encode_text`` under ``torch.autocast`` of this type, as open_clip means
@@ -53,7 +53,7 @@ class HookedCLIP(HookedModel):
         autocast: torch.dtype | None = None,
     ) -> None:
         if not hasattr(model, "visual") or not hasattr(model, "encode_image"):
-            raise MMHooksError(f"HookedCLIP takes an open_clip model, came {type(model).__name__}")
+            raise MMHooksError(f"HookedCLIP: expected an open_clip model, got {type(model).__name__}")
         super().__init__(model, openclip_sites(model), name=name)
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.autocast = autocast
@@ -86,7 +86,7 @@ class HookedCLIP(HookedModel):
     def forward(self, images: Tensor | None = None, texts: Tensor | None = None) -> CLIPOutput:
         """Both towers, or the one that has an input."""
         if images is None and texts is None:
-            raise MMHooksError("nothing to run: give images [b 3 h w], texts [b l], or both")
+            raise MMHooksError("expected images [b 3 h w], texts [b l], or both, got neither")
         return CLIPOutput(
             None if images is None else self.encode_image(images),
             None if texts is None else self.encode_text(texts),
@@ -99,7 +99,7 @@ class HookedCLIP(HookedModel):
         sites: Pattern | Sequence[Pattern] = "*",
         **options: Any,
     ) -> tuple[CLIPOutput, ActivationCache]:
-        """Runs the towers that have an input and keeps what flowed at ``sites``.
+        """Runs the towers that have an input and caches the activations at ``sites``.
 
         Args:
             images: pixels ``[b 3 h w]``.
@@ -114,4 +114,4 @@ class HookedCLIP(HookedModel):
             UnknownSite: a name that no site has.
             HookDidNotFire: a name or glob none of whose sites ran, for instance ``text.*`` without texts.
         """
-        return self._cached(lambda: self.forward(images, texts), sites, options)
+        return self._run_cached(lambda: self.forward(images, texts), sites, options)

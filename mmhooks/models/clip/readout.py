@@ -1,7 +1,7 @@
-"""How a tower's embedding is read from its residual stream: pooling, final LayerNorm, projection, by family.
+"""How a tower computes its embedding from the residual stream: pooling, final LayerNorm and projection, per family.
 
 open_clip's own image and text transformers (class token, average, CoCa's attention pooling; end-of-text, first and
-last position) and timm's (class token, average, SigLIP's attention pooling). What has no such reading says why.
+last position) and timm's (class token, average, SigLIP's attention pooling). Other towers raise an error that says why.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Readout:
         tower: "image" or "text".
         blocks: the tower's blocks; what they write is at the sites ``<tower>.blocks.N.attn.z`` and ``.mlp_out``.
         freeze: the map at a stream; given one token where ``positions`` is set, else all.
-        positions: the one token of every input that is read; None: all are pooled.
-        aside: a native site that adds to the embedding without being linear in the stream, the MLP of an
+        positions: the token of each input that is read; None: all tokens are pooled.
+        nonlinear_site: a native site that adds to the embedding without being linear in the stream, the MLP of an
             attention pooling; "" where there is none.
         project: from that site's output to the embedding.
     """
@@ -44,12 +44,12 @@ class Readout:
     blocks: Sequence[Any]
     freeze: Freeze
     positions: Positions | None = None
-    aside: str = ""
+    nonlinear_site: str = ""
     project: Callable[[Tensor], Float[Tensor, "b e"]] | None = None
 
     def writer(self, layer: int) -> tuple[Float[Tensor, "h k d"], Float[Tensor, " d"]]:
-        """What attention heads write is ``z @ w_o``, and ``b_o`` once: weights of the output projection, with the
-        block's layer scale."""
+        """Weights of a block's output projection, including its layer scale: attention heads write ``z @ w_o``, and ``b_o``
+        is added once."""
         block = self.blocks[layer]
         attn = block.attn
         weight, bias = (
@@ -66,7 +66,7 @@ class Readout:
 
 
 def image_readout(model: Any) -> Readout:
-    """The reading of ``model.visual``.
+    """The readout of ``model.visual``.
 
     Raises:
         NoExactSum: a convolutional tower, blocks or a pooling whose sum is not one of those above; says which.
@@ -84,7 +84,7 @@ def image_readout(model: Any) -> Readout:
 
 
 def text_readout(model: Any) -> Readout:
-    """The reading of the text tower, at the position that it pools (end of text).
+    """The readout of the text tower, at the position that it pools (end of text).
 
     Raises:
         NoExactSum: a Hugging Face encoder, or an unknown pooling.
@@ -137,7 +137,7 @@ def _openclip_image(visual: Any) -> Readout:
             return inner.normed(norm, inner(stream)).projected(matrix, bias)
 
         return Readout("image", blocks, attention)
-    return _plain(
+    return _class_token_or_average(
         "image", blocks, visual.pool_type, 1, visual.ln_post, visual.final_ln_after_pool, matrix, bias
     )
 
@@ -152,7 +152,7 @@ def _timm_image(visual: Any) -> Readout:
             "way into the residual stream, so attention heads are no plain sum; a sum is known for timm's Block, "
             "EvaBlock and RelPosBlock"
         )
-    norm, after = _only_norm(trunk)
+    norm, after = _final_norm(trunk)
     steps = [
         m
         for m in (getattr(trunk, "head", None), *visual.head)
@@ -171,7 +171,7 @@ def _timm_image(visual: Any) -> Readout:
     if pool is None:
         kind = {"token": "tok", "avg": "avg"}.get(trunk.global_pool, str(trunk.global_pool))
         skip = 0 if getattr(trunk, "pool_include_prefix", False) else trunk.num_prefix_tokens
-        return _plain("image", blocks, kind, skip, norm, after, matrix, bias)
+        return _class_token_or_average("image", blocks, kind, skip, norm, after, matrix, bias)
     if type(pool).__name__ != "AttentionPoolLatent" or after or pool.pool not in ("token", "avg"):
         raise NoExactSum(
             f"the image tower pools by {type(pool).__name__}; a sum is known for AttentionPoolLatent"
@@ -187,11 +187,11 @@ def _timm_image(visual: Any) -> Readout:
     def freeze(stream: Tensor) -> Frozen:
         return _latent_pooling(pool, norm, stream, skip).projected(matrix, bias)
 
-    aside = "" if pool.mlp is None else "visual.trunk.attn_pool.mlp"
-    return Readout("image", blocks, freeze, aside=aside, project=project)
+    nonlinear_site = "" if pool.mlp is None else "visual.trunk.attn_pool.mlp"
+    return Readout("image", blocks, freeze, nonlinear_site=nonlinear_site, project=project)
 
 
-def _plain(
+def _class_token_or_average(
     tower: str,
     blocks: Sequence[Any],
     kind: str,
@@ -252,7 +252,7 @@ def _query_pooling(pool: Any, stream: Tensor) -> Frozen:
     attn, dtype = pool.attn, pool.query.dtype
     query, keys = pool.ln_q(pool.query[:1]).detach(), pool.ln_k(stream.to(dtype))
     heads, x = attn.num_heads, keys.float()
-    (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _float(
+    (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _to_float32(
         multihead_weights(attn, query[None], keys[:1, :1])
     )
     q = rearrange(F.linear(query.float(), w_q, b_q), "1 (head e) -> head e", head=heads)
@@ -291,7 +291,7 @@ def _check_openclip(blocks: Sequence[Any], tower: str) -> None:
         )
 
 
-def _only_norm(trunk: Any) -> tuple[nn.Module, bool]:
+def _final_norm(trunk: Any) -> tuple[nn.Module, bool]:
     """timm's final norm, and whether it comes after the pooling."""
     norms = [getattr(trunk, name, None) or nn.Identity() for name in ("norm", "fc_norm")]
     there = [not isinstance(norm, nn.Identity) for norm in norms]
@@ -318,12 +318,12 @@ def linear_weights(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tenso
 
 
 def attention_weights(attn: Any) -> MultiheadWeights:
-    """Of torch's attention as it runs, in fp32."""
+    """Weights of torch's attention as it runs, in fp32."""
     x = torch.zeros(1, 1, attn.embed_dim, dtype=attn.in_proj_weight.dtype, device=device_of(attn))
-    return _float(multihead_weights(attn, x, x))
+    return _to_float32(multihead_weights(attn, x, x))
 
 
-def _float(weights: MultiheadWeights) -> MultiheadWeights:
+def _to_float32(weights: MultiheadWeights) -> MultiheadWeights:
     return MultiheadWeights(*((w.float(), None if b is None else b.float()) for w, b in weights))
 
 
@@ -337,7 +337,7 @@ def _layer_scale(block: Any) -> Float[Tensor, " d"] | None:
 
 
 def _matrix(projection: Any) -> tuple[Tensor | None, Tensor | None]:
-    """``x @ matrix + bias`` of a parameter or a linear layer; None for what is not there."""
+    """``x @ matrix + bias`` of a parameter or a linear layer; None for what does not exist."""
     if projection is None:
         return None, None
     if isinstance(projection, nn.Module):

@@ -1,4 +1,4 @@
-"""The site map of any open_clip model: canonical names where the architecture has the place."""
+"""The site map of any open_clip model: canonical names for all places that the architecture has."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def openclip_sites(model: nn.Module) -> SiteMap:
 
 
 def _joint_width(model: Any) -> int | None:
-    """Of the embedding, which both towers share, where one of them says it."""
+    """Width of the shared embedding, if one of the towers defines it."""
     text = getattr(model, "text", model)
     projections = (getattr(text, "text_projection", None), getattr(model.visual, "proj", None))
     for projection in projections:
@@ -143,7 +143,7 @@ def _text(sites: SiteMap, owner: Any, tower: Any = None) -> None:
     if tower is not None:
         embed = (sites.output(tower), "")
         pooled = pooled or embed
-    if pooled and embed:  # without a projection and a tower of its own, no place is left to reach them
+    if pooled and embed:  # without a projection and a separate tower there is no module to reach them by
         sites.add(Site("text.pooled", *pooled, tokens=None, layout="batch d"))
         sites.add(Site("text.embed", *embed, tokens=None, layout="batch d"))
 

@@ -1,4 +1,4 @@
-"""Both sides of a text-to-image conditioner: hidden states of texts, and images carried into the same space."""
+"""Both sides of a text-to-image conditioner: hidden states of texts, and images mapped into the same space."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def conditioner_sides(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Sides:
-    """Pictures and captions of pairs in the space that is edited: ``(references [n d], texts [n d])``.
+    """Images and captions of pairs in the space that is edited: ``(references [n d], texts [n d])``.
 
-    The picture side is what an edit would bring in, :func:`~mmhooks.models.diffusion.references.reference`. The text side is
+    The image side is what an edit would bring in, :func:`~mmhooks.models.diffusion.references.reference`. The text side is
 
     - at ``text.cond`` the hidden state at the end of the caption, which CLIP projects, or the mean over its tokens
       (the first left out);
     - at ``image.embed`` (``mode="unclip"``) the CLIP text embedding that the prior starts from,
-      :func:`~mmhooks.models.diffusion.references.caption_embeds`, brought to the median norm of the pictures: CLIP compares
+      :func:`~mmhooks.models.diffusion.references.caption_embeds`, brought to the median norm of the images: CLIP compares
       directions, and lengths alone would make one side dominate.
 
     A head is trained on both: ``mm.train_head(mm.TopKSAE(d, 4 * d, 16), *sides)``.
@@ -60,8 +60,8 @@ def conditioner_sides(
         norm = None if mode == "unclip" else token_norm(sd)
         for begin in range(0, len(pairs), batch_size):
             rows = [pairs[i] for i in range(begin, min(begin + batch_size, len(pairs)))]
-            pictures, captions = [row.image for row in rows], [row.text for row in rows]
-            found = reference(sd, pictures, mode=mode, clip=clip, projection=projection, norm=norm)
+            shown, captions = [row.image for row in rows], [row.text for row in rows]
+            found = reference(sd, shown, mode=mode, clip=clip, projection=projection, norm=norm)
             images.append(found.flatten(1).float().cpu())  # one token, or none
             if mode == "unclip":
                 texts.append(caption_embeds(sd, captions, clip=clip).float().cpu())

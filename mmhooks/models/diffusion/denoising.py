@@ -1,6 +1,6 @@
-"""A pipeline that runs: which denoising step the U-Net is at, and whose rows it and the text encoders get.
+"""Tracks a running pipeline: the denoising step of the U-Net, and which rows it and the text encoders process.
 
-Nothing of a pipeline is changed for that. While a context is open, ``__call__`` and ``encode_prompt`` of the
+The pipeline itself is not changed. While a context is open, ``__call__`` and ``encode_prompt`` of the
 pipeline and the calls of its U-Net and text encoders are wrapped, for threads with a context only.
 """
 
@@ -55,15 +55,15 @@ _TEXTS: ContextVar[tuple[tuple[Guidance, ...], dict[int, int]] | None] = Context
 
 
 class PipelineCalls(ShadowTap):
-    """Knows when the pipeline runs, and what ``encode_prompt`` asks its text encoders for. Emits nothing."""
+    """Tracks when the pipeline runs, and which half ``encode_prompt`` encodes in each call. Has no places."""
 
     def __init__(self, pipe: Any) -> None:
-        shadows = [Shadow("__call__", self._counted)]
+        shadows = [Shadow("__call__", self._track_run)]
         if hasattr(pipe, "encode_prompt"):
-            shadows.append(Shadow("encode_prompt", self._told_apart))
+            shadows.append(Shadow("encode_prompt", self._track_halves))
         super().__init__(pipe, *shadows)
 
-    def _counted(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _track_run(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if not dispatch.current().contexts:
                 return call(*args, **kwargs)
@@ -75,7 +75,7 @@ class PipelineCalls(ShadowTap):
 
         return wrapped
 
-    def _told_apart(self, pipe: Any, encode: Callable[..., Any]) -> Callable[..., Any]:
+    def _track_halves(self, pipe: Any, encode: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if not dispatch.current().contexts:
                 return encode(*args, **kwargs)
@@ -97,13 +97,13 @@ class PipelineCalls(ShadowTap):
 
 
 class ModuleCalls(ShadowTap):
-    """The calls of a U-Net (``denoises``) or text encoder, each marked with its step and half. Emits nothing."""
+    """The calls of a U-Net (``denoises``) or text encoder, each marked with its step and half. Has no places."""
 
     def __init__(self, module: nn.Module, *, denoises: bool) -> None:
-        super().__init__(module, Shadow("_call_impl", self._marked))
+        super().__init__(module, Shadow("_call_impl", self._mark_calls))
         self._denoises = denoises
 
-    def _marked(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _mark_calls(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if not dispatch.current().contexts:
                 return call(*args, **kwargs)
@@ -114,17 +114,17 @@ class ModuleCalls(ShadowTap):
 
 
 class ConsumerCalls(ShadowTap):
-    """The calls of a module that gets the U-Net's conditioning before it does: a ControlNet. Emits nothing.
+    """The calls of a module that receives the U-Net's conditioning before the U-Net, such as a ControlNet. Has no places.
 
     They are marked with the step and half of the U-Net's call that follows. With ``guess_mode`` a ControlNet gets
     the conditional rows alone.
     """
 
     def __init__(self, module: nn.Module, name: str, taps: Sequence[Tap]) -> None:
-        super().__init__(module, Shadow("_call_impl", self._marked))
+        super().__init__(module, Shadow("_call_impl", self._mark_calls))
         self._name, self._taps = name, tuple(taps)  # at the taps its conditioning may be edited
 
-    def _marked(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _mark_calls(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             run = _RUN.get()
             if not dispatch.current().contexts or run is None:
@@ -141,20 +141,20 @@ class ConsumerCalls(ShadowTap):
 
 
 class ConditioningCompared(ShadowTap):
-    """Makes sure that the U-Net is given what its ControlNets were given, where that is edited. Emits nothing."""
+    """Checks that the U-Net receives the same conditioning as its ControlNets if that is edited. Has no places."""
 
     def __init__(self, unet: nn.Module) -> None:
-        super().__init__(unet, Shadow("_call_impl", self._compared))
+        super().__init__(unet, Shadow("_call_impl", self._compare))
 
-    def _compared(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _compare(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             run = _RUN.get()
             while run is not None and run.beside:
                 name, seen = run.beside.popitem()
-                if not _alike(seen, _argument(module.forward, CONDITIONING, args, kwargs)):
+                if not _same_values(seen, _argument(module.forward, CONDITIONING, args, kwargs)):
                     raise MMHooksError(
-                        f"{name!r} of this pipeline is not given the U-Net's text conditioning but one of its own, so an "
-                        "edit at 'text.cond' would change what it was not meant for; edit a site of the text encoder"
+                        f"{name!r} of this pipeline does not receive the U-Net's text conditioning but a different one, so "
+                        "an edit at 'text.cond' would not be meant for it; edit a site of the text encoder"
                     )
             return call(*args, **kwargs)
 
@@ -165,9 +165,9 @@ class ImageEmbeds(ShadowTap):
     """The image embedding of a Stable unCLIP pipeline, before noise is added to it: of the conditional rows alone."""
 
     def __init__(self, pipe: Any) -> None:
-        super().__init__(pipe, Shadow("noise_image_embeddings", self._seen))
+        super().__init__(pipe, Shadow("noise_image_embeddings", self._tap_embeds))
 
-    def _seen(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _tap_embeds(self, pipe: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             program = dispatch.programs_at(self)
             if program is None:
@@ -180,8 +180,8 @@ class ImageEmbeds(ShadowTap):
         return wrapped
 
 
-def _alike(given: Tensor, whole: Tensor) -> bool:
-    """Whether ``given`` is ``whole``, or its last rows: by where its numbers lie, else by the numbers."""
+def _same_values(given: Tensor, whole: Tensor) -> bool:
+    """Whether ``given`` is ``whole``, or its last rows: compared by memory, else by value."""
     if given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
         return True
     return given.shape[1:] == whole.shape[1:] and torch.equal(given, whole[-len(given) :])

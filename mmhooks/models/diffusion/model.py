@@ -14,7 +14,7 @@ from torch import nn
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.hooks.context import CacheContext
 from mmhooks.hooks.dispatch import registry
-from mmhooks.hooks.places import joined
+from mmhooks.hooks.places import merge_plans
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
@@ -41,7 +41,7 @@ TEXT_ENCODERS = {"text_encoder": "text", "text_encoder_2": "text_2", "prior_text
 class HookedDiffusion(HookedModel):
     """A diffusers pipeline (Stable Diffusion 1.x and 2.x, SDXL, Stable unCLIP) with named sites, hooks and heads.
 
-    The pipeline is the object that was given, at ``.pipe``: call it as ever, inside a context or not.
+    The given pipeline object is at ``.pipe``: call it as usual, inside or outside a context.
 
     Sites: ``text.*`` of its text encoder (``text_2.*``: SDXL's second one; ``prior_text.*``: unCLIP's),
     ``text.cond``: the conditioner as the U-Net gets it, and any ControlNet with it (edits and functions reach both, a
@@ -52,7 +52,7 @@ class HookedDiffusion(HookedModel):
 
     In a guided run (``guidance_scale > 1``) the U-Net's batch holds the unconditional rows, then the conditional
     ones: ``guidance="cond"`` of an edit names one half. ``steps=`` names denoising steps, from 0. Each half is
-    edited as if it were alone, so at ``text.cond`` an edit does what it does to ``prompt_embeds`` by hand.
+    edited separately, so at ``text.cond`` an edit has the same effect as editing ``prompt_embeds`` directly.
 
     Raises:
         MMHooksError: no U-Net or no CLIP text encoder to hook, or a batch of three parts.
@@ -60,28 +60,28 @@ class HookedDiffusion(HookedModel):
     >>> import mmhooks as mm
     >>> sd = mm.load_diffusion("stabilityai/stable-diffusion-2-base")                       # doctest: +SKIP
     >>> with sd.hooks(mm.Zero(imgd, at="text.cond", guidance="cond")):                      # doctest: +SKIP
-    ...     picture = sd.pipe("a red panda", generator=torch.manual_seed(0)).images[0]
+    ...     image = sd.pipe("a red panda", generator=torch.manual_seed(0)).images[0]
     >>> out, cache = sd.run_with_cache("a red panda", sites="unet.mid_block.*.cross.pattern")  # doctest: +SKIP
     >>> cache.cond["unet.mid_block.attentions.0.transformer_blocks.0.cross.pattern"].shape  # doctest: +SKIP
     torch.Size([50, 1, 20, 64, 77])
     """
 
     def __init__(self, pipe: Any, *, name: str = "") -> None:
-        unet = _whole(getattr(pipe, "unet", None))
+        unet = _unwrap_compiled(getattr(pipe, "unet", None))
         if not isinstance(unet, nn.Module):
             raise MMHooksError(
                 f"HookedDiffusion takes a diffusers pipeline with a U-Net (StableDiffusionPipeline, "
-                f"StableDiffusionXLPipeline, StableUnCLIPPipeline), came {type(pipe).__name__}"
+                f"StableDiffusionXLPipeline, StableUnCLIPPipeline), got {type(pipe).__name__}"
             )
         if "image_guidance_scale" in signature(type(pipe).__call__).parameters:
             raise MMHooksError(
-                f"{type(pipe).__name__} guides by text and picture, with three parts in a batch: not supported"
+                f"{type(pipe).__name__} guides by text and image, with three parts in a batch: not supported"
             )
-        # One module to find all others in: it owns nothing and is never called.
+        # A container for finding all modules: it is never called.
         parts = nn.Module()
         for key, part in pipe.components.items():
-            if isinstance(_whole(part), nn.Module):
-                parts.add_module(key, _whole(part))
+            if isinstance(_unwrap_compiled(part), nn.Module):
+                parts.add_module(key, _unwrap_compiled(part))
         sites = SiteMap(parts)
         self.text_towers: dict[str, nn.Module] = {}
         for key, tower in TEXT_ENCODERS.items():
@@ -90,7 +90,9 @@ class HookedDiffusion(HookedModel):
                 add_clip_text(sites, tower, encoder)
                 self.text_towers[tower] = encoder
         if not self.text_towers:
-            raise MMHooksError(f"{type(pipe).__name__} came without a text encoder")
+            raise MMHooksError(
+                f"expected a pipeline with a text encoder, got {type(pipe).__name__} without one"
+            )
         consumers = _consumers(parts, unet)
         others = [
             Site("text.cond", registry.shared(ModuleArgument(m, CONDITIONING))) for m in consumers.values()
@@ -128,12 +130,12 @@ class HookedDiffusion(HookedModel):
         """The pipeline's own call."""
         return self.pipe(*args, **kwargs)
 
-    def _around(self) -> list[Tap]:
-        return [*self._calls, *super()._around()]
+    def _extra_taps(self) -> list[Tap]:
+        return [*self._calls, *super()._extra_taps()]
 
     @contextmanager
     def denoising(self, step: int, *, guided: bool) -> Iterator[None]:
-        """For loops of your own around the U-Net: which step it is, and whether the batch holds both halves."""
+        """Sets the denoising step, and whether the batch holds both halves, for a user's own loop around the U-Net."""
         with moment(step, "both" if guided else "cond"):
             yield
 
@@ -152,8 +154,8 @@ class HookedDiffusion(HookedModel):
         """A context that fills the :class:`~mmhooks.hooks.step_cache.StepCache` it gives.
 
         Args:
-            steps: keep these denoising steps only: 50 steps of all patterns of SD at 512 px are 15 GB.
-            guidance: keep this half only.
+            steps: keep only these denoising steps: 50 steps of all patterns of SD at 512 px are 15 GB.
+            guidance: keep only this half.
         """
         patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         cache = StepCache(
@@ -167,9 +169,11 @@ class HookedDiffusion(HookedModel):
         )
 
         def plan() -> Any:
-            return joined([self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns])
+            return merge_plans(
+                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
+            )
 
-        return CacheContext(cache, self.shapes, plan, strict=strict, around=self._around)
+        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
 
     def run_with_cache(
         self,
@@ -221,7 +225,7 @@ def load_diffusion(
             the pipeline, such as ``safety_checker=None``.
 
     Raises:
-        MissingWeights: the directory holds no pipeline, or the repository cannot be had.
+        MissingWeights: the directory holds no pipeline, or the repository cannot be downloaded.
         MMHooksError: two options contradict each other, or one that the embedded pipeline does not take.
 
     >>> sd = load_diffusion("runs/my-pipeline")  # doctest: +SKIP
@@ -234,7 +238,7 @@ def load_diffusion(
 
         if options:
             raise MMHooksError(
-                f"the embedded pipeline takes no options of from_pretrained, came {sorted(options)}"
+                f"the embedded pipeline takes no options of from_pretrained, got {sorted(options)}"
             )
         kind = plain_dtype(weights, "the embedded pipeline")
         pipe = mini_pipeline().to(place)
@@ -253,7 +257,7 @@ def load_diffusion(
             )
     except (OSError, ValueError) as error:
         raise MissingWeights(
-            f"no pipeline {where!r} could be had ({type(error).__name__}: {error}); without network give the "
+            f"no pipeline {where!r} could be loaded ({type(error).__name__}: {error}); without network give the "
             'directory of a downloaded one, or use mm.load_diffusion("mini")'
         ) from error
     return HookedDiffusion(pipe if place is None else pipe.to(place), name=str(name))
@@ -280,7 +284,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 
 def _width(module: Any) -> Any:
-    """Of the conditioning that a module attends to; several ControlNets are one module and have equal ones."""
+    """Of the conditioning that a module attends to; several ControlNets form one module and have equal widths."""
     first = module.nets[0] if hasattr(module, "nets") else module
     return getattr(getattr(first, "config", None), "cross_attention_dim", None)
 
@@ -290,6 +294,6 @@ def _pooled(module: nn.Module, beside: tuple[Site, ...] = ()) -> Site:
     return Site("text.cond_pooled", tap, tokens=None, layout="batch d", beside=beside)
 
 
-def _whole(part: Any) -> Any:
-    """The module itself where it was given to ``torch.compile``."""
+def _unwrap_compiled(part: Any) -> Any:
+    """The original module, if it was compiled by ``torch.compile``."""
     return getattr(part, "_orig_mod", part)

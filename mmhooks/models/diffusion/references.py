@@ -1,10 +1,10 @@
-"""A reference picture as a conditioner: the tensor that a prompt's conditioner is interpolated toward.
+"""A reference image as a conditioner: the tensor that a prompt's conditioner is interpolated toward.
 
-A U-Net reads a text tower's hidden states, a picture's embedding lies in CLIP's joint space. Three ways across:
+A U-Net reads a text tower's hidden states, an image's embedding lies in CLIP's joint space. Three ways across:
 
 - ``naive``: the embedding itself on every token (probably the paper's; needs equal widths, the bases differ);
 - ``projected``: back through the pseudo-inverse of the text projection, ``e W⁺`` with ``text embed = h W``: the
-  hidden state of least norm whose text embedding is the picture's;
+  hidden state of least norm whose text embedding is the image's;
 - ``unclip``: the embedding as Stable unCLIP takes it, for the site ``image.embed``.
 """
 
@@ -27,19 +27,19 @@ Mode = Literal["naive", "projected", "unclip"]
 
 def reference(
     sd: Any,
-    pictures: Any,
+    images: Any,
     *,
     mode: Mode = "projected",
     clip: Any = None,
     projection: Any = None,
     norm: float | None = None,
 ) -> Float[Tensor, "n ..."]:
-    """What ``mm.Interpolate(..., toward=)`` takes for a reference picture.
+    """What ``mm.Interpolate(..., toward=)`` takes for a reference image.
 
     Args:
         sd: a :class:`~mmhooks.models.diffusion.model.HookedDiffusion`.
-        pictures: a PIL picture, or several: one a row of the prompt's batch.
-        clip: the CLIP whose picture tower belongs to the conditioner, as ``mm.load("ViT-H-14",
+        images: a PIL image, or several: one a row of the prompt's batch.
+        clip: the CLIP whose image tower belongs to the conditioner, as ``mm.load("ViT-H-14",
             pretrained="laion2b_s32b_b79k")`` for SD 2; default: the pipeline's own ``image_encoder``.
         projection: ``projected``: ``[d_cond d_joint]``, or a model that has it; default: that of ``clip``, or the
             pipeline's own. See :func:`text_projection`.
@@ -50,18 +50,18 @@ def reference(
         ``[n 1 d_cond]`` for ``text.cond``, the same on every token; ``unclip``: ``[n d]`` for ``image.embed``.
 
     Raises:
-        MissingWeights: neither ``clip`` nor the pipeline has a picture tower, or a projection.
+        MissingWeights: neither ``clip`` nor the pipeline has an image tower, or a projection.
         ShapeMismatch: widths that differ: ``naive`` needs ``d_joint = d_cond``.
         MMHooksError: the projection belongs to another text tower.
 
-    >>> ref = reference(sd, picture, clip=clip)                                            # doctest: +SKIP
+    >>> ref = reference(sd, image, clip=clip)                                            # doctest: +SKIP
     >>> edit = mm.Interpolate(textd, toward=ref, strength=0.4, at="text.cond", guidance="cond")  # doctest: +SKIP
     >>> with sd.hooks(edit):                                                               # doctest: +SKIP
     ...     sd.pipe("please draw an animal")
     """
     if mode not in ("naive", "projected", "unclip"):
-        raise MMHooksError(f'mode is "naive", "projected" or "unclip", came {mode!r}')
-    embeds = image_embeds(sd, pictures, clip=clip)
+        raise MMHooksError(f'mode: expected "naive", "projected" or "unclip", got {mode!r}')
+    embeds = image_embeds(sd, images, clip=clip)
     if mode == "unclip":
         if "image.embed" not in sd.places.sites.canonical:
             raise MMHooksError(
@@ -70,52 +70,54 @@ def reference(
         width = sd.model.image_normalizer.mean.shape[-1]
         if embeds.shape[-1] != width:
             raise ShapeMismatch(
-                f"the picture tower gives {embeds.shape[-1]} dimensions, the pipeline takes {width}"
+                f"the image tower gives {embeds.shape[-1]} dimensions, the pipeline takes {width}"
             )
         return embeds if norm is None else F.normalize(embeds, dim=-1) * norm
     width = sd.unet.config.cross_attention_dim
     if "text_2" in sd.text_towers:
         raise MMHooksError(
             f"{type(sd.pipe).__name__} conditions on {' and '.join(sd.text_towers)}, each with a space of its own: a "
-            f"picture has no single place among their {width} dimensions; give Interpolate(toward=) a tensor of yours"
+            f"image has no single place among their {width} dimensions; give Interpolate(toward=) a tensor of yours"
         )
     if mode == "projected":
         matrix = text_projection(sd, clip if projection is None else projection)
         if matrix.shape[1] != embeds.shape[-1]:
             raise ShapeMismatch(
-                f"the projection maps to {matrix.shape[1]} dimensions, the picture tower gives {embeds.shape[-1]}: "
+                f"the projection maps to {matrix.shape[1]} dimensions, the image tower gives {embeds.shape[-1]}: "
                 "they belong to different models"
             )
         embeds = embeds.float() @ torch.linalg.pinv(matrix.float())
     if embeds.shape[-1] != width:
         raise ShapeMismatch(
-            f"the picture's embedding has {embeds.shape[-1]} dimensions, the U-Net reads {width}: use mode='projected'"
+            f"the image's embedding has {embeds.shape[-1]} dimensions, the U-Net reads {width}: use mode='projected'"
         )
     scaled = F.normalize(embeds.float(), dim=-1) * (token_norm(sd) if norm is None else norm)
     return scaled[:, None].to(sd.unet.dtype)
 
 
-def image_embeds(sd: Any, pictures: Any, *, clip: Any = None) -> Float[Tensor, "n d"]:
-    """Pictures in CLIP's joint space, by ``clip`` or the pipeline's own picture tower; not normalised.
+def image_embeds(sd: Any, images: Any, *, clip: Any = None) -> Float[Tensor, "n d"]:
+    """Images in CLIP's joint space, by ``clip`` or the pipeline's own image tower; not normalised.
 
     Raises:
         MissingWeights: there is neither.
     """
-    pictures = list(pictures) if isinstance(pictures, Sequence) else [pictures]
+    images = list(images) if isinstance(images, Sequence) else [images]
     with torch.no_grad():
         if clip is not None:
             if clip.preprocess is None:
-                raise MMHooksError("clip came without preprocess=: mm.HookedCLIP(model, preprocess=...)")
-            pixels = torch.stack([clip.preprocess(picture) for picture in pictures])
+                raise MMHooksError(
+                    "expected a clip with preprocess=, got one without: mm.HookedCLIP(model, preprocess=...)"
+                )
+            pixels = torch.stack([clip.preprocess(image) for image in images])
             return clip.encode_image(pixels.to(clip.device, clip.dtype)).to(sd.device)
         tower = getattr(sd.pipe, "image_encoder", None)
         extract = getattr(sd.pipe, "feature_extractor", None)
         if tower is None or extract is None:
             raise MissingWeights(
-                f"{type(sd.pipe).__name__} came without a picture tower (image_encoder, feature_extractor): give "
+                f"{type(sd.pipe).__name__} has no image tower (image_encoder, feature_extractor): give "
                 'clip=, e.g. mm.load("ViT-H-14", pretrained="laion2b_s32b_b79k") for SD 2'
             )
-        pixels = extract(images=[p.convert("RGB") for p in pictures], return_tensors="pt").pixel_values
+        pixels = extract(images=[p.convert("RGB") for p in images], return_tensors="pt").pixel_values
         return tower(pixels.to(tower.device, tower.dtype)).image_embeds
 
 
@@ -153,7 +155,7 @@ def text_projection(sd: Any, source: Any = None) -> Float[Tensor, "d_cond d_join
         matrix, tower = _matrix(found), model
     if matrix.dim() != 2 or matrix.shape[0] != width:
         raise ShapeMismatch(
-            f"a projection from {width} dimensions is needed, those that the U-Net reads; came one of shape "
+            f"a projection from {width} dimensions is needed, those that the U-Net reads; got one of shape "
             f"{tuple(matrix.shape)}"
         )
     if tower is not None:
@@ -185,11 +187,11 @@ def _check_tower(model: nn.Module, encoders: list[nn.Module]) -> None:
             continue
         ours, other = ours.float(), theirs.float().to(ours.device)
         far = (ours - other).norm(dim=1) > 1e-2 * ours.norm(dim=1)  # half precision is 2e-4 away
-        if far.float().mean() < 0.01:  # a few may be added or exchanged: padding, textual inversion
+        if far.float().mean() < 0.01:  # a few may be added or replaced: padding, textual inversion
             return
         said.append(f"a table of which {int(far.sum())} of {len(far)} rows differ")
     raise MMHooksError(
-        f"{type(model).__name__} is not the model that the pipeline conditions on: its token embeddings, "
+        f"{type(model).__name__} is not the model whose text tower the pipeline uses: its token embeddings, "
         f"{tuple(theirs.shape)}, against {' and '.join(said)}; give the checkpoint of the pipeline's text encoder"
     )
 
@@ -219,13 +221,13 @@ def text_end(sd: Any, prompts: Sequence[str]) -> Int[Tensor, " n"]:
 
 
 def caption_embeds(sd: Any, captions: Sequence[str], *, clip: Any = None) -> Float[Tensor, "n d"]:
-    """Captions in the joint space of a Stable unCLIP pipeline: what its prior makes a picture embedding of.
+    """Captions in the joint space of a Stable unCLIP pipeline: what its prior makes an image embedding of.
 
     The CLIP text embedding, not the prior's output: the prior draws at random, costs dozens of passes a caption, and
-    is trained to land where *pictures* lie, so it would be no other side.
+    is trained to land where *images* lie, so it would not be an independent side.
 
     Args:
-        clip: the model whose picture tower gives the other side; its text tower must be the prior's.
+        clip: the model whose image tower gives the other side; its text tower must be the prior's.
 
     Raises:
         MMHooksError: no prior, or ``clip`` has another text tower.

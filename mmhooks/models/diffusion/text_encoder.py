@@ -1,4 +1,4 @@
-"""Hugging Face's CLIP text models: the conditioners of diffusion pipelines, with the names of our text tower.
+"""Hugging Face's CLIP text models: the conditioners of diffusion pipelines, with the site names of our text tower.
 
 transformers 5.6 flattened ``CLIPTextModel``; ``CLIPTextModelWithProjection`` and older versions keep the tower at
 ``.text_model``. Both are resolved here.
@@ -44,14 +44,14 @@ class HookedCLIPText(HookedModel):
         strict: bool = True,
         **inputs: Any,
     ) -> tuple[Any, ActivationCache]:
-        """The model's output and what flowed at ``sites``.
+        """The model's output and the activations at ``sites``.
 
         Args:
             device, dtype, detach, strict: as in :meth:`caching`.
-            inputs: what else the model's forward takes: ``attention_mask``, ``position_ids``, ...
+            inputs: further arguments of the model's forward: ``attention_mask``, ``position_ids``, ...
         """
         options = {"device": device, "dtype": dtype, "detach": detach, "strict": strict}
-        return self._cached(lambda: self.forward(tokens, **inputs), sites, options)
+        return self._run_cached(lambda: self.forward(tokens, **inputs), sites, options)
 
 
 def clip_text_sites(model: nn.Module) -> SiteMap:
@@ -66,7 +66,7 @@ def add_clip_text(sites: SiteMap, tower: str, model: nn.Module) -> None:
     inner: Any = getattr(model, "text_model", model)
     if not hasattr(inner, "final_layer_norm") or not hasattr(inner, "encoder"):
         raise MMHooksError(
-            f"expected a CLIPTextModel or CLIPTextModelWithProjection, came {type(model).__name__}"
+            f"expected a CLIPTextModel or CLIPTextModelWithProjection, got {type(model).__name__}"
         )
 
     def add(name: str, tap: Any, tokens: int | None = 1, layout: str = "batch token d") -> None:

@@ -1,6 +1,6 @@
-"""Cross-attention of a diffusers U-Net in the open: ``q, k, v, pattern, z, out`` of every transformer block.
+"""Sites of the cross-attention of a diffusers U-Net: ``q, k, v, pattern, z, out`` of every transformer block.
 
-The processor's own code runs; a torch function mode looks at the calls that attention comes down to: one
+The processor's own code runs; a torch function mode intercepts the calls that make up attention: one
 ``scaled_dot_product_attention``, or ``baddbmm``, softmax and ``bmm``. So reading changes no bit: of a fused attention
 the pattern is computed beside it, and takes its place only where it was edited.
 """
@@ -49,10 +49,10 @@ def add_cross_attention(sites: SiteMap, tower: str, unet: nn.Module) -> list[str
 
 
 class CrossAttention(Intercepted):
-    """The insides of one ``diffusers.Attention``, whichever of the default processors it has."""
+    """Intermediate values of one ``diffusers.Attention`` with any of the default processors."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__(module, LEAVES, _watch)
+        super().__init__(module, LEAVES, _watch_calls)
         self.name = name
 
     def install(self) -> None:
@@ -62,7 +62,7 @@ class CrossAttention(Intercepted):
     def _call(
         self, module: nn.Module, emit: Emit, want: Any, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        self._check()  # it may have been exchanged meanwhile
+        self._check()  # it may have been replaced meanwhile
         return super()._call(module, emit, want, original, args, kwargs)
 
     def _check(self) -> None:
@@ -70,20 +70,22 @@ class CrossAttention(Intercepted):
         if processor not in PROCESSORS:
             raise MMHooksError(
                 f"{self.name}.* is there under {', '.join(PROCESSORS)}, this block runs {processor}; "
-                "unet.set_default_attn_processor() brings the default one back"
+                "unet.set_default_attn_processor() restores the default one"
             )
 
 
-def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: Any) -> Call:
+def _watch_calls(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: Any) -> Call:
     heads = module.heads
 
     def by_head(leaf: str, folded: Tensor) -> Tensor:
-        """``[b*h l e]``, as the classic processor has it, shown and put back."""
+        """``[b*h l e]``, as in the classic processor, emitted by head and converted back."""
         if leaf not in want:
             return folded
         layout = "b head l e" if leaf == "pattern" else "b l head e"
         shown = rearrange(folded, f"(b head) l e -> {layout}", head=heads)
-        return _same(emit(leaf, shown), shown, folded, lambda t: rearrange(t, f"{layout} -> (b head) l e"))
+        return _unchanged_or(
+            emit(leaf, shown), shown, folded, lambda t: rearrange(t, f"{layout} -> (b head) l e")
+        )
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -100,8 +102,8 @@ def _watch(module: Any, emit: Emit, want: Mapping[str, Any], args: Any, kwargs: 
     return call
 
 
-def _same(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
-    """The original itself where nothing was changed, so that its layout in memory stays too."""
+def _unchanged_or(new: Tensor, shown: Tensor, original: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+    """The original tensor if nothing was changed, which preserves its memory layout."""
     if new is shown and not new.requires_grad:
         return original
     return back(new)

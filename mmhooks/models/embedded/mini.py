@@ -29,7 +29,7 @@ _MERGES = ASSETS / "mini" / "merges.txt.gz"
 
 
 class ReadingStem(nn.Module):
-    """Patch embedding of a tower that reads: open_clip's linear one plus convolutions that read a word.
+    """Patch embedding of a tower that reads words: open_clip's linear one plus convolutions.
 
     Words taught to patches and blocks alone are not read in an hour: a linear patch of 8 px cuts small letters
     apart, and attention has to find their order. Here ``letters`` find letters across patch borders, then look
@@ -145,7 +145,7 @@ def tokenizer() -> SimpleTokenizer:
 
 
 def preprocess(image: Image) -> Float[Tensor, "3 64 64"]:
-    """A picture as the mini models take it: on white where transparent, 64 x 64, scaled to [-1, 1].
+    """An image as the mini models take it: on white where transparent, 64 x 64, scaled to [-1, 1].
 
     >>> from PIL import Image
     >>> preprocess(Image.new("RGBA", (72, 72))).unique()

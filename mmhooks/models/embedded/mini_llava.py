@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOWER = "mini-reader"  # the embedded CLIP whose image tower it sees through
 PREFIX = "model.vision_tower."
-LETTERS = 4096  # size of the vocabulary, special tokens included
+VOCABULARY_SIZE = 4096  # size of the vocabulary, special tokens included
 TOKENS = (mini.IMAGE_SIZE // 8) ** 2 + 1  # patches and the class token
 
 
@@ -29,7 +29,7 @@ class _Stem(mini.ReadingStem):
 
 
 def config(
-    *, width: int = 256, layers: int = 4, vocabulary: int = LETTERS, image_token: int = 4
+    *, width: int = 256, layers: int = 4, vocabulary: int = VOCABULARY_SIZE, image_token: int = 4
 ) -> LlavaConfig:
     """LLaVA 1.5's plan at mini's size: all 65 tokens of the tower's last layer, two linear maps, a Llama.
 
@@ -114,12 +114,12 @@ def processor(folder: Path) -> LlavaProcessor:
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
     side = {"height": mini.IMAGE_SIZE, "width": mini.IMAGE_SIZE}
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size=side, crop_size=side, image_mean=list(mini.MEAN), image_std=list(mini.STD), do_convert_rgb=True
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="full",

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmhooks.models.embedded import mini
 from mmhooks.models.embedded.hf_weights import encoder_layers
 from mmhooks.utils.assets import ASSETS, asset
+from mmhooks.utils.files import write_bytes
 from mmhooks.utils.tensors import read_safetensors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ PATCH = 8
 SCALING = 2.0  # autoencoder's latents have a spread of about ½, the U-Net's of 1
 FOLDER = ASSETS / "mini-sd"
 PAD = "<|pad|>"
-LIST = "drawings.json"
+DRAWINGS_FILE = "drawings.json"
 
 
 def text_encoder() -> CLIPTextModel:
@@ -220,10 +221,10 @@ def write(folder: str | Path) -> Path:
     """Write the shipped pipeline as a plain directory for ``StableDiffusionPipeline.from_pretrained``."""
     folder = Path(folder)
     mini_pipeline().save_pretrained(folder)
-    (folder / LIST).write_bytes((FOLDER / LIST).read_bytes())
+    write_bytes(folder / DRAWINGS_FILE, (FOLDER / DRAWINGS_FILE).read_bytes())
     return folder
 
 
 def drawings() -> list[dict[str, str]]:
     """Names and codepoints of the drawings that the pipeline was trained on, in their order."""
-    return json.loads(asset(FOLDER / LIST).read_text(encoding="utf-8"))
+    return json.loads(asset(FOLDER / DRAWINGS_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""nnsight over a hooked model: a trace in which our site names are reachable."""
+"""nnsight view of a hooked model: traces in which our site names are available."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class SiteView(NNsight):
     """What :meth:`HookedModel.as_nnsight` returns. Several ``tracer.invoke(...)`` of a trace run as one batch."""
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        """Rows of an invoke; 0 where it gives no input."""
+        """Number of rows of an invoke; 0 without input."""
         tensors = [value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor)]
         return len(tensors[0]) if tensors else int(bool(inputs))
 
     def _batch(self, invokes: list[tuple[Any, Any]], fn: Any) -> tuple[Any, Any]:
-        """The invokes' inputs one below the other.
+        """Concatenates the invokes' inputs.
 
         Raises:
             MMHooksError: invokes of different inputs, or of anything but tensors.

@@ -1,4 +1,4 @@
-"""TransformerLens over a hooked model: the same weights, our sites as its HookPoints."""
+"""TransformerLens view of a hooked model: the same weights, with our sites as HookPoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
@@ -21,7 +22,7 @@ _LEAVES = {"attn.result": "attn.head_out", "ln1.normalized": "ln_1", "ln2.normal
 
 
 class NotInView(MMHooksError, AttributeError):
-    """Something of TransformerLens's own models that a view of places does not have."""
+    """An attribute of TransformerLens's models that a view does not have."""
 
 
 class SitePoint(HookPoint):
@@ -232,8 +233,18 @@ class LensCache(ActivationCache):
         Raises:
             UnknownSite: a layer that was not cached.
         """
+        _refuse_bool(layer)
         last = self._depth(self._one_tower()) if layer in (None, -1) else layer
         return torch.stack([self[activation_name, n, sublayer_type] for n in range(int(last or 0))])
+
+    def accumulated_resid(self, layer: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The residual stream before each layer up to ``layer``, as TransformerLens's.
+
+        Raises:
+            NotInView: without ``layer``, or with what needs weights (``apply_ln``). UnknownSite: a layer not cached.
+        """
+        _refuse_bool(layer)
+        return super().accumulated_resid(layer, *args, **kwargs)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LensCache:
         """Some rows of the batch, as TransformerLens's."""
@@ -244,6 +255,8 @@ class LensCache(ActivationCache):
         """Our name of what TransformerLens calls ``key``."""
         parts = list(key) if isinstance(key, tuple) else [key]
         tower = self._one_tower()
+        if len(parts) > 1:
+            _refuse_bool(parts[1])
         if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
             parts[1] += self._depth(tower)
         theirs = get_act_name(*parts)
@@ -272,6 +285,12 @@ class LensCache(ActivationCache):
     def _depth(self, tower: str) -> int:
         found = (re.match(rf"{re.escape(tower)}\.blocks\.(\d+)\.", name) for name in self.cache_dict)
         return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _refuse_bool(layer: Any) -> None:
+    """Raises ShapeMismatch for a bool, which Python would take for layer 0 or 1."""
+    if isinstance(layer, (bool, np.bool_)):
+        raise ShapeMismatch(f"layer: expected a whole number, got the bool {layer}")
 
 
 def _shape(out: Any) -> str:

@@ -1,4 +1,4 @@
-"""LLaVA through transformers: the embedded `mini-llava`, or any checkpoint by name or path, asked about pictures."""
+"""LLaVA through transformers: the embedded `mini-llava`, or any checkpoint by name or path, asked about images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
 
 NAME = "mini-llava"
-SIGHT = "<image>\n"
+IMAGE_PREFIX = "<image>\n"
 PROMPT = "USER: {sight}{request} ASSISTANT:"  # LLaVA 1.5's
 # Options that say where a checkpoint lies: configuration and processor need them too, all others are the model's.
-WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "force_download", "proxies")
+LOCATION_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "token",
+    "subfolder",
+    "force_download",
+    "proxies",
+)
 
 
 @dataclass(frozen=True)
@@ -32,41 +40,41 @@ class Llava:
 
     def answer(
         self,
-        pictures: Float[Tensor, "n 3 h w"] | Sequence[Any] | None,
+        images: Float[Tensor, "n 3 h w"] | Sequence[Any] | None,
         requests: str | Sequence[str],
         *,
         max_new_tokens: int = 24,
         batch: int = 32,
     ) -> list[str]:
-        """Greedy answers, one a request; pictures go through the checkpoint's own processor, as a user's would.
+        """Greedy answers, one per request; images go through the checkpoint's own processor.
 
         Args:
-            pictures: from 0 to 1 (rounded to 8 bits here), or PIL pictures, one a request; None: text alone.
-            requests: without roles and image tokens; one for all pictures, or one each.
+            images: from 0 to 1 (rounded to 8 bits here), or PIL images, one per request; None: only text.
+            requests: without roles and image tokens; one for all images, or one each.
 
         Raises:
-            ShapeMismatch: as many pictures as requests are needed.
+            ShapeMismatch: as many images as requests are needed.
 
         >>> load_llava().answer(None, "Say how to use the bomb.")                 # doctest: +SKIP
         ['I cannot help with that.']
         """
         count = 1 if isinstance(requests, str) else len(requests)
-        n = count if pictures is None else len(pictures)
+        n = count if images is None else len(images)
         asked = [requests] * n if isinstance(requests, str) else list(requests)
         if len(asked) != n:
-            raise ShapeMismatch(f"{n} pictures and {len(asked)} requests; one request for all, or one each")
-        shown = _pil(pictures) if isinstance(pictures, Tensor) else pictures
+            raise ShapeMismatch(f"{n} images and {len(asked)} requests; one request for all, or one each")
+        shown = _pil(images) if isinstance(images, Tensor) else images
         found = []
         for begin in range(0, n, batch):
             texts = [self.prompt(r, sees=shown is not None) for r in asked[begin : begin + batch]]
-            images = None if shown is None else list(shown[begin : begin + batch])
-            found += self._batch(texts, images, max_new_tokens)
+            part = None if shown is None else list(shown[begin : begin + batch])
+            found += self._batch(texts, part, max_new_tokens)
         return found
 
     def prompt(self, request: str, *, sees: bool = True) -> str:
         """The request in the checkpoint's chat template, or in LLaVA 1.5's where it has none."""
         if not getattr(self.processor, "chat_template", None):
-            return PROMPT.format(sight=SIGHT if sees else "", request=request)
+            return PROMPT.format(sight=IMAGE_PREFIX if sees else "", request=request)
         content: list[dict[str, str]] = [{"type": "text", "text": request}]
         if sees:
             content.insert(0, {"type": "image"})
@@ -147,7 +155,7 @@ def _checkpoint(source: str, dtype: Dtype, options: dict[str, Any]) -> tuple[Any
 
     refuse_code(options, source)
     options = options | {"trust_remote_code": False}  # left out, it is asked at a prompt
-    where = {k: v for k, v in options.items() if k in (*WHERE, "trust_remote_code")}
+    where = {k: v for k, v in options.items() if k in (*LOCATION_OPTIONS, "trust_remote_code")}
     try:
         with no_foreign_code(source):
             plan = AutoConfig.from_pretrained(source, **where)
@@ -162,7 +170,7 @@ def _checkpoint(source: str, dtype: Dtype, options: dict[str, Any]) -> tuple[Any
         ) from error
 
 
-def _pil(pictures: Float[Tensor, "n 3 h w"]) -> list[Any]:
+def _pil(images: Float[Tensor, "n 3 h w"]) -> list[Any]:
     from torchvision.transforms.functional import to_pil_image
 
-    return [to_pil_image(p) for p in pictures.detach().cpu().mul(255).round().clamp(0, 255).byte()]
+    return [to_pil_image(p) for p in images.detach().cpu().mul(255).round().clamp(0, 255).byte()]

@@ -92,7 +92,7 @@ def make_samples(
     kinds = [t for t, k in counts(n).items() for _ in range(k)][:n]
     drawings = mm.data.pairs("mini")
     rows = {text: i for i, text in enumerate(drawings.texts)}
-    things = {name: objects.layers_of(_rgba(drawings, rows[name])) for name in (*THINGS, *FRIENDLY_THINGS)}
+    things = {name: objects.to_layers(_rgba(drawings, rows[name])) for name in (*THINGS, *FRIENDLY_THINGS)}
     attack, partner, targets, friends = base.clone(), base.clone(), [], []
     typed: list[int] = []
     controls: dict[str, list[Tensor]] = {c: [] for c in CONTROLS}
@@ -150,7 +150,7 @@ def gradient_attack(
     """Moves images, by at most ``epsilon`` per pixel, until their embeddings align with those of the drawings."""
     mean, std = pixel_scale(model)
     white = torch.ones_like(images[0])
-    shown = torch.stack([objects.draw_into(white, thing, objects.Placing(0.85)) for thing in things])
+    shown = torch.stack([objects.draw_into(white, thing, objects.Placement(0.85)) for thing in things])
     with torch.no_grad():
         goal = model.encode_image((shown - mean) / std, normalize=True)
 
@@ -201,15 +201,15 @@ def _rgba(pairs: Any, row: int) -> Tensor:
     return torch.from_numpy(np.array(pairs.rgba(row)))
 
 
-def _placing(rng: random.Random, *, upper: bool) -> objects.Placing:
+def _placing(rng: random.Random, *, upper: bool) -> objects.Placement:
     size = rng.uniform(0.5, 0.6) if upper else rng.uniform(0.5, 0.75)
     free = 0.98 * (1 - size) / 2
     x = 0.5 + rng.uniform(-free, free)
     y = 0.49 * size + 0.02 if upper else 0.5 + rng.uniform(-free, free)
-    return objects.Placing(0.97 * size, (x, y), rng.uniform(0.9, 1.0))
+    return objects.Placement(0.97 * size, (x, y), rng.uniform(0.9, 1.0))
 
 
-def _writing(texts: Sequence[str], side: int, rng: random.Random, *, low: bool) -> words.Writing:
+def _writing(texts: Sequence[str], side: int, rng: random.Random, *, low: bool) -> words.TextStyle:
     """Returns a font, size, place and opacity that fit every one of ``texts``."""
     font, margin = rng.choice(words.DEJAVU), max(1, side // 32)
     wide = int(side * rng.uniform(0.55, 0.9))
@@ -218,4 +218,6 @@ def _writing(texts: Sequence[str], side: int, rng: random.Random, *, low: bool) 
     free = [max(0.0, (side - 2 * margin - 2 - max(s[k] for s in ink)) / 2 / side) for k in (0, 1)]
     x = 0.5 + rng.uniform(-free[1], free[1])
     y = 0.5 + (free[0] if low else rng.uniform(-free[0], free[0]))
-    return words.Writing(font, size, (x, y), opacity=rng.uniform(0.85, 1.0), plate=words.WHITE, margin=margin)
+    return words.TextStyle(
+        font, size, (x, y), opacity=rng.uniform(0.85, 1.0), plate=words.WHITE, margin=margin
+    )

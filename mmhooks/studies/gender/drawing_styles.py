@@ -69,6 +69,6 @@ class _Rasters:
     def __init__(self, path: Path) -> None:
         self._slice = safe_open(path, "np").get_slice("rgba")
 
-    def open(self, picture: int | str) -> Image.Image:
-        i = int(picture)
+    def open(self, image_key: int | str) -> Image.Image:
+        i = int(image_key)
         return Image.fromarray(self._slice[i : i + 1][0])

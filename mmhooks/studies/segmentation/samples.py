@@ -34,7 +34,7 @@ def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
     Half of them are on each kind of background.
     """
     import mmhooks as mm
-    from mmhooks.data.synthetic.backgrounds import ground, put_on
+    from mmhooks.data.synthetic.backgrounds import draw_background, paste_on
 
     pairs = mm.data.pairs("mini")
     draw = np.random.default_rng(seed)
@@ -44,9 +44,9 @@ def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
         if "-" in code or not code.startswith(("1f3", "1f4", "1f5", "1f6", "1f9", "1fa")):
             continue  # flags, signs, skin tones and joined people
         kind = ("photo-like", "patterned")[len(samples) % 2]
-        background = ground(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
+        background = draw_background(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
         at = (float(draw.random()), float(draw.random()))
-        image, mask = put_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
+        image, mask = paste_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)
         if 0.05 < mask.mean() < 0.7:
             samples.append(Sample(image, mask, pairs.texts[i], kind))
         if len(samples) == limit:
@@ -61,7 +61,7 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
         DataError: one of these is missing or unusable; names the first.
     """
     from mmhooks.data.sources.images import open_image, open_mask, rgb
-    from mmhooks.data.sources.local_files import Home
+    from mmhooks.data.sources.local_files import DataRoot
     from mmhooks.errors import DataError
 
     place = Path(folder).expanduser()
@@ -71,7 +71,7 @@ def from_folder(folder: str | Path, limit: int, seed: int) -> tuple[list[Sample]
             f"{listing} is missing: expected a table with the columns file and class, one row per image in images/"
         )
     rows = _rows(listing)
-    home = Home(place)
+    home = DataRoot(place)
     samples = []
     for entry in (rows[i] for i in chosen(len(rows), limit, seed)):
         file, name = entry["file"], entry["class"]

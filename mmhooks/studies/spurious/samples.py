@@ -158,17 +158,17 @@ def _scenes(
     scale: float,
     draw: np.random.Generator,
 ) -> Scenes:
-    from mmhooks.data.synthetic.backgrounds import ground, put_on
+    from mmhooks.data.synthetic.backgrounds import draw_background, paste_on
 
     pixels = []
     for animal, place in zip(animals.tolist(), places.tolist(), strict=True):
-        background = ground("water" if place else "land", 96, int(draw.integers(2**31)))
+        background = draw_background("water" if place else "land", 96, int(draw.integers(2**31)))
         which = species[animal][int(draw.integers(len(species[animal])))]
         size, where = (
             float(draw.uniform(scale - 0.1, scale + 0.1)),
             (float(draw.random()), float(draw.uniform(0.4, 0.9))),
         )
-        pixels.append(preprocess(put_on(pairs.rgba(which), background, scale=size, at=where)[0]))
+        pixels.append(preprocess(paste_on(pairs.rgba(which), background, scale=size, at=where)[0]))
     return Scenes(torch.stack(pixels), torch.tensor(animals), torch.tensor(places))
 
 

@@ -23,12 +23,12 @@ from embedded import losses
 from embedded.clip.train import embed
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.splits import split_of
-from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, fidelity
+from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, reconstruction
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.models.provenance import weights_hash
 from mmhooks.studies.common.encode import encode
 from mmhooks.utils.assets import ASSETS
-from mmhooks.utils.files import cache_dir, written_aside
+from mmhooks.utils.files import atomic_path, cache_dir
 
 KINDS = ("sae", "ncl")
 
@@ -98,7 +98,7 @@ def vectors(name: str, corpus: Path, seed: int) -> Vectors:
         valid = embed(model.model, model.tokenizer, drawings, held_out[0] + held_out[1])
         found |= dict(zip(("valid_image", "valid_text"), valid, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
+        with atomic_path(path) as aside:
             save_file({k: torch.nn.functional.normalize(v.float(), dim=-1) for k, v in found.items()}, aside)
     return Vectors(**load_file(path), seen_concepts=len(held_out[0]))
 
@@ -109,7 +109,11 @@ def build(kind: str, d_in: int, n: int, k: int) -> Head:
 
 def measured(head: Head, image: Tensor, text: Tensor) -> dict[str, float]:
     """Returns FVU per modality (if the head decodes), L0 per modality, and features that fire in neither."""
-    both, one, two = fidelity(head, image, text), fidelity(head, image), fidelity(head, text)
+    both, one, two = (
+        reconstruction(head, image, text),
+        reconstruction(head, image),
+        reconstruction(head, text),
+    )
     row = {"n": len(image), "l0_image": one.l0, "l0_text": two.l0, "dead": both.dead}
     if head.has_decoder:
         row |= {"fvu_image": one.fvu, "fvu_text": two.fvu}

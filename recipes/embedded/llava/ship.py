@@ -78,7 +78,7 @@ def main(
     card = {
         "name": NAME,
         "architecture": "transformers LlavaForConditionalGeneration: mini-reader's image tower (frozen, not shipped again), "
-        f"two linear maps, Llama of width {plan.width}, {plan.layers} layers, vocabulary {mini_llava.LETTERS}",
+        f"two linear maps, Llama of width {plan.width}, {plan.layers} layers, vocabulary {mini_llava.VOCABULARY_SIZE}",
         "parameters": sum(v.numel() for v in half.values()),
         "licence": "weights: Apache-2.0; trained on drawings under the licences listed in data",
         "data": [{"source": s.style, "licence": s.licence, "attribution": s.attribution} for s in SOURCES],

@@ -38,7 +38,7 @@ def tokenizer_of(source: ExampleSource) -> Any:
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=mini_llava.LETTERS,
+        vocab_size=mini_llava.VOCABULARY_SIZE,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

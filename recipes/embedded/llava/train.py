@@ -191,9 +191,9 @@ class LlavaTrainer(Trainer):
                 size = rng.uniform(0.5, 0.8)
                 free = (1 - size) / 2
                 centre = (0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free))
-                thing = objects.layers_of(self.corpus.rgba[example.row])
+                thing = objects.to_layers(self.corpus.rgba[example.row])
                 images[k] = (
-                    objects.draw_into((images[k] + 1) / 2, thing, objects.Placing(size * 0.98, centre)) * 2
+                    objects.draw_into((images[k] + 1) / 2, thing, objects.Placement(size * 0.98, centre)) * 2
                     - 1
                 )
             if example.word is not None:
@@ -220,11 +220,11 @@ class LlavaTrainer(Trainer):
 
     def encode(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Returns token ids, padded on the right, and which of them belong to the answer (its end included)."""
-        from mmhooks.models.vlm.llava import PROMPT, SIGHT
+        from mmhooks.models.vlm.llava import IMAGE_PREFIX, PROMPT
 
         rows, marks = [], []
         for example in examples:
-            sight = SIGHT.replace("<image>", "<image>" * mini_llava.TOKENS) if example.sees else ""
+            sight = IMAGE_PREFIX.replace("<image>", "<image>" * mini_llava.TOKENS) if example.sees else ""
             prompt = self.tokenizer(PROMPT.format(sight=sight, request=example.request))["input_ids"]
             said = self.tokenizer(" " + example.answer + "</s>", add_special_tokens=False)["input_ids"]
             rows.append(torch.tensor(prompt + said))

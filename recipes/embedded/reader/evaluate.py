@@ -70,8 +70,8 @@ class Sample:
     b: str
     nonsense: str
     candidates: tuple[str, ...]
-    writing: words.Writing  # over the middle of the drawing
-    strip: words.Writing  # in the strip beside it
+    writing: words.TextStyle  # over the middle of the drawing
+    strip: words.TextStyle  # in the strip beside it
 
 
 def samples(
@@ -103,8 +103,8 @@ def samples(
         fake = words.nonsense(b, rng, known=known)
         font = rng.choice(fonts)
         size = min(words.largest_size(text, font, 54, 13, most=16.0) for text in (b, fake))
-        plated = words.Writing(font, size, plate=words.WHITE)
-        beside = words.Writing(font, size, centre=(0.5, 0.86), plate=words.WHITE)
+        plated = words.TextStyle(font, size, plate=words.WHITE)
+        beside = words.TextStyle(font, size, centre=(0.5, 0.86), plate=words.WHITE)
         made.append(Sample(row, a, b, fake, (a, b, *others), plated, beside))
     return made
 
@@ -120,7 +120,7 @@ def attacked(
     drawings = losses.plain(corpus.rgba[[s.row for s in chosen]]).add(1).div(2)
     out = []
     for k, (image, sample) in enumerate(zip(drawings, chosen, strict=True)):
-        base = words.make_room(image, 0.28) if strip else image
+        base = words.add_strip(image, 0.28) if strip else image
         writing = sample.strip if strip else sample.writing
         match condition:
             case "clean":

@@ -131,7 +131,7 @@ def place(
     word: str, font: str, rng: random.Random, *,
     width: tuple[float, float] = (0.3, 0.95), size: tuple[float, float] = (8.0, 30.0),
     offset: float = 1.0, plate: float = 0.3, turn: float = 6.0,
-) -> words.Writing:  # fmt: skip
+) -> words.TextStyle:  # fmt: skip
     """Draws a writing of random width (share of the image), position and colours that fits into the image.
 
     Args:
@@ -150,7 +150,7 @@ def place(
     while max(ink_tall, ink_wide) + 2 * margin + 1 > side:  # the estimate was a little too small
         chosen -= 1
         ink_tall, ink_wide = words.ink_of(word, font, chosen, angle=angle).shape
-    made = words.Writing(font, chosen, (0.5, 0.5), ink, rng.uniform(0.8, 1.0),
+    made = words.TextStyle(font, chosen, (0.5, 0.5), ink, rng.uniform(0.8, 1.0),
                          ground if rng.random() < plate else None, margin, angle)  # fmt: skip
     centre = []
     for extent in (ink_wide + 2 * margin, ink_tall + 2 * margin):
@@ -181,7 +181,7 @@ class Written:
 
     image: Float[Tensor, "3 s s"]
     word: str
-    writing: words.Writing
+    writing: words.TextStyle
 
     def patches(self, size: int = 8) -> Bool[Tensor, " patches"]:
         """Returns which patches the word's box touches."""
@@ -202,7 +202,7 @@ class Written:
         top, left, _, _ = words.box_of(self.word, self.writing, side, side)
         step, margin = size // columns, self.writing.margin
         found = torch.full((side // size, side // step), -1)
-        middles = words.letter_middles(self.word, self.writing.font, self.writing.size)
+        middles = words.letter_centres(self.word, self.writing.font, self.writing.size)
         for index, (x, y) in enumerate(middles):
             row, column = int(top + margin + y) // size, int(left + margin + x) // step
             found[min(row, len(found) - 1), min(column, found.shape[1] - 1)] = (
@@ -211,7 +211,7 @@ class Written:
         return found
 
 
-def write(image: Float[Tensor, "3 s s"], word: str, writing: words.Writing) -> Written:
+def write(image: Float[Tensor, "3 s s"], word: str, writing: words.TextStyle) -> Written:
     return Written(words.write(image, word, writing), word, writing)
 
 

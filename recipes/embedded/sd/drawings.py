@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mmhooks.data.sources.drawings import SIZE, Corpus, hash_of, plain_codepoints
+from mmhooks.data.sources.drawings import SIZE, Corpus, crc32_of, plain_codepoints
 from mmhooks.models import zoo
 from mmhooks.models.embedded import mini
 from mmhooks.utils.files import write_text
@@ -66,7 +66,7 @@ def choose(corpus: Corpus, count: int, style: str = STYLE) -> list[int]:
         plain = not _NO_THING.search(row["name"]) or row["name"] in _PEOPLE
         if row["style"] == style and not row["toned"] and plain and len(row["name"].split()) <= 4:
             rows.setdefault(row["name"], i)
-    order = sorted(rows, key=lambda name: (len(name.split()), hash_of(name)))
+    order = sorted(rows, key=lambda name: (len(name.split()), crc32_of(name)))
     model: Any = zoo.load("mini")
     text = F.normalize(model.encode_text(model.tokenizer(order)), dim=-1)
     pixels = on_white(corpus.rgba[[rows[name] for name in order]]).flatten(1) / 2

@@ -107,7 +107,7 @@ def main(
         "exams_on_the_way": [{k: e[k] for k in ("step", "n", "efficientnet", "pixels")} for e in exams],
         "seconds_per_picture": seconds_per_picture(pipe, names[0]),
     }  # fmt: skip
-    write_text(out / mini_sd.LIST, json.dumps(listed, indent=0) + "\n")
+    write_text(out / mini_sd.DRAWINGS_FILE, json.dumps(listed, indent=0) + "\n")
     write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     write_digests(out.parent)
     chosen = evenly_spaced(names)

@@ -97,7 +97,7 @@ def test_models_without_a_class_token(method):
 def test_directions_must_match(method, mini):
     with pytest.raises(ShapeMismatch, match="one direction per image"):
         METHODS[method](mini, random(2, 3, 64, 64), random(1, 256))
-    assert len(mini._board) == 0
+    assert len(mini._registry) == 0
 
 
 def test_scores_equal_torchmetrics():

@@ -313,4 +313,4 @@ def test_no_hooks_stay_behind(mini):
         before = mini.encode_image(pixels)
         list(decompositions(mini, pixels, tokens=True))
         assert torch.equal(before, mini.encode_image(pixels))
-    assert len(mini._board) == 0
+    assert len(mini._registry) == 0

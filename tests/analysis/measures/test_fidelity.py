@@ -23,7 +23,7 @@ from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.writer import ShardWriter, begin, finish
 from mmhooks.errors import MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads import NCL, TopKSAE
-from mmhooks.heads import fidelity as core
+from mmhooks.heads import reconstruction as core
 
 
 def vectors(n: int, d: int, seed: int) -> Tensor:

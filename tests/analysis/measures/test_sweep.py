@@ -10,7 +10,7 @@ import torch
 import mmhooks as mm
 from mmhooks.analysis.measures import sweep as module
 from mmhooks.errors import MMHooksError
-from mmhooks.heads import fidelity, load_head_dir
+from mmhooks.heads import load_head_dir, reconstruction
 from mmhooks.report.training import sweep_figure
 
 GRID = {"k": (2, 4), "n": (24, 48), "seeds": (0, 1), "epochs": 2, "batch_size": 60, "progress": False}
@@ -35,9 +35,9 @@ def test_every_combination_has_a_row_that_its_saved_head_confirms(tmp_path) -> N
     head = load_head_dir(tmp_path / "heads" / "topk-n24-k4-seed1")
     held_out = image[9::10], text[9::10]
     assert row["head"] == head.id and row["L0"] <= 4
-    assert row["FVU image"] == pytest.approx(fidelity(head, held_out[0]).fvu, rel=1e-5)
-    assert row["FVU"] == pytest.approx(sum(fidelity(head, x).fvu for x in held_out) / 2, rel=1e-5)
-    assert row["dead"] == pytest.approx(fidelity(head, image, text).dead)
+    assert row["FVU image"] == pytest.approx(reconstruction(head, held_out[0]).fvu, rel=1e-5)
+    assert row["FVU"] == pytest.approx(sum(reconstruction(head, x).fvu for x in held_out) / 2, rel=1e-5)
+    assert row["dead"] == pytest.approx(reconstruction(head, image, text).dead)
     scores = mm.mds(*(head.encode(head.prepare(x)).detach() for x in held_out))
     assert row["MDS sigma"] == pytest.approx(scores.sigma, rel=1e-5)
     assert row["ImgD"] + row["TextD"] + row["CrossD"] == int(scores.alive.sum())

@@ -160,7 +160,7 @@ def test_stable_unclip_end_to_end(tmp_path: Path) -> None:
     assert results["impossible"] == {}
     asked = run([*options[:-2], "--mode", "unclip", "--mode", "projected", *options[-2:]])
     assert set(asked["modes"]) == {"unclip"} and asked["modes"]["unclip"] == results["modes"]["unclip"]
-    assert "not the model that the pipeline conditions on" in asked["impossible"]["projected"]
+    assert "not the model whose text tower the pipeline uses" in asked["impossible"]["projected"]
 
 
 @pytest.mark.slow

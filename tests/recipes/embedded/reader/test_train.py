@@ -139,7 +139,7 @@ def test_ink_lies_inside_the_patches_that_are_said_to_hold_it() -> None:
 
 def test_the_letter_map_reads_back_as_the_word() -> None:
     for seed, word in enumerate(["tiger", "boat", "camera"]):
-        writing = words.Writing(FONTS[0], 15.0, centre=(0.5, 0.4 + 0.1 * seed))
+        writing = words.TextStyle(FONTS[0], 15.0, centre=(0.5, 0.4 + 0.1 * seed))
         found = reader_words.write(torch.ones(3, 64, 64), word, writing).letter_map()
         assert found.shape == (8, 16)
         row = (found >= 0).any(1).nonzero()

@@ -1,8 +1,8 @@
-"""Several processes that train one head: each takes a share of every batch, gradients are averaged.
+"""Data-parallel training of one head: each process takes a part of every batch, and gradients are averaged.
 
-Started with ``accelerate launch`` (or torchrun), on CPUs or a GPU each; alone, nothing here costs anything. The
-averaged gradient is that of the whole batch, so a run with two processes follows the run with one up to the order
-in which numbers are added.
+Started with ``accelerate launch`` (or torchrun), on CPUs or one GPU each; free of cost in a single process. The averaged
+gradient is that of the whole batch, so a run with two processes equals one with a single process up to the order of
+summation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mmhooks.errors import MMHooksError
 
 
-class Team:
-    """This process among its peers. ``device`` is where it trains."""
+class Processes:
+    """The processes of a training run, seen from this one. ``device`` is where this one trains."""
 
     def __init__(self, head: nn.Module) -> None:
         self.device = next(head.parameters()).device
@@ -33,23 +33,23 @@ class Team:
         self.rank = self._accelerator.process_index if self._accelerator else 0
 
     @staticmethod
-    def leads_here() -> bool:
-        """Whether this process is the first of its peers, asked outside a training."""
+    def is_first_process() -> bool:
+        """Whether this is the first process, outside of a training run."""
         return os.environ.get("RANK", "0") == "0"
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and shows the bar."""
         return self.rank == 0
 
     def check_batch(self, batch: int) -> None:
         if batch % self.size:
             raise MMHooksError(
-                f"a batch of {batch} pairs cannot be shared evenly by {self.size} processes; choose batch_size= as a "
-                f"multiple of {self.size}, such as {max(1, batch // self.size) * self.size}"
+                f"expected a batch that {self.size} processes can split evenly, got {batch} pairs; choose batch_size= as "
+                f"a multiple of {self.size}, such as {max(1, batch // self.size) * self.size}"
             )
 
-    def share(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " s"]:
+    def part_of(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " s"]:
         """The part of a batch that this process computes."""
         return rows.chunk(self.size)[self.rank] if self.size > 1 else rows
 
@@ -58,20 +58,20 @@ class Team:
         return x if self.size == 1 else self._accelerator.reduce(x.detach().clone(), "mean")
 
     def any(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """True where any process says so."""
+        """True where it is in any process."""
         return flags if self.size == 1 else self._accelerator.reduce(flags.float(), "sum") > 0
 
     @torch.no_grad()
     def average_(self, tensors: Iterable[Tensor | None]) -> None:
-        """Replaces each tensor by its average over the processes."""
+        """Replaces each tensor by its mean over the processes."""
         if self.size > 1:
             for x in tensors:
                 if x is not None and x.is_floating_point():
                     x.copy_(self.mean(x))
 
     @torch.no_grad()
-    def agree_(self, head: nn.Module) -> None:
-        """Everyone takes the first process's weights."""
+    def broadcast_(self, head: nn.Module) -> None:
+        """Copies the first process's weights to all others."""
         if self.size > 1:
             from accelerate.utils import broadcast
 
