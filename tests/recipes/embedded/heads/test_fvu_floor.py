@@ -10,7 +10,7 @@ from embedded.heads import fvu_floor
 from scipy.optimize import nnls
 from torch.nn.functional import normalize
 
-from mmhooks.heads import TopKSAE, fidelity
+from mmhooks.heads import TopKSAE, reconstruction
 
 
 def test_best_values_of_chosen_atoms_are_those_of_scipy() -> None:
@@ -44,5 +44,5 @@ def test_bounds_are_ordered_and_start_at_fidelity() -> None:
     x = normalize(torch.randn(200, 16, generator=torch.Generator().manual_seed(3)), dim=1)
     sae = TopKSAE(16, 64, 6)
     found = fvu_floor.bounds(sae, x)
-    assert found["head"] == pytest.approx(fidelity(sae, x).fvu, rel=1e-4)
+    assert found["head"] == pytest.approx(reconstruction(sae, x).fvu, rel=1e-4)
     assert found["pursuit"] < found["own"] < found["head"]
