@@ -3,7 +3,7 @@
     python benchmarks/head_quality.py --embeddings runs/mini.safetensors --out runs/head_quality.md
 
 ``--embeddings`` holds ``train.image, train.text, valid.image, valid.text``; where it is missing, it is made with
-``--corpus`` the way recipes/embedded/heads/train.py embeds. Every library gets the same batches (pictures and texts of the
+``--corpus`` the way recipes/embedded/heads/train.py embeds. Every library gets the same batches (images and texts of the
 same pairs, stacked), Adam at the same rate and schedule, and its best rate of ``--rates`` by held-out FVU with the
 first seed; the table is over ``--seeds``, on ``--judged`` pairs that are taken out of the training pairs and that no
 choice, of ours or of this script, has seen. The peers get vectors of norm sqrt(d), the scale their defaults are made for (ours
@@ -33,20 +33,19 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def embeddings(path: Path, corpus: Path | None) -> dict[str, torch.Tensor]:
     if not path.exists():
-        from embedded.clip.train import embed
-        from embedded.heads.train import views
-
-        from mmhooks.data.sources.drawings import Corpus
+        from embedded.heads.train import vectors
 
         assert corpus is not None, f"{path} is not there: pass --corpus to make it"
-        model, drawings = mm.load("mini"), Corpus(corpus)
-        with torch.autocast("cpu", torch.bfloat16):
-            train = views(model, drawings, drawings.where("train"), 0)
-        rows = drawings.where("heldout_pictures") + drawings.where("heldout_concepts")
-        valid = embed(model.model, model.tokenizer, drawings, rows)
-        names = ("train.image", "train.text", "valid.image", "valid.text")
+        found = vectors("mini", corpus, 0)
+        image, text = found.pairs("names", "captions")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: x.float().contiguous() for n, x in zip(names, (*train, *valid), strict=True)}, path)
+        rows = {
+            "train.image": image,
+            "train.text": text,
+            "valid.image": found.valid_image,
+            "valid.text": found.valid_text,
+        }
+        save_file({name: x.contiguous() for name, x in rows.items()}, path)
     return load_file(path)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "mmhooks").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -82,6 +85,29 @@ def test_every_benchmark_runs_on_pytest_benchmark() -> None:
             if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
         ]
         assert tests and all("benchmark" in [a.arg for a in n.args.args] for n in tests), path.name
+
+
+OWN = ("mmhooks", "embedded", "publish", "benchmarks", "race", "peers")
+
+
+def own_imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of everything that a file imports from this project, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OWN:
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.name)
+def test_benchmarks_import_names_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks do not run with the tests: a renamed function would be noticed by whoever measures next."""
+    for folder in (ROOT, ROOT / "recipes", ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
+    missing = [
+        f"{module}.{name}"
+        for module, name in own_imports(path)
+        if not hasattr(importlib.import_module(module), name) and not find_spec(f"{module}.{name}")
+    ]
+    assert missing == []
 
 
 def calls(*names: str) -> Iterator[tuple[str, ast.Call]]:
