@@ -495,7 +495,7 @@ def test_saev_files_that_are_not_read(tmp_path) -> None:
     path = tmp_path / "sae.pt"
     for header, match in (
         ({"schema": 6, "cfg": {}}, "schema of saev up to 5, got 6"),
-        ({"schema": 5, "cfg": {"activation": activation("Gated")}}, "'Gated' of saev"),
+        ({"schema": 5, "cfg": {"activation": activation("Gated")}}, "got 'Gated', which is not supported"),
         ({"schema": 5, "cfg": {"d_model": D + 1, "activation": activation("Relu")}}, "width 7, W_enc has 6"),
     ):
         saev(path, header)

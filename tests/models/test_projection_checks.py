@@ -74,7 +74,7 @@ def test_what_is_no_longer_linear_is_told(model, checks, change):
         layer.base_layer.forward = lambda x: nn.Linear.forward(layer.base_layer, x).square()
     else:
         layer.lora_B["default"] = nn.Sequential(layer.lora_B["default"], nn.Tanh())
-    with pytest.raises(MMHooksError, match="add up to what this Linear returns"):
+    with pytest.raises(MMHooksError, match="add up to the output of this Linear"):
         look(model)
 
 

@@ -231,10 +231,14 @@ class ShardWriter:
             raise ShapeMismatch(f"expected at most {self._capacity} rows in a shard, got {end}")
         for column in self._columns:
             value = columns[column.name]
-            if tuple(value.shape) != (len(ids), *column.shape):
+            if tuple(value.shape[1:]) != column.shape:
                 raise ShapeMismatch(
-                    f"site {column.name!r}: expected rows of shape {column.shape} ({len(ids)} pairs), got "
-                    f"{tuple(value.shape[1:])} ({len(value)} rows); a store holds one shape per site"
+                    f"site {column.name!r}: expected rows of shape {column.shape}, got {tuple(value.shape[1:])}; a store "
+                    "holds one shape per site"
+                )
+            if len(value) != len(ids):
+                raise ShapeMismatch(
+                    f"site {column.name!r}: expected one row for each of {len(ids)} pairs, got {len(value)} rows"
                 )
             kept = self._buffer(column.name, column.shape, column.dtype)[begin:end]
             kept.copy_(value)
