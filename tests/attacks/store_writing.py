@@ -106,9 +106,16 @@ def _kill_at(number: int) -> None:
 def main(base: Path, rounds: int, seed: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    write(base / "a"), write(base / "b", 33, 57)
     parts = [base / "a", base / "b"]
+    write(base / "to warm up")
+    start = time.perf_counter()
+    write(parts[0])
+    written = time.perf_counter()
+    write(parts[1], 33, 57)
+    merging = time.perf_counter()
     merge(parts, base / "ab")
+    # A random moment of the work: on a fast machine a fixed delay would come after its end.
+    lasts = {"write": written - start, "merge": time.perf_counter() - merging}
     whole = {"write": bytes_of(base / "a"), "merge": bytes_of(base / "ab")}
     acts = {"write": write, "merge": lambda out: merge(parts, out)}
     report = {"kills": 0, "readable before the end": 0, "wrong": 0, "residue": 0, "lost": 0}
@@ -122,7 +129,7 @@ def main(base: Path, rounds: int, seed: int) -> None:
             killed = forked(
                 lambda act=act, out=out: act(out),
                 call=rng.randrange(80) if by_call else None,
-                after=None if by_call else rng.random() * 0.06,
+                after=None if by_call else rng.random() * lasts[kind],
             )
             report["kills"] += killed
             if killed and out.exists():

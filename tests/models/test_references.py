@@ -282,5 +282,5 @@ def test_modality_of_the_conditioner(pipes, pictures, tokens, tmp_path):
             draw(sd.pipe)
     finally:
         sd.detach()
-    with pytest.raises(MMHooksError, match="reads 8 dimensions, the conditioner has 16"):
+    with pytest.raises(MMHooksError, match="reads 16 dimensions, as the conditioner has, got 8"):
         conditioner_mds(sides, head=mm.TopKSAE(8, 32, 4))

@@ -382,7 +382,7 @@ def divide(a: Float[Tensor, " n"], b: Shaped[Tensor, " n"]) -> Float[Tensor, " n
 
 
 def activation(z: Float[Tensor, "b n"], kind: Kind) -> Float[Tensor, "b n"]:
-    """The activation that is compared between modalities, at least in float32: ReLU(z), |z|, or z itself."""
+    """The activation that is compared between modalities, at least in float32: ReLU(z), its absolute value, or z itself."""
     z = z.detach()
     z = z if z.dtype == torch.float64 else z.float()
     return z.relu() if kind == "relu" else z.abs() if kind == "abs" else z

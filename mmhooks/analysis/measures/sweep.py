@@ -254,7 +254,7 @@ def _finished(path: Path, mark: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_json(
-        path, "a finished run of a sweep", {"fingerprint": str, "row": dict}, remedy="delete it, and the run is repeated"
+        path, "a finished run of a sweep", {"fingerprint": str, "row": dict}, remedy="delete it to run it again"
     )  # fmt: skip
     if content["fingerprint"] != mark:
         raise MMHooksError(

@@ -219,7 +219,7 @@ def test_pools(tmp_path):
     assert pool.kinds == ("colour", "colour", "place")
     with pytest.raises(DataError, match="no text pool 'generel'"):
         mm.data.text_pool("generel")
-    with pytest.raises(DataError, match=r"has no \{\}"):
+    with pytest.raises(DataError, match=r"expected \{\} in place of the text"):
         mm.data.text_pool(own, template="a picture")
 
 

@@ -273,7 +273,7 @@ def test_bad_input_says_what_was_given(sae: TopKSAE) -> None:
     x, y = vectors(20, 16, 0), vectors(20, 16, 1)
     with pytest.raises(ShapeMismatch, match="20 and 19 rows"):
         mm.fidelity(sae, x, y[:-1])
-    with pytest.raises(ShapeMismatch, match="reads vectors of width 16"):
+    with pytest.raises(ShapeMismatch, match="expected vectors of width 16"):
         mm.fidelity(sae, x[:, :8])
     with pytest.raises(NotFinite, match="row 3"):
         mm.fidelity(sae, x, y.index_fill(0, torch.tensor([3]), math.nan))
