@@ -144,7 +144,7 @@ def test_messages_of_edits(model, images):
         (
             mm.Zero(mm.FeatureSet([1], 8), at="image.embed"),
             ShapeMismatch,
-            r"among 8 .* there are 12.*\(3, 12\)",
+            r"among 12 features, got one among 8 \(shape \(3, 12\)\)",
         ),
     ]
     for edit, error, words in cases:
