@@ -80,7 +80,7 @@ class Parts:
         bad += [f"a mask of shape {s}" for s in self._shapes if s != (depth, n_heads)[: len(s)]]
         if bad:
             raise ShapeMismatch(
-                f"ablation {self.name!r}: expected heads= and mlps= of layers 0 to {depth - 1} with {n_heads} attention "
+                f"ablation {self.name!r}: expected heads= and mlps= among layers 0 to {depth - 1} of {n_heads} attention "
                 f"heads each, got {bad[:4]}"
             )
 
