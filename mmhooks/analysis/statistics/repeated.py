@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmhooks.analysis.results import Estimate, Result
-from mmhooks.analysis.statistics.intervals import bootstrap, wilson
+from mmhooks.analysis.statistics.intervals import wilson
+from mmhooks.analysis.statistics.resampling import bootstrap_ratio, cluster_sums
 from mmhooks.errors import ShapeMismatch
 
 
@@ -19,8 +20,9 @@ class Paired(Result):
 
     Attributes:
         difference: mean over samples of (first share − second share), with its cluster bootstrap interval.
-        more, less: number of samples whose share of hits is larger in the first set, and in the second.
-        p: two-sided and exact, over all sign flips of the samples' differences.
+        more, less: number of samples (clusters, where they are given) whose share of hits is larger in the first set,
+            and in the second.
+        p: two-sided and exact, over all sign flips of their differences.
     """
 
     difference: Estimate
@@ -29,14 +31,15 @@ class Paired(Result):
     p: float
 
 
-def repeated_rate(hits: Bool[Tensor, "repeats n"]) -> Estimate:
-    """Computes the share of hits over all repeats; ``n`` counts samples, which are the independent units.
+def repeated_rate(hits: Bool[Tensor, "repeats n"], clusters: Int[Tensor, " n2"] | None = None) -> Estimate:
+    """Computes the share of hits over all repeats; ``n`` counts samples, whose repeats are not independent.
 
-    One repeat: Wilson's interval. Several: cluster bootstrap over samples, each with all of its repeats. If all
-    judgements agree, resampling varies nothing, so the wider Wilson interval for n samples is used.
+    One repeat: Wilson's interval. Several, or samples in ``clusters`` (on one drawing, say): bootstrap over samples or
+    clusters, each with all of its repeats. If all judgements agree, resampling varies nothing, so the wider Wilson
+    interval for as many samples (clusters) is used.
 
     Raises:
-        ShapeMismatch: there is no judgement at all.
+        ShapeMismatch: there is no judgement at all, or not one cluster label per sample.
 
     >>> import torch
     >>> rate = repeated_rate(torch.tensor([[True, False, False, False], [True, True, False, False]]))
@@ -48,18 +51,24 @@ def repeated_rate(hits: Bool[Tensor, "repeats n"]) -> Estimate:
             f"a rate: expected at least one repeat of one sample, got shape {tuple(hits.shape)}"
         )
     repeats, n = hits.shape
-    if repeats == 1 or bool((hits == hits[0, 0]).all()):
+    if bool((hits == hits[0, 0]).all()) and clusters is not None:
+        units = len(clusters.unique())
+        e = wilson(units * int(hits[0, 0]), units)
+        return Estimate(e.value, e.low, e.high, n, e.level)
+    if clusters is None and (repeats == 1 or bool((hits == hits[0, 0]).all())):
         return wilson(int(hits[0].sum()), n)
-    return bootstrap(hits.double().mean(0))
+    return bootstrap_ratio(hits.double().mean(0), None, clusters)
 
 
-def repeated_difference(one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"]) -> Paired:
+def repeated_difference(
+    one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"], clusters: Int[Tensor, " n3"] | None = None
+) -> Paired:
     """Computes the share of hits in ``one`` minus that in ``other``, sample by sample, over all repeats.
 
-    With one repeat each, p is McNemar's exact test.
+    With one repeat each, p is McNemar's exact test. With ``clusters`` the signs of whole clusters are flipped.
 
     Raises:
-        ShapeMismatch: the numbers of samples differ, or one set is empty.
+        ShapeMismatch: the numbers of samples differ, one set is empty, or not one cluster label per sample.
 
     >>> import torch
     >>> found = repeated_difference(torch.ones(1, 8, dtype=torch.bool), torch.zeros(3, 8, dtype=torch.bool))
@@ -73,11 +82,12 @@ def repeated_difference(one: Bool[Tensor, "a n"], other: Bool[Tensor, "b n2"]) -
     a, b = len(one), len(other)
     # In units of 1 / (a b) differences are integers, so their distribution under sign flips is computed exactly.
     units = one.sum(0) * b - other.sum(0) * a
+    flipped = cluster_sums(units[:, None].double(), clusters)[:, 0].long()
     return Paired(
-        bootstrap(units.double() / (a * b)),
-        int((units > 0).sum()),
-        int((units < 0).sum()),
-        sign_flip_p(units),
+        bootstrap_ratio(units.double() / (a * b), None, clusters),
+        int((flipped > 0).sum()),
+        int((flipped < 0).sum()),
+        sign_flip_p(flipped),
     )
 
 

@@ -97,3 +97,17 @@ def test_bad_input_is_reported():
         repeated_rate(torch.zeros(2, 0, dtype=torch.bool))
     with pytest.raises(ShapeMismatch, match="same samples"):
         repeated_difference(torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool))
+
+
+def test_samples_on_one_drawing_are_one_piece_of_evidence():
+    """Signs of whole clusters are flipped, and intervals resample them: copies of a sample change neither."""
+    one, other = judged(2, 12, 5, 0.7), judged(3, 12, 6, 0.4)
+    clusters = torch.arange(12).repeat_interleave(4)
+    copied = repeated_difference(*(h.repeat_interleave(4, 1) for h in (one, other)), clusters)
+    once = repeated_difference(one, other)
+    assert copied.p == pytest.approx(once.p) and (copied.more, copied.less) == (once.more, once.less)
+    assert copied.difference.low == pytest.approx(once.difference.low) and copied.difference.n == 48
+    rate = repeated_rate(one.repeat_interleave(4, 1), clusters)
+    assert (rate.low, rate.n) == (pytest.approx(repeated_rate(one).low), 48)
+    equal = repeated_rate(torch.ones(1, 48, dtype=torch.bool), clusters)
+    assert (equal.low, equal.n) == (wilson(12, 12).low, 48)
