@@ -5,9 +5,13 @@ from . import errors as errors
 from . import studies as studies
 from .analysis.attacks.align import align as align
 from .analysis.attribution.attention_maps import attention_maps as attention_maps
+from .analysis.attribution.saliency import saliency as saliency
+from .analysis.decomposition.dataset import head_outputs as head_outputs
 from .analysis.decomposition.decompose import decompose as decompose
+from .analysis.decomposition.second_order import second_order as second_order
 from .analysis.decomposition.sparse_text_code import sparse_text_code as sparse_text_code
 from .analysis.decomposition.text_span import text_span as text_span
+from .analysis.interventions.mean_ablation import ablate as ablate
 from .analysis.measures.all_measures import measure as measure
 from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_mds
 from .analysis.measures.embed_sim import embed_sim as embed_sim
@@ -37,6 +41,7 @@ from .hooks.edits import Steer as Steer
 from .hooks.edits import Zero as Zero
 from .hooks.features import FeatureSet as FeatureSet
 from .hooks.step_cache import StepCache as StepCache
+from .models.clip.embed_texts import embed_texts as embed_texts
 from .models.clip.model import HookedCLIP as HookedCLIP
 from .models.diffusion.model import HookedDiffusion as HookedDiffusion
 from .models.diffusion.model import load_diffusion as load_diffusion

@@ -15,7 +15,7 @@ import mmhooks as mm
 from mmhooks.analysis.attribution.saliency import METHODS
 from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
 from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
-from mmhooks.analysis.interventions.mean_ablation import Parts, ablations, head_importance, site_means
+from mmhooks.analysis.interventions.mean_ablation import Parts, ablate, head_importance, site_means
 from mmhooks.errors import MMHooksError
 from mmhooks.models.clip.embed_texts import embed_texts
 
@@ -34,7 +34,7 @@ def mini() -> mm.HookedCLIP:
 def _ablations(model: Any, given: Any) -> Any:
     mini = mm.load("mini")
     means = mm.decompose(mini, [pixels()])
-    return ablations(model, given, torch.tensor([0, 1]), pixels(3, 256), means, [Parts("one", mlps=(1,))])
+    return ablate(model, given, torch.tensor([0, 1]), pixels(3, 256), means, [Parts("one", mlps=(1,))])
 
 
 # Every public function of the analysis that runs an image tower over what it is given.

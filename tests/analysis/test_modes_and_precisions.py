@@ -20,9 +20,9 @@ from mmhooks.analysis.decomposition.second_order import second_order, second_ord
 from mmhooks.analysis.interventions.masked_classification import Masked, prompt_labels
 from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
+    ablate,
     ablate_direct,
     ablation_sites,
-    ablations,
     head_importance,
     site_means,
 )
@@ -49,7 +49,7 @@ def _ablate(model: Any, size: int) -> Any:
     means = mm.decompose(model, [pixels(size)[:2]])
     what = Parts("some", heads=((1, 0),), mlps=(2,))
     live = site_means(model, pixels(size), ablation_sites(what))
-    found = ablations(
+    found = ablate(
         model, pixels(size), torch.tensor([0, 1, 2, 0]), torch.eye(3, WIDTH), means, [what], live_means=live
     )
     return [

@@ -12,9 +12,9 @@ import mmhooks as mm
 from mmhooks.analysis.decomposition.dataset import MeanDecomposition
 from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
+    ablate,
     ablate_direct,
     ablation_sites,
-    ablations,
     head_importance,
     mean_edits,
     site_means,
@@ -78,7 +78,7 @@ def test_means_of_another_origin_are_refused_everywhere(mini, pixels, wrong, kin
     classes, labels = torch.randn(3, 256), torch.tensor([0, 1, 2, 0])
     calls = [
         lambda: ablate_direct(parts, means, SOME),
-        lambda: ablations(mini, pixels, labels, classes, means, [SOME]),
+        lambda: ablate(mini, pixels, labels, classes, means, [SOME]),
     ]
     if means is not None:
         calls.append(lambda: head_importance(parts, classes[0], means))
@@ -145,12 +145,12 @@ def test_live_means(mini, pixels, tokens):
     torch.manual_seed(0)
     other = site_means(mm.HookedCLIP(build().eval()), pixels, sites)
     with pytest.raises(MMHooksError, match="with weights"):
-        ablations(mini, pixels, labels, classes, means, [SOME], live_means=other)
+        ablate(mini, pixels, labels, classes, means, [SOME], live_means=other)
     for bad in (means, mm.decompose(mini, pixels), means.heads):
         with pytest.raises(MMHooksError, match="expected means by site"):
             mean_edits(SOME, bad)
         with pytest.raises(MMHooksError, match="expected means by site"):
-            ablations(mini, pixels, labels, classes, means, [SOME], live_means=bad)
+            ablate(mini, pixels, labels, classes, means, [SOME], live_means=bad)
     with pytest.raises(MMHooksError, match=r"got none at image\.blocks\.1\.attn\.head_out"):
         mean_edits(SOME, site_means(mini, pixels, sites[1:]))
     what = Parts("some", heads=((1, 2),), mlps=(3,))

@@ -266,7 +266,7 @@ class AblationResult(Result):
 
 
 @torch.no_grad()
-def ablations(
+def ablate(
     model: Model,
     inputs: Vectors,
     labels: Int[Tensor, " n2"],

@@ -14,7 +14,7 @@ import mmhooks as mm
 from mmhooks.analysis.decomposition.dataset import decompositions
 from mmhooks.analysis.decomposition.second_order import second_order
 from mmhooks.analysis.decomposition.text_span_checks import reconstruction_accuracy
-from mmhooks.analysis.interventions.mean_ablation import ablation_sites, ablations, paper_parts, site_means
+from mmhooks.analysis.interventions.mean_ablation import ablate, ablation_sites, paper_parts, site_means
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.models.clip.embed_texts import embed_texts
@@ -127,7 +127,7 @@ def ablation_accuracy(
         sites = sorted({site for part in removed if not part.initial for site in ablation_sites(part)})
         some = pairs.select(sample_rows(seen, 256, options.seed))
         live = site_means(model, some, sites, batch_size=options.batch)
-    return ablations(
+    return ablate(
         model, pixels, evaluation.labels, evaluation.classes, parts.means, removed, live_means=live,
         batch_size=options.batch,
     )  # fmt: skip

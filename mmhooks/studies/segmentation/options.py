@@ -18,6 +18,19 @@ Data = Annotated[
     ),
 ]
 Limit = Annotated[int, typer.Option(min=2, help="At most this many images.")]
+Classes = Annotated[
+    str,
+    typer.Option(
+        help="Class whose text is sought: true, the image's own; predicted, the one predicted among the data's; imagenet, "
+        "the one predicted among ImageNet's 1,000 classes in 80 prompts, as in the public code."
+    ),
+]
+CheferStart = Annotated[
+    int, typer.Option(help="First block of gradient attention: 0 as in the paper, -1 as in its notebook.")
+]
+LegradLayers = Annotated[
+    int | None, typer.Option(min=1, help="Last blocks of LeGrad: all as in the paper, 2 as in its code.")
+]
 Seed = Annotated[int, typer.Option(help="Of the sampled images, the backgrounds and the bootstrap.")]
 
 
@@ -28,6 +41,9 @@ class Options:
     model: VitModel = "mini"
     pretrained: Pretrained = None
     data: Data = "mini"
+    classes: Classes = "true"
+    chefer_start: CheferStart = 0
+    legrad_layers: LegradLayers = None
     limit: Limit = 400
     seed: Seed = 0
     batch: ImageBatch = 16

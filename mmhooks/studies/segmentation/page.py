@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+SCORES = {  # of results.json, with their columns
+    "pixel_accuracy": "Pixel accuracy",
+    "miou": "mIoU",
+    "pooled_miou": "Pooled mIoU",
+    "map": "mAP",
+    "public_map": "Public mAP",
+}
+
+
 def left_out(n: int) -> list[str]:
     """Returns a note on the images that the crop makes unusable, if there are any."""
     return [f"{n} images are left out: the model's crop shows only object, or only background."] if n else []
@@ -36,12 +45,16 @@ def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
 
 def table(kind: str, scores: Sequence[Any]) -> Table:
     """Returns the scores of every method, over the images with one kind of background."""
-    best = {what: max(getattr(s, what).value for s in scores) for what in ("pixel_accuracy", "miou", "map")}
-    rows = [[s.name, *(Cell.of(e := getattr(s, w), best=e.value == best[w]) for w in best)] for s in scores]
+    found = [{score: getattr(s, score) for score in SCORES} for s in scores]
+    best = {score: max(own[score].value for own in found) for score in SCORES}
+    rows = [
+        [s.name, *(Cell.of(own[w], best=own[w].value == best[w]) for w in SCORES)]
+        for s, own in zip(scores, found, strict=True)
+    ]
     caption = f"Segmentation of {len(scores[0].ious)} images" + (
         "" if kind == "all" else f", {kind} backgrounds"
     )
-    return Table(["Method", "Pixel accuracy", "mIoU", "mAP"], rows, caption)
+    return Table(["Method", *SCORES.values()], rows, caption)
 
 
 def image_plot(samples: Sequence[Sample], masks: Any, maps: dict[str, Any], scores: Sequence[Any]) -> Plot:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmhooks.studies.common.options import as_settings, study_app
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.segmentation.options import Options
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def run(options: Options) -> Results:
@@ -36,20 +33,18 @@ def run(options: Options) -> Results:
 
     import mmhooks as mm
     from mmhooks.analysis.attribution.segmentation_scores import segmentation_scores
-    from mmhooks.models.clip.embed_texts import embed_texts
     from mmhooks.studies.common.run import environment
     from mmhooks.studies.common.write import print_study, write_study
-    from mmhooks.studies.segmentation.page import compared, image_plot, left_out, table
+    from mmhooks.studies.segmentation.maps import directions, heat_maps
+    from mmhooks.studies.segmentation.page import SCORES, compared, image_plot, left_out, table
     from mmhooks.studies.segmentation.samples import prepared, samples_of
 
     torch.manual_seed(options.seed)
     model = mm.load(options.model, pretrained=options.pretrained)
     found, attribution = samples_of(options.data, options.limit, options.seed)
     samples, pixels, masks = prepared(model.preprocess, found)
-    names = sorted({s.name for s in samples})
-    texts = embed_texts(model, names)
-    directions = (texts - texts.mean(0))[[names.index(s.name) for s in samples]]
-    maps = heat_maps(model, pixels, directions, batch=options.batch, progress=not options.quiet)
+    sought = directions(model, pixels, [s.name for s in samples], options)
+    maps = heat_maps(model, pixels, sought.own, options)
     kinds = list(dict.fromkeys(s.ground for s in samples))
     scores: dict[str, list[Any]] = {}
     for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
@@ -63,9 +58,10 @@ def run(options: Options) -> Results:
         "settings": as_settings(options),
         "n": len(samples),
         "left_out": missing,
-        "classes": len(names),
+        "classes": sought.classes,
+        "right_class": sought.right,
         "scores": {
-            kind: {s.name: {"pixel_accuracy": s.pixel_accuracy, "miou": s.miou, "map": s.map} for s in own}
+            kind: {s.name: {score: getattr(s, score) for score in SCORES} for s in own}
             for kind, own in scores.items()
         },
         "claims": [list(claim) for claim in claims],
@@ -76,14 +72,17 @@ def run(options: Options) -> Results:
         Path(options.out),
         results,
         title="Where in the image is it? Zero-shot segmentation by token contributions",
-        lead=f"{len(samples)} images of {len(names)} objects, model {options.model}. Every map is thresholded at its own mean; "
-        "mIoU is the mean over images of the IoU of object and background; intervals are 95 % bootstrap over images.",
+        lead=f"{len(samples)} images, model {options.model}; {sought.what} is sought. Negative values of a map count as 0, "
+        "then it is cut at its own mean. mIoU is the IoU of object and background, its mean over images; pooled: of all "
+        "images' pixels together. mAP ranks all values; public mAP ranks object and background together, from the map "
+        "between 0 and its maximum. Intervals are 95 % bootstrap over images.",
         claims=claims,
         tables=tables,
         plots={"maps": image_plot(samples, masks, maps, scores["all"])},
         notes=[
-            "An image's direction is the unit text embedding of its class minus the mean of all classes'. Raw attention and "
-            "rollout do not use the text. All methods read the same sites of the same model; none is tuned.",
+            f"An image's direction is the unit text embedding of {sought.what}, minus the mean of all classes'. Raw attention "
+            "and rollout do not use the text. All methods read the same sites of the same model; none is tuned. Gradient "
+            f"attention begins in block {options.chefer_start}; LeGrad counts {options.legrad_layers or 'all'} last blocks.",
             *left_out(missing),
         ],
         attribution=attribution,
@@ -91,26 +90,6 @@ def run(options: Options) -> Results:
     if not options.quiet:
         print_study(written.found, tables, claims, written.paths)
     return written
-
-
-def heat_maps(
-    model: Any, pixels: Tensor, directions: Tensor, *, batch: int, progress: bool
-) -> dict[str, Tensor]:
-    """Returns each method's heat maps of every image along its direction, ``[n h w]``."""
-    import torch
-
-    from mmhooks.analysis.attribution.saliency import METHODS
-    from mmhooks.utils.progress import track
-
-    maps = {}
-    for name, method in METHODS.items():
-        parts = range(0, len(pixels), batch)
-        found = [
-            method(model, pixels[i : i + batch], directions[i : i + batch])
-            for i in track(parts, len(parts), name, show=progress)
-        ]
-        maps[name] = torch.cat(found)
-    return maps
 
 
 app = study_app(

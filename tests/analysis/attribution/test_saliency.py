@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_average_precision, binary_jaccard_index
 
 import mmhooks as mm
@@ -14,10 +16,11 @@ from mmhooks.analysis.attribution.saliency import (
     legrad,
     raw_attention,
     rollout,
+    text_relevance,
     token_contributions,
 )
-from mmhooks.analysis.attribution.segmentation_scores import segmentation_scores
-from mmhooks.errors import NotFinite, ShapeMismatch
+from mmhooks.analysis.attribution.segmentation_scores import pooled, segmentation_scores
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +70,59 @@ def test_gradients_equal_one_image_at_a_time(mini):
             relevance = relevance + (pattern * slope).clamp_min(0).mean(1)[0] @ relevance
         chefer = gradient_attention(mini, pixels, directions)[i].flatten()
         torch.testing.assert_close(chefer, relevance[0, 1:].detach(), rtol=1e-3, atol=1e-6)
-        total = torch.zeros(65)
+        # The public notebook begins in the last block: relevance is that of one step.
+        (slope,) = torch.autograd.grad(cosine, patterns[-1:], retain_graph=True)
+        one = (patterns[-1] * slope).clamp_min(0).mean(1)[0, 0, 1:].detach()
+        last = gradient_attention(mini, pixels, directions, start=-1)[i].flatten()
+        torch.testing.assert_close(last, one, rtol=1e-3, atol=1e-7)
+        slopes = []
         for n, pattern in enumerate(patterns):
-            own = visual.ln_post(cache[f"image.blocks.{n}.resid_post"][:, 0]) @ visual.proj
+            own = visual.ln_post(cache[f"image.blocks.{n}.resid_post"].mean(1)) @ visual.proj
             cosine = torch.cosine_similarity(own[0], directions[i], dim=0)
-            total += torch.autograd.grad(cosine, pattern, retain_graph=True)[0].clamp_min(0).mean((1, 2))[0]
+            slopes.append(
+                torch.autograd.grad(cosine, pattern, retain_graph=True)[0].clamp_min(0).mean((1, 2))[0]
+            )
         found = legrad(mini, pixels, directions)[i].flatten()
-        torch.testing.assert_close(found, total[1:] / 6, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(found, torch.stack(slopes).mean(0)[1:], rtol=1e-3, atol=1e-7)
+        found = legrad(mini, pixels, directions, layers=2)[i].flatten()
+        torch.testing.assert_close(found, torch.stack(slopes[-2:]).mean(0)[1:], rtol=1e-3, atol=1e-7)
+
+
+def test_text_relevance_equals_chefers_matrices(mini):
+    assert mini.tokenizer is not None
+    tokens, directions = mini.tokenizer(["a red circle", "dog"]), random(2, 256)
+    found = text_relevance(mini, tokens, directions)
+    for i in range(2):
+        with mini.caching(["text.blocks.*"], detach=False) as cache:
+            z = mini.encode_text(tokens[i : i + 1])
+        depth = len(mini.sites("text.blocks.*.attn.pattern"))
+        patterns = [cache[f"text.blocks.{n}.attn.pattern"] for n in range(depth)]
+        cosine = torch.cosine_similarity(z[0], directions[i], dim=0)
+        relevance = torch.eye(tokens.shape[1])
+        for pattern, slope in zip(patterns, torch.autograd.grad(cosine, patterns), strict=True):
+            relevance = relevance + (pattern * slope).clamp_min(0).mean(1)[0] @ relevance
+        end = int(tokens[i].argmax())
+        torch.testing.assert_close(found[i], relevance[end].detach(), rtol=1e-3, atol=1e-6)
+        assert found[i, end + 1 :].abs().max() == 0  # nothing behind the end is read
+    with pytest.raises(ShapeMismatch, match="one direction per text"):
+        text_relevance(mini, tokens, directions[:1])
+
+
+def test_methods_go_by_name(mini):
+    pixels, directions = random(1, 3, 64, 64), random(1, 256)
+    torch.testing.assert_close(
+        mm.saliency(mini, pixels, directions, method="rollout"), rollout(mini, pixels, directions)
+    )
+    with pytest.raises(MMHooksError, match="expected one of token contributions, .* got 'grad'"):
+        mm.saliency(mini, pixels, directions, method="grad")
+
+
+def test_layers_must_exist(mini):
+    pixels, directions = random(1, 3, 64, 64), random(1, 256)
+    with pytest.raises(ShapeMismatch, match="expected 1 to 6, the blocks of this tower, got 7"):
+        legrad(mini, pixels, directions, layers=7)
+    with pytest.raises(ShapeMismatch, match="a block of 6, got 6"):
+        gradient_attention(mini, pixels, directions, start=6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +156,8 @@ def test_scores_equal_torchmetrics():
         :, 0
     ]
     for i in range(4):
-        cut = (large[i] > large[i].mean()).int()
+        for_object = large[i].clamp_min(0)
+        cut = (for_object > for_object.mean()).int()
         iou = (
             binary_jaccard_index(cut, masks[i].int()) + binary_jaccard_index(1 - cut, 1 - masks[i].int())
         ) / 2
@@ -118,6 +168,38 @@ def test_scores_equal_torchmetrics():
     constant = segmentation_scores(torch.zeros(4, 8, 8), masks)
     torch.testing.assert_close(constant.precisions, masks.flatten(1).float().mean(1))  # ties help nobody
     assert found.beyond(found).value == 0
+
+
+def test_pooled_scores_follow_the_public_protocol():
+    """Counts and rankings as the public code makes them: one image after another, sums over all of them."""
+    maps, masks = random(5, 8, 8), random(5, 16, 16, seed=5) > 0.3
+    maps[4] = -1.0  # nothing speaks for the object
+    found = segmentation_scores(maps, masks)
+    intersections, unions, precisions = np.zeros(2), np.zeros(2), []
+    for given, mask in zip(maps, masks.numpy(), strict=True):
+        large = torch.nn.functional.interpolate(given[None, None], (16, 16), mode="bilinear")[0, 0].numpy()
+        clipped = np.clip(large, 0, max(large.max(), 0))
+        with np.errstate(invalid="ignore"):
+            scaled = (clipped - clipped.min()) / (clipped.max() - clipped.min())
+        labels = np.nan_to_num((scaled > scaled.mean()).astype(float)).astype(int)
+        for k in (0, 1):
+            here, there = labels == k, mask == k
+            intersections[k] += (here & there).sum()
+            unions[k] += here.sum() + there.sum() - (here & there).sum()
+        ranked = np.nan_to_num(np.concatenate([1 - scaled.ravel(), scaled.ravel()]))
+        truth = np.concatenate([~mask.ravel(), mask.ravel()])
+        precisions.append(average_precision_score(truth, ranked))
+    assert found.pooled_miou.value == pytest.approx((intersections / unions).mean(), abs=1e-6)
+    np.testing.assert_allclose(found.public_precisions, precisions, atol=1e-4)
+    assert found.pooled_miou.low < found.pooled_miou.value < found.pooled_miou.high
+
+
+def test_the_pooled_bootstrap_resamples_images():
+    """Two kinds of images whose pooled scores are known: resamples spread between them."""
+    good, bad = [[9.0, 9.0], [9.0, 9.0]], [[0.0, 0.0], [9.0, 9.0]]
+    found = pooled(torch.tensor([good, bad] * 50))
+    assert found.value == 0.5 and found.low == pytest.approx(0.4, abs=0.02)
+    assert found.high == pytest.approx(0.6, abs=0.02)
 
 
 def test_invalid_masks_are_refused():

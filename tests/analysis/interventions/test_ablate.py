@@ -9,9 +9,9 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
+    ablate,
     ablate_direct,
     ablation_sites,
-    ablations,
     head_importance,
     mean_edits,
     paper_parts,
@@ -88,7 +88,7 @@ def test_table(mini, pixels):
     classes, labels = mini.encode_image(pixels).detach()[:3], torch.tensor([0, 1, 2, 0, 0, 0])
     what = [Parts("nothing"), *paper_parts(6, 6)[:3]]
     sites = sorted({s for one in what for s in ablation_sites(one)})
-    found = ablations(
+    found = ablate(
         mini, pixels, labels, classes, mm.decompose(mini, [pixels]), what,
         live_means=site_means(mini, pixels, sites), batch_size=4,
     )  # fmt: skip
@@ -114,6 +114,6 @@ def test_impossible_ablations_are_refused(mini, pixels):
     with pytest.raises(ShapeMismatch, match="use ablate_direct"):
         mean_edits(Parts("all", initial=True), {})
     with pytest.raises(ShapeMismatch, match="each of 6 images"):
-        ablations(mini, pixels, torch.tensor([0]), torch.randn(2, 256), means)
+        ablate(mini, pixels, torch.tensor([0]), torch.randn(2, 256), means)
     with pytest.raises(DataError, match="no means"):
         site_means(mini, [], ["image.blocks.0.mlp_out"])

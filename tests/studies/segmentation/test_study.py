@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmhooks.errors import DataError
@@ -92,6 +93,29 @@ def test_imagenet_segmentation_is_read_from_its_own_file(tmp_path):
         segmentation_data.from_mat(tmp_path / "x.mat", 5, 0)
     with pytest.raises(DataError, match="'n0' is not a WordNet id"):
         segmentation_data.synset_name("n0")
+
+
+def test_the_predicted_class_is_sought():
+    """Two classes whose texts are read right from the image, and a third that no image shows."""
+    import mmhooks as mm
+    from mmhooks.errors import MMHooksError
+    from mmhooks.models.clip.embed_texts import embed_texts
+    from mmhooks.studies.segmentation.maps import directions
+
+    mini = mm.load("mini")
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    names = ["a dog", "a cup", "the sea", "a dog"]
+    texts = embed_texts(mini, sorted(set(names)))
+    with torch.no_grad():
+        nearest = (mini.encode_image(pixels).float() @ texts.T).argmax(1)
+    true = torch.tensor([sorted(set(names)).index(n) for n in names])
+    found = directions(mini, pixels, names, segmentation.Options(classes="predicted", batch=3))
+    torch.testing.assert_close(found.own, (texts - texts.mean(0))[nearest])
+    assert found.right == pytest.approx(float((nearest == true).float().mean()))
+    own = directions(mini, pixels, names, segmentation.Options())
+    torch.testing.assert_close(own.own, (texts - texts.mean(0))[true])
+    with pytest.raises(MMHooksError, match="--classes: expected true, predicted, imagenet, got 'x'"):
+        directions(mini, pixels, names, segmentation.Options(classes="x"))
 
 
 @pytest.mark.slow
