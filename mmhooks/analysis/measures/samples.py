@@ -27,7 +27,7 @@ from mmhooks.analysis.inputs.store_rows import (
     latent_rows,
     vector_rows,
 )
-from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, top_activating, top_of_rows
+from mmhooks.analysis.measures.top_activating import VECTOR, TopActivating, TopSamples, top_activating, top_of_rows
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 
@@ -223,7 +223,7 @@ class Similarity(TopSamples):
         pool = pool[pool[:, 1] >= 0]
         number = best[:, :, 1].long()
         rows = torch.where(number >= 0, torch.arange(number.numel()).view_as(number), -1)
-        unit = torch.cat([best[:, :, 2:].flatten(0, 1), pool[:, 2:]]).float()
+        unit = torch.cat([best[:, :, VECTOR:].flatten(0, 1), pool[:, 2:]]).float()
         total = float(state["unit_sum"].square().sum()) - float(state["unit_squares"])
         return Samples(
             unit,
