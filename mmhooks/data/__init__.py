@@ -1,9 +1,20 @@
 """Image-text data: :func:`pairs` opens any source as :class:`Pairs`, :func:`pair_stream` data sets too large to store,
-and :func:`text_pool` lists of texts."""
+:func:`text_pool` lists of texts, and :func:`families` says which pairs are not independent."""
 
+from mmhooks.data.families import families, near_duplicates
 from mmhooks.data.pair_set import Pair, Pairs
 from mmhooks.data.pair_stream import PairStream, pair_stream
 from mmhooks.data.sources.pairs import pairs
 from mmhooks.data.sources.text_pools import TextPool, text_pool
 
-__all__ = ["Pair", "PairStream", "Pairs", "TextPool", "pair_stream", "pairs", "text_pool"]
+__all__ = [
+    "Pair",
+    "PairStream",
+    "Pairs",
+    "TextPool",
+    "families",
+    "near_duplicates",
+    "pair_stream",
+    "pairs",
+    "text_pool",
+]

@@ -6,12 +6,12 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.inputs.sparse import Latents
@@ -29,23 +29,23 @@ from mmhooks.analysis.inputs.store_rows import (
 from mmhooks.analysis.measures.bridges import Bridge, BridgeResult
 from mmhooks.analysis.measures.cknna import CKNNA
 from mmhooks.analysis.measures.density import Density, FeatureDensity
-from mmhooks.analysis.measures.embed_sim import EmbedSimResult, embed_sim_of
+from mmhooks.analysis.measures.embed_sim import EmbedSimResult
 from mmhooks.analysis.measures.groups import FeatureTests, differs_from_half
-from mmhooks.analysis.measures.mds import GROUPS, MDS, MDSResult, activation
+from mmhooks.analysis.measures.mds import GROUPS, KINDS, MDS, Kind, MDSResult, activation
 from mmhooks.analysis.measures.modality_gap import ModalityGap, ModalityMeans, gap_of
 from mmhooks.analysis.measures.monosemanticity import (
     GroupContrast,
     MonoSemanticity,
     MonosemanticityResult,
-    textual_monosemanticity,
-    visual_monosemanticity,
 )
-from mmhooks.analysis.measures.samples import check_kind, check_sizes, samples_of
-from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples
-from mmhooks.analysis.measures.win_rate import WinRateResult, win_rate_of
+from mmhooks.analysis.measures.samples import Zeros, check_kind, check_sizes, samples_of, with_inactive
+from mmhooks.analysis.measures.similarity import CANDIDATES, similarity, similarity_of_families
+from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, check_families, first_of
+from mmhooks.analysis.measures.win_rate import WinRateResult
 from mmhooks.analysis.results import Estimate, Records, Result
-from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest, permutation_test
+from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest
 from mmhooks.analysis.statistics.jackknife import JackknifeGroups
+from mmhooks.analysis.statistics.two_way import family_groups, jackknife_error, two_way
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
@@ -94,10 +94,13 @@ def measure(
     image: str | None = None,
     text: str | None = None,
     embeddings: Mapping[str, Float[Tensor, "n d"] | str] | None = None,
-    kind: Literal["relu", "abs"] = "relu",
+    kind: Kind = "relu",
     m: int = 20,
     pool: int = 2048,
     min_fires: int = 20,
+    min_samples: int = 2,
+    zeros: Zeros = "drop",
+    families: Int[Tensor, " n2"] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Measures:
@@ -116,9 +119,13 @@ def measure(
         embeddings: by side ("image", "text"), another model's vectors of the same pairs, row by row, or the name
             of a site. They say how similar samples are (EmbedSim, WinRate, MonoSemanticity). Default: the model's
             own ``<side>.embed``.
-        kind: the activation: "relu", or "abs" for a model's own signed coordinates.
+        kind: the activation: "relu", "abs" for a model's own signed coordinates, or "paper", their raw values.
         m: top samples per feature. pool: random samples of WinRate.
         min_fires, seed: as in :func:`mmhooks.analysis.measures.mds.mds`.
+        min_samples, zeros: as in :func:`mmhooks.analysis.measures.embed_sim.embed_sim`; dead features are NaN.
+        families: the family of each pair (:func:`mmhooks.data.families`). Lists of top samples then hold one sample per
+            family, random samples are of different families, and the intervals of means over features (MDS, EmbedSim,
+            WinRate, contrasts) are over features and families.
 
     Raises:
         UnknownSite, ShapeMismatch: a site is missing or does not fit; raised before anything is read.
@@ -126,8 +133,10 @@ def measure(
 
     >>> mm.measure(mm.Store("runs/acts"), head=mm.load_head("mini/sae")).table()    # doctest: +SKIP
     """
-    check_kind("activation", kind, ("relu", "abs"))
-    check_sizes(m, 2, len(store))
+    check_kind("activation", kind, KINDS)
+    check_kind("zeros", zeros, get_args(Zeros))
+    check_sizes(m, min_samples, len(store))
+    check_families(families, len(store))
     timer, skipped = StageTimer(), {}
     inputs = _resolve(store, head, {"image": image, "text": text}, embeddings or {}, skipped)
     n, n_features = inputs.n, inputs.latents["image"].n_features
@@ -138,7 +147,11 @@ def measure(
         return MDS(n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed, **options)
 
     scores = JackknifeGroups(score)
-    top: dict[Side, TopSamples] = {side: TopSamples(n_features, m=m) for side in SIDES}
+    groups = None if families is None else family_groups(families, seed=seed)
+    kept = m if families is None else CANDIDATES * m
+    top: dict[Side, TopSamples] = {
+        side: TopSamples(n_features, m=kept, by_family=families is not None) for side in SIDES
+    }
     fires: dict[Side, FeatureDensity] = {side: FeatureDensity(n_features, seed=seed) for side in SIDES}
     mono: dict[Side, MonoSemanticity] = {
         side: MonoSemanticity(n_features, judge.width, seed=seed) for side, judge in inputs.judges.items()
@@ -154,10 +167,14 @@ def measure(
                 side: _activated(rows[begin:end], kind) for side, rows in inputs.latents.items()
             }
         with timer("MDS"):
-            scores.update(batch["image"], batch["text"], start=begin, number=number)
+            if groups is None:
+                scores.update(batch["image"], batch["text"], start=begin, number=number)
+            else:
+                _update_by_group(scores, batch, groups[begin:end], begin)
         with timer("top samples"):
+            of = None if families is None else families[begin:end]
             for side in SIDES:
-                top[side].update(batch[side], start=begin)
+                top[side].update(batch[side], start=begin, families=of)
         with timer("density and L0"):
             for side in SIDES:
                 fires[side].update(batch[side])
@@ -181,43 +198,69 @@ def measure(
     with timer("CKNNA"):
         alignment = _alignment(inputs, kind, skipped)
     with timer("EmbedSim and WinRate"):
+        if zeros == "keep":
+            alive = dominance_scores.alive
+            found = {s: with_inactive(t, alive, families=families, seed=seed) for s, t in found.items()}
         samples = {
-            s: samples_of(found[s], judge, n, m=m, pool=pool, seed=seed, s_minus=_mean_cosine(mono[s]))
-            for s, judge in inputs.judges.items()
-        }
-        sim = {side: embed_sim_of(s, seed=seed) for side, s in samples.items()}
-        wins = {side: win_rate_of(s, seed=seed) for side, s in samples.items()}
-        imgd, textd, _ = dominance_scores.groups
-        contrasts, permutations = {}, {}
-        if "image" in sim:
-            contrasts["visual"] = visual_monosemanticity(sim["image"], imgd, textd, seed=seed)
-            permutations["visual"] = permutation_test(sim["image"].values, imgd, textd, seed=seed)
-        if "text" in sim:
-            contrasts["textual"] = textual_monosemanticity(sim["text"], imgd, textd, seed=seed)
-            permutations["textual"] = permutation_test(sim["text"].values, textd, imgd, seed=seed)
+            side: samples_of(
+                found[side], judge, n, m=kept, pool=pool, seed=seed, s_minus=_mean_cosine(mono[side]),
+                families=families,
+            )
+            for side, judge in inputs.judges.items()
+        }  # fmt: skip
+        if groups is None:
+            similar = similarity(samples, dominance_scores, min_samples=min_samples, seed=seed)
+        else:
+            left_out = [metric.result() for metric in scores.left_out()]
+            similar = similarity_of_families(
+                samples, dominance_scores, groups, left_out, m=m, min_samples=min_samples, seed=seed
+            )
+            error = jackknife_error(torch.tensor([[r.mu] for r in left_out]).double()).item()
+            dominance_scores = replace(
+                dominance_scores, mu_estimate=two_way(dominance_scores.mu_estimate, error)
+            )
     return Measures(
         n_pairs=n,
         head=name,
         data=data,
         sites={side: rows.site for side, rows in inputs.latents.items()},
         judges={side: rows.name for side, rows in inputs.judges.items()},
-        settings={"kind": kind, "m": m, "pool": pool, "min_fires": min_fires, "seed": seed},
+        settings={
+            "kind": kind,
+            "m": m,
+            "pool": pool,
+            "min_fires": min_fires,
+            "min_samples": min_samples,
+            "zeros": zeros,
+            "families": None if families is None else len(families.unique()),
+            "seed": seed,
+        },
         mds=dominance_scores,
         mds_over_samples=over_samples,
         dominance=dominance,
         density=dict(densities),
-        top=dict(found),
+        top={side: first_of(t, m) for side, t in found.items()},
         gap=gap,
-        embed_sim=dict(sim),
-        win_rate=dict(wins),
+        embed_sim=similar.embed_sim,
+        win_rate=similar.win_rate,
         monosemanticity=dict(monosemanticity),
-        contrasts=contrasts,
-        permutations=permutations,
+        contrasts=similar.contrasts,
+        permutations=similar.permutations,
         bridge=_bridge_result(bridge, head),
         cknna=alignment,
+        family_errors=similar.family_errors,
         skipped=skipped,
         seconds=timer.all(),
     )
+
+
+def _update_by_group(
+    scores: JackknifeGroups[MDS], batch: Mapping[Side, Latents], groups: Int[Tensor, " b"], begin: int
+) -> None:
+    """Adds a batch of pairs to the jackknife groups of their families."""
+    for group in groups.unique().tolist():
+        of = (groups == group).nonzero().flatten()
+        scores.update(batch["image"][of], batch["text"][of], start=begin + group, number=group)
 
 
 def _resolve(
@@ -274,7 +317,7 @@ def _bridge_result(bridge: Bridge | None, head: Head | None) -> BridgeResult | N
     return None if bridge is None or head is None else bridge.result(head.W_dec)  # type: ignore[arg-type]
 
 
-def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str, str]) -> dict[str, Estimate]:
+def _alignment(inputs: _Inputs, kind: Kind, skipped: dict[str, str]) -> dict[str, Estimate]:
     """Computes CKNNA of the representations in CKNNA_PAIRS, over blocks of rows spread evenly over the store."""
     size = min(CKNNA_ROWS, inputs.n)
     if not inputs.embeddings or size < 2 * CKNNA_NEIGHBOURS:
@@ -302,7 +345,7 @@ def _alignment(inputs: _Inputs, kind: Literal["relu", "abs"], skipped: dict[str,
         return {name: metrics.setdefault(name, CKNNA(k=CKNNA_NEIGHBOURS)).result() for name in names}
 
 
-def _activated(latents: Latents, kind: Literal["relu", "abs"]) -> Latents:
+def _activated(latents: Latents, kind: Kind) -> Latents:
     if isinstance(latents, SparseRows):
         return SparseRows(activation(latents.values, kind), latents.indices.long(), latents.n_features)
     return activation(latents, kind)
@@ -330,6 +373,7 @@ class Measures(Result):
         contrasts, permutations: visual (ImgD − TextD on images) and textual (TextD − ImgD on texts)
             EmbedSim, with random groups and with a permutation test.
         gap, bridge: of the two sides. cknna: by the representations compared.
+        family_errors: standard errors over families, by measure; empty without families.
         skipped: measures that could not be computed, and why.
         judges: by side, the vectors that say how similar samples are.
         sites: by side, the site that was read.
@@ -355,6 +399,7 @@ class Measures(Result):
     permutations: dict[str, PermutationTest] = field(default_factory=dict)
     bridge: BridgeResult | None = None
     cknna: dict[str, Estimate] = field(default_factory=dict)
+    family_errors: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from mmhooks.analysis.inputs.store_rows import ActivationStore, Side
 from mmhooks.analysis.measures.samples import (
     Samples,
     Similarity,
+    Zeros,
     check_kind,
     compared_samples,
     top_cosines,
@@ -40,6 +41,8 @@ def embed_sim(
     head: Head | None = None,
     side: Side = "image",
     site: str | None = None,
+    families: Int[Tensor, " samples3"] | None = None,
+    zeros: Zeros = "drop",
 ) -> EmbedSimResult:
     """Computes EmbedSim: the mean cosine of a feature's top ``m`` samples, compared with random samples.
 
@@ -55,6 +58,10 @@ def embed_sim(
         pool: size of the random pool; default all samples.
         min_samples: at least 2; a feature with fewer activating samples is NaN, one with fewer than m uses those.
         head, site: with a store, as in :func:`mmhooks.analysis.measures.mds.mds`.
+        families: the family of each sample (:func:`mmhooks.data.families`). Then at most one sample per family is
+            among a feature's top samples, and random samples are of different families.
+        zeros: "drop" leaves samples with activation 0 out of a feature's top samples; "keep" fills up the list with
+            random ones of them, as the paper's plain top-m does.
 
     Raises:
         ShapeMismatch: the rows differ, or a number is out of range. NotFinite: NaN in either.
@@ -64,7 +71,9 @@ def embed_sim(
     tensor([1.])
     """
     check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
-    samples = compared_samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
+    samples = compared_samples(
+        latents, embeddings, m, pool, min_samples, seed, head, side, site, families, zeros
+    )
     return embed_sim_of(samples, kind=kind, min_samples=min_samples, eps=eps, seed=seed)
 
 
@@ -113,15 +122,9 @@ def embed_sim_of(
 ) -> EmbedSimResult:
     """Computes EmbedSim from samples; arguments as in :func:`mmhooks.analysis.measures.embed_sim.embed_sim`."""
     check_kind("EmbedSim", kind, ("primary", "difference", "paper"))
-    unit, top, s_minus = samples.unit, samples.top, samples.s_minus
-    m, enough = top.indices.shape[1], top.count >= min_samples
-    total, count = torch.zeros(len(enough), unit.shape[1], dtype=unit.dtype), top.count
-    for j in range(m):
-        rows = top.indices[:, j]
-        total += torch.where((rows >= 0)[:, None], unit[rows.clamp_min(0)], 0)
-    pairs = (count * (count - 1)).clamp_min(1)
-    # The sum of all cosines is |sum of unit vectors|^2; the diagonal adds one per sample.
-    s_plus = torch.where(enough, (total.square().sum(1) - count) / pairs, torch.nan)
+    top, s_minus = samples.top, samples.s_minus
+    m, enough, count = top.indices.shape[1], top.count >= min_samples, top.count
+    s_plus = top_similarity(samples, min_samples)
     paper, excluded, compared = _paper_similarity(samples, enough, eps)
     gap = s_plus - s_minus
     values = {
@@ -133,6 +136,17 @@ def embed_sim_of(
         values, bootstrap(values, seed=seed), s_plus, s_minus, paper, excluded, compared, count, kind, m,
         samples.s_minus_pool, eps, seed,
     )  # fmt: skip
+
+
+def top_similarity(samples: Samples, min_samples: int) -> Float[Tensor, " n"]:
+    """Computes S+, the mean cosine of each feature's top samples; NaN if it has fewer than ``min_samples``."""
+    unit, top, count = samples.unit, samples.top, samples.top.count
+    total = torch.zeros(len(count), unit.shape[1], dtype=unit.dtype)
+    for rows in top.indices.T:
+        total += torch.where((rows >= 0)[:, None], unit[rows.clamp_min(0)], 0)
+    pairs = (count * (count - 1)).clamp_min(1)
+    # The sum of all cosines is |sum of unit vectors|^2; the diagonal adds one per sample.
+    return torch.where(count >= min_samples, (total.square().sum(1) - count) / pairs, torch.nan)
 
 
 def _paper_similarity(

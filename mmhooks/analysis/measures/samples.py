@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmhooks.analysis.inputs.checks import check_rows, unit_rows
@@ -27,7 +27,13 @@ from mmhooks.analysis.inputs.store_rows import (
     latent_rows,
     vector_rows,
 )
-from mmhooks.analysis.measures.top_activating import VECTOR, TopActivating, TopSamples, top_activating, top_of_rows
+from mmhooks.analysis.measures.top_activating import (
+    VECTOR,
+    TopActivating,
+    TopSamples,
+    top_activating,
+    top_of_rows,
+)
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 
@@ -35,13 +41,16 @@ from mmhooks.heads.base import Head
 # product, and would win or lose by rounding.
 TIE = 1e-6
 
+# Whether a feature's list of top samples leaves out samples that do not activate it, or is filled up with them.
+Zeros = Literal["drop", "keep"]
+
 
 @dataclass(frozen=True)
 class Samples:
     """Unit vectors and row numbers from which EmbedSim and WinRate are computed.
 
     Attributes:
-        unit: unit vectors of the samples that are needed.
+        unit: unit vectors of the samples that are needed. numbers: which samples these are.
         top: the strongest samples of each feature, as rows of ``unit``.
         pool: the shared random pool, as rows of ``unit``.
         s_minus: mean cosine of all pairs of random samples, over ``s_minus_pool`` of them.
@@ -49,6 +58,7 @@ class Samples:
     """
 
     unit: Float[Tensor, "rows d"]
+    numbers: Int[Tensor, " rows"]
     top: TopActivating
     pool: Int[Tensor, " p"]
     s_minus: float
@@ -105,6 +115,40 @@ def random_pool(n: int, size: int | None, seed: int) -> Int[Tensor, " p"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
 
 
+def one_per_family(families: Int[Tensor, " n"] | None, n: int, seed: int) -> Int[Tensor, " f"]:
+    """Draws one random sample of each family, in order of their rows; all ``n`` samples if there are no families."""
+    if families is None:
+        return torch.arange(n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    first = np.unique(families.cpu().numpy()[order.numpy()], return_index=True)[1]
+    return order[torch.from_numpy(first)].sort().values
+
+
+def with_inactive(
+    top: TopActivating,
+    alive: Bool[Tensor, " n"],
+    *,
+    families: Int[Tensor, " samples"] | None = None,
+    seed: int = 0,
+) -> TopActivating:
+    """Fills the lists of alive features with random samples that do not activate them, as a plain top-m would.
+
+    A feature that fires for fewer than m samples has listed all of them (or one of each family), so any other sample
+    (of another family) has activation 0. The public top-m takes whichever zeros sort first; these are random.
+    """
+    n, m = top.n_samples, top.indices.shape[1]
+    rows = one_per_family(families, n, seed)
+    indices, count = top.indices.clone(), top.count.clone()
+    kin = torch.arange(n) if families is None else families
+    for feature in (alive & (top.count < m)).nonzero().flatten().tolist():
+        listed = indices[feature, : int(count[feature])]
+        drawn = rows[random_samples(len(rows), min(2 * m, len(rows)), range(feature, feature + 1), seed)[0]]
+        free = drawn[~torch.isin(kin[drawn], kin[listed])][: m - len(listed)]
+        indices[feature, len(listed) : len(listed) + len(free)] = free
+        count[feature] = len(listed) + len(free)
+    return TopActivating(indices, top.values, count, n)
+
+
 def upper_triangle(unit: Float[Tensor, "f m d"]) -> Float[Tensor, "f p"]:
     """Computes the cosines of all pairs i < j in each set."""
     cosines = unit @ unit.transpose(1, 2)
@@ -134,13 +178,17 @@ def compared_samples(
     head: Head | None,
     side: Side,
     site: str | None,
+    families: Int[Tensor, " samples"] | None,
+    zeros: Zeros,
 ) -> Samples:
     """Collects the samples to compare, from tensors or from a store."""
+    check_kind("zeros", zeros, get_args(Zeros))
     if not isinstance(latents, Tensor):
         check_store(latents)
         return stored_samples(
-            latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed
-        )
+            latents, side, head, site, embeddings, m=m, pool=pool, min_samples=min_samples, seed=seed,
+            families=families, zeros=zeros,
+        )  # fmt: skip
     if not isinstance(embeddings, Tensor):
         raise ShapeMismatch(
             f"expected embeddings as a tensor, as the latents are, got {type(embeddings).__name__}"
@@ -149,14 +197,19 @@ def compared_samples(
     n = len(latents)
     check_sizes(m, min_samples, n)
     unit = unit_rows(embeddings.cpu()).float()
-    drawn = random_pool(n, pool, seed)
+    top = top_activating(latents.detach(), m, families=families)
+    if zeros == "keep":
+        top = with_inactive(top, torch.ones(len(top.count), dtype=torch.bool), families=families, seed=seed)
+    rows = one_per_family(families, n, seed)
+    drawn = rows[random_pool(len(rows), pool, seed)]
     return Samples(
         unit,
-        top_activating(latents.detach(), m),
+        torch.arange(n),
+        top,
         drawn,
         mean_cosine(unit[drawn]),
         len(drawn),
-        lambda features: random_samples(n, m, features, seed),
+        lambda features: rows[random_samples(len(rows), m, features, seed)],
     )
 
 
@@ -227,6 +280,7 @@ class Similarity(TopSamples):
         total = float(state["unit_sum"].square().sum()) - float(state["unit_squares"])
         return Samples(
             unit,
+            torch.cat([number.flatten(), pool[:, 1].long()]),
             TopActivating(rows, best[:, :, 0].float(), (number >= 0).sum(1), n),
             torch.arange(number.numel(), len(unit)),
             total / (n * n - n),
@@ -273,6 +327,8 @@ def stored_samples(
     pool: int | None,
     min_samples: int,
     seed: int,
+    families: Int[Tensor, " samples"] | None = None,
+    zeros: Zeros = "drop",
 ) -> Samples:
     """Collects the samples to compare from a store, equal to those of the whole tables in memory.
 
@@ -280,9 +336,11 @@ def stored_samples(
         UnknownSite, ShapeMismatch: as :func:`mmhooks.analysis.inputs.store_rows.latent_rows`.
     """
     check_sizes(m, min_samples, len(store))
-    top = top_of_rows(latent_rows(store, side, head, site), m)
+    top = top_of_rows(latent_rows(store, side, head, site), m, families=families)
+    if zeros == "keep":
+        top = with_inactive(top, torch.ones(len(top.count), dtype=torch.bool), families=families, seed=seed)
     vectors = vector_rows(store, f"{side}.embed" if embeddings is None else embeddings)
-    return samples_of(top, vectors, len(store), m=m, pool=pool, seed=seed)
+    return samples_of(top, vectors, len(store), m=m, pool=pool, seed=seed, families=families)
 
 
 def samples_of(
@@ -294,23 +352,29 @@ def samples_of(
     pool: int | None,
     seed: int,
     s_minus: float | None = None,
+    families: Int[Tensor, " samples"] | None = None,
 ) -> Samples:
     """Reads the vectors of top samples, of the pool and of the paper's controls, and no others.
 
-    ``s_minus``, if known from a pass over all vectors, replaces that of the pool.
+    ``s_minus``, if known from a pass over all vectors, replaces that of the pool. With ``families``, all random samples
+    are of different families.
     """
-    drawn = torch.empty(0, dtype=torch.long) if pool is None else random_pool(n, pool, seed)
+    rows = one_per_family(families, n, seed)
+    if families is not None:
+        pool, s_minus = pool or len(rows), None
+    drawn = rows[:0] if pool is None else rows[random_pool(len(rows), pool, seed)]
     if pool is None and s_minus is None:
         s_minus = _mean_cosine_of(vectors, n)
-    control = random_samples(n, m, range(len(top.indices)), seed)
+    control = rows[random_samples(len(rows), m, range(len(top.indices)), seed)]
     needed = torch.cat([top.indices.clamp_min(0).flatten(), drawn, control.flatten()]).unique()
     unit = unit_rows(vectors[needed].cpu()).float()
-    rows = torch.where(top.indices >= 0, torch.searchsorted(needed, top.indices.clamp_min(0)), -1)
+    top_rows = torch.where(top.indices >= 0, torch.searchsorted(needed, top.indices.clamp_min(0)), -1)
     pool_rows, control_rows = torch.searchsorted(needed, drawn), torch.searchsorted(needed, control)
     size = n if s_minus is not None else len(drawn)
     return Samples(
         unit,
-        TopActivating(rows, top.values, top.count, n),
+        needed,
+        TopActivating(top_rows, top.values, top.count, n),
         pool_rows,
         mean_cosine(unit[pool_rows]) if s_minus is None else s_minus,
         size,

@@ -29,7 +29,6 @@ from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.utils.indexing import one_index
 
-
 VECTOR = 3  # columns of the metric's state before a sample's vector: activation, number, family
 
 
@@ -93,7 +92,9 @@ def top_activating(
     if not isinstance(latents, Tensor):
         if not isinstance(latents, SparseRows):
             check_store(latents)
-            return top_of_rows(latent_rows(latents, side, head, site), m, families=families, progress=progress)
+            return top_of_rows(
+                latent_rows(latents, side, head, site), m, families=families, progress=progress
+            )
         metric = TopSamples(latents.n_features, m=m, by_family=families is not None)
         metric.update(latents, families=families)
         return metric.result()
@@ -107,7 +108,9 @@ def top_activating(
     width = max(1, CHUNK_BYTES // (max(1, samples) * 16))
     for begin in range(0, n, width):
         part = latents[:, begin : begin + width]
-        part = part.T.contiguous() if families is None else _strongest_of_families(part, families).T.contiguous()
+        part = (
+            part.T.contiguous() if families is None else _strongest_of_families(part, families).T.contiguous()
+        )
         best, where = _top(part, take)
         best, where = best.cpu(), where.cpu()
         fires = best > 0
@@ -137,12 +140,19 @@ def _strongest_of_families(
     """Sets to 0 all activations but the largest of each family and feature, the earliest of equal ones."""
     _, family = families.to(latents.device).unique(return_inverse=True)
     group = family[:, None].expand_as(latents)
-    largest = latents.new_zeros(int(family.max()) + 1, latents.shape[1]).scatter_reduce(0, group, latents, "amax")
+    largest = latents.new_zeros(int(family.max()) + 1, latents.shape[1]).scatter_reduce(
+        0, group, latents, "amax"
+    )
     row = torch.arange(len(latents), device=latents.device)[:, None].expand_as(latents)
     row = torch.where(latents == largest[family], row, len(latents))
     first = torch.full_like(largest, len(latents), dtype=torch.long).scatter_reduce(0, group, row, "amin")
     keep = torch.arange(len(latents), device=latents.device)[:, None] == first[family]
     return torch.where(keep, latents, 0)
+
+
+def first_of(top: TopActivating, m: int) -> TopActivating:
+    """Returns the first ``m`` samples of each list."""
+    return TopActivating(top.indices[:, :m], top.values[:, :m], top.count.clamp_max(m), top.n_samples)
 
 
 def check_families(families: Int[Tensor, " samples"] | None, n: int) -> None:
@@ -158,7 +168,9 @@ def top_of_rows(
     check_families(families, len(rows))
     metric = TopSamples(rows.n_features, m=m, by_family=families is not None)
     for _, begin, end in row_batches(len(rows), BATCH, "top samples", reads=[rows], progress=progress):
-        metric.update(rows[begin:end], start=begin, families=None if families is None else families[begin:end])
+        metric.update(
+            rows[begin:end], start=begin, families=None if families is None else families[begin:end]
+        )
     return metric.result()
 
 

@@ -15,6 +15,7 @@ from mmhooks.analysis.measures.samples import (
     TIE,
     Samples,
     Similarity,
+    Zeros,
     check_kind,
     compared_samples,
     top_cosines,
@@ -40,6 +41,8 @@ def win_rate(
     head: Head | None = None,
     side: Side = "image",
     site: str | None = None,
+    families: Int[Tensor, " samples3"] | None = None,
+    zeros: Zeros = "drop",
 ) -> WinRateResult:
     """Computes WinRate: how often two top samples of a feature are more similar than two random samples.
 
@@ -52,7 +55,9 @@ def win_rate(
     0.833
     """
     check_kind("WinRate", kind, ("expectation", "paper"))
-    samples = compared_samples(latents, embeddings, m, pool, min_samples, seed, head, side, site)
+    samples = compared_samples(
+        latents, embeddings, m, pool, min_samples, seed, head, side, site, families, zeros
+    )
     return win_rate_of(samples, kind=kind, min_samples=min_samples, seed=seed)
 
 

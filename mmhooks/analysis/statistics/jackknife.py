@@ -48,6 +48,11 @@ class JackknifeGroups(Generic[M]):
         """Merges the metric over all batches and all processes."""
         return self._merge(self._over_processes())
 
+    def left_out(self) -> list[M]:
+        """Merges the metric over all groups but one, for each group that holds data in turn."""
+        parts = [p for p in self._over_processes() if p.update_called]
+        return [self._merge(parts[:j] + parts[j + 1 :]) for j in range(len(parts))]
+
     def estimate(self, statistic: Callable[[M], float], n: int, *, level: float = 0.95) -> Estimate:
         """Computes ``statistic`` of all data with its jackknife interval (Student's t over the groups that hold data)."""
         return self.estimates(lambda metric: [statistic(metric)], n, level=level)[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmhooks.data.splits import concept_key
+from mmhooks.data.families import drawing_family
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.utils.faults import first_line
 
@@ -115,16 +115,6 @@ def _points(code: str) -> list[int]:
     return [int(part, 16) for part in code.split("-")]
 
 
-def family_of(name: str) -> str:
-    """Returns what a drawing shows, without skin tone, gender and direction: the unit that is resampled.
-
-    >>> family_of("woman farmer: dark skin tone") == family_of("man farmer")
-    True
-    """
-    bare = re.sub(r"\b(woman|man|person|facing right)\b", " ", concept_key(name))
-    return " ".join(bare.split()) or "person"
-
-
 def gender_of_words(text: str) -> int | None:
     """Returns 0 or 1 where a label or caption names only women or only men, else None.
 
@@ -148,7 +138,7 @@ def from_drawings(pairs: Any) -> list[Sample]:
         strata = strata_of_codepoints(code)
         if len(styles) > 1:
             strata["style"] = str(meta["style"])
-        out.append(Sample(row, label, strata, family_of(name), split != "train"))
+        out.append(Sample(row, label, strata, drawing_family(name), split != "train"))
     return out
 
 

@@ -23,8 +23,10 @@ from mmhooks.analysis.measures.embed_sim import EmbedSim
 from mmhooks.analysis.measures.groups import differs_from_half
 from mmhooks.analysis.measures.modality_gap import modality_gap
 from mmhooks.analysis.measures.monosemanticity import monosemanticity
+from mmhooks.analysis.measures.samples import one_per_family, random_pool
 from mmhooks.analysis.measures.win_rate import WinRate
 from mmhooks.analysis.statistics.hypothesis_tests import benjamini_hochberg, permutation_test
+from mmhooks.analysis.statistics.two_way import GROUPS, family_groups
 from mmhooks.cli import app
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch, UnknownSite, WrongHead
@@ -410,3 +412,56 @@ def test_permutation_of_groups():
     for few in (FeatureSet([], 50), FeatureSet([49], 50)):  # of one feature, nothing can be permuted
         found = permutation_test(values, one, few)
         assert math.isnan(found.p) and found.draws == 0
+
+
+def test_families_count_once_and_widen_the_intervals(whole):
+    """Lists, values and control as of embed_sim with families; errors as of recomputing without each group."""
+    store, sae, _, plain = whole
+    families = torch.arange(N) // 2
+    result = measure(store, head=sae, m=5, pool=60, families=families, progress=False)
+    groups = family_groups(families)
+    for side in ("image", "text"):
+        table = sae.encode(sae.prepare(store[f"{side}.embed"][:]))
+        top = result.top[side].indices
+        assert torch.equal(top, mm.top_activating(table, 5, families=families).indices)
+        for row in top.tolist():
+            listed = [families[i] for i in row if i >= 0]
+            assert len({int(f) for f in listed}) == len(listed)
+        vectors = normalize(store[f"{side}.embed"][:], dim=1)
+        expected = mm.embed_sim(table, vectors, m=5, pool=60, families=families)
+        found = result.embed_sim[side]
+        assert torch.allclose(found.values, expected.values, equal_nan=True, atol=1e-5)
+        assert found.estimate.high - found.estimate.low > expected.estimate.high - expected.estimate.low
+        means = []
+        pool = one_per_family(families, N, 0)
+        pool = pool[random_pool(len(pool), 60, 0)]
+        for g in range(GROUPS):  # by hand, from the whole table
+            keep = groups != g
+            lists = mm.top_activating(table * keep[:, None], 5, families=families)
+            s_plus = [
+                float((vectors[r] @ vectors[r].T).fill_diagonal_(0).sum()) / (len(r) * (len(r) - 1))
+                for r in (lists.of(k) for k in range(FEATURES))
+                if len(r) >= 2
+            ]
+            rest = vectors[pool[keep[pool]]]
+            s_minus = float((rest @ rest.T).fill_diagonal_(0).sum()) / (len(rest) * (len(rest) - 1))
+            means.append((statistics.fmean(s_plus) - s_minus) / abs(s_minus))
+        error = math.sqrt(statistics.pvariance(means) * (GROUPS - 1))
+        assert result.family_errors[f"EmbedSim {side}"] == pytest.approx(error, rel=1e-3)
+    assert result.settings["families"] == N // 2 and not plain.family_errors
+    with pytest.raises(ShapeMismatch, match=f"families: expected one label for each of {N} samples, got 3"):
+        measure(store, head=sae, families=torch.arange(3), progress=False)
+
+
+def test_zeros_that_are_kept_fill_the_lists_of_alive_features(whole):
+    store, sae, _, plain = whole
+    result = measure(store, head=sae, m=20, pool=60, zeros="keep", progress=False)
+    alive = result.mds.alive
+    for side in ("image", "text"):
+        table = sae.encode(sae.prepare(store[f"{side}.embed"][:]))
+        assert result.top[side].count[alive].eq(20).all() and result.top[side].count[~alive].eq(0).all()
+        for k in alive.nonzero().flatten().tolist():
+            active = (table[:, k] > 0).sum().clamp_max(20)
+            rows = result.top[side].of(k)
+            assert (table[rows[:active], k] > 0).all() and (table[rows[active:], k] <= 0).all()
+            assert len(rows.unique()) == 20
