@@ -13,11 +13,13 @@ from .analysis.decomposition.sparse_text_code import sparse_text_code as sparse_
 from .analysis.decomposition.text_span import text_span as text_span
 from .analysis.interventions.mean_ablation import ablate as ablate
 from .analysis.measures.all_measures import measure as measure
+from .analysis.measures.causal_mds import causal_mds as causal_mds
 from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_mds
 from .analysis.measures.embed_sim import embed_sim as embed_sim
 from .analysis.measures.fidelity import fidelity as fidelity
 from .analysis.measures.mds import mds as mds
 from .analysis.measures.monosemanticity import monosemanticity as monosemanticity
+from .analysis.measures.pairing import pairing as pairing
 from .analysis.measures.retrieval import retrieval as retrieval
 from .analysis.measures.sweep import sweep as sweep
 from .analysis.measures.top_activating import top_activating as top_activating
