@@ -210,6 +210,8 @@ def _patterns(
     depth = len(readout.blocks)
     sites = [f"{tower}.blocks.{n}.{leaf}" for n in range(depth) for leaf in ("attn.pattern", "resid_post")]
     given = model.to_input(inputs)
+    if grad:  # a copy, as autograd cannot save a tensor made in inference mode
+        given = given.detach().clone()
     first = f"{tower}.blocks.0.resid_pre"
     # Patterns need a graph even if weights are frozen: it begins at what enters the first block.
     root = [(first, _as_leaf)] if grad else []
