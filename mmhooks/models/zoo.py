@@ -22,6 +22,7 @@ def load(
     *,
     pretrained: str | None = None,
     precision: str = "fp32",
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
 ) -> HookedCLIP:
@@ -36,6 +37,8 @@ def load(
             ``"pure_bf16"``, ``"pure_fp16"`` (all weights); ``"amp"``, ``"amp_bf16"`` (weights in fp32, run under
             ``torch.autocast``, which is how ``encode_image`` and ``encode_text`` of the hooked model run then).
             The embedded models are stored in half precision and computed in fp32.
+        dtype: of all weights, instead of ``precision=``, for open_clip's models and the embedded ones alike:
+            ``torch.bfloat16`` is what open_clip calls ``"pure_bf16"``.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
@@ -48,19 +51,26 @@ def load(
     """
     from mmhooks.models.clip.model import HookedCLIP
     from mmhooks.models.embedded.mini import load_embedded
+    from mmhooks.models.load_options import plain_dtype, take_dtype
 
+    weights = plain_dtype(take_dtype(dtype, {}), "a CLIP")
+    if dtype is not None and precision != "fp32":
+        raise MMHooksError(
+            f"expected dtype= or precision=, got dtype={weights} and precision={precision!r}: both set the type of the "
+            "weights; give one"
+        )
     if precision not in PRECISIONS:  # open_clip would silently run fp32
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32":
             raise MMHooksError(
                 f"{name!r} is embedded and computes in fp32: it takes no pretrained= or precision=, "
-                f"came {pretrained!r} and {precision!r}; convert it with model.model.to(...) if you must"
+                f"got {pretrained!r} and {precision!r}; dtype= converts its weights"
             )
         model, tokenizer, preprocess = load_embedded(name)
     else:
         model, tokenizer, preprocess = _open_clip(name, pretrained, precision, cache_dir)
-    model = model.to(device).eval()
+    model = model.to(device, weights if dtype is not None else None).eval()
     return HookedCLIP(
         model, tokenizer=tokenizer, preprocess=preprocess, name=name, autocast=_autocast(precision)
     )

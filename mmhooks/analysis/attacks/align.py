@@ -49,12 +49,13 @@ def features_of(
     site: str = SITE,
     scale: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "b n"]:
-    """Computes the activations at ``site`` for images with values from 0 to 1, in evaluation mode and at least in fp32;
-    differentiable with respect to the pixels, through the normalisation."""
+    """Computes the activations at ``site`` for images with values from 0 to 1, in evaluation mode, at least in fp32 and on
+    the images' device; differentiable with respect to the pixels, through the normalisation."""
     mean, std = (v.to(images) for v in scale or pixel_scale(model))
     with evaluating(model.model), model.caching([site], detach=False) as cache:
         model.encode_image(model.to_input((images - mean) / std))
-    return cache[site].to(torch.promote_types(cache[site].dtype, torch.float32))
+    found = cache[site]
+    return found.to(images.device, torch.promote_types(found.dtype, torch.float32))
 
 
 def align(

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Epochs, Features, Out, Pretrained, Quiet
+from mmhooks.studies.common.options import Device, Dtype, Epochs, Features, Out, Pretrained, Quiet
+from mmhooks.studies.common.placement import AUTO
 
 Model = Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")]
 Data = Annotated[str, typer.Option(help="Benign images: mini, a folder/ with metadata.csv, coco, …")]
@@ -51,6 +52,8 @@ class Options:
 
     model: Model = "mini-reader"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: Data = "mini"
     victim: Victims = None
     judge: Judge = "rules"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import mmhooks as mm
 from mmhooks.analysis.attacks.align import pixel_scale
@@ -150,12 +151,17 @@ def gradient_attack(
     """Moves images, by at most ``epsilon`` per pixel, until their embeddings align with those of the drawings."""
     mean, std = pixel_scale(model)
     white = torch.ones_like(images[0])
+
+    def embedded(x: Tensor) -> Tensor:
+        """Returns unit embeddings in fp32 where the pixels are, whatever the model runs in."""
+        return normalize(model.encode_image(model.to_input((x - mean) / std)).to(x), dim=1)
+
     shown = torch.stack([objects.draw_into(white, thing, objects.Placement(0.85)) for thing in things])
     with torch.no_grad():
-        goal = model.encode_image((shown - mean) / std, normalize=True)
+        goal = embedded(shown)
 
     def loss(x: Tensor, ids: Tensor) -> Tensor:
-        return 1 - (model.encode_image((x - mean) / std, normalize=True) * goal[ids]).sum(1)
+        return 1 - (embedded(x) * goal[ids]).sum(1)
 
     return optimise_pixels(
         images,

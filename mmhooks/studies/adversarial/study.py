@@ -19,6 +19,7 @@ from typing import Any
 
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.placement import Placement, on_device_of
 from mmhooks.studies.common.write import Results
 
 
@@ -54,17 +55,18 @@ def run(options: Options) -> Results:
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
+    place = Placement.of(options)
     timer, seed, out, progress = StepTimer(options.quiet), options.seed, Path(options.out), not options.quiet
     out.mkdir(parents=True, exist_ok=True)
     count = options.limit or options.samples
     with timer.step("pairs and model"):
         limit = 32 * options.limit if options.limit else None
         pairs = mm.data.pairs(options.data, limit=limit, seed=seed)
-        model = mm.load(options.model, pretrained=options.pretrained)
+        model = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
         make_victims(options, model, ())  # a missing victim is reported before anything is computed
     with timer.bars, timer.step("features and groups"):
         head, mds = scored_head(model, pairs, options, cache=cache_dir("modality"))
-        model.attach(head, at=["image.embed"], name="sae")
+        model.attach(on_device_of(model, head), at=["image.embed"], name="sae")
         groups, rule = groups_of(mds)
         check_matched(options.matched, mds)
     calibration: dict[str, Any] = {"matched": options.matched, "rule": "set by --matched"}
@@ -111,7 +113,8 @@ def run(options: Options) -> Results:
     with timer.step("cost on benign pictures"):
         moved = {name: made.benign for name, made in first.items()}
         victims = [evaluation.victim for evaluation in evaluations]
-        results["cost"] = cost_results(victims, samples, untouched, moved, text_embedder(progress=progress))
+        embed = text_embedder(device=place.device, dtype=place.dtype, progress=progress)
+        results["cost"] = cost_results(victims, samples, untouched, moved, embed)
     results["environment"] = timer.environment(start)
     with timer.step("figures and page"):
         paths = save_all(results, samples, {name: made.final for name, made in first.items()}, out)

@@ -13,6 +13,7 @@ from mmhooks.models.vlm.llava import load_llava
 from mmhooks.studies.adversarial.evaluation import Evaluation, rule_judge
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import Samples, labels, make_samples
+from mmhooks.studies.common.placement import Placement
 
 
 def make_evaluations(
@@ -46,13 +47,13 @@ def make_victims(options: Options, model: Any, candidates: tuple[str, ...]) -> l
                 raise MMHooksError(f"--victim: expected endpoint:MODEL@URL, got {name!r}")
             found.append(EndpointVictim(Endpoint(what, url, options.victim_key)))
         else:
-            found.append(LlavaVictim(cached_llava(name)))
+            found.append(LlavaVictim(cached_llava(name, Placement.of(options))))
     return found
 
 
 @cache
-def cached_llava(name: str) -> Any:
-    return load_llava(name)
+def cached_llava(name: str, place: Placement) -> Any:
+    return load_llava(name, device=place.device, dtype=place.dtype)
 
 
 def make_judge(options: Options) -> Any:

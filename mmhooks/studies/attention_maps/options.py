@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Device, DiffusionBatch, Pipeline, Steps
+from mmhooks.studies.common.options import Device, DiffusionBatch, Dtype, Pipeline, Steps
+from mmhooks.studies.common.placement import AUTO
 
 TEMPLATE = "a drawing of a {}"
 
@@ -34,5 +35,6 @@ class Options:
     guidance: Guidance = 4.0
     batch: DiffusionBatch = 16
     seed: Seed = 0
-    device: Device = "cpu"
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     out: Out = Path("runs/attention_maps")

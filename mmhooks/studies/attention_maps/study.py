@@ -16,6 +16,7 @@ from typing import Any
 
 from mmhooks.studies.attention_maps.options import Options
 from mmhooks.studies.common.options import as_command, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 
 
@@ -44,7 +45,8 @@ def run(options: Options) -> Results:
     from mmhooks.utils.files import write_text
     from mmhooks.utils.say import say, say_lines
 
-    sd = mm.load_diffusion(options.pipeline, device=options.device)
+    place = Placement.of(options)
+    sd = mm.load_diffusion(options.pipeline, device=place.device, dtype=place.dtype)
     prompts, words = prompts_and_words(sd, options)
     drawn = draw_prompts(sd, prompts, words, options)
     out = Path(options.out)

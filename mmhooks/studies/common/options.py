@@ -44,7 +44,10 @@ NoBar = Annotated[bool, typer.Option("--quiet", help="No bar and no tables on th
 Pipeline = Annotated[str, typer.Option(help='"mini", a directory, or a Hub repository')]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 DiffusionBatch = Annotated[int, typer.Option(help="images at once")]
-Device = Annotated[str, typer.Option()]
+Device = Annotated[
+    str, typer.Option(help="Where models run: auto (cuda if there is one, else cpu), cpu, cuda, …")
+]
+Dtype = Annotated[str, typer.Option(help="Floating-point type of models: float32, bfloat16 or float16.")]
 
 
 def study_app(

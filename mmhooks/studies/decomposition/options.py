@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import ImageBatch, Out, PairData, Quiet, SkipBad
+from mmhooks.studies.common.options import Device, Dtype, ImageBatch, Out, PairData, Quiet, SkipBad
+from mmhooks.studies.common.placement import AUTO
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
 Pretrained = Annotated[
@@ -30,6 +31,8 @@ class Options:
 
     model: Model = "mini"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: PairData = "mini"
     pool: Pool = "general"
     out: Out = Path("runs/decomposition")

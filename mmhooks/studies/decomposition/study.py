@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.decomposition.options import Options
 
@@ -50,6 +51,7 @@ def run(options: Options) -> Results:
     from mmhooks.studies.decomposition.strips import make_strips
 
     torch.manual_seed(options.seed)
+    place = Placement.of(options)
     timer, seed, out = StepTimer(options.quiet), options.seed, Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     with timer.bars, torch.no_grad():
@@ -60,7 +62,9 @@ def run(options: Options) -> Results:
             unseen = set(held)
             seen = [row for row in range(len(pairs)) if row not in unseen]
         with timer.step("texts"):
-            model = mm.load(options.model, pretrained=options.pretrained)
+            model = mm.load(
+                options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype
+            )
             pool = mm.data.text_pool(options.pool)
             texts = embed_texts(model, pool.texts)
             evaluation = Evaluation.of(model, pairs, held)

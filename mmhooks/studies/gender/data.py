@@ -12,6 +12,7 @@ import mmhooks as mm
 from mmhooks.data.pair_set import Pairs
 from mmhooks.errors import DataError
 from mmhooks.studies.common.held_out import describe_data as describe_pairs
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.gender.drawing_styles import is_corpus, style_pairs
 from mmhooks.studies.gender.options import Options
 from mmhooks.studies.gender.samples import (
@@ -60,7 +61,12 @@ def labelled(options: Options, bar: Bar) -> tuple[Pairs, list[Sample]]:
     if how == "classifier":
         step = bar("labels by the classifier", len(pairs))
         people = from_classifier(
-            pairs, options.classifier, least=options.confidence, strata=strata, progress=step
+            pairs,
+            options.classifier,
+            least=options.confidence,
+            strata=strata,
+            place=Placement.of(options),
+            progress=step,
         )
         return pairs, people
     found = from_drawings(pairs)

@@ -32,6 +32,7 @@ from mmhooks.analysis.statistics.resampling import (
     resampled_sums,
 )
 from mmhooks.studies.common.encode import Encoded, batches
+from mmhooks.studies.common.placement import on_device_of
 from mmhooks.studies.gender.samples import CLASSES, Sample
 
 SIDES = ("image", "text")
@@ -295,13 +296,12 @@ def run_live(
 ) -> dict[str, Tensor]:
     """Runs both towers under ``model.hooks(mask=mask)``, with the head attached as the setting's space requires."""
     latent, sites = setting.space == "latent", [f"{side}.embed" for side in SIDES]
-    model.attach(
-        setting.head, at=sites, name="probe", error_term=setting.space != "decoded", splice=not latent
-    )
+    head = on_device_of(model, setting.head)
+    model.attach(head, at=sites, name="probe", error_term=setting.space != "decoded", splice=not latent)
     try:
         out: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         for rows in batches(len(inputs[0]), batch):
-            pixels, tokens = (x[rows.start : rows.stop] for x in inputs)
+            pixels, tokens = (model.to_input(x[rows.start : rows.stop]) for x in inputs)
             with model.hooks(mask=mask):
                 if latent:
                     _, cache = model.run_with_cache(
@@ -330,7 +330,7 @@ def mask_live(
     chosen = [pairs[int(i)] for i in rows]
     pixels = torch.stack([model.preprocess(p.image) for p in chosen])
     tokens = model.tokenizer([p.text for p in chosen])
-    few = pixels[:32], tokens[:32]
+    few = model.to_input(pixels[:32]), model.to_input(tokens[:32])
     with torch.no_grad():
         before = model.encode_image(few[0]), model.encode_text(few[1])
     live: dict[tuple[str, str], Tensor] = {}

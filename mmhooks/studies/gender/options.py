@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from mmhooks.studies.common.options import (
+    Device,
+    Dtype,
     Epochs,
     Features,
     Model,
@@ -19,6 +21,7 @@ from mmhooks.studies.common.options import (
     Sae,
     SkipBad,
 )
+from mmhooks.studies.common.placement import AUTO
 from mmhooks.studies.gender.samples import CLASSIFIER
 
 Data = Annotated[
@@ -54,6 +57,8 @@ class Options:
 
     model: Model = "mini"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: Data = "mini"
     labels: Labels = "auto"
     label_column: LabelColumn = "gender"

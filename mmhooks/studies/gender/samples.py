@@ -9,6 +9,7 @@ from typing import Any
 
 from mmhooks.data.families import drawing_family
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.studies.common.placement import Placement
 from mmhooks.utils.faults import first_line
 
 CLASSES = ("woman", "man")
@@ -175,6 +176,7 @@ def from_classifier(
     *,
     least: float = 0.0,
     strata: Sequence[str] = (),
+    place: Placement | None = None,
     batch: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
@@ -190,7 +192,8 @@ def from_classifier(
     from transformers import pipeline
 
     try:
-        model: Any = pipeline("image-classification", model=name)
+        where = {} if place is None else {"device": place.device, "dtype": place.dtype}
+        model: Any = pipeline("image-classification", model=name, **where)
     except (OSError, ValueError) as fault:
         raise MissingWeights(
             f"image classifier {name!r} could not be loaded ({first_line(fault)}); give --classifier a local path, or "

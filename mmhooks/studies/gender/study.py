@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from mmhooks.studies.common.options import as_command, as_settings, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.gender.options import Options
 
@@ -56,6 +57,7 @@ def run(options: Options) -> Results:
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
+    place = Placement.of(options)
     timer, cache, seed, out = StepTimer(options.quiet), cache_dir("modality"), options.seed, Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     with timer.bars:
@@ -63,7 +65,9 @@ def run(options: Options) -> Results:
             pairs, people = load_people(options, timer.bar)
             fit, judged = split(people, seed)
         with timer.step("encoders"):
-            model = mm.load(options.model, pretrained=options.pretrained)
+            model = mm.load(
+                options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype
+            )
             encoded = encode(
                 model, options.model, pairs, cache, batch=options.batch, progress=not options.quiet
             )

@@ -18,7 +18,8 @@ import mmhooks as mm
 from mmhooks.analysis.measures.mds import GROUPS as MODALITIES
 from mmhooks.analysis.results import Estimate
 from mmhooks.analysis.statistics.intervals import bootstrap
-from mmhooks.models.embedders import image_embedder
+from mmhooks.models.embedders import Embedder, image_embedder
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.generation.options import Options
 from mmhooks.utils.progress import rate_bar
 
@@ -91,9 +92,9 @@ class Judge:
     """
 
     def __init__(
-        self, embedder: str, plain: Float[Tensor, "n 3 h w"], of_references: Float[Tensor, "n 3 h w"]
+        self, embed: Embedder, plain: Float[Tensor, "n 3 h w"], of_references: Float[Tensor, "n 3 h w"]
     ) -> None:
-        self.embed = image_embedder(embedder, progress=False)
+        self.embed = embed
         own, theirs = self.vectors(plain), self.vectors(of_references)
         self.mean = torch.cat([own, theirs]).mean(0)
         self.prompt, self.reference = (normalize(v - self.mean, dim=1) for v in (own, theirs))
@@ -144,6 +145,7 @@ def interpolate(
     cases: list[Case],
     strengths: tuple[float, ...],
     options: Options,
+    place: Placement,
 ) -> Interpolated:
     """Runs every setting, group, strength and seed; returns means over seeds per case, and the images of one case.
 
@@ -151,9 +153,8 @@ def interpolate(
     """
     seeds, shown, quiet = options.seeds, options.shown, options.quiet
     prompts = [case.prompt for case in cases]
-    judge = Judge(
-        options.image_embedder, generate(prompts, seeds), generate([case.reference for case in cases], seeds)
-    )
+    embed = image_embedder(options.image_embedder, device=place.device, dtype=place.dtype, progress=False)
+    judge = Judge(embed, generate(prompts, seeds), generate([case.reference for case in cases], seeds))
     starts = [generate(prompts, seed) for seed in range(seeds)]
     unedited_quality = torch.stack([judge(s, s)["quality"] for s in starts]).mean(0)
     at_zero = {m: unedited_quality if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Device, DiffusionBatch, Pipeline, Steps
+from mmhooks.studies.common.options import Device, DiffusionBatch, Dtype, Pipeline, Steps
+from mmhooks.studies.common.placement import AUTO
 
 Model = Annotated[str, typer.Option(help="CLIP of the conditioner: mini, or an open_clip name")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint")]
@@ -63,6 +64,7 @@ class Options:
     shown: FeatureExample = None
     image_embedder: ImageEmbedder = "efficientnet-lite0"
     seed: Seed = 0
-    device: Device = "cpu"
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     quiet: Quiet = False
     out: Out = Path("runs/generation")

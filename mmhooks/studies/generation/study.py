@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.studies.common.options import as_command, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.generation.options import Options
 
@@ -57,8 +58,9 @@ def run(options: Options) -> Results:
     logging.set_verbosity_error()  # otherwise one warning per caption that is cut to the context
     check_options(options)
     strengths = tuple(sorted(s for s in options.strength or STRENGTHS if s > 0))
-    sd = mm.load_diffusion(options.pipeline, device=options.device)
-    clip = mm.load(options.model, pretrained=options.pretrained, device=options.device)
+    place = Placement.of(options)
+    sd = mm.load_diffusion(options.pipeline, device=place.device, dtype=place.dtype)
+    clip = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
     corpus = mm.data.pairs(options.data, limit=options.limit, progress=not options.quiet)
     cases = choose_cases(corpus, known_texts(sd), options.pairs, options.template, options.seed)
     generate = ImageGenerator(sd, options.steps, options.guidance, options.batch)
@@ -69,7 +71,7 @@ def run(options: Options) -> Results:
             settings, refused = settings_of(sd, clip, corpus, cases, mode, options)
             impossible |= refused
             if settings:
-                modes[mode] = interpolate(generate, settings, cases, strengths, options)
+                modes[mode] = interpolate(generate, settings, cases, strengths, options, place)
         except MMHooksError as error:  # widths or towers that do not fit; the other modes still run
             impossible[mode] = str(error)
     if not modes:

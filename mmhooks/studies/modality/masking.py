@@ -13,6 +13,7 @@ import mmhooks as mm
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.report import Estimate
 from mmhooks.studies.common.encode import batches, unit
+from mmhooks.studies.common.placement import on_device_of
 from mmhooks.studies.modality.measures import StudyModel
 
 KS = (1, 5, 10)
@@ -34,7 +35,7 @@ class LiveTowers:
     def __enter__(self) -> LiveTowers:
         if self.study_model.head is not None:
             self.model.attach(
-                self.study_model.head,
+                on_device_of(self.model, self.study_model.head),
                 at=["image.embed", "text.embed"],
                 name="probe",
                 splice=not self.in_latents,
@@ -50,16 +51,18 @@ class LiveTowers:
         """Returns the embeddings (or latents) of both sides, of the first ``limit`` pairs."""
         image, text = [], []
         for rows in batches(limit or len(self.pixels), self.batch):
-            cut = slice(rows.start, rows.stop)
+            pixels, tokens = (
+                self.model.to_input(x[rows.start : rows.stop]) for x in (self.pixels, self.tokens)
+            )
             if self.in_latents:
                 sites = ["image.embed.probe.latents", "text.embed.probe.latents"]
-                _, cache = self.model.run_with_cache(self.pixels[cut], self.tokens[cut], sites=sites)
+                _, cache = self.model.run_with_cache(pixels, tokens, sites=sites)
                 image.append(cache[sites[0]])
                 text.append(cache[sites[1]])
             else:
-                image.append(self.model.encode_image(self.pixels[cut]))
-                text.append(self.model.encode_text(self.tokens[cut]))
-        return torch.cat(image), torch.cat(text)
+                image.append(self.model.encode_image(pixels))
+                text.append(self.model.encode_text(tokens))
+        return torch.cat(image).float().cpu(), torch.cat(text).float().cpu()
 
     def masked(self, group: Any) -> BothSides:
         """Runs both towers with the group masked, by the line that the README shows."""

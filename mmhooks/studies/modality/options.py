@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from mmhooks.studies.common.options import (
+    Device,
+    Dtype,
     Epochs,
     Features,
     Model,
@@ -20,6 +22,7 @@ from mmhooks.studies.common.options import (
     Sae,
     SkipBad,
 )
+from mmhooks.studies.common.placement import AUTO
 
 Declip = Annotated[
     str, typer.Option(help="DeCLIP: mini-declip, or a checkpoint of --model's class; '' leaves it out.")
@@ -47,6 +50,8 @@ class Options:
 
     model: Model = "mini"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: PairData = "mini"
     declip: Declip = "auto"
     sae: Sae = None

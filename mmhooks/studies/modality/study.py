@@ -18,6 +18,7 @@ from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample
 from mmhooks.studies.common.options import as_command, as_settings, study_app
 from mmhooks.studies.common.run import StepTimer
 from mmhooks.studies.common.write import Results
+from mmhooks.studies.modality.models import load_clip, load_declip, similarity_embeddings
 from mmhooks.studies.modality.options import Options
 
 
@@ -60,7 +61,7 @@ def run(options: Options) -> Results:
         with timer.step("picture and text embedders"):
             embeddings = similarity_embeddings(pairs, options)
         with timer.step("encoders"):
-            clip = encoded(mm.load(options.model, pretrained=options.pretrained), options.model)
+            clip = encoded(load_clip(options), options.model)
             other = load_declip(options)
             declip = None if other is None else encoded(other, "DeCLIP")
         with timer.step("heads"):
@@ -119,27 +120,6 @@ def run(options: Options) -> Results:
     if not options.quiet:
         report(timer.console, written.found, statements, written.paths)
     return written
-
-
-def similarity_embeddings(pairs: Any, options: Options) -> dict[str, Any]:
-    """Embeds images and texts by models that are not studied, to measure similarity; cached by data and embedder."""
-    from mmhooks.models.embedders import image_embedder, text_embedder
-
-    texts = text_embedder(options.text_embedder, progress=not options.quiet)
-    images = image_embedder(options.image_embedder, progress=not options.quiet)
-    return {"image": images(pairs), "text": texts(pairs)}
-
-
-def load_declip(options: Options) -> Any:
-    """Loads the DeCLIP model: the embedded one for mini, else the user's checkpoint; None if there is none."""
-    import mmhooks as mm
-
-    name = options.declip
-    if name == "auto":
-        name = "mini-declip" if options.model == "mini" else ""
-    if not name:
-        return None
-    return mm.load(name) if name == "mini-declip" else mm.load(options.model, pretrained=name)
 
 
 app = study_app(

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.options import Device, Dtype, ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.placement import AUTO
 
 Data = Annotated[
     str,
@@ -40,6 +41,8 @@ class Options:
 
     model: VitModel = "mini"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: Data = "mini"
     classes: Classes = "true"
     chefer_start: CheferStart = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhooks.studies.common.options import as_settings, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.segmentation.options import Options
 
@@ -40,7 +41,8 @@ def run(options: Options) -> Results:
     from mmhooks.studies.segmentation.samples import prepared, samples_of
 
     torch.manual_seed(options.seed)
-    model = mm.load(options.model, pretrained=options.pretrained)
+    place = Placement.of(options)
+    model = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
     found, attribution = samples_of(options.data, options.limit, options.seed)
     samples, pixels, masks = prepared(model.preprocess, found)
     sought = directions(model, pixels, [s.name for s in samples], options)

@@ -31,8 +31,13 @@ class Runner:
 
         edits = mean_edits(Parts("heads", heads=tuple(heads)), self.means)
         with self.hooked.hooks(*edits):
-            z = torch.cat([self.hooked.encode_image(part) for part in scenes.pixels.split(self.batch)])
-        return (normalize(z.float(), dim=1) @ self.texts.T).argmax(1) == scenes.animals
+            z = torch.cat(
+                [
+                    self.hooked.encode_image(self.hooked.to_input(part))
+                    for part in scenes.pixels.split(self.batch)
+                ]
+            )
+        return (normalize(z.float().cpu(), dim=1) @ self.texts.T).argmax(1) == scenes.animals
 
 
 def worst_group(right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:

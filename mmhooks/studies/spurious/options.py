@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.options import Device, Dtype, ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.placement import AUTO
 
 Data = Annotated[
     str,
@@ -43,6 +44,8 @@ class Options:
 
     model: VitModel = "mini"
     pretrained: Pretrained = None
+    device: Device = AUTO
+    dtype: Dtype = "float32"
     data: Data = "mini"
     classes: Classes = "a landbird,a waterbird"
     label: Label = "y"

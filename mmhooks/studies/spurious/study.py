@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from mmhooks.studies.common.options import as_settings, study_app
+from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.spurious.options import Options
 
@@ -46,7 +47,8 @@ def run(options: Options) -> Results:
     from mmhooks.studies.spurious.trials import trial
 
     torch.manual_seed(options.seed)
-    model = mm.load(options.model, pretrained=options.pretrained)
+    place = Placement.of(options)
+    model = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
     splits = load_splits(model.preprocess, options)
     pool = mm.data.text_pool(options.pool)
     embedded = embed_texts(model, pool.texts)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import mmhooks as mm
 from mmhooks.analysis.measures.groups import BY_RANK, BY_SIGMA
 from mmhooks.errors import MMHooksError
+from mmhooks.models.embedders import image_embedder
 from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
@@ -54,7 +55,7 @@ def test_judge_on_images_whose_answer_is_known() -> None:
     prompt, reference = torch.rand(2, 3, 64, 64, generator=g), torch.rand(2, 3, 64, 64, generator=g)
     reference[:, :, :32] = 0
     prompt[:, 0] = 1
-    judge = study.Judge("efficientnet-lite0", prompt, reference)
+    judge = study.Judge(image_embedder(progress=False), prompt, reference)
     unedited_quality, moved = judge(prompt, prompt), judge(reference, prompt)
     assert (
         torch.allclose(unedited_quality["shift"], torch.zeros(2))
