@@ -18,9 +18,13 @@ from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_md
 from .analysis.measures.embed_sim import embed_sim as embed_sim
 from .analysis.measures.fidelity import fidelity as fidelity
 from .analysis.measures.mds import mds as mds
+from .analysis.measures.membership import membership as membership
 from .analysis.measures.monosemanticity import monosemanticity as monosemanticity
 from .analysis.measures.pairing import pairing as pairing
 from .analysis.measures.retrieval import retrieval as retrieval
+from .analysis.measures.stability import activation_stability as activation_stability
+from .analysis.measures.stability import group_agreement as group_agreement
+from .analysis.measures.stability import stability as stability
 from .analysis.measures.sweep import sweep as sweep
 from .analysis.measures.top_activating import top_activating as top_activating
 from .analysis.measures.win_rate import win_rate as win_rate

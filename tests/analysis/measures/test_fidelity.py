@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,10 @@ from torch.nn.functional import normalize
 import mmhooks as mm
 from mmhooks.analysis.measures.cknna import cknna
 from mmhooks.analysis.measures.fidelity import ChoiceMetric, FidelitySums
-from mmhooks.analysis.measures.stability import stability
 from mmhooks.data.store.layout import SiteSpec
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.writer import ShardWriter, begin, finish
-from mmhooks.errors import MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.heads import NCL, TopKSAE
 from mmhooks.heads import reconstruction as core
 
@@ -86,34 +84,6 @@ def test_cknna_does_not_depend_on_the_size_of_a_block(monkeypatch: pytest.Monkey
     whole = cknna(x, y)
     monkeypatch.setattr(module, "_MAX_PRODUCTS", 90 * 7)
     assert cknna(x, y) == pytest.approx(whole, rel=1e-9)
-
-
-# -- stability ---------------------------------------------------------------------------------------------------
-
-
-def test_stability_is_the_best_assignment_of_all() -> None:
-    one, other = TopKSAE(5, 6, 2, seed=0), TopKSAE(5, 6, 2, seed=1)
-    cosine = one.W_dec.detach() @ other.W_dec.detach().T
-    best = max(sum(float(cosine[i, j]) for i, j in enumerate(p)) for p in permutations(range(6))) / 6
-    assert stability(one, other).mean.value == pytest.approx(best, rel=1e-5)
-
-
-def test_stability_ignores_order_and_reports_chance() -> None:
-    one, other = TopKSAE(32, 64, 4, seed=0), TopKSAE(32, 64, 4, seed=0)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        other.W_dec.copy_(3 * one.W_dec[order])
-    found = stability(one, other)
-    assert found.mean.value == pytest.approx(1, abs=1e-5) and torch.equal(
-        order[found.partner], torch.arange(64)
-    )
-    strangers = stability(one, TopKSAE(32, 64, 4, seed=7))
-    assert strangers.mean.value == pytest.approx(strangers.chance, abs=0.05)
-    assert len(stability(one, TopKSAE(32, 96, 4)).values) == 64
-    with pytest.raises(NoDecoder, match="without any"):
-        stability(one, NCL(32, 64))
-    with pytest.raises(ShapeMismatch, match="same width, got 32 and 16"):
-        stability(one, TopKSAE(16, 64, 4))
 
 
 # -- choices -----------------------------------------------------------------------------------------------------
