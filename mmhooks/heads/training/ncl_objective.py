@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
-from mmhooks.heads.linalg import effective_rank
+from mmhooks.heads.linalg import effective_rank, to_unit
 from mmhooks.heads.ncl import NCL, RIDGE
+from mmhooks.heads.training.clusters import cluster_directions
 from mmhooks.heads.training.objective import Objective, StepLoss
 from mmhooks.heads.vectors import Rows
 
@@ -55,6 +56,10 @@ class NCLObjective(Objective):
         dead_after: epochs without firing after which a unit is dead (for the log).
         ridge: fits a linear decoder to the training data at the end (:meth:`NCL.fit_decoder`); None fits none,
             unless the head already has one, which is then refitted.
+        init: the head's own random weights, or "clusters": unit i of both layers starts at the direction of cluster i of
+            the pairs (each side centred by its own mean, then averaged), the start on which seeds agree most. Needs
+            ``hidden >= n_features``.
+        init_seed, init_restarts: seed of the clustering, and of how many starts it is the best.
     """
 
     shares_batches = False
@@ -65,11 +70,38 @@ class NCLObjective(Objective):
     rep_relu: bool = True
     dead_after: float = 1.0
     ridge: float | None = None
+    init: Literal["random", "clusters"] = "random"
+    init_seed: int = 0
+    init_restarts: int = 4
 
     def start(self, head: NCL, image: Tensor, text: Tensor | None) -> None:
         if text is None:
             raise MMHooksError("the contrastive head trains on pairs: pass text= as well as image=")
+        if self.init == "clusters":
+            self._start_at_clusters(head, image, text)
         self._standardise(head, image, text)
+
+    @torch.no_grad()
+    def _start_at_clusters(self, head: NCL, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"]) -> None:
+        n = head.n_features
+        if head.hidden < n:
+            raise MMHooksError(
+                f"init='clusters': expected a hidden unit for each of {n} features, got {head.hidden}; pass hidden={n} to NCL"
+            )
+        centres = image.mean(dim=0), text.mean(dim=0)
+        # The pair without what only says its modality.
+        pairs = to_unit(image - centres[0]) + to_unit(text - centres[1])
+        rows = cluster_directions(
+            pairs, pairs.new_ones(len(pairs)), n, restarts=self.init_restarts, seed=self.init_seed
+        ).to(head.W1)
+        # Across the gap between the modalities, so that no unit is shifted for one of them.
+        gap = centres[0] - centres[1]
+        rows = to_unit(rows - torch.outer(rows @ gap, gap) / gap.square().sum().clamp_min(1e-12))
+        length = head.W1.norm(dim=1).mean()  # as its own start
+        head.W1[:n] = length * rows
+        head.b1[:n] = -head.W1[:n] @ (centres[0] + centres[1]) / 2
+        head.W2.zero_()
+        head.W2.fill_diagonal_(1.0)
 
     def loss(self, head: NCL, image: Tensor, text: Tensor | None, dead: Bool[Tensor, " n"]) -> StepLoss:
         assert text is not None  # checked by start()

@@ -20,6 +20,7 @@ from mmhooks.heads.sae.batchtopk import BatchTopKSAE, threshold_at
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
 from mmhooks.heads.sae.modality_centres import KEY, shifted
 from mmhooks.heads.sae.relu import ReLUSAE
+from mmhooks.heads.training.clusters import cluster_directions
 from mmhooks.heads.training.objective import Objective, StepLoss
 from mmhooks.heads.training.resample import resample
 from mmhooks.heads.vectors import Rows, Vectors
@@ -42,7 +43,9 @@ class SAEObjective(Objective):
         b_pre: initial pre-bias: geometric median or mean of both modalities pooled, or zero.
         centre: "modality" subtracts each modality's mean first (:mod:`mmhooks.heads.sae.modality_centres`); "pooled"
             leaves centring to ``b_pre``.
-        init: random decoder rows, or centred training vectors (then no feature starts far from all data).
+        init: random decoder rows, centred training vectors (then no feature starts far from all data), or the directions
+            of clusters of these (:mod:`mmhooks.heads.training.clusters`: the start on which other seeds agree most).
+        init_seed, init_restarts: seed of the clustering, and of how many starts it is the best.
         aux_k: number of dead features in the auxiliary reconstruction (default: half of ``d_in``).
         dead_after: epochs without firing after which a feature is dead.
         resample_every: in the first half of training, restart dead features every so many epochs at badly
@@ -60,7 +63,9 @@ class SAEObjective(Objective):
     image_share: float = 0.5
     b_pre: Literal["median", "mean", "zero"] = "median"
     centre: Literal["pooled", "modality"] = "pooled"
-    init: Literal["random", "data"] = "random"
+    init: Literal["random", "data", "clusters"] = "random"
+    init_seed: int = 0
+    init_restarts: int = 4
     aux_k: int | None = None
     aux_weight: float = 1 / 32
     dead_after: float = 1.0
@@ -73,15 +78,14 @@ class SAEObjective(Objective):
     @torch.no_grad()
     def start(self, head: SAE, image: Tensor, text: Tensor | None) -> None:
         self._check(head)
-        pooled, _ = self.stack(image, text)
+        pooled, weight = self.stack(image, text)
         sample = pooled[:: max(1, len(pooled) // 16384)]
         if self.b_pre == "median":
             head.b_pre.copy_(geometric_median(sample))
         elif self.b_pre == "mean":
             head.b_pre.copy_(pooled.mean(dim=0))
-        if self.init == "data":
-            rows = torch.linspace(0, len(pooled) - 1, head.n_features).long()
-            head.W_dec.copy_(to_unit(pooled[rows] - head.b_pre))
+        if self.init != "random":
+            head.W_dec.copy_(self._directions(head, pooled - head.b_pre, weight))
             head.W_enc.copy_(head.W_dec)
         if hasattr(head, "k"):
             # K overlapping unit rows overshoot; rescaling the encoder corrects this without changing the selection.
@@ -91,6 +95,15 @@ class SAEObjective(Objective):
         if self.target_l0 is not None:
             assert isinstance(head, JumpReLUSAE)
             head.set_threshold(threshold_at(head, self.target_l0, sample).clamp_min(1e-6))
+
+    def _directions(
+        self, head: SAE, centred: Float[Tensor, "b d"], weight: Float[Tensor, " b"]
+    ) -> Float[Tensor, "n d"]:
+        if self.init == "data":
+            return to_unit(centred[torch.linspace(0, len(centred) - 1, head.n_features).long()])
+        return cluster_directions(
+            centred, weight, head.n_features, restarts=self.init_restarts, seed=self.init_seed
+        ).to(head.W_dec)
 
     def lr_scale(self, head: SAE, name: str) -> float:
         """With a K, biases learn at the data's scale; without one they make the head sparse, and use the full rate."""

@@ -95,7 +95,7 @@ def pca(train: Float[Tensor, "n d"], x: Float[Tensor, "b d"], k: int) -> float:
 
 
 def row(name: str, data: Vectors, plan: dict[str, Any]) -> tuple[dict[str, Any], Head]:
-    head, result = train("sae", data, **plan)
+    head, result = train("sae-wide", data, **plan)
     assert isinstance(head, TopKSAE)
     seen = data.seen_concepts
     held = measured(head, data.valid_image, data.valid_text)
@@ -149,14 +149,14 @@ def main(
     """Sweeps around the shipped SAE: PYTHONPATH=recipes python -m embedded.heads.fvu_floor --corpus runs/corpus --only "K =" """
     data = vectors(name, corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
-    train_text = data.pairs(*plan_of("sae")["texts"])[1]
+    train_text = data.pairs(*plan_of("sae-wide")["texts"])[1]
     spectrum = {
         modality: {k: pca(train, valid, k) for k in (16, 32, 64, 128)}
         for modality, train, valid in (("image", data.image, data.valid_image), ("text", train_text, data.valid_text))
     }  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for label, change in changes().items():
-        plan = plan_of("sae") | {"seed": seed} | change
+        plan = plan_of("sae-wide") | {"seed": seed} | change
         path = out / f"{label.replace(' ', '_').replace('=', '')}.json"
         kept = json.loads(path.read_text()) if path.exists() else None
         if kept is None or kept["plan"] != json.loads(json.dumps(plan)):

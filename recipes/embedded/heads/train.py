@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -21,16 +22,21 @@ from torch import Tensor
 import mmhooks as mm
 from embedded import losses
 from embedded.clip.train import embed
+from mmhooks.analysis.measures.mds import GROUPS, MDSResult
+from mmhooks.analysis.measures.membership import group_labels
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.splits import split_of
 from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, reconstruction
+from mmhooks.heads.sae.consensus import consensus
+from mmhooks.heads.training.ncl_objective import NCLObjective
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.models.provenance import weights_hash
 from mmhooks.studies.common.encode import encode
 from mmhooks.utils.assets import ASSETS
 from mmhooks.utils.files import atomic_path, cache_dir
 
-KINDS = ("sae", "ncl")
+KINDS = ("sae", "sae-wide", "ncl")
+TEXTS = ("captions", "crossed")
 
 
 class Vectors(NamedTuple):
@@ -69,32 +75,36 @@ def crossed(names: list[str], rng: random.Random) -> str:
 
 
 @torch.no_grad()
-def vectors(name: str, corpus: Path, seed: int) -> Vectors:
+def vectors(name: str, corpus: Path, seed: int, texts: tuple[str, ...] = TEXTS) -> Vectors:
     """Embeds the corpus with an embedded model, once; a second run reads the vectors from the cache.
 
     Names are only a few thousand distinct vectors: an SAE memorises them and is poor on unseen names. Other captions
     of the drawings hardly help, because they name the same things; names crossed with each other do (docs/heads.md).
+
+    Args:
+        texts: kinds to embed beside the names; the others are empty.
     """
     model, drawings = mm.load(name), Corpus(corpus)
-    path = cache_dir("heads") / f"{weights_hash(model.model)}-{len(drawings.rows)}-{seed}.safetensors"
+    made = "-".join([weights_hash(model.model), str(len(drawings.rows)), str(seed), *texts])
+    path = cache_dir("heads") / f"{made}.safetensors"
     held_out = [drawings.where("heldout_pictures"), drawings.where("heldout_concepts")]
     if not path.exists():
         rows, rng = drawings.where("train"), random.Random(seed)
         known = sorted({drawings.rows[i]["name"] for i in rows})
-        texts = {
+        lines = {
             "captions": [losses.caption(drawings.rows[i], rng) for _ in range(2) for i in rows],
             "crossed": [crossed(known, rng) for _ in range(6) for _ in rows],
         }
         tokenizer = model.tokenizer
         assert tokenizer is not None  # embedded models have one
-        with torch.autocast(
-            "cpu", torch.bfloat16
-        ):  # three times as fast; the held-out vectors below are exact
-            image, names = embed(model.model, model.tokenizer, drawings, rows)
-            found = {"image": image, "names": names}
-            for kind, lines in texts.items():
-                parts = [lines[i : i + 512] for i in range(0, len(lines), 512)]
-                found[kind] = torch.cat([model.encode_text(tokenizer(part)) for part in parts])
+        image, names = embed(model.model, model.tokenizer, drawings, rows)
+        found = {"image": image, "names": names}
+        for kind in lines:
+            distinct = sorted(set(lines[kind])) if kind in texts else []
+            place = {text: i for i, text in enumerate(distinct)}
+            parts = [distinct[i : i + 512] for i in range(0, len(distinct), 512)]
+            rows_of = [model.encode_text(tokenizer(part)) for part in parts]
+            found[kind] = torch.cat([*rows_of, image[:0]])[[place[text] for text in lines[kind] if place]]
         valid = embed(model.model, model.tokenizer, drawings, held_out[0] + held_out[1])
         found |= dict(zip(("valid_image", "valid_text"), valid, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +113,10 @@ def vectors(name: str, corpus: Path, seed: int) -> Vectors:
     return Vectors(**load_file(path), seen_concepts=len(held_out[0]))
 
 
-def build(kind: str, d_in: int, n: int, k: int) -> Head:
-    return TopKSAE(d_in, n, k, name="sae") if kind == "sae" else NCL(d_in, n, name="ncl")
+def build(kind: str, d_in: int, n: int, k: int, seed: int = 0) -> Head:
+    if kind == "ncl":
+        return NCL(d_in, n, name="ncl", hidden=n, seed=seed)  # a hidden unit for each cluster it starts at
+    return TopKSAE(d_in, n, k, name="sae", seed=seed)
 
 
 def measured(head: Head, image: Tensor, text: Tensor) -> dict[str, float]:
@@ -143,25 +155,59 @@ def train(
     image_share: float = 0.5,
     dead_after: float = 1.0,
     decay: float = 0.5,
+    bases: int = 0,
+    base_epochs: int = 1,
+    base_lr: float = 3e-3,
     progress: bool = True,
 ) -> tuple[Head, TrainResult]:
-    """Trains one head on these kinds of texts; ``k`` and ``image_share`` apply to the SAE only."""
-    head = build(kind, data.image.shape[1], features, k)
-    objective = SAEObjective(image_share=image_share, dead_after=dead_after) if kind == "sae" else None
+    """Trains one head on these kinds of texts; ``k``, ``image_share`` and ``bases`` apply to the SAE only.
+
+    Args:
+        bases: short trainings, from clusters with seeds of their own, whose consensus the SAE starts from; none: it
+            starts at random rows.
+    """
+    head = build(kind, data.image.shape[1], features, k, seed)
     valid = (data.valid_image, data.valid_text)
+    pairs = data.pairs(*texts)
+    if kind == "ncl":
+        result = mm.train_head(
+            head, *pairs, epochs=epochs, lr=lr, decay=decay, seed=seed, valid=valid, progress=progress,
+            objective=NCLObjective(init="clusters", init_seed=seed, init_restarts=1),
+        )  # fmt: skip
+        return head, result
+    if bases:
+        parts: list[TopKSAE] = []
+        for own in range(seed * bases, (seed + 1) * bases):
+            part = TopKSAE(head.d_in, features, k, seed=own)
+            start = SAEObjective(image_share=image_share, init="clusters", init_seed=own, init_restarts=1)
+            mm.train_head(
+                part, *pairs, epochs=base_epochs, lr=base_lr, seed=own, objective=start, progress=progress
+            )
+            parts.append(part)
+        assert isinstance(head, TopKSAE)
+        with torch.no_grad():
+            head.W_dec.copy_(consensus(parts, features)[0])
+            head.W_enc.copy_(head.W_dec)
+    objective = SAEObjective(image_share=image_share, dead_after=dead_after)
     result = mm.train_head(
-        head, *data.pairs(*texts), epochs=epochs, lr=lr, decay=decay, seed=seed, valid=valid, objective=objective,
-        progress=progress,
+        head, *pairs, epochs=epochs, lr=lr, decay=decay, seed=seed, valid=valid, objective=objective, progress=progress
     )  # fmt: skip
     return head, result
 
 
 def plan_of(kind: str) -> dict[str, Any]:
-    """Returns the shipped plan. The NCL head learns from pairs, so only from texts that belong to the drawing."""
+    """Returns the shipped plan. The NCL head learns from pairs, so only from texts that belong to the drawing.
+
+    "sae" and "ncl" are what other seeds find again (docs/heads.md); "sae-wide" reconstructs far better, with features
+    that no other seed has.
+    """
     if kind == "sae":
+        return {"features": 256, "k": 4, "epochs": 6, "lr": 2e-3, "image_share": 0.6, "bases": 4,
+                "base_epochs": 1, "base_lr": 3e-3, "texts": ("names", "captions")}  # fmt: skip
+    if kind == "sae-wide":
         return {"features": 1024, "k": 32, "epochs": 12, "lr": 2e-3, "decay": 0.9, "image_share": 0.81,
                 "dead_after": 0.25, "texts": ("names", "captions", "crossed")}  # fmt: skip
-    return {"features": 1024, "epochs": 5, "lr": 1e-3, "texts": ("names", "captions")}
+    return {"features": 256, "epochs": 3, "lr": 1e-3, "texts": ("names", "captions")}
 
 
 def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -179,29 +225,81 @@ def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> d
     }
 
 
+@torch.no_grad()
+def compared(heads: dict[int, Head], name: str, data: Vectors) -> dict[int, dict[str, float]]:
+    """Returns for the head of each seed what the others share with it, as means over these.
+
+    ``decoder`` and ``activations``: share of features with a partner above .7 in cosine or in Pearson's r over held-out
+    vectors; ``kappa``: agreement of the shared features' groups (thirds of R over the OpenMoji pairs) beyond chance.
+    """
+    pairs = mm.data.pairs("mini")
+    store = encode(mm.load(name), name, pairs, cache_dir("modality"), batch=256, progress=False).store
+    thirds = {seed: in_thirds(mm.mds(store, head=head)) for seed, head in heads.items()}
+    rows: dict[int, dict[str, float]] = {}
+    for seed, head in heads.items():
+        found: dict[str, list[float]] = {}
+        for other in heads.keys() - {seed}:
+            by = mm.activation_stability(head, heads[other], data.valid_image, data.valid_text)
+            found.setdefault("activations", []).append(by.matched.value)
+            found.setdefault("activations_by_chance", []).append(by.matched_by_chance)
+            if head.has_decoder:
+                by = mm.stability(head, heads[other])
+                found.setdefault("decoder", []).append(by.matched.value)
+                found.setdefault("decoder_by_chance", []).append(by.matched_by_chance)
+            found.setdefault("kappa", []).append(
+                mm.group_agreement(by, thirds[seed], thirds[other]).kappa.value
+            )
+        sizes = {group.name: len(group) for group in thirds[seed]}
+        rows[seed] = {"other_seeds": len(heads) - 1} | {k: fmean(v) for k, v in found.items()} | sizes
+    return rows
+
+
+def in_thirds(scores: MDSResult) -> list[mm.FeatureSet]:
+    """Groups by R: above 2/3, below 1/3, and between."""
+    labels = group_labels(scores.R[None], "thirds")[0]
+    return [
+        mm.FeatureSet(labels == number, len(labels), name=name, head=scores.head)
+        for number, name in enumerate(GROUPS)
+    ]
+
+
 def main(
     corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
     name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
-    kinds: Annotated[str, typer.Option(help="sae, ncl or both with a comma")] = ",".join(KINDS),
-    features: Annotated[int | None, typer.Option(help="other than 1,024")] = None,
-    epochs: Annotated[int | None, typer.Option(help="other than 12 (SAE) or 5 (NCL)")] = None,
-    lr: Annotated[float | None, typer.Option(help="other than 2e-3 (SAE) or 1e-3 (NCL)")] = None,
-    seed: int = 0,
+    kinds: Annotated[str, typer.Option(help="sae, sae-wide, ncl, or several with commas")] = "sae,ncl",
+    features: Annotated[int | None, typer.Option(help="other than the plan's")] = None,
+    epochs: Annotated[int | None, typer.Option(help="other than the plan's")] = None,
+    lr: Annotated[float | None, typer.Option(help="other than the plan's")] = None,
+    seeds: Annotated[
+        str, typer.Option(help="training seeds, with commas; 0 ships as KIND, others as KIND-seedS")
+    ] = "0",
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
-    """Trains and ships heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini"""
-    data = vectors(name, corpus, seed)
+    """Trains and ships heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --seeds 0,1,2,3,4"""
     for kind in kinds.split(","):
         asked = {"features": features, "epochs": epochs, "lr": lr}
         plan = plan_of(kind) | {key: value for key, value in asked.items() if value is not None}
-        torch.manual_seed(seed)
-        head, result = train(kind, data, seed=seed, **plan)
-        head.info = described(head, name, data, {"steps": result.steps, "seed": seed, **plan})
-        target = (out or ASSETS / name) / kind
-        head.save(target, dtype="fp16")
-        typer.echo(
-            f"{target.parent.name}/{kind} {head.id}: {head.info['held_out']} {head.info['openmoji_mds']}"
-        )
+        data = vectors(name, corpus, 0, tuple(text for text in plan["texts"] if text != "names"))
+        heads: dict[int, Head] = {}
+        for seed in (int(part) for part in seeds.split(",")):
+            torch.manual_seed(seed)
+            heads[seed], result = train(kind, data, seed=seed, **plan)
+            heads[seed].info = described(
+                heads[seed], name, data, {"steps": result.steps, "seed": seed, **plan}
+            )
+            typer.echo(
+                f"{name}/{kind} seed {seed}: {heads[seed].info['held_out']} {heads[seed].info['openmoji_mds']}"
+            )
+            heads[seed].save(place(out or ASSETS / name, kind, seed), dtype="fp16")
+        if len(heads) > 1:
+            for seed, row in compared(heads, name, data).items():
+                heads[seed].info["stability"] = row
+                heads[seed].save(place(out or ASSETS / name, kind, seed), dtype="fp16")
+                typer.echo(f"{name}/{kind} seed {seed}: {row}")
+
+
+def place(folder: Path, kind: str, seed: int) -> Path:
+    return folder / (f"{kind}-seed{seed}" if seed else kind)
 
 
 if __name__ == "__main__":
