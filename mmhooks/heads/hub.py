@@ -169,7 +169,7 @@ def load_head(
         MMHooksError: a known format whose contents do not fit; an unknown or inapplicable option.
 
     >>> sae = load_head("mini/sae"); (sae.d_in, sae.n_features)
-    (256, 1024)
+    (256, 256)
     """
     from mmhooks.heads.base import Head
     from mmhooks.heads.formats import Options

@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 def test_info(place):
     said = run("store", "info", place / "a")
     assert said.exit_code == 0 and "3 of 3 pairs in 1 shards" in said.output and "finished" in said.output
-    assert "32 of 1024 entries" in said.output
+    assert "4 of 256 entries" in said.output
     assert json.loads(run("store", "info", place / "a", "--json").output)["pairs"] == 3
 
 

@@ -93,12 +93,25 @@ def test_hooks_of_mini_reader_fire_at_every_site_and_change_nothing() -> None:
 
 def test_embedded_heads_fit_their_model() -> None:
     model = mm.load("mini")
-    assert {"mini/sae", "mini/ncl"} <= set(embedded_heads())
-    for name in ("mini/sae", "mini/ncl"):
+    widths = {"mini/sae": 256, "mini/sae-wide": 1024, "mini/ncl": 1024}
+    widths |= {f"mini/sae-seed{seed}": 256 for seed in range(1, 5)}
+    assert set(widths) == set(embedded_heads())
+    for number, (name, n) in enumerate(widths.items()):
         head = mm.load_head(name)
-        assert (head.d_in, head.n_features) == (mini.EMBED_DIM, 1024)
-        model.attach(head, at=["image.embed", "text.embed"])
-    assert mm.load_head("mini/ncl").id == head.id
+        assert (head.d_in, head.n_features) == (mini.EMBED_DIM, n)
+        model.attach(head, at=["image.embed", "text.embed"], name=f"head{number}")
+    assert mm.load_head(name).id == head.id
+
+
+def test_seeds_of_the_shipped_sae_share_what_their_cards_say() -> None:
+    heads = [mm.load_head(f"mini/sae{end}") for end in ("", "-seed1", "-seed2", "-seed3", "-seed4")]
+    assert len({head.id for head in heads}) == 5 and [h.info["recipe"]["seed"] for h in heads] == list(
+        range(5)
+    )
+    shared = sum(mm.stability(heads[0], other).matched.value for other in heads[1:]) / 4
+    card = heads[0].info["stability"]
+    assert card["other_seeds"] == 4 and shared == pytest.approx(card["decoder"], abs=0.01)
+    assert shared > 0.75 > 0.1 > card["decoder_by_chance"]
 
 
 def test_a_directory_is_a_head_too(tmp_path) -> None:

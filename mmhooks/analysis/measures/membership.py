@@ -319,7 +319,7 @@ class GroupMembership(Metric):
             partners=torch.full((self.n_features,), math.nan),
             draws=self.draws,
             n_pairs=int(found["n_pairs"]),
-            n_families=len(found["families"]),
+            n_families=found["families"].numel(),  # torchmetrics squeezes a single one
             rule=self.rule,
         )
 

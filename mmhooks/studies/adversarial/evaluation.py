@@ -26,9 +26,9 @@ from mmhooks.utils.digest import digest
 
 
 def scored_head(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
-    """Returns the head (mini's own, a given one, or one trained here and cached) and its MDS on the pairs."""
+    """Returns the head (mini's wide one, a given one, or one trained here and cached) and its MDS on the pairs."""
     encoded = encode(model, options.model, pairs, cache, batch=128, progress=not options.quiet)
-    source = options.head or ("mini/sae" if options.model == "mini" else None)
+    source = options.head or ("mini/sae-wide" if options.model == "mini" else None)
     if source is None:
         image, text = (unit(encoded.vectors(side)) for side in ("image", "text"))
         n, epochs, seed = options.features, options.epochs, options.seed

@@ -17,7 +17,7 @@ SITE = "image.embed.sae.pre"
 def model():
     torch.manual_seed(0)
     model = mm.load("mini")
-    model.attach(mm.load_head("mini/sae"), at="image.embed", name="sae")
+    model.attach(mm.load_head("mini/sae-wide"), at="image.embed", name="sae")
     return model
 
 
@@ -48,7 +48,7 @@ def test_history_starts_at_the_loss_written_by_hand(model, pictures):
 def test_gradients_reach_pixels_through_head_tower_and_preprocessing(pictures):
     model = copy.deepcopy(mm.load("mini"))
     model.model.double()
-    model.attach(mm.load_head("mini/sae").double(), at="image.embed", name="sae")
+    model.attach(mm.load_head("mini/sae-wide").double(), at="image.embed", name="sae")
     wanted = torch.tensor([5, 90, 400])
     with torch.no_grad():
         goal = features_of(model, pictures[1:2].double(), site=SITE)[:, wanted]

@@ -129,7 +129,7 @@ def test_every_sample_has_its_own_features_of_the_group(scores):
 @pytest.fixture(scope="module")
 def mini(pairs):
     """mini with its own head, and that head's scores on some pairs."""
-    model, head = mm.load("mini"), mm.load_head("mini/sae")
+    model, head = mm.load("mini"), mm.load_head("mini/sae-wide")
     model.attach(head, at=["image.embed"], name="sae")
     ids = range(0, 3000, 15)
     with torch.no_grad():
