@@ -135,6 +135,62 @@ def subset_overlap(
     return span_overlap(spans)
 
 
+def half_overlap(
+    head_outputs: Float[Tensor, "n h d"],
+    text_embeddings: Float[Tensor, "t d2"],
+    texts: Sequence[str],
+    *,
+    families: Int[Tensor, " n2"] | None = None,
+    splits: int = 5,
+    seed: int = 0,
+    **options: object,
+) -> SpanOverlap:
+    """Computes :func:`span_overlap` of two halves that share no image and no family, the mean over random splits.
+
+    Overlapping subsets, or halves with one drawing's variants on both sides, share texts because they share data.
+
+    Args:
+        families: the family of every image, equal for variants of one; default: every image is its own.
+        options: passed to :func:`text_span`.
+
+    Raises:
+        ShapeMismatch: not one family per image, one family only, or no split. Also the errors of :func:`text_span`.
+
+    >>> outputs, pool = torch.randn(200, 1, 4), torch.eye(4)
+    >>> 0 <= half_overlap(outputs, pool, list("abcd"), n_texts=2).texts[0] <= 1
+    True
+    """
+    n = len(head_outputs)
+    numbers = torch.arange(n) if families is None else families.cpu().unique(return_inverse=True)[1]
+    sizes = torch.bincount(numbers)
+    if len(numbers) != n or len(sizes) < 2 or splits < 1:
+        raise ShapeMismatch(
+            f"expected one family per image, at least two of them, and a split, got {len(numbers)} labels of {len(sizes)} "
+            f"families for {n} images, and {splits} splits"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(splits):
+        order = torch.randperm(len(sizes), generator=generator)
+        before = sizes[order].cumsum(0) - sizes[order]
+        first = torch.zeros(len(sizes), dtype=torch.bool)
+        first[order[before < n / 2]] = True
+        first[order[-1]] = False  # a family of half the images may not be alone with all others
+        in_first = first[numbers]
+        spans = [
+            text_span(head_outputs[rows.to(head_outputs.device)], text_embeddings, texts, **options)  # type: ignore[arg-type]
+            for rows in (in_first, ~in_first)
+        ]
+        found.append(span_overlap(spans))
+
+    def mean(column: str) -> tuple[float, ...]:
+        values = [getattr(one, column) for one in found]
+        return tuple(_mean(of_head) for of_head in zip(*values, strict=True))
+
+    columns = ("texts", "texts_chance", "space", "space_chance", "first")
+    return SpanOverlap(found[0].heads, *(mean(column) for column in columns), n_subsets=2 * splits)
+
+
 def _mean(values: object) -> float:
     listed = list(values)  # type: ignore[call-overload]
     return sum(listed) / len(listed) if listed else math.nan

@@ -13,10 +13,15 @@ from torch import Tensor
 import mmhooks as mm
 from mmhooks.analysis.decomposition.dataset import decompositions
 from mmhooks.analysis.decomposition.second_order import second_order
-from mmhooks.analysis.decomposition.text_span_checks import reconstruction_accuracy
+from mmhooks.analysis.decomposition.text_span_checks import (
+    SpanOverlap,
+    half_overlap,
+    reconstruction_accuracy,
+)
 from mmhooks.analysis.interventions.mean_ablation import ablate, ablation_sites, paper_parts, site_means
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.data.families import families
 from mmhooks.models.clip.embed_texts import embed_texts
 from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.decomposition.options import Options
@@ -72,6 +77,33 @@ def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> 
         embeddings.append(parts.embedding.cpu())
     heads = [f"{layer}.{head}" for layer in layers for head in range(n_heads)]
     return Contributions(means, layers, heads, torch.cat(outputs), torch.cat(embeddings))
+
+
+def halves(
+    pairs: Any, parts: Contributions, seen: list[int], texts: Tensor, names: Sequence[str], span: Any
+) -> SpanOverlap:
+    """Returns how much the texts of two halves of the images agree that share no family of drawings."""
+    return half_overlap(
+        parts.outputs[seen], texts, names, families=families(pairs)[seen], n_texts=max(map(len, span.texts)),
+        heads=parts.heads, selection=span.selection,
+    )  # fmt: skip
+
+
+def other_selection(
+    parts: Contributions, seen: list[int], texts: Tensor, names: Sequence[str], span: Any
+) -> dict[str, Any]:
+    """Counts the texts of every head that TextSpan's other way of choosing has too."""
+    name = "unit" if span.selection == "paper" else "paper"
+    other = mm.text_span(
+        parts.outputs[seen],
+        texts,
+        names,
+        n_texts=max(map(len, span.texts)),
+        heads=parts.heads,
+        selection=name,
+    )
+    shared = [len(set(a) & set(b)) for a, b in zip(span.indices, other.indices, strict=True)]
+    return {"selection": name, "shared": shared, "first": [list(t[:5]) for t in other.texts]}
 
 
 def agreement(span: Any, outputs: Any, captions: Any, pool: Any, seed: int, top: int = 5) -> dict[str, Any]:

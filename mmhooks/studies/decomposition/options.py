@@ -19,6 +19,12 @@ Pool = Annotated[str, typer.Option(help="Texts: general, imagenet, mini, or a fi
 Limit = Annotated[int, typer.Option(min=8, help="Use at most this many pairs.")]
 Layers = Annotated[int, typer.Option(min=1, help="Attention heads of this many last layers.")]
 Texts = Annotated[int, typer.Option(min=1, help="Texts per attention head.")]
+SelectBy = Annotated[
+    str,
+    typer.Option(
+        help="How TextSpan chooses: paper, by inner products; or unit, by the spread along directions."
+    ),
+]
 Evaluate = Annotated[int, typer.Option(min=2, help="At most this many held-out images in accuracies.")]
 Each = Annotated[int, typer.Option(min=1, help="Attention heads, queries and neurons shown.")]
 Seed = Annotated[int, typer.Option(help="Of splits, subsets, and the images shown.")]
@@ -39,6 +45,7 @@ class Options:
     limit: Limit = 2000
     layers: Layers = 4
     texts: Texts = 20
+    selection: SelectBy = "paper"
     evaluate: Evaluate = 400
     each: Each = 5
     batch: ImageBatch = 32

@@ -50,7 +50,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 def head_table(results: Mapping[str, Any]) -> Table:
     span, kinds = results["text_span"], results["labels"]["kinds"]
-    text_agreement, rows = results["agreement"], []
+    text_agreement, other, rows = results["agreement"], results["other_selection"], []
     for i, head in enumerate(span["heads"]):
         texts, curve = span["texts"][i], span["explained"][i]
         common = Counter(kinds[head]).most_common(1) if kinds and kinds[head] else []
@@ -62,10 +62,12 @@ def head_table(results: Mapping[str, Any]) -> Table:
     return Table(
         ["Attention head", "Variance", "Spanned", "Agreement", "Most common kind", "First texts"], rows,
         "Texts of attention heads",
-        f"TextSpan over {span['n_samples']:,} images, {data['pool_size']:,} texts of the pool {data['pool']}, "
+        f"TextSpan (selection {span['selection']}) over {span['n_samples']:,} images, {data['pool_size']:,} texts of the pool "
+        f"{data['pool']}, "
         f"{results['settings']['texts']} texts per attention head. Spanned: share of its variance. Agreement: mean correlation "
         "of held-out images' projections on its first five texts with the similarity of their captions to these texts: "
-        f"{interval(text_agreement['own'])} over attention heads, {interval(text_agreement['random'])} for random texts.",
+        f"{interval(text_agreement['own'])} over attention heads, {interval(text_agreement['random'])} for random texts. "
+        f"Of each head's texts, selection {other['selection']} has {min(other['shared'])} to {max(other['shared'])} too.",
         (0, 4, 5),
     )  # fmt: skip
 
@@ -80,7 +82,8 @@ def overlap_table(results: Mapping[str, Any]) -> Table:
     return Table(
         ["Attention head", "Same texts", "By chance", "Same space", "By chance", "Same first text"], rows,
         "Texts of attention heads over other images",
-        f"Mean over pairs of {o['n_subsets']} random halves of the images. Space: overlap of the spans.",
+        f"Mean over {o['n_subsets'] // 2} splits of the images into halves that share no family of drawings. Space: overlap "
+        "of the spans.",
     )  # fmt: skip
 
 

@@ -33,7 +33,6 @@ def run(options: Options) -> Results:
     import torch
 
     import mmhooks as mm
-    from mmhooks.analysis.decomposition.text_span_checks import subset_overlap
     from mmhooks.analysis.results import plain
     from mmhooks.models.clip.embed_texts import embed_texts
     from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
@@ -44,6 +43,8 @@ def run(options: Options) -> Results:
         ablation_accuracy,
         agreement,
         contributions,
+        halves,
+        other_selection,
         rebuilt_from_texts,
         strongest_neurons,
     )
@@ -72,13 +73,19 @@ def run(options: Options) -> Results:
             parts = contributions(model, pairs, seen, options)
         with timer.step("texts of attention heads"):
             k = min(options.texts, len(pool))
-            span = mm.text_span(parts.outputs[seen], texts, pool.texts, n_texts=k, heads=parts.heads)
+            span = mm.text_span(
+                parts.outputs[seen],
+                texts,
+                pool.texts,
+                n_texts=k,
+                heads=parts.heads,
+                selection=options.selection,  # type: ignore[arg-type]
+            )
             span.save(out / "text_span.json")
             head_labels = span.labels(model=model.name, pool=pool.name, kinds=pool.kinds)
             head_labels.save(out / "head_labels.json")
-            overlap = subset_overlap(
-                parts.outputs[seen], texts, pool.texts, n_texts=k, seed=seed, heads=parts.heads
-            )
+            overlap = halves(pairs, parts, seen, texts, pool.texts, span)
+            other = other_selection(parts, seen, texts, pool.texts, span)
             captions = embed_texts(model, [pairs.texts[i] for i in held])
             text_agreement = agreement(span, parts.outputs[held], captions, texts, seed)
         with timer.step("attention heads rebuilt from texts"):
@@ -107,6 +114,7 @@ def run(options: Options) -> Results:
             "labels": head_labels.to_json(),
             "agreement": text_agreement,
             "overlap": overlap.to_json(),
+            "other_selection": other,
             "rebuilt": plain(rebuilt),
             "ablations": without.to_json(),
             "neurons": neurons,

@@ -14,6 +14,7 @@ import mmhooks as mm
 from mmhooks.analysis.decomposition.head_labels import HeadLabels
 from mmhooks.analysis.decomposition.head_moments import HeadMoments, merged
 from mmhooks.analysis.decomposition.text_span_checks import (
+    half_overlap,
     reconstruction_accuracy,
     span_overlap,
     subset_overlap,
@@ -243,3 +244,21 @@ def test_overlap_of_other_pools_of_the_same_size_is_refused():
     spans = [mm.text_span(outputs, torch.eye(4), pool, n_texts=2) for pool in (list("abcd"), list("abdc"))]
     with pytest.raises(ShapeMismatch, match="different heads or pools"):
         span_overlap(spans)
+
+
+def test_halves_share_no_family():
+    """Two families that vary along other texts: halves disjoint by family find other texts, halves of images the same."""
+    numbers = torch.arange(40) % 2
+    outputs = torch.zeros(40, 1, 4)
+    spread = torch.linspace(-1, 1, 20)
+    outputs[numbers == 0, 0, 0], outputs[numbers == 1, 0, 1] = spread, spread
+    options = {"n_texts": 1, "splits": 3}
+    pool = torch.eye(4) + 0.01
+    apart = half_overlap(outputs, pool, list("abcd"), families=7 * numbers, **options)
+    assert apart.texts == (0.0,) and apart.n_subsets == 6
+    outputs[:, 0, 0] *= 3  # now every random half of the images varies most along the first text
+    assert half_overlap(outputs, pool, list("abcd"), **options).texts == (1.0,)
+    with pytest.raises(ShapeMismatch, match="40 labels of 1 families for 40 images"):
+        half_overlap(outputs, pool, list("abcd"), families=numbers * 0)
+    with pytest.raises(ShapeMismatch, match="39 labels"):
+        half_overlap(outputs, pool, list("abcd"), families=numbers[1:])
