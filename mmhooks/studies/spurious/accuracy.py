@@ -11,7 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.studies.spurious.page import count_text
+from mmhooks.analysis.statistics.intervals import from_draws
+from mmhooks.analysis.statistics.power import detectable_beyond_random, detectable_mean
+from mmhooks.analysis.statistics.primaries import Decision, Measured, Primary, decide, verdict_text
+from mmhooks.analysis.statistics.resampling import beyond_random
 
 Head = tuple[int, int]
 
@@ -45,111 +48,136 @@ def worst_group(right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
     return min(float(right[groups == g].float().mean()) for g in groups.unique().tolist())
 
 
+def species_draws(groups: Int[Tensor, " n"], species: Int[Tensor, " n"], seed: int, draws: int = 2000) -> Any:
+    """Draws how often every image counts when species are resampled as wholes, ``[draws n]``.
+
+    Land and water animals are resampled apart, so that no group of a draw is empty for want of its animals.
+    """
+    generator, weights = (
+        torch.Generator().manual_seed(seed),
+        torch.zeros(draws, len(groups), dtype=torch.float64),
+    )
+    for kind in (groups // 2).unique():
+        rows = (groups // 2 == kind).nonzero()[:, 0]
+        _, own = species[rows].unique(return_inverse=True)
+        n = int(own.max()) + 1
+        picks = torch.randint(n, (draws, n), generator=generator)
+        counts = torch.zeros(draws, n, dtype=torch.float64)
+        counts.scatter_add_(1, picks, torch.ones(draws, n, dtype=torch.float64))
+        weights[:, rows] = counts[:, own]
+    return weights
+
+
+def group_accuracies(
+    right: Bool[Tensor, "k n"], groups: Int[Tensor, " n"], weights: Float[Tensor, "draws n"]
+) -> Float[Tensor, "draws k g"]:
+    """Returns the accuracy of every group when image i counts ``weights[:, i]`` times; a group without weight is NaN."""
+    found = []
+    for g in groups.unique().tolist():
+        here = weights[:, groups == g]
+        found.append((here @ right[:, groups == g].double().T) / here.sum(1, keepdim=True))
+    return torch.stack(found, 2)
+
+
 def accuracy_estimates(
-    right: Bool[Tensor, " n"], groups: Int[Tensor, " n"], shares: Float[Tensor, " 4"], seed: int
+    right: Bool[Tensor, " n"],
+    groups: Int[Tensor, " n"],
+    species: Int[Tensor, " n"],
+    shares: Float[Tensor, " 4"],
+    seed: int,
 ) -> dict[str, Any]:
-    """Returns the accuracy of every group (Wilson), of the worst group, and the weighted average (group bootstrap)."""
-    from mmhooks.analysis.statistics.intervals import from_draws, wilson
+    """Returns the accuracy of every group, of the worst, and two averages: with the groups' shares where heads were chosen,
+    and with those of the evaluated images. All intervals resample species."""
     from mmhooks.studies.spurious.samples import GROUPS
 
-    drawn, own = group_draws(right[None], groups, seed)
-    there = groups.unique().tolist()
+    n, there = len(right), groups.unique().tolist()
+    drawn = group_accuracies(right[None], groups, species_draws(groups, species, seed))[:, 0]
+    own = group_accuracies(right[None], groups, torch.ones(1, n, dtype=torch.float64))[0, 0]
+    drawn = drawn[~drawn.isnan().any(1)]
     weights = shares[there].double() / shares[there].sum()
+    tested = torch.bincount(groups, minlength=4)[there].double() / n
     return {
-        "groups": {GROUPS[g]: wilson(int(right[groups == g].sum()), int((groups == g).sum())) for g in there},
-        "worst": from_draws(float(own[0].min()), drawn[0].min(1).values, len(right)),
-        "average": from_draws(float(own[0] @ weights), drawn[0] @ weights, len(right)),
+        "groups": {
+            GROUPS[g]: from_draws(float(own[i]), drawn[:, i], int((groups == g).sum()))
+            for i, g in enumerate(there)
+        },
+        "worst": from_draws(float(own.min()), drawn.min(1).values, n),
+        "average": from_draws(float(own @ weights), drawn @ weights, n),
+        "test_average": from_draws(float(own @ tested), drawn @ tested, n),
     }
 
 
-def group_draws(
-    right: Bool[Tensor, "k n"], groups: Int[Tensor, " n"], seed: int, draws: int = 2000
-) -> tuple[Float[Tensor, "k draws g"], Float[Tensor, "k g"]]:
-    """Returns the accuracy of every group in bootstrap samples, the same images for all ``k``; and the observed one."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn, own = [], []
-    for g in groups.unique().tolist():
-        here = right[:, groups == g].double()
-        picks = torch.randint(here.shape[1], (draws, here.shape[1]), generator=generator)
-        drawn.append(torch.stack([row[picks].mean(1) for row in here]))
-        own.append(here.mean(1))
-    return torch.stack(drawn, 2), torch.stack(own, 1)
+def worst_of_random(
+    trials: Sequence[Sequence[Bool[Tensor, " n"]]], groups: Int[Tensor, " m"]
+) -> Float[Tensor, " draws"]:
+    """Returns the worst group of all splits together, by draw of random heads."""
+    return torch.tensor(
+        [worst_group(torch.cat(parts), groups) for parts in zip(*trials, strict=True)]
+    ).double()
 
 
 def mean_and_range(values: Float[Tensor, " draws"]) -> Any:
     """Returns the mean over random heads, and the range of the central 95 %."""
-    from mmhooks.analysis.statistics.intervals import from_draws
-
     return from_draws(float(values.mean()), values.double(), len(values))
 
 
-def compare_with_controls(
-    name: str,
-    counts: Sequence[int],
-    right: dict[str, Tensor],
-    groups: Int[Tensor, " n"],
-    random: Any,
-    seed: int,
-) -> list[tuple[Any, str, str]]:
-    """Compares the worst group with the plain model's (paired bootstrap) and with random heads.
-
-    Against random heads a claim holds if the interval lies above the central 95 % of the draws.
-    """
-    from mmhooks.analysis.statistics.intervals import from_draws
-
-    what = f"{count_text(counts)} by {name}, ablated,"
-    if not any(counts):
-        return [
-            (
-                "open",
-                f"{what} raise the worst group",
-                "no attention head carries the background by this choice",
-            )
-        ]
-    drawn, own = group_draws(torch.stack([right["plain"], right[name]]), groups, seed)
-    worst, before = drawn.min(2).values, own.min(1).values
-    gain = from_draws(float(before[1] - before[0]), worst[1] - worst[0], len(groups))
-    ours = from_draws(float(before[1]), worst[1], len(groups))
-    claims: list[tuple[Any, str, str]] = [
-        (
-            "same" if gain.low > 0 else "differs" if gain.high < 0 else "open",
-            f"{what} raise the worst group above the plain model's",
-            f"{before[0]:.3f} to {before[1]:.3f}, difference {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}], n = {gain.n}",
-        )
-    ]
-    above, below = ours.low > random.high, ours.high < random.low
-    claims.append(
-        (
-            "same" if above else "differs" if below else "open",
-            f"{what} raise it above as many random ones",
-            f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}] against {random.value:.3f} "
-            f"[{random.low:.3f}, {random.high:.3f}] over {random.n} draws",
-        )
+PRIMARIES = tuple(
+    Primary(
+        f"attention heads by {name}, direct effects ablated, raise the worst group above {what}", "greater"
     )
-    return claims
+    for name in ("TextSpan", "contrast")
+    for what in ("the plain model's", "that of random ones chosen alike")
+)
 
 
-def worst_group_of_random(trials: Sequence[Sequence[Bool[Tensor, " n"]]], groups: Int[Tensor, " m"]) -> Any:
-    """Returns mean and range, over draws of random heads, of the worst group of all splits together."""
-    worst = [worst_group(torch.cat(parts), groups) for parts in zip(*trials, strict=True)]
-    return mean_and_range(torch.tensor(worst))
-
-
-def claims_of(
-    trials: Sequence[Any],
-    right: dict[str, Tensor],
+def measured(
+    name: str,
+    right: dict[str, Bool[Tensor, " n"]],
+    random: Sequence[Sequence[Bool[Tensor, " n"]]],
     groups: Int[Tensor, " n"],
-    randoms: dict[str, Any],
+    species: Int[Tensor, " n"],
     seed: int,
-) -> list[tuple[Any, str, str]]:
-    """Returns the claims on every way of choosing heads, over all splits."""
-    claims = []
-    for name in trials[0].chosen:
-        counts = [len(t.chosen[name]) for t in trials]
-        made = compare_with_controls(name, counts, right, groups, randoms[name], seed)
-        if name == "TextSpan":  # a failure has this reason: the texts span little of what the head carries
-            reach = max(t.reach for t in trials)
-            why = f"; texts of backgrounds span at most {100 * reach:.0f} % of any attention head's variance"
-            made = [(v, claim, found if v == "same" else found + why) for v, claim, found in made]
-        claims += made
-    return claims
+) -> tuple[Measured, Measured]:
+    """Compares the worst group without the heads of ``name`` with the plain model's, and with random heads'.
+
+    Both are paired: the same resampled species on both sides. Against random heads the gain must lie beyond the scatter
+    of species *and* beyond that of random sets, so the larger of the two p-values counts.
+    """
+    sets = [torch.cat(parts) for parts in zip(*random, strict=True)]
+    stacked = torch.stack([right["plain"], right[name], *sets])
+    drawn = group_accuracies(stacked, groups, species_draws(groups, species, seed)).amin(2)
+    drawn = drawn[~drawn.isnan().any(1)]
+    own = group_accuracies(stacked, groups, torch.ones(1, len(groups), dtype=torch.float64))[0].amin(1)
+    df = len(species.unique()) - 2
+    plain = _paired(float(own[1] - own[0]), drawn[:, 1] - drawn[:, 0], df, len(groups))
+    against = _paired(float(own[1] - own[2:].mean()), drawn[:, 1] - drawn[:, 2:].mean(1), df, len(groups))
+    p = max(against.p, beyond_random(float(own[1]), own[2:]))
+    needed = max(against.detectable, detectable_beyond_random(own[2:]))
+    return plain, Measured(against.estimate, p, needed)
+
+
+def _paired(value: float, drawn: Float[Tensor, " draws"], df: int, n: int) -> Measured:
+    """A paired difference: its bootstrap interval, two-sided p by the share of draws beyond 0, and power."""
+    beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    p = min(1.0, 2 * (1 + beyond) / (1 + len(drawn)))
+    return Measured(from_draws(value, drawn, n), p, detectable_mean(float(drawn.std()), df))
+
+
+def decided(
+    right: dict[str, Bool[Tensor, " n"]],
+    random: Sequence[Sequence[Bool[Tensor, " n"]]],
+    groups: Int[Tensor, " n"],
+    species: Int[Tensor, " n"],
+    seed: int,
+) -> dict[str, Decision]:
+    """Tests the primaries, which are on direct effects as in the paper; everything live is exploratory."""
+    found = [
+        m for name in ("TextSpan", "contrast") for m in measured(name, right, random, groups, species, seed)
+    ]
+    return decide(PRIMARIES, {p.name: m for p, m in zip(PRIMARIES, found, strict=True)})
+
+
+def claims_of(decisions: dict[str, Decision]) -> list[tuple[Any, str, str]]:
+    """Returns verdict, claim and numbers of every primary, as a page lists them."""
+    verdicts = {"shown": "same", "opposite": "differs", "undecided": "open"}
+    return [(verdicts[d.outcome], d.name, verdict_text(d)) for d in decisions.values()]

@@ -26,7 +26,11 @@ Correlation = Annotated[
 Scale = Annotated[float, typer.Option(help="Width of an animal in its image.")]
 Layers = Annotated[int, typer.Option(min=1, help="Attention heads of this many last layers are considered.")]
 Limit = Annotated[
-    int, typer.Option(min=8, help="Images for choosing heads, and for evaluation, in every split.")
+    int | None,
+    typer.Option(
+        min=8,
+        help="Images for choosing heads, and for evaluation, in every split; none: 400 drawn, or all of --data.",
+    ),
 ]
 Splits = Annotated[
     int,
@@ -34,7 +38,8 @@ Splits = Annotated[
         min=1, help="Splits of the drawn animals into those for choosing and for evaluation, pooled."
     ),
 ]
-Draws = Annotated[int, typer.Option(min=2, help="Random sets of attention heads, in every split.")]
+Draws = Annotated[int, typer.Option(min=2, help="Random sets ablated live, in every split.")]
+DirectDraws = Annotated[int, typer.Option(min=20, help="Random sets of which direct effects are ablated.")]
 Seed = Annotated[int, typer.Option(help="Of images, bootstrap and random attention heads.")]
 
 
@@ -55,9 +60,10 @@ class Options:
     correlation: Correlation = 0.95
     scale: Scale = 0.5
     layers: Layers = 4
-    limit: Limit = 400
+    limit: Limit = None
     splits: Splits = 4
     draws: Draws = 10
+    direct_draws: DirectDraws = 1000
     seed: Seed = 0
     batch: ImageBatch = 64
     out: Out = Path("runs/spurious")

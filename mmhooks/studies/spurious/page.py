@@ -6,28 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def count_text(counts: Sequence[int], kind: str = "") -> str:
-    """``1 attention head``, ``4 to 10 random attention heads``: the number in each split."""
-    low, high = min(counts), max(counts)
-    number = str(low) if low == high else f"{low} to {high}"
-    return " ".join(
-        part for part in (number, kind, "attention head" if high == 1 else "attention heads") if part
-    )
-
-
-def accuracy_table(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
+def accuracy_table(report: dict[str, Any], random: Any, caption: str) -> Any:
     from mmhooks.report import Cell, Table
 
     groups = list(report["plain"]["groups"])
     rows: list[list[Any]] = []
     for name, r in report.items():
-        cells = [Cell.of(r[k]) for k in ("average", "worst")]
-        label = name if name == "plain" else f"attention heads by {name}"
+        cells = [Cell.of(r[k]) for k in ("average", "test_average", "worst")]
+        label = "nothing" if name == "plain" else f"attention heads by {name}"
         rows.append([label, *cells, *(Cell.of(r["groups"][g]) for g in groups)])
-        if name in randoms:
-            worst = Cell.of(randoms[name])
-            rows.append(["as many random ones", "–", worst, *("–" for _ in groups)])
-    return Table(["Ablated", "Average", "Worst group", *groups], rows, "Accuracy")
+    rows.append(["random ones chosen alike", "–", "–", Cell.of(random), *("–" for _ in groups)])
+    return Table(["Ablated", "Average", "Test average", "Worst group", *groups], rows, caption)
 
 
 def splits_table(worst: dict[str, list[float]], heads: dict[str, list[list[str]]]) -> Any:
@@ -57,7 +46,7 @@ def heads_table(heads: dict[str, list[list[str]]], texts: Sequence[dict[str, lis
     return Table(columns, rows, "Attention heads", text_columns=(0, 1, 2, 3))
 
 
-def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
+def groups_plot(report: dict[str, Any], random: Any) -> Any:
     from matplotlib.figure import Figure
 
     from mmhooks.report import Plot
@@ -76,9 +65,8 @@ def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
             axis.errorbar(
                 x, [p.value for p in points], [low, high], fmt="o", color=colour, label=name, capsize=3
             )
-            if name in randoms:
-                band = randoms[name]
-                axis.plot([x[-1] + 0.08] * 2, [band.low, band.high], color=colour, linewidth=5, alpha=0.3)
+        band = [len(groups) - 0.66] * 2, [random.low, random.high]
+        axis.plot(*band, color=palette.soft, linewidth=5, alpha=0.3)
         axis.set_xticks(range(len(groups)), [g.replace(", ", ",\n") for g in groups])
         axis.set_ylim(0, 1)
         axis.set_ylabel("accuracy")
@@ -89,5 +77,5 @@ def groups_plot(report: dict[str, Any], randoms: dict[str, Any]) -> Any:
     return Plot(
         light,
         dark,
-        "Accuracy of every group with 95 % intervals; broad bands: as many random attention heads.",
+        "Accuracy of every group with 95 % intervals, direct effects ablated; broad band: random attention heads.",
     )

@@ -14,6 +14,7 @@ from mmhooks.studies.spurious.options import Options
 
 GROUPS = ("land animal, land", "land animal, water", "water animal, land", "water animal, water")
 
+DRAWN = 400  # images of every split of drawings, if no limit is given
 # OpenMoji drawings by codepoint.
 LAND = [
     "1f404",
@@ -77,11 +78,16 @@ WATER = [
 
 @dataclass(frozen=True)
 class Scenes:
-    """Images, the kind of their animal (1: water animal), and their background (1: water)."""
+    """Images, the kind of their animal (1: water animal), their background (1: water), and which animal it is.
+
+    Images of one species are not independent: intervals and tests resample species. In data without species every
+    image is its own.
+    """
 
     pixels: Float[Tensor, "n 3 h w"]
     animals: Int[Tensor, " n"]
     places: Int[Tensor, " n"]
+    species: Int[Tensor, " n"]
 
     @property
     def groups(self) -> Int[Tensor, " n"]:
@@ -110,7 +116,11 @@ def load_splits(preprocess: Any, options: Options) -> list[Split]:
         seeds = range(options.seed, options.seed + options.splits)
         return [
             drawn_split(
-                preprocess, n=options.limit, correlation=options.correlation, scale=options.scale, seed=seed
+                preprocess,
+                n=options.limit or DRAWN,
+                correlation=options.correlation,
+                scale=options.scale,
+                seed=seed,
             )
             for seed in seeds
         ]
@@ -160,24 +170,33 @@ def _scenes(
 ) -> Scenes:
     from mmhooks.data.synthetic.backgrounds import draw_background, paste_on
 
-    pixels = []
+    pixels, drawn = [], []
     for animal, place in zip(animals.tolist(), places.tolist(), strict=True):
         background = draw_background("water" if place else "land", 96, int(draw.integers(2**31)))
         which = species[animal][int(draw.integers(len(species[animal])))]
+        drawn.append(which)
         size, where = (
             float(draw.uniform(scale - 0.1, scale + 0.1)),
             (float(draw.random()), float(draw.uniform(0.4, 0.9))),
         )
         pixels.append(preprocess(paste_on(pairs.rgba(which), background, scale=size, at=where)[0]))
-    return Scenes(torch.stack(pixels), torch.tensor(animals), torch.tensor(places))
+    return Scenes(torch.stack(pixels), torch.tensor(animals), torch.tensor(places), torch.tensor(drawn))
 
 
 def dataset_split(
-    preprocess: Any, source: str, *, label: str, place: str, names: tuple[str, str], limit: int, seed: int
+    preprocess: Any,
+    source: str,
+    *,
+    label: str,
+    place: str,
+    names: tuple[str, str],
+    limit: int | None,
+    seed: int,
 ) -> Split:
     """Reads a data set with columns ``image``, ``label`` and ``place`` (0 or 1 each).
 
-    Heads are chosen on its validation split and evaluated on its test split, which must differ.
+    Heads are chosen on its validation split and evaluated on its test split, which must differ; on all images of both
+    if ``limit`` is None.
 
     Raises:
         DataError: no such splits or columns, labels that are not 0 and 1, or a group without an image.
@@ -214,7 +233,8 @@ def dataset_split(
                 f"{source}, {split}: expected {label} and {place} of 0 or 1 and images in all four groups, got "
                 f"{'other values' if counts is None else f'groups of {counts.tolist()} images'}; give another split"
             )
-        scenes[split] = Scenes(torch.stack([preprocess(r["image"].convert("RGB")) for r in rows]), y, p)
+        pixels = torch.stack([preprocess(r["image"].convert("RGB")) for r in rows])
+        scenes[split] = Scenes(pixels, y, p, torch.arange(len(y)))
     shares = torch.bincount(scenes["validation"].groups, minlength=4).float() / len(
         scenes["validation"].places
     )

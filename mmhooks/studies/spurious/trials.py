@@ -11,15 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmhooks.analysis.decomposition.dataset import head_outputs
 from mmhooks.analysis.decomposition.text_span import text_span
 from mmhooks.analysis.interventions.mean_ablation import site_means
 from mmhooks.data.sources.text_pools import TextPool
 from mmhooks.errors import DataError
 from mmhooks.models.clip.embed_texts import embed_texts
-from mmhooks.studies.spurious.accuracy import Head, Runner, worst_group
+from mmhooks.studies.spurious.accuracy import Runner
+from mmhooks.studies.spurious.direct import DirectScores, Head, direct_scores
 from mmhooks.studies.spurious.options import Options
-from mmhooks.studies.spurious.page import count_text
 from mmhooks.studies.spurious.samples import Scenes, Split
 from mmhooks.utils.progress import track
 
@@ -31,13 +30,15 @@ class Trial:
     """Results of one split.
 
     Attributes:
-        chosen: the heads by way of choosing. right: which images are classified correctly without them.
-        random: the same for as many random heads, draw by draw. texts: of every head.
+        chosen: the heads by way of choosing.
+        right: which images are classified correctly without them: ``direct`` effects ablated, and ``live``.
+        random: the same for random rankings of which the best prefix was chosen as for the others, draw by draw.
+        texts: of every head.
         reach: the largest share of a head's variance that texts of backgrounds span.
     """
 
     chosen: dict[str, list[Head]]
-    right: dict[str, Bool[Tensor, " n"]]
+    right: dict[str, dict[str, Bool[Tensor, " n"]]]
     random: dict[str, list[Bool[Tensor, " n"]]]
     texts: dict[str, list[str]]
     reach: float
@@ -53,38 +54,59 @@ def trial(
     seed: int,
     title: str,
 ) -> Trial:
-    """Chooses attention heads on one half of the animals and evaluates them on the other."""
+    """Chooses attention heads on one half of the animals and evaluates them on the other.
+
+    The number of heads is chosen by direct effects, for random rankings too: what selection gains, they gain as well.
+    """
     batch, progress = options.batch, not options.quiet
     texts = class_texts(model, found.names)
-    outputs = head_outputs(model, found.choose.pixels, normalize=True, batch_size=batch, progress=progress)
-    depth, n_heads = outputs.shape[1:3]
+    depth = len(model.sites("image.blocks.*.resid_post"))
     layers = list(range(max(0, depth - options.layers), depth))
-    outputs = outputs[:, layers]
+    full, scores, outputs = direct_scores(model, found.choose, texts, layers, batch=batch, progress=progress)
+    means = scores.mean(0)
+    choose = DirectScores(full, scores, means, tuple(layers), found.choose.animals)
+    full, scores, _ = direct_scores(model, found.judge, texts, layers, batch=batch, progress=progress)
+    judge = DirectScores(full, scores, means, tuple(layers), found.judge.animals)
     named, ranked, reach = by_text_span(pool, embedded, outputs, layers, options.kinds.split(","))
     rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs, layers, found.choose, texts)}
+    chosen = {name: best_prefix(choose, order, found.choose) for name, order in rankings.items()}
     sites = [f"image.blocks.{n}.attn.head_out" for n in layers]
-    run = Runner(model, site_means(model, found.choose.pixels, sites, batch_size=batch), texts, batch)
-    chosen = {name: best_prefix(run, order, found.choose) for name, order in rankings.items()}
-    right = {"plain": run([], found.judge)} | {name: run(own, found.judge) for name, own in chosen.items()}
-    everything = [(n, h) for n in layers for h in range(n_heads)]
-    random: dict[str, list[Tensor]] = {}
-    for name, own in chosen.items():
-        generator, what = torch.Generator().manual_seed(seed), f"{title}: {count_text([len(own)], 'random')}"
-        random[name] = []
-        for _ in track(range(options.draws), options.draws, what, show=progress):
-            order = torch.randperm(len(everything), generator=generator)
-            random[name].append(run([everything[i] for i in order[: len(own)]], found.judge))
+    live = Runner(model, site_means(model, found.choose.pixels, sites, batch_size=batch), texts, batch)
+    sets = {"plain": [], **chosen}
+    right = {
+        "direct": {name: judge.right(own) for name, own in sets.items()},
+        "live": {name: live(own, found.judge) for name, own in sets.items()},
+    }
+    drawn = random_sets(choose, found.choose, outputs.shape[2], options.direct_draws, seed)
+    some = track(drawn[: options.draws], min(options.draws, len(drawn)), f"{title}: random", show=progress)
+    random = {
+        "direct": [judge.right(own) for own in drawn],
+        "live": [live(own, found.judge) for own in some],
+    }
     return Trial(chosen, right, random, named, reach)
+
+
+def random_sets(
+    choose: DirectScores, scenes: Scenes, n_heads: int, draws: int, seed: int
+) -> list[list[Head]]:
+    """Draws random rankings of all heads and chooses the best prefix of each."""
+    everything = [(n, h) for n in choose.layers for h in range(n_heads)]
+    generator = torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(len(everything), generator=generator).tolist() for _ in range(draws))
+    return [best_prefix(choose, [everything[i] for i in order], scenes) for order in orders]
 
 
 # -- choosing ------------------------------------------------------------------------------------------------
 
 
-def best_prefix(run: Runner, order: list[Head], scenes: Scenes) -> list[Head]:
+def best_prefix(scores: DirectScores, order: list[Head], scenes: Scenes) -> list[Head]:
     """Returns the prefix of a ranking with the best worst group, on the scenes where heads are chosen."""
     sizes = [k for k in SIZES if k <= len(order)]
-    worst = [worst_group(run(order[:k], scenes), scenes.groups) for k in sizes]
-    return order[: sizes[worst.index(max(worst))]] if sizes else []
+    if not sizes:
+        return []
+    right = scores.prefixes(order[: sizes[-1]])[sizes].double()
+    worst = torch.stack([right[:, scenes.groups == g].mean(1) for g in scenes.groups.unique()]).amin(0)
+    return order[: sizes[int(worst.argmax())]]
 
 
 def class_texts(hooked: Any, names: tuple[list[str], list[str]]) -> Float[Tensor, "2 e"]:

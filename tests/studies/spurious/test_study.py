@@ -14,6 +14,7 @@ from mmhooks.studies.spurious import accuracy as spurious_accuracy
 from mmhooks.studies.spurious import samples as spurious_data
 from mmhooks.studies.spurious import study as spurious
 from mmhooks.studies.spurious import trials as spurious_trials
+from mmhooks.studies.spurious.direct import DirectScores, direct_scores
 
 from ..written_files import written
 
@@ -33,13 +34,50 @@ def test_heads_are_chosen_and_judged_on_other_animals():
 
 def test_worst_group_and_its_bootstrap():
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
+    species = torch.tensor([5, 5, 6, 6, 5, 6, 8, 9])
     right = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1]).bool()
     assert spurious_accuracy.worst_group(right, groups) == 0.5
-    report = spurious_accuracy.accuracy_estimates(right, groups, torch.tensor([0.5, 0.25, 0.0, 0.25]), seed=0)
+    report = spurious_accuracy.accuracy_estimates(
+        right, groups, species, torch.tensor([0.5, 0.25, 0.0, 0.25]), seed=0
+    )
     assert report["worst"].value == 0.5 and report["average"].value == pytest.approx(0.875)
+    assert report["test_average"].value == pytest.approx(7 / 8)  # as the evaluated images are shared out
     assert list(report["groups"]) == [spurious_data.GROUPS[g] for g in (0, 1, 3)]
-    drawn, own = spurious_accuracy.group_draws(torch.stack([right, right]), groups, seed=0)
-    assert torch.equal(drawn[0], drawn[1]) and own[0].tolist() == [1, 0.5, 1]  # the same images for both
+    # Land animals are two species: the second group's only error is of one of them.
+    assert (report["groups"]["land animal, water"].low, report["groups"]["land animal, water"].high) == (0, 1)
+
+
+def test_species_are_resampled_as_wholes():
+    groups, species = torch.tensor([0, 1, 0, 1, 3]), torch.tensor([4, 4, 7, 7, 2])
+    weights = spurious_accuracy.species_draws(groups, species, seed=0, draws=50)
+    assert torch.equal(weights[:, 0], weights[:, 1]) and torch.equal(weights[:, 2], weights[:, 3])
+    assert (weights[:, 0] + weights[:, 2] == 2).all() and (weights[:, 4] == 1).all()
+    right = torch.tensor([[True, False, False, True, True]])
+    found = spurious_accuracy.group_accuracies(right, groups, weights)
+    for w, row in zip(weights, found[:, 0], strict=True):
+        assert float(row[0]) == pytest.approx(float(w[0] / (w[0] + w[2])))
+
+
+def test_direct_scores_are_those_of_the_direct_ablation():
+    """The closed form against the ablation of the embeddings themselves."""
+    from mmhooks.analysis.interventions.mean_ablation import Parts, ablate_direct
+
+    mini = mm.load("mini")
+    generator = torch.Generator().manual_seed(0)
+    pixels, texts = torch.randn(6, 3, 64, 64, generator=generator), torch.randn(2, 256, generator=generator)
+    animals = torch.tensor([0, 1, 0, 1, 0, 1])
+    scenes = spurious_data.Scenes(pixels, animals, animals, animals)
+    full, scores, outputs = direct_scores(mini, scenes, texts, [4, 5], batch=4, progress=False)
+    assert outputs.shape == (6, 2, 6, 256)
+    direct = DirectScores(full, scores, scores.mean(0), (4, 5), animals)
+    order = [(5, 1), (4, 0), (5, 3)]
+    parts = mm.decompose(mini, pixels, normalize=True)
+    means = mm.decompose(mini, [pixels], normalize=True)
+    for k in range(4):
+        without = ablate_direct(parts, means, Parts("some", heads=tuple(order[:k])))
+        expected = (without @ texts.T).argmax(1) == animals
+        assert torch.equal(direct.right(order[:k]), expected)
+        assert torch.equal(direct.prefixes(order)[k], expected)
 
 
 def test_contrast_finds_the_head_that_the_background_moves():
@@ -48,7 +86,7 @@ def test_contrast_finds_the_head_that_the_background_moves():
     outputs[:, 1, 2, 0] = places.float()  # this one carries the background, the next the animal
     outputs[:, 0, 1, 0] = 5 * animals.float()
     texts = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])
-    scenes = spurious_data.Scenes(torch.zeros(32, 3, 4, 4), animals, places)
+    scenes = spurious_data.Scenes(torch.zeros(32, 3, 4, 4), animals, places, torch.arange(32))
     assert spurious_trials.by_contrast(outputs, [4, 5], scenes, texts) == [(5, 2)]
 
 
@@ -73,14 +111,26 @@ def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
         )
 
 
-def test_a_claim_that_does_not_hold_says_so():
-    groups = torch.arange(200) % 4
-    plain, worse = torch.ones(200).bool(), torch.arange(200) % 3 > 0
-    right = {"plain": plain, "TextSpan": worse}
-    random = spurious_accuracy.mean_and_range(torch.full((10,), 0.9))
-    claims = spurious_accuracy.compare_with_controls("TextSpan", [1], right, groups, random, 0)
-    assert [verdict for verdict, _, _ in claims] == ["differs", "differs"]
-    assert spurious_accuracy.compare_with_controls("TextSpan", [0], right, groups, random, 0)[0][0] == "open"
+def test_primaries_are_decided_both_ways():
+    """A planted gain of the worst group is shown, a planted loss is the opposite, and no difference is undecided."""
+    generator = torch.Generator().manual_seed(0)
+    groups, species = torch.arange(480) % 4, torch.arange(480) // 4 % 40
+    species = species + 100 * (groups // 2)
+
+    def correct(share: float) -> torch.Tensor:
+        return torch.rand(480, generator=generator) < torch.where(groups == 1, share, 0.9)
+
+    def decide(share: float) -> list[str]:
+        right = {"plain": correct(0.4), "TextSpan": correct(share), "contrast": correct(share)}
+        random = [[correct(0.4) for _ in range(200)]]
+        found = spurious_accuracy.decided(right, random, groups, species, seed=0)
+        assert [claim for _, claim, _ in spurious_accuracy.claims_of(found)] == list(found)
+        assert all(d.detectable > 0 for d in found.values())
+        return [d.outcome for d in found.values()]
+
+    assert decide(0.75) == ["shown"] * 4
+    assert decide(0.1) == ["opposite"] * 4
+    assert set(decide(0.4)) == {"undecided"}
 
 
 @pytest.mark.slow
@@ -114,8 +164,9 @@ def test_whole_study_on_another_model(tmp_path: Path) -> None:
     pool.write_text("# place\na beach\na forest\nthe sea\n# colour\nred things\nblue things\n")
     found = spurious.run(
         spurious.Options(
-            model="ViT-B-32", limit=8, draws=2, layers=1, batch=8, splits=2, pool=str(pool), out=tmp_path / "p",
+            model="ViT-B-32", limit=8, draws=2, direct_draws=20, layers=1, batch=8, splits=2, pool=str(pool), out=tmp_path / "p",
             quiet=True,
         )
     )  # fmt: skip
-    assert written(found)["n"] == {"choose": 16, "judge": 16}
+    n = written(found)["n"]
+    assert (n["choose"], n["judge"]) == (16, 16) and len(found["decisions"]) == 4
