@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.foreign_code import no_foreign_code
@@ -12,6 +13,7 @@ from mmhooks.utils.assets import EMBEDDED
 if TYPE_CHECKING:
     import torch
 
+    from mmhooks.models.clip.activation import Activation
     from mmhooks.models.clip.model import HookedCLIP
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
@@ -23,6 +25,7 @@ def load(
     pretrained: str | None = None,
     precision: str = "fp32",
     dtype: torch.dtype | str | None = None,
+    activation: Activation | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
 ) -> HookedCLIP:
@@ -39,11 +42,14 @@ def load(
             The embedded models are stored in half precision and computed in fp32.
         dtype: of all weights, instead of ``precision=``, for open_clip's models and the embedded ones alike:
             ``torch.bfloat16`` is what open_clip calls ``"pure_bf16"``.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a local checkpoint of an open_clip model. By default a tag's is
+            what open_clip's table says (``"openai"``: QuickGELU, whatever the configuration says), a file's is the
+            configuration's: ``"ViT-B-32"`` has GELU, ``"ViT-B-32-quickgelu"`` QuickGELU.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
         MissingWeights: the tag cannot be fetched or the file is not there.
-        MMHooksError: no such model or tag; the message names near ones.
+        MMHooksError: no such model or tag; the message names near ones. A file of OpenAI's that would get GELU.
 
     >>> model = load("mini")
     >>> model.encode_text(model.tokenizer(["a red panda"])).shape
@@ -62,14 +68,14 @@ def load(
     if precision not in PRECISIONS:  # open_clip would silently run fp32
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name in EMBEDDED:
-        if pretrained is not None or precision != "fp32":
+        if pretrained is not None or precision != "fp32" or activation is not None:
             raise MMHooksError(
-                f"{name!r} is embedded and computes in fp32: it takes no pretrained= or precision=, "
-                f"got {pretrained!r} and {precision!r}; dtype= converts its weights"
+                f"{name!r} is embedded and computes in fp32: it takes no pretrained=, precision= or "
+                f"activation=, got {pretrained!r}, {precision!r} and {activation!r}; dtype= converts its weights"
             )
         model, tokenizer, preprocess = load_embedded(name)
     else:
-        model, tokenizer, preprocess = _open_clip(name, pretrained, precision, cache_dir)
+        model, tokenizer, preprocess = _open_clip(name, pretrained, precision, activation, cache_dir)
     model = model.to(device, weights if dtype is not None else None).eval()
     return HookedCLIP(
         model, tokenizer=tokenizer, preprocess=preprocess, name=name, autocast=_autocast(precision)
@@ -84,14 +90,24 @@ def _autocast(precision: str) -> torch.dtype | None:
 
 
 def _open_clip(
-    name: str, pretrained: str | None, precision: str, cache_dir: str | Path | None
+    name: str,
+    pretrained: str | None,
+    precision: str,
+    activation: Activation | None,
+    cache_dir: str | Path | None,
 ) -> tuple[Any, Any, Any]:
     from difflib import get_close_matches
 
     import open_clip
 
+    from mmhooks.models.clip.activation import is_torchscript, quick_gelu_of, torchscript_weights
+
     name = name.replace("/", "-") if not name.startswith(("hf-hub:", "local-dir:")) else name
     known = open_clip.list_models()
+    if ":" in name and activation is not None:
+        raise MMHooksError(
+            f"activation: expected a name of open_clip's own, got {name!r}, whose configuration says it; leave it out"
+        )
     if ":" not in name and name not in known:
         near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
         raise MMHooksError(
@@ -103,14 +119,22 @@ def _open_clip(
         raise MissingWeights(
             f"{name} has no tag {pretrained!r} and no such file exists; tags: {', '.join(tags) or 'none'}"
         )
+    options: dict[str, Any] = (
+        {} if ":" in name else {"quick_gelu": quick_gelu_of(name, pretrained, activation)}
+    )
+    archive = pretrained if pretrained and Path(pretrained).is_file() and is_torchscript(pretrained) else None
     try:
-        with no_foreign_code(name):
+        with no_foreign_code(name), catch_warnings():
+            filterwarnings("ignore", "QuickGELU mismatch")  # of the configuration that the option replaces
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name,
-                pretrained=pretrained,
+                pretrained=None if archive else pretrained,
                 precision=precision,
                 cache_dir=str(cache_dir) if cache_dir else None,
+                **options,
             )
+            if archive:  # open_clip reads weights alone, not an archive that holds code
+                model.load_state_dict(torchscript_weights(archive))
             tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         if pretrained is None and ":" not in name:
