@@ -93,8 +93,8 @@ def test_hooks_of_mini_reader_fire_at_every_site_and_change_nothing() -> None:
 
 def test_embedded_heads_fit_their_model() -> None:
     model = mm.load("mini")
-    widths = {"mini/sae": 256, "mini/sae-wide": 1024, "mini/ncl": 1024}
-    widths |= {f"mini/sae-seed{seed}": 256 for seed in range(1, 5)}
+    widths = {"mini/sae": 256, "mini/sae-wide": 1024, "mini/ncl": 256, "mini/ncl-wide": 1024}
+    widths |= {f"mini/{kind}-seed{seed}": 256 for kind in ("sae", "ncl") for seed in range(1, 5)}
     assert set(widths) == set(embedded_heads())
     for number, (name, n) in enumerate(widths.items()):
         head = mm.load_head(name)
