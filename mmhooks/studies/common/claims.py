@@ -26,6 +26,12 @@ class Claim:
         return f"{lead}: {self.claim} Here: {self.measured}"
 
 
+def verdict_of_outcome(outcome: str) -> Verdict:
+    """Returns the verdict on a claim of the paper by the outcome of its primary hypothesis."""
+    verdicts: dict[str, Verdict] = {"shown": "same", "opposite": "differs", "undecided": "open"}
+    return verdicts[outcome]
+
+
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """Returns ``a - b`` of independent estimates; half-widths add in quadrature."""
     down = math.hypot(a.value - a.low, b.high - b.value)

@@ -48,7 +48,10 @@ Limit = Annotated[
     int | None, typer.Option(min=8, help="Use at most this many labelled samples, and no others.")
 ]
 Seed = Annotated[int, typer.Option(help="Of splits, random masks and resampling.")]
-Draws = Annotated[int, typer.Option(min=2, help="Random masks of each control; 50 or more for p below .04.")]
+Draws = Annotated[
+    int,
+    typer.Option(min=2, help="Random masks of each control; the primary hypotheses get ten times as many."),
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Options:
     out: Out = Path("runs/gender")
     limit: Limit = None
     seed: Seed = 0
-    draws: Draws = 100
+    draws: Draws = 200
     features: Features = 1024
     epochs: Epochs = 200
     batch: PairBatch = 256

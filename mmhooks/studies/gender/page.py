@@ -43,6 +43,7 @@ from mmhooks.studies.gender.tables import (
     feature_table,
     live_note,
     readings_table,
+    separation_table,
     table6,
     table7,
     tone_table,
@@ -216,6 +217,7 @@ def page(
                             TableBlock(table6(results)), TableBlock(table7(results)), TableBlock(effect_table(results)),
                             Details("Every reading: three kinds of labels, three spaces, two heads",
                                     [TableBlock(readings_table(results))])]),
+        Section("Separation and drift", [TableBlock(separation_table(results))]),
         Section("Figure 5", [plots["fig5_share"],
                              Prose(f"Rank correlation of the share with the probability of the own gender: {ranks}.")]),
         Section("Which features carry it", [TableBlock(feature_table(results)), *galleries]),
@@ -270,7 +272,7 @@ def _settings(results: Mapping[str, Any]) -> list[Block]:
 
 def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     data, env = results["data"], results["environment"]
-    made = [table6, table7, effect_table, feature_table, audit_table]
+    made = [table6, table7, separation_table, effect_table, feature_table, audit_table]
     made += [tone_table] if results["tones"] else []
     body = "\n\n".join(make(results).markdown() for make in (*made, readings_table))
     lines = "\n".join(f"- {escaped(c.sentence(), code=True)}" for c in found)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmhooks.report import Estimate, fixed, interval, signed
-from mmhooks.studies.common.claims import Claim, agreement
+from mmhooks.studies.common.claims import Claim, agreement, verdict_of_outcome
 
 # Table 6: probability of the original gender: none, without ImgD, TextD, random
 TABLE6 = {
@@ -52,7 +52,20 @@ def table_conflicts() -> list[str]:
 
 
 def claims(results: Mapping[str, Any], setting: str) -> list[Claim]:
-    """Compares the statements of Section 3.1 with the measurements by prompt labels in one setting."""
+    """Compares the statements of Section 3.1 with the measurements by prompt labels in one setting.
+
+    First the primary hypotheses, after Holm's correction; the others are exploratory, and say so.
+    """
+    primary = [
+        Claim(verdict_of_outcome(d["outcome"]), f"{name}.", f"{d['sentence']}.")
+        for name, d in results["discrimination"]["primaries"].items()
+    ]
+    return primary + [
+        Claim(c.verdict, f"(exploratory) {c.claim}", c.measured) for c in _exploratory(results, setting)
+    ]
+
+
+def _exploratory(results: Mapping[str, Any], setting: str) -> list[Claim]:
     found = results["masking"][setting]
     sides = {side: found[side]["prompt"] for side in OWN}
     out = []

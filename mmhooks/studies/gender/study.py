@@ -41,8 +41,10 @@ def run(options: Options) -> Results:
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.gender.audit import audit, skin_tone_masking
     from mmhooks.studies.gender.data import describe_data, load_people, split, template_of
+    from mmhooks.studies.gender.discrimination import Arm, discrimination
     from mmhooks.studies.gender.features import imgd_shares, strongest_features
     from mmhooks.studies.gender.groups import group_sizes, score_groups, settings_of
+    from mmhooks.studies.gender.implicit import implicit_arm
     from mmhooks.studies.gender.masking import (
         MAIN,
         Inputs,
@@ -98,6 +100,21 @@ def run(options: Options) -> Results:
                 )
         false_discovery(masking)
         main = settings[0]
+        with timer.step("separation and drift"):
+            families = [s.family for s in judged]
+            arms = [
+                Arm.of(
+                    name,
+                    side,
+                    main.head,
+                    encoded.vectors(side, inputs.judged.rows),
+                    inputs.judged.y,
+                    families,
+                )
+                for name, side in (("images", "image"), ("texts", "text"))
+            ]
+            arms.append(implicit_arm(model, main.head))
+            separated = discrimination(arms, main.mds, inputs.labels, seed=seed, draws=options.draws)
         with timer.step("features, Figure 5, audit"):
             everyone = Split.of([s for s in people if s.label is not None])
             tone_words = prompt_labels(model, [["light skin tone"], ["dark skin tone"]])
@@ -116,6 +133,7 @@ def run(options: Options) -> Results:
                 "groups": group_sizes(heads, groups),
                 "masking": masking,
                 "live": live,
+                "discrimination": separated,
                 **measured,
                 "conflict": table_conflicts(),
             }

@@ -16,11 +16,11 @@ from torchvision.transforms.functional import to_tensor
 
 import mmhooks as mm
 from mmhooks.analysis.measures.mds import GROUPS as MODALITIES
-from mmhooks.analysis.results import Estimate
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.models.embedders import Embedder, image_embedder
 from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.generation.options import Options
+from mmhooks.studies.generation.verdicts import as_json, verdicts
 from mmhooks.utils.progress import rate_bar
 
 GROUPS = (*MODALITIES, "random")
@@ -48,7 +48,9 @@ class Setting:
 
     name: str
     site: str
-    groups: dict[str, mm.FeatureSet]
+    groups: dict[str, mm.FeatureSet]  # "random" is the first of the random sets
+    random: tuple[mm.FeatureSet, ...]  # as large, outside all edited groups
+    pool: int  # features that the random sets are drawn from
     sizes: dict[str, int]  # of the groups before they are cut to one size
     rule: str  # that defined the groups
     toward: Tensor
@@ -130,13 +132,23 @@ class Interpolated:
 
     Attributes:
         settings: the spaces that were edited. curves: measures by space and group, one row per strength.
+        random: by space and measure, at the largest strength, one row per random set.
         strips: the images of one case by space and group. shown: the index of that case.
     """
 
     settings: list[Setting]
     curves: Curves
+    random: dict[str, dict[str, Float[Tensor, "sets n"]]]
     strips: dict[str, dict[str, Tensor]]
     shown: int
+
+    def decided(self) -> dict[str, Any]:
+        """Returns the verdicts on the paper's claims, by space, for ``results.json``."""
+        last = {
+            s: {g: {m: v[-1] for m, v in by.items()} for g, by in groups.items()}
+            for s, groups in self.curves.items()
+        }
+        return {space: as_json(found) for space, found in verdicts(last, self.random).items()}
 
 
 def interpolate(
@@ -160,7 +172,9 @@ def interpolate(
     at_zero = {m: unedited_quality if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
     curves: Curves = {}
     strips: dict[str, dict[str, list[Tensor]]] = {}
-    total = len(settings) * len(GROUPS) * len(strengths) * seeds * len(cases)
+    random: dict[str, dict[str, Tensor]] = {}
+    passes = sum(len(GROUPS) * len(strengths) + len(s.random) - 1 for s in settings)
+    total = passes * seeds * len(cases)
     with rate_bar("interpolate", total, unit="images", show=not quiet) as advance:
         for setting in settings:
             curves[setting.name], strips[setting.name] = {}, {}
@@ -184,6 +198,14 @@ def interpolate(
                         rows[m].append(torch.stack([f[m] for f in found]).mean(0))
                 curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
                 strips[setting.name][name] = strip
+            sets = {m: [curves[setting.name]["random"][m][-1]] for m in MEASURES}  # the first has been drawn
+            for one in setting.random[1:]:
+                edit = partial(setting.edit, one, strengths[-1])
+                found = [judge(generate(prompts, seed, edit), start) for seed, start in enumerate(starts)]
+                for m in MEASURES:
+                    sets[m].append(torch.stack([f[m] for f in found]).mean(0))
+                advance(len(cases) * seeds)
+            random[setting.name] = {m: torch.stack(rows) for m, rows in sets.items()}
             if setting.head is not None:
                 generate.sd.detach("sae")
     if shown is None:
@@ -192,11 +214,12 @@ def interpolate(
     chosen = {
         s: {g: torch.stack([p[shown] for p in strip]) for g, strip in by.items()} for s, by in strips.items()
     }
-    return Interpolated(settings, curves, chosen, shown)
+    return Interpolated(settings, curves, random, chosen, shown)
 
 
 def numbers_of(found: Interpolated) -> dict[str, Any]:
     """Returns the numbers of a mode for ``results.json``, by space."""
+    decided = found.decided()
     return {
         s.name: {
             "rule": s.rule,
@@ -211,7 +234,13 @@ def numbers_of(found: Interpolated) -> dict[str, Any]:
                 g: {measure: [bootstrap(row) for row in rows] for measure, rows in by.items()}
                 for g, by in found.curves[s.name].items()
             },
-            "verdicts": verdicts(found.curves[s.name]),
+            "random_sets": {
+                "n": len(s.random),
+                "pool": s.pool,
+                **{m: bootstrap(rows.mean(1)) for m, rows in found.random[s.name].items()},
+                "means": {m: rows.mean(1).tolist() for m, rows in found.random[s.name].items()},
+            },
+            "verdicts": decided[s.name],
         }
         for s in found.settings
     }
@@ -219,29 +248,3 @@ def numbers_of(found: Interpolated) -> dict[str, Any]:
 
 def _bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def verdicts(curves: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Tests the paper's claim at the largest strength; differences to the random group are paired by case."""
-    at = {g: {m: values[-1] for m, values in by.items()} for g, by in curves.items()}
-    out = {}
-    for group in MODALITIES:
-        shift = bootstrap(at[group]["shift"])
-        more_shift = bootstrap(at[group]["shift"] - at["random"]["shift"])
-        more = bootstrap(at[group]["distortion"] - at["random"]["distortion"])
-        moves = more_shift.low > 0
-        if group == "TextD":
-            holds, claim = moves and more.high <= 0, "moves the concept and keeps the structure"
-        else:
-            holds, claim = more.low > 0, "breaks the structure"
-        out[group] = {
-            "claim": claim, "holds": bool(holds), "shift": shift, "shift beyond random": more_shift,
-            "distortion beyond random": more,
-            "sentence": f"{group} {claim}: {'holds' if holds else 'does not hold'} here (against a random group of its "
-            f"size, concept {with_interval(more_shift)}, distortion {with_interval(more)}).",
-        }  # fmt: skip
-    return out
-
-
-def with_interval(e: Estimate) -> str:
-    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"

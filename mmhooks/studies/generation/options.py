@@ -22,6 +22,9 @@ Modes = Annotated[
     ),
 ]
 Prompts = Annotated[int, typer.Option(help="prompts, each with a reference", min=2)]
+RandomSets = Annotated[
+    int, typer.Option(help="random sets that groups are compared with, at the largest strength", min=8)
+]
 Seeds = Annotated[int, typer.Option(help="images of each prompt", min=1)]
 Strengths = Annotated[list[float] | None, typer.Option(help="repeatable; 0 is always included")]
 Whole = Annotated[bool, typer.Option(help="whole groups instead of groups cut to one size")]
@@ -50,8 +53,9 @@ class Options:
     data: Data = "mini"
     limit: Limit = None
     mode: Modes = None
-    pairs: Prompts = 20
-    seeds: Seeds = 2
+    pairs: Prompts = 60
+    random_sets: RandomSets = 20
+    seeds: Seeds = 1
     strength: Strengths = None
     whole: Whole = False
     template: Template = "{}"

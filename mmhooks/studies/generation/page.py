@@ -12,6 +12,7 @@ from torch import Tensor
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
 from mmhooks.report.style import Palette, draw
 from mmhooks.report.tables import Cell
+from mmhooks.studies.common.claims import verdict_of_outcome
 from mmhooks.studies.generation.interpolation import GROUPS, MEASURES
 from mmhooks.utils.escape import markdown as escaped
 from mmhooks.utils.escape import terminal
@@ -127,9 +128,15 @@ def table(found: Mapping[str, Any], title: str, strength: float) -> Table:
     rows = [
         [group, str(found["sizes"].get(group, "")), str(found["edited"][group]),
          *(cell(found["curves"][group][m][-1]) for m in MEASURES)]
-        for group in GROUPS
+        for group in GROUPS if group != "random"
     ]  # fmt: skip
-    note = f"At strength {strength:g}; 95 % bootstrap over prompts. Groups by {found['rule']}."
+    sets = found["random_sets"]
+    label = f"{sets['n']} random sets"
+    rows.append([label, "", str(found["edited"]["random"]), *(cell(sets[m]) for m in MEASURES)])
+    note = (
+        f"At strength {strength:g}; 95 % bootstrap over prompts, of the last row over random sets, which are drawn from "
+        f"{sets['pool']} features outside the edited groups. Groups by {found['rule']}."
+    )
     return Table(["Group", "Features", "Edited", *MEASURES.values()], rows, caption=title, note=note)
 
 
@@ -167,8 +174,10 @@ def write_page(
                 plots.append(Plot(light, dark, caption=caption))
             numbers = table(found, title, strengths[-1])
             sentences = [v["sentence"] for v in found["verdicts"].values()]
-            items: Any = [("same" if v["holds"] else "differs", f"{g} {v['claim']}", v["sentence"])
-                          for g, v in found["verdicts"].items()]  # fmt: skip
+            items: Any = [
+                (verdict_of_outcome(v["outcome"]), v["claim"], v["sentence"])
+                for v in found["verdicts"].values()
+            ]
             low, high = found["thresholds"]
             control = (
                 f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Correlation with the scores of "

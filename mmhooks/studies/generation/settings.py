@@ -66,16 +66,27 @@ def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, 
 
 
 def same_size(
-    groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: bool, seed: int
-) -> dict[str, mm.FeatureSet]:
-    """Cuts the groups at random to the smallest one's size, and adds a random group of it (``whole``: of TextD's)."""
-    size = min(len(g) for g in groups.values())
+    groups: dict[str, mm.FeatureSet], alive: mm.FeatureSet, *, whole: bool, seed: int, sets: int
+) -> tuple[dict[str, mm.FeatureSet], tuple[mm.FeatureSet, ...], mm.FeatureSet]:
+    """Cuts the groups at random to the smallest one's size, a fifth of the alive features at most, so that twice as many
+    are left outside all three for random sets (``whole``: leaves the groups as they are).
+
+    Returns:
+        The groups to edit; ``sets`` random ones of TextD's size; and the features these are drawn from, outside all
+        edited groups (``whole``: outside TextD, as no feature is outside all three).
+
+    Raises:
+        ShapeMismatch: fewer features are outside the groups than a set needs.
+    """
+    size = min(len(alive) // 5, *(len(g) for g in groups.values()))
     cut = (
         groups
         if whole
         else {k: g if len(g) == size else g.sample(size, seed=seed) for k, g in groups.items()}
     )
-    return cut | {"random": size_matched(cut["TextD"], draws=1, seed=seed, alive=alive)[0]}
+    pool = alive - cut["TextD"] if whole else alive - (cut["ImgD"] | cut["TextD"] | cut["CrossD"])
+    drawn = tuple(size_matched(cut["TextD"], draws=sets, seed=seed, alive=pool, disjoint=True))
+    return cut, drawn, pool
 
 
 def modes_of(sd: Any, asked: list[str] | None) -> list[Mode]:
@@ -114,7 +125,10 @@ def settings_of(
             impossible[f"{mode}, {space}"] = f"{error}; {scores}"
             continue
         alive = mm.FeatureSet(~result.dead, len(result.R), head=result.groups[0].head)
-        edited = same_size(groups, alive, whole=options.whole, seed=seed)
+        edited, drawn, pool = same_size(
+            groups, alive, whole=options.whole, seed=seed, sets=options.random_sets
+        )
         sizes = {name: len(g) for name, g in groups.items()}
-        found.append(Setting(space, site, edited, sizes, rule, target, result, scorer))
+        edited["random"] = drawn[0]
+        found.append(Setting(space, site, edited, drawn, len(pool), sizes, rule, target, result, scorer))
     return found, impossible

@@ -30,8 +30,8 @@ def run(options: Options) -> Results:
     Raises:
         MMHooksError: options that contradict each other, too few pairs, or a pipeline in which no mode is possible.
 
-    >>> found = run(Options(limit=1500, pairs=3, seeds=1, strength=[0.9], steps=3))  # doctest: +SKIP
-    >>> found["modes"]["projected"]["SAE"]["verdicts"]["TextD"]["sentence"]          # doctest: +SKIP
+    >>> found = run(Options(limit=1500, pairs=3, strength=[0.9], steps=3))  # doctest: +SKIP
+    >>> found["modes"]["projected"]["SAE"]["verdicts"]["TextD keeps the structure"]["sentence"]  # doctest: +SKIP
     """
     start = time.perf_counter()
     from diffusers.utils import logging

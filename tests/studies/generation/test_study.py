@@ -18,6 +18,7 @@ from mmhooks.models.embedders import image_embedder
 from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
+from mmhooks.studies.generation.verdicts import as_json, verdicts
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
 
@@ -43,11 +44,23 @@ def test_groups_are_cut_to_one_size_and_matched() -> None:
     alive = mm.FeatureSet(range(50), 60)
     groups = {"ImgD": mm.FeatureSet(range(5), 60), "TextD": mm.FeatureSet(range(5, 12), 60),
               "CrossD": mm.FeatureSet(range(12, 50), 60)}  # fmt: skip
-    cut = generation_settings.same_size(groups, alive, whole=False, seed=0)
-    assert {len(g) for g in cut.values()} == {5}
-    assert all(set(cut[k]) <= set(groups[k]) for k in groups) and set(cut["random"]) <= set(alive)
-    whole = generation_settings.same_size(groups, alive, whole=True, seed=0)
-    assert [len(whole[g]) for g in study.GROUPS] == [5, 7, 38, 7]
+    cut, random, pool = generation_settings.same_size(groups, alive, whole=False, seed=0, sets=6)
+    assert {len(g) for g in (*cut.values(), *random)} == {5} and len(random) == len(set(random)) == 6
+    assert all(set(cut[k]) <= set(groups[k]) for k in groups)
+    edited = {feature for group in cut.values() for feature in group}
+    assert set(pool) == set(alive) - edited and all(set(r) <= set(pool) for r in random)
+    whole, random, _ = generation_settings.same_size(groups, alive, whole=True, seed=0, sets=2)
+    assert [len(whole[g]) for g in groups] == [5, 7, 38] and len(random[0]) == 7
+    assert not set(random[0]) & set(groups["TextD"])
+
+
+def test_enough_features_are_left_for_random_sets() -> None:
+    """Groups that are a third of all features each would leave none outside them."""
+    thirds = {g: mm.FeatureSet(range(k, 60, 3), 60) for k, g in enumerate(("ImgD", "TextD", "CrossD"))}
+    cut, _, pool = generation_settings.same_size(
+        thirds, mm.FeatureSet(range(60), 60), whole=False, seed=0, sets=2
+    )
+    assert {len(g) for g in cut.values()} == {12} and len(pool) == 24
 
 
 def test_judge_on_images_whose_answer_is_known() -> None:
@@ -68,38 +81,53 @@ def test_judge_on_images_whose_answer_is_known() -> None:
     assert (judge((prompt + reference) / 2, prompt)["quality"] < 0.999).all()
 
 
-def curves(shift: dict[str, float], distortion: dict[str, float]) -> dict[str, dict[str, torch.Tensor]]:
+def measured(shift: dict[str, float], distortion: dict[str, float]) -> dict[str, dict[str, torch.Tensor]]:
     noise = 0.01 * torch.randn(30, generator=torch.Generator().manual_seed(0))
-    return {
-        g: {"shift": torch.stack([0 * noise, shift[g] + noise * i]), "quality": torch.ones(2, 30),
-            "gain": torch.zeros(2, 30), "distortion": torch.stack([0 * noise, distortion[g] - noise * i])}
-        for i, g in enumerate(study.GROUPS, 1)
-    }  # fmt: skip
+    return {g: {"shift": shift[g] + noise, "distortion": distortion[g] - noise} for g in shift}
+
+
+def random_sets(scatter: float, sets: int = 20) -> dict[str, torch.Tensor]:
+    """Sets of mean effect .3, over thirty prompts; the scatter is between sets."""
+    draws = torch.randn(2, sets, 1, generator=torch.Generator().manual_seed(1))
+    by_set = 0.3 + scatter * (draws - draws.mean(1, keepdim=True)) / draws.std(1, keepdim=True)
+    return dict(zip(("shift", "distortion"), by_set.expand(2, sets, 30), strict=True))
 
 
 def test_verdicts_follow_the_papers_claim() -> None:
-    as_paper = study.verdicts(
-        curves(
-            {"ImgD": 0.1, "TextD": 0.6, "CrossD": 0.1, "random": 0.1},
-            {"ImgD": 0.7, "TextD": 0.1, "CrossD": 0.6, "random": 0.3},
-        )
-    )
-    assert all(v["holds"] for v in as_paper.values())
-    other = study.verdicts(
-        curves(
-            {"ImgD": 0.1, "TextD": 0.1, "CrossD": 0.1, "random": 0.4},
-            {"ImgD": 0.1, "TextD": 0.1, "CrossD": 0.1, "random": 0.3},
-        )
-    )
-    assert not any(v["holds"] for v in other.values())
-    assert "does not hold" in other["TextD"]["sentence"]
+    paper = measured({"ImgD": 0.1, "TextD": 0.6, "CrossD": 0.1}, {"ImgD": 0.7, "TextD": 0.3, "CrossD": 0.6})
+    found = verdicts({"dims": paper}, {"dims": random_sets(0.01)})["dims"]
+    assert {d.outcome for d in found.values()} == {"shown"}
+    other = measured({"ImgD": 0.1, "TextD": 0.1, "CrossD": 0.1}, {"ImgD": 0.1, "TextD": 0.5, "CrossD": 0.3})
+    found = verdicts({"dims": other}, {"dims": random_sets(0.01)})["dims"]
+    assert [d.outcome for d in found.values()] == ["opposite", "undecided", "opposite", "undecided"]
+    sentence = as_json(found)["TextD keeps the structure"]["sentence"]
+    assert "not shown to stay by less than 0.050" in sentence and "80 % power for a margin of" in sentence
+
+
+def test_sets_that_scatter_show_nothing_and_more_claims_need_more() -> None:
+    """The same difference is no finding where random sets differ as much, nor where eight claims are tried."""
+    paper = measured({"ImgD": 0.3, "TextD": 0.3, "CrossD": 0.3}, {"ImgD": 0.7, "TextD": 0.3, "CrossD": 0.3})
+    name = "ImgD breaks the structure"
+    assert verdicts({"a": paper}, {"a": random_sets(0.3)})["a"][name].outcome == "undecided"
+    one = verdicts({"a": paper}, {"a": random_sets(0.13)})["a"][name]
+    two = verdicts({"a": paper, "b": paper}, {s: random_sets(0.13) for s in "ab"})["a"][name]
+    assert one.p == two.p and two.adjusted == pytest.approx(2 * one.adjusted)
+    assert one.detectable > 0.13 * 2.8  # the sets' scatter, not that of the prompts, decides
 
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     done = generation.run(
         generation.Options(
-            limit=1500, pairs=3, seeds=1, strength=[0.9], steps=3, epochs=2, quiet=True, out=tmp_path
+            limit=1500,
+            pairs=3,
+            seeds=1,
+            strength=[0.9],
+            steps=3,
+            epochs=2,
+            random_sets=8,
+            quiet=True,
+            out=tmp_path,
         )
     )
     results = json.loads((tmp_path / "results.json").read_text())
@@ -127,7 +155,8 @@ def tiny(kind: str, encoder: str, folder: Path) -> list[str]:
         pipe.unet.class_embedding.linear_1.weight.data *= 20
     pipe.save_pretrained(folder / "pipeline")
     model = matching_clip(getattr(pipe, encoder), folder / "clip")
-    return ["--pipeline", str(folder / "pipeline"), "--model", model, "--limit", "240", "--pairs", "3", "--seeds", "1",
+    return ["--pipeline", str(folder / "pipeline"), "--model", model, "--limit", "240", "--pairs", "3",
+            "--seeds", "1", "--random-sets", "8",
             "--strength", "0.5", "--strength", "0.9", "--steps", "2", "--epochs", "2", "--quiet",
             "--out", str(folder / "out")]  # fmt: skip
 
