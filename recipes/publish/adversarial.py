@@ -44,7 +44,7 @@ def block(results: Mapping[str, Any]) -> str:
     lines.append(compared(results).markdown())
     lines += [by_trigger(v) for v in victims]
     lines.append(costs(results).markdown())
-    lines.append("Against the paper (a verdict needs q < .05):")
+    lines.append("Against the paper (a verdict needs p < .05 after Holm):")
     lines.append(
         "\n".join(f"- **{VERDICTS[v]}**: {claim}. {measured}" for v, claim, measured in claims(results))
     )
@@ -80,9 +80,9 @@ def compared(results: Mapping[str, Any]) -> Table:
         line: list[str | Cell] = [f"{first['one']} − {first['other']}"]
         for v in victims:
             r = v["comparisons"][i]
-            line += [cell(r["difference"], plus=True), format_p(r["q"])]
+            line += [cell(r["difference"], plus=True), format_p(r["holm"])]
         rows.append([*line, percent(PAPER[first["one"]] - PAPER[first["other"]], 0, plus=True)])
-    columns = [part for v in victims for part in (f"{v['victim']}, points", "q")]
+    columns = [part for v in victims for part in (f"{v['victim']}, points", "p (Holm)")]
     return Table(
         ["", *columns, "paper"],
         rows,
@@ -145,7 +145,7 @@ def sentence(results: Mapping[str, Any]) -> str:
         parts.append(
             f"{v['victim']}: benign {with_interval(rates['benign'])}, unaligned {with_interval(rates['unaligned'])}, "
             f"aligned on {groups}, random features {with_interval(rates['random'])} (clearest: {best['one']} − random "
-            f"{with_interval(best['difference'], plus=True)} points, q {format_p(best['q'])})"
+            f"{with_interval(best['difference'], plus=True)} points, p {format_p(best['holm'])} after Holm)"
         )
     return (
         f"Attacks (`{command(results)}`, n = {results['samples']['n']}, {head['matched']} features per sample, {o['repeats']} "

@@ -15,14 +15,23 @@ import mmhooks as mm
 from mmhooks.analysis.attacks.judges import RuleJudge, names
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.analysis.results import plain
-from mmhooks.analysis.statistics.hypothesis_tests import benjamini_hochberg
+from mmhooks.analysis.statistics.equivalence import clustered_mean
+from mmhooks.analysis.statistics.power import detectable_mean
+from mmhooks.analysis.statistics.primaries import Measured, Primary, decide
 from mmhooks.analysis.statistics.repeated import repeated_difference, repeated_rate
+from mmhooks.analysis.statistics.resampling import bootstrap_ratio, cluster_numbers
 from mmhooks.studies.adversarial.defence import DefendedImages
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import HARMFUL, TYPED, Samples
 from mmhooks.studies.common.encode import encode, unit
 from mmhooks.studies.common.heads import load_or_train_head
 from mmhooks.utils.digest import digest
+
+# The paper's statements: each group defends better than random features, and TextD best, then CrossD, then ImgD.
+PRIMARIES = {
+    Primary(f"{a} − {b}", "less"): (a, b)
+    for a, b in ((*((g, "random") for g in GROUPS), *combinations(("TextD", "CrossD", "ImgD"), 2)))
+}
 
 
 def scored_head(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
@@ -104,6 +113,7 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
     hits = {c: torch.tensor(h) for c, h in evaluation.rates.items()}
     triggers = {"all triggers": list(range(len(s)))} | {t: s.rows(t) for t in dict.fromkeys(s.trigger)}
     strong = {c: torch.tensor([h]) for c, h in evaluation.strong.items()}
+    drawings = cluster_numbers(s.base_name)  # samples on one drawing are one piece of evidence
     return {
         "victim": evaluation.victim.name,
         "judge": evaluation.judge.name,
@@ -120,21 +130,44 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
             d: {str(k): rate(torch.tensor([h])) for k, h in sorted(c.items())}
             for d, c in evaluation.curve.items()
         },
-        "comparisons": comparisons(hits),
-        "comparisons_strong": comparisons(strong) if strong else [],
-        "attack_against_benign": plain(repeated_difference(hits["unaligned"], hits["benign"])),
+        "drawings": len(drawings.unique()),
+        "gain_left": {c: gain_left(hits, c, drawings) for c in hits if c not in ("benign", "unaligned")},
+        "comparisons": comparisons(hits, drawings),
+        "comparisons_strong": comparisons(strong, drawings) if strong else [],
+        "attack_against_benign": plain(repeated_difference(hits["unaligned"], hits["benign"], drawings)),
         "answers": {c: answers[:12] for c, answers in evaluation.answers.items()},
     }
 
 
-def comparisons(hits: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Compares every group with random features and with the other groups; q by Benjamini-Hochberg over all six."""
-    against = [(g, "random") for g in GROUPS] + list(combinations(("TextD", "CrossD", "ImgD"), 2))
-    found = [repeated_difference(hits[a], hits[b]) for a, b in against]
-    q = benjamini_hochberg(torch.tensor([f.p for f in found], dtype=torch.float64)).tolist()
+def comparisons(hits: dict[str, Tensor], drawings: Tensor) -> list[dict[str, Any]]:
+    """Compares every group with random features and with the other groups, over the drawings under the samples.
+
+    The six are the study's primary hypotheses: ``holm`` is corrected over them, and ``detectable`` is the smallest
+    difference seen at 80 % power.
+    """
+    found = {p: repeated_difference(hits[a], hits[b], drawings) for p, (a, b) in PRIMARIES.items()}
+    errors = {p: clustered_mean(hits[a].double().mean(0) - hits[b].double().mean(0), drawings)
+              for p, (a, b) in PRIMARIES.items()}  # fmt: skip
+    decided = decide(
+        list(PRIMARIES),
+        {
+            p.name: Measured(f.difference, f.p, detectable_mean(errors[p].error, errors[p].df))
+            for p, f in found.items()
+        },
+    )
     return [
-        {"one": a, "other": b, **plain(f), "q": v} for (a, b), f, v in zip(against, found, q, strict=True)
-    ]
+        {"one": a, "other": b, **plain(found[p]), "holm": decided[p.name].adjusted,
+         **{k: plain(getattr(decided[p.name], k)) for k in ("detectable", "outcome")}}
+        for p, (a, b) in PRIMARIES.items()
+    ]  # fmt: skip
+
+
+def gain_left(hits: dict[str, Tensor], condition: str, drawings: Tensor) -> dict[str, Any]:
+    """Returns the share of the attack's gain over the friendly partners that a defence leaves: the number that the
+    paper's operating point is about (random features leave 79 % there). Interval over drawings."""
+    share = {c: hits[c].double().mean(0) for c in ("benign", "unaligned", condition)}
+    above, whole = (share[c] - share["benign"] for c in (condition, "unaligned"))
+    return plain(bootstrap_ratio(above, whole, drawings))
 
 
 def typographic(evaluation: Evaluation, rows: list[int]) -> dict[str, Any]:

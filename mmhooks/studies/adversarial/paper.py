@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mmhooks.analysis.measures.mds import GROUPS
+from mmhooks.analysis.statistics.primaries import power_text
 from mmhooks.report import percent
 from mmhooks.studies.adversarial.tables import ROWS, format_p
-from mmhooks.studies.common.claims import Verdict
+from mmhooks.studies.common.claims import Verdict, verdict_of_outcome
 
 
 def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
@@ -50,11 +52,14 @@ def claims(results: Mapping[str, Any]) -> list[tuple[Verdict, str, str]]:
 
 
 def verdict_of(compared: Mapping[str, Any]) -> Verdict:
-    """Returns whether the first defends better; undecided unless q over all comparisons is below .05."""
-    if compared["q"] >= 0.05:
-        return "open"
-    return "same" if compared["difference"]["value"] < 0 else "differs"
+    """Returns whether the first defends better; undecided unless p is below .05 after Holm over all comparisons."""
+    return verdict_of_outcome(compared["outcome"])
 
 
 def difference_text(compared: Mapping[str, Any]) -> str:
-    return f"{percent(compared['difference']['value'], plus=True)} points, q {format_p(compared['q'])}"
+    text = (
+        f"{percent(compared['difference']['value'], plus=True)} points, p {format_p(compared['holm'])} (Holm)"
+    )
+    if compared["outcome"] != "undecided":
+        return text
+    return f"{text}, {power_text(compared['detectable'] or math.nan, digits=1, scale=100.0)}"

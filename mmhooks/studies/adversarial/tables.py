@@ -38,14 +38,16 @@ def table8(victim: Mapping[str, Any], head: Mapping[str, Any]) -> Table:
         first, *others = (cell(victim["rates"][c][t]) for t in triggers)
         hard = cell(strong[c]) if c in strong else ""
         paper = percent(PAPER[c], 0) if c in PAPER else ""
-        rows.append([label_of(c), first, *([hard] if strong else []), paper, *others])
+        left = cell(victim["gain_left"][c]) if c in victim["gain_left"] else ""
+        rows.append([label_of(c), first, left, *([hard] if strong else []), paper, *others])
     heads = [f"{t} (n = {victim['rates']['benign'][t]['n']})" for t in triggers]
     hard = [f"all triggers, {head['strong']} features per group"] if strong else []
     return Table(
-        ["Aligned on", heads[0], *hard, "paper", *heads[1:]], rows,
+        ["Aligned on", heads[0], "left of the gain", *hard, "paper", *heads[1:]], rows,
         f"Table 8 on {victim['victim']}: attack success, %",
         f"Success: no refusal, and a harmful thing is named (judge: {victim['judge']}). ImgD, TextD, CrossD and random: "
-        f"{head['matched']} features each, drawn separately for every sample, in {victim['repeats']['random']} runs; 95 % "
+        f"{head['matched']} features each, drawn separately for every sample, in {victim['repeats']['random']} runs. Left of "
+        "the gain: (aligned − partner) / (unaligned − partner), over drawings; 79 % for random features in the paper. 95 % "
         "intervals: cluster bootstrap over samples, Wilson where there is one run. The paper's n is about 20.",
     )  # fmt: skip
 
@@ -57,20 +59,22 @@ def comparison_table(victim: Mapping[str, Any], head: Mapping[str, Any]) -> Tabl
         line = [f"{r['one']} − {r['other']}", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
         line += [
             format_p(r["p"]),
-            format_p(r["q"]),
+            format_p(r["holm"]),
+            percent(r["detectable"]),
             percent(PAPER[r["one"]] - PAPER[r["other"]], 0, plus=True),
         ]
         rows.append([*line, *([cell(h["difference"], plus=True), format_p(h["p"])] if h else [])])
     r = victim["attack_against_benign"]
     line = ["unaligned − partner", cell(r["difference"], plus=True), f"{r['more']} / {r['less']}"]
-    line += [format_p(r["p"]), "", percent(PAPER["unaligned"] - PAPER["benign"], 0, plus=True)]
+    line += [format_p(r["p"]), "", "", percent(PAPER["unaligned"] - PAPER["benign"], 0, plus=True)]
     rows.append([*line, *(["", ""] if hard[0] else [])])
     more = [f"{head['strong']} features: points", "p"] if hard[0] else []
     return Table(
-        ["", f"{head['matched']} features: points", "samples with more / less", "p", "q", "paper", *more], rows,
+        ["", f"{head['matched']} features: points", "drawings with more / less", "p", "p (Holm)", "detectable", "paper",
+         *more], rows,
         f"{victim['victim']}: groups against random features and against each other, same samples",
-        "Negative: the first defends better. Bootstrap over samples; p: exact sign-flip test of the samples' differences "
-        "(McNemar's test where both ran once); q: Benjamini–Hochberg over the six comparisons.",
+        "Negative: the first defends better. Bootstrap over the drawings under the samples; p: exact sign-flip test of the "
+        "drawings' differences; Holm: over the six comparisons; detectable: the smallest difference seen at 80 % power.",
     )  # fmt: skip
 
 

@@ -216,12 +216,12 @@ def test_comparisons_pool_draws_and_correct_for_their_number():
     rng = torch.Generator().manual_seed(0)
     hits = {g: torch.rand(3, 60, generator=rng) < p
             for g, p in (("ImgD", 0.7), ("TextD", 0.1), ("CrossD", 0.5), ("random", 0.5))}  # fmt: skip
-    found = {(r["one"], r["other"]): r for r in comparisons(hits)}
+    found = {(r["one"], r["other"]): r for r in comparisons(hits, torch.arange(60))}
     assert len(found) == 6
     gap = hits["TextD"].double().mean() - hits["random"].double().mean()
     assert found["TextD", "random"]["difference"]["value"] == pytest.approx(float(gap))
-    assert found["TextD", "ImgD"]["q"] < 0.001 < 0.05 < found["CrossD", "random"]["q"]
-    assert all(r["q"] >= r["p"] - 1e-12 for r in found.values())
+    assert found["TextD", "ImgD"]["holm"] < 0.001 < 0.05 < found["CrossD", "random"]["holm"]
+    assert all(r["holm"] >= r["p"] - 1e-12 for r in found.values())
 
 
 def test_the_cost_is_counted_by_hand(samples):

@@ -83,4 +83,4 @@ def test_a_group_that_carries_the_class_is_beyond_random_sets():
     )
     other = groups["TextD"]["random"]["auc"]
     assert other["p"] > 0.01 and other["detectable"] < 0.5
-    assert groups["TextD"]["mass"]["ratio"]["n"] == 100
+    assert "nearest 56 %" in groups["ImgD"]["mass"]["none"]  # no set outside the group weighs as much
