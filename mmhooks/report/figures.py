@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,18 @@ class Effect:
     value: float
     random: Sequence[float]
     size: int = 0
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One panel of a scatter plot: per feature its score, its lift, its group, and whether it is filled and ringed."""
+
+    title: str
+    scores: Sequence[float | None]
+    lift: Sequence[float | None]
+    groups: Sequence[str]
+    filled: Sequence[bool]
+    ringed: Sequence[bool]
 
 
 def mds_histograms(panels: Sequence[Histogram], palette: Palette = LIGHT) -> Figure:
@@ -192,6 +205,37 @@ def mask_effects(
         axis.tick_params(axis="y", length=0)
         if i == 0:
             axis.set_xlabel(label)
+    return figure
+
+
+def score_scatter(panels: Sequence[Scatter], palette: Palette = LIGHT) -> Figure:
+    """Plots the lift of every feature on pairs over its Modality Dominance Score, coloured by group."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ShapeMismatch("expected at least one panel, got none: there is nothing to plot")
+    figure = Figure(figsize=(3.6 * len(panels) + 0.6, 3.4), layout="constrained")
+    axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.axhline(1, color=palette.line, linewidth=1)
+        known = [
+            (score, max(lift, 0.1), group, filled, ringed)  # never together: drawn at the bottom
+            for score, lift, group, filled, ringed in zip(
+                panel.scores, panel.lift, panel.groups, panel.filled, panel.ringed, strict=True
+            )
+            if score is not None and lift is not None and group
+        ]
+        for name, fill in itertools.product(GROUPS, (False, True)):
+            colour, chosen = palette.group(name), [k[:2] for k in known if k[2] == name and k[3] == fill]
+            x, y = zip(*chosen, strict=True) if chosen else ((), ())
+            axis.scatter(x, y, s=14, edgecolors=colour, facecolors=colour if fill else "none", alpha=0.7)
+        rings = [k[:2] for k in known if k[4]]
+        x, y = zip(*rings, strict=True) if rings else ((), ())
+        axis.scatter(x, y, s=70, edgecolors=palette.text, facecolors="none")
+        axis.set(xlim=(-0.03, 1.03), yscale="log")
+        axis.set_title(one_line(panel.title), parse_math=False)
+        axis.set_xlabel("Modality Dominance Score")
+    axes[0].set_ylabel("lift on pairs")
     return figure
 
 

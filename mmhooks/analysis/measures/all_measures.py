@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
@@ -45,10 +43,12 @@ from mmhooks.analysis.measures.win_rate import WinRateResult
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest
 from mmhooks.analysis.statistics.jackknife import JackknifeGroups
+from mmhooks.analysis.statistics.two_way import GROUPS as GROUPS_LEFT_OUT
 from mmhooks.analysis.statistics.two_way import family_groups, jackknife_error, two_way
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
+from mmhooks.utils.stage_timer import StageTimer
 
 SIDES: tuple[Side, ...] = get_args(Side)
 BRIDGE_FEATURES = 4096
@@ -59,23 +59,6 @@ CKNNA_PAIRS = (
     ("text embeddings", "text latents"),
     ("image latents", "text latents"),
 )
-
-
-class StageTimer:
-    """Adds up the seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-
-    def all(self) -> dict[str, float]:
-        return {**self.seconds, "all": time.perf_counter() - self._begin}
 
 
 @dataclass(frozen=True)
@@ -147,7 +130,9 @@ def measure(
         return MDS(n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed, **options)
 
     scores = JackknifeGroups(score)
-    groups = None if families is None else family_groups(families, seed=seed)
+    groups = None
+    if families is not None:
+        groups = family_groups(families, groups=min(GROUPS_LEFT_OUT, len(families.unique())), seed=seed)
     kept = m if families is None else CANDIDATES * m
     top: dict[Side, TopSamples] = {
         side: TopSamples(n_features, m=kept, by_family=families is not None) for side in SIDES
@@ -215,10 +200,11 @@ def measure(
             similar = similarity_of_families(
                 samples, dominance_scores, groups, left_out, m=m, min_samples=min_samples, seed=seed
             )
-            error = jackknife_error(torch.tensor([[r.mu] for r in left_out]).double()).item()
-            dominance_scores = replace(
-                dominance_scores, mu_estimate=two_way(dominance_scores.mu_estimate, error)
-            )
+            spread = torch.tensor([[r.mu, r.sigma] for r in left_out], dtype=torch.float64)
+            mu, sigma = jackknife_error(spread).tolist()
+            similar.family_errors.update({"MDS mean": mu, "MDS sigma": sigma})
+            wider = two_way(dominance_scores.mu_estimate, mu, groups=len(left_out))
+            dominance_scores = replace(dominance_scores, mu_estimate=wider)
     return Measures(
         n_pairs=n,
         head=name,
@@ -246,7 +232,7 @@ def measure(
         monosemanticity=dict(monosemanticity),
         contrasts=similar.contrasts,
         permutations=similar.permutations,
-        bridge=_bridge_result(bridge, head),
+        bridge=None if bridge is None or head is None else bridge.result(head.W_dec),  # type: ignore[arg-type]
         cknna=alignment,
         family_errors=similar.family_errors,
         skipped=skipped,
@@ -311,10 +297,6 @@ def _bridge(n_features: int, head: Head | None, skipped: dict[str, str]) -> Brid
     else:
         return Bridge(n_features)
     return None
-
-
-def _bridge_result(bridge: Bridge | None, head: Head | None) -> BridgeResult | None:
-    return None if bridge is None or head is None else bridge.result(head.W_dec)  # type: ignore[arg-type]
 
 
 def _alignment(inputs: _Inputs, kind: Kind, skipped: dict[str, str]) -> dict[str, Estimate]:

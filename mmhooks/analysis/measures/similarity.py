@@ -23,9 +23,10 @@ from mmhooks.analysis.measures.win_rate import WinRateResult, win_rate_of
 from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest, permutation_test
 from mmhooks.analysis.statistics.two_way import jackknife_error, two_way
 
-CANDIDATES = (
-    2  # times m: top samples kept, so that lists stay full when a twentieth of the families is left out
-)
+# Random samples of WinRate while groups are left out: their 130,816 pairs are sorted once per group and side.
+FEW = 512
+# Times m: top samples kept, so that lists stay full when a twentieth of the families is left out.
+CANDIDATES = 2
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def similarity_of_families(
     chosen = {side: samples_without(s, everything, m, seed=seed) for side, s in samples.items()}
     found = similarity(chosen, scores, min_samples=min_samples, seed=seed)
     errors = _family_errors(samples, groups, left_out, m=m, min_samples=min_samples, seed=seed)
+    k = len(left_out)
     return replace(
         found,
-        embed_sim={side: _widened(r, errors[f"EmbedSim {side}"]) for side, r in found.embed_sim.items()},
-        win_rate={side: _widened(r, errors[f"WinRate {side}"]) for side, r in found.win_rate.items()},
-        contrasts={name: _widened(c, errors[name]) for name, c in found.contrasts.items()},
+        embed_sim={side: _widened(r, errors[f"EmbedSim {side}"], k) for side, r in found.embed_sim.items()},
+        win_rate={side: _widened(r, errors[f"WinRate {side}"], k) for side, r in found.win_rate.items()},
+        contrasts={name: _widened(c, errors[name], k) for name, c in found.contrasts.items()},
         family_errors=errors,
     )
 
@@ -132,7 +134,8 @@ def _family_errors(
             rest = samples_without(of_side, groups != group, m, seed=seed)
             sim = (top_similarity(rest, min_samples) - rest.s_minus).double() / abs(rest.s_minus)
             row[f"EmbedSim {side}"] = float(sim.nanmean())
-            row[f"WinRate {side}"] = win_rate_of(rest, min_samples=min_samples, seed=seed).estimate.value
+            few = replace(rest, pool=rest.pool[:FEW])
+            row[f"WinRate {side}"] = win_rate_of(few, min_samples=min_samples, seed=seed).estimate.value
             gap = float(sim[imgd.mask].nanmean() - sim[textd.mask].nanmean())
             row["visual" if side == "image" else "textual"] = gap if side == "image" else -gap
         if len(samples) == 2:
@@ -145,5 +148,5 @@ def _family_errors(
 R = TypeVar("R", EmbedSimResult, WinRateResult, GroupContrast)
 
 
-def _widened(result: R, error: float) -> R:
-    return replace(result, estimate=two_way(result.estimate, error))
+def _widened(result: R, error: float, groups: int) -> R:
+    return replace(result, estimate=two_way(result.estimate, error, groups=groups))

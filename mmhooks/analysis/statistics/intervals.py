@@ -85,6 +85,26 @@ def bootstrap_difference(
     return from_draws(value, drawn, sum(counts), level)
 
 
+def bootstrap_spread(
+    values: Float[Tensor, " n"], *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """Computes the population standard deviation of the known values with its percentile bootstrap interval.
+
+    >>> bootstrap_spread(torch.tensor([1.0, 3.0, 1.0, 3.0])).value
+    1.0
+    """
+    known = values[~values.isnan()].double()
+    n = len(known)
+    value = float(known.std(unbiased=False)) if n else math.nan
+    if n < 2:
+        return Estimate(value, math.nan, math.nan, n, level)
+    mean, square = (
+        bootstrap_means(x, draws=draws, seed=seed)
+        for x in (known - known.mean(), (known - known.mean()).square())
+    )
+    return from_draws(value, (square - mean.square()).clamp_min(0).sqrt(), n, level)
+
+
 def from_draws(value: float, drawn: Float[Tensor, " draws"], n: int, level: float = 0.95) -> Estimate:
     """Makes an estimate of ``value`` whose interval is the central ``level`` of ``drawn``."""
     tail = (1 - level) / 2

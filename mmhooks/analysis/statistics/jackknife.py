@@ -38,10 +38,11 @@ class JackknifeGroups(Generic[M]):
         self._make = make
         self.parts: list[M] = [make() for _ in range(groups)]
         self._reduced: list[M] | None = None
+        self._left_out: list[M] | None = None
 
     def update(self, *args: Any, number: int, **kwargs: Any) -> None:
         """Adds batch ``number`` of the stream; the number decides its group, in whichever process it is read."""
-        self._reduced = None
+        self._reduced = self._left_out = None
         self.parts[number % len(self.parts)].update(*args, **kwargs)
 
     def merged(self) -> M:
@@ -51,7 +52,15 @@ class JackknifeGroups(Generic[M]):
     def left_out(self) -> list[M]:
         """Merges the metric over all groups but one, for each group that holds data in turn."""
         parts = [p for p in self._over_processes() if p.update_called]
-        return [self._merge(parts[:j] + parts[j + 1 :]) for j in range(len(parts))]
+        if self._left_out is None:
+            # All groups before j and all after it are merged step by step: 3 merges per group instead of one for each other.
+            before, after = [self._merge([])], [self._merge([])]
+            for part in parts[:-1]:
+                before.append(self._merge([before[-1], part]))
+            for part in parts[:0:-1]:
+                after.append(self._merge([part, after[-1]]))
+            self._left_out = [self._merge([a, b]) for a, b in zip(before, reversed(after), strict=True)]
+        return self._left_out
 
     def estimate(self, statistic: Callable[[M], float], n: int, *, level: float = 0.95) -> Estimate:
         """Computes ``statistic`` of all data with its jackknife interval (Student's t over the groups that hold data)."""
@@ -68,7 +77,7 @@ class JackknifeGroups(Generic[M]):
         if len(parts) < 2:
             return [Estimate(float(v), math.nan, math.nan, n, level) for v in values]
         without = torch.tensor(
-            [statistics(self._merge(parts[:j] + parts[j + 1 :])) for j in range(len(parts))],
+            [statistics(rest) for rest in self.left_out()],
             dtype=torch.float64,
         )
         groups = len(parts)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.analysis.measures.all_measures import Measures
-from mmhooks.analysis.measures.embed_sim import EmbedSimResult
-from mmhooks.analysis.measures.mds import GROUPS, MDSResult
+from mmhooks.analysis.measures.mds import GROUPS, Kind, MDSResult
 from mmhooks.analysis.measures.monosemanticity import textual_monosemanticity, visual_monosemanticity
 from mmhooks.analysis.results import correlation
-from mmhooks.analysis.statistics.intervals import bootstrap, bootstrap_difference
+from mmhooks.analysis.statistics.intervals import bootstrap, bootstrap_difference, bootstrap_spread
+from mmhooks.analysis.statistics.two_way import two_way
 from mmhooks.report import Estimate
 from mmhooks.studies.common.cards import TOP, FeatureExample, distinct_top_texts, top_rows
 from mmhooks.studies.common.encode import SITES, Encoded
@@ -31,10 +31,11 @@ class StudyModel:
     encoded: Encoded
     head: Any = None  # None: the embedding's own coordinates
 
-    @property
-    def kind(self) -> Literal["abs", "relu"]:
-        """Which values count as activation: coordinates are signed, latents are not."""
-        return "abs" if self.head is None else "relu"
+    def kind(self, activation: Literal["abs", "relu", "raw"]) -> Kind:
+        """Which values count as activation: coordinates are signed, so ``activation`` says; latents are not."""
+        if self.head is not None:
+            return "relu"
+        return "paper" if activation == "raw" else activation
 
     @torch.no_grad()
     def latents(self, side: str, rows: Any) -> Float[Tensor, "n k"]:
@@ -46,12 +47,39 @@ class StudyModel:
 # -- measures --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Definition:
+    """How the paper's quantities are defined; :mod:`mmhooks.studies.modality.definitions` compares several.
+
+    Attributes:
+        activation: of raw CLIP's signed coordinates: their size, their positive part, or as they are.
+        zeros: whether a top list leaves out samples with activation 0 or is filled up with them.
+        min_samples: samples that must activate a feature; m for full lists only.
+        families: the family of each pair; None: every pair counts.
+    """
+
+    m: int
+    activation: Literal["abs", "relu", "raw"] = "abs"
+    zeros: Literal["drop", "keep"] = "drop"
+    min_samples: int = 2
+    families: Int[Tensor, " n"] | None = None
+
+
+def measured(s: StudyModel, embeddings: dict[str, Tensor], definition: Definition, seed: int) -> Measures:
+    """Measures one model on all pairs under one definition."""
+    return mm.measure(
+        s.encoded.store, head=s.head, image=SITES[0], text=SITES[1], embeddings=embeddings,
+        kind=s.kind(definition.activation), m=definition.m, zeros=definition.zeros,
+        min_samples=definition.min_samples, families=definition.families, seed=seed, progress=False,
+    )  # fmt: skip
+
+
 def measure_model(
     s: StudyModel,
     embeddings: dict[str, Tensor],
     heldout: Sequence[int],
+    definition: Definition,
     *,
-    top_m: int,
     seed: int,
     draws: int,
 ) -> tuple[dict[str, Any], Measures]:
@@ -59,25 +87,22 @@ def measure_model(
 
     Args:
         embeddings: by side, another model's embeddings of all pairs, which give the similarity of samples.
-        heldout: rows of pairs that no training saw, on which the scores are computed again.
+        heldout: rows of pairs that no training saw; scores of these are compared with scores of the others.
     """
-    store = s.encoded.store
-    found = mm.measure(
-        store, head=s.head, image=SITES[0], text=SITES[1], embeddings=embeddings, kind=s.kind, m=top_m, seed=seed,
-        progress=False,
-    )  # fmt: skip
-    again = mm.mds(store.rows(list(heldout)), head=s.head or "", image=SITES[0], text=SITES[1], kind=s.kind)
-    mds, sims, wins = found.mds, found.embed_sim, found.win_rate
+    found = measured(s, embeddings, definition, seed)
+    mds, sims = found.mds, found.embed_sim
     groups: dict[str, Any] = dict(zip(GROUPS, mds.groups, strict=True))
     summary = {
         "n_features": len(mds.R),
         "alive": int((~mds.dead).sum()),
         "dead": int(mds.dead.sum()),
         "rare": int(mds.rare.sum()),
-        "kind": s.kind,
+        "kind": s.kind(definition.activation),
+        "families": found.settings["families"],
         "head": "" if s.head is None else s.head.id,
-        "mds": _scores(mds, again, seed),
-        "embed_sim": {k: mean_of(v.values, seed).to_json() for k, v in sims.items()}
+        **table_numbers(found, seed, draws),
+        "mds": _scores(found, _disjoint_scores(s, heldout, definition), seed),
+        "embed_sim": {k: v.estimate.to_json() for k, v in sims.items()}
         | {
             "excluded": {k: v.excluded for k, v in sims.items()},
             "compared": {k: v.pairs_compared for k, v in sims.items()},
@@ -85,9 +110,6 @@ def measure_model(
             "difference": {k: mean_of(v.s_plus - v.s_minus, seed).to_json() for k, v in sims.items()},
             "paper": {k: mean_of(v.paper, seed).to_json() for k, v in sims.items()},
         },
-        "win_rate": {k: mean_of(v.values, seed).to_json() for k, v in wins.items()}
-        | {"gap": mean_difference(wins["image"].values, wins["text"].values, seed).to_json()},
-        "monosemanticity": _monosemanticity(sims, groups, seed, draws),
         "groups": {
             g: {
                 "size": len(members),
@@ -99,30 +121,74 @@ def measure_model(
     return summary, found
 
 
-def _scores(mds: MDSResult, again: MDSResult, seed: int) -> dict[str, Any]:
-    """Returns the scores of all features, mean and spread of the alive ones, and their correlation with two controls."""
-    alive = mds.R[~mds.dead]
-    spread = float(alive.std(unbiased=False))
-    error = 1.96 / math.sqrt(2 * max(len(alive) - 1, 1))
+def table_numbers(found: Measures, seed: int, draws: int = 60) -> dict[str, Any]:
+    """Returns the numbers of Tables 1 and 2 and Figure 1 as JSON, as the statements of the paper read them."""
+    groups: dict[str, mm.FeatureSet] = dict(zip(GROUPS, found.mds.groups, strict=True))
     return {
-        "mu": mean_of(alive, seed).to_json(),
-        "sigma": Estimate(spread, spread * (1 - error), spread * (1 + error), len(alive)).to_json(),
-        "scores": [None if math.isnan(x) else round(x, 6) for x in mds.R.tolist()],
-        "ratio_of_means": finite(mds.ratio_of_means[~mds.dead].mean()),
-        "shuffled_r": finite(mds.shuffled_r),
-        "heldout_r": finite(correlation(mds.R, again.R)),
+        "embed_sim": {k: v.estimate.to_json() for k, v in found.embed_sim.items()},
+        "win_rate": {k: v.estimate.to_json() for k, v in found.win_rate.items()}
+        | {"gap": _win_gap(found, seed).to_json()},
+        "monosemanticity": _monosemanticity(found, groups, seed, draws),
+        "mds": {"mu": found.mds.mu_estimate.to_json(), "sigma": _sigma(found, seed).to_json()},
     }
 
 
+def _sigma(found: Measures, seed: int) -> Estimate:
+    spread = bootstrap_spread(found.mds.R[found.mds.alive], seed=seed)
+    return over_families(spread, found, "MDS sigma")
+
+
+def _disjoint_scores(
+    s: StudyModel, heldout: Sequence[int], definition: Definition
+) -> tuple[MDSResult, MDSResult]:
+    """Scores of the pairs that training may have seen, and of the held-out ones: two sets without a common pair."""
+    apart = set(heldout)
+    seen = [i for i in range(len(s.encoded.store)) if i not in apart]
+    kind = s.kind(definition.activation)
+    one, other = (
+        mm.mds(s.encoded.store.rows(rows), head=s.head or "", image=SITES[0], text=SITES[1], kind=kind)
+        for rows in (seen, list(heldout))
+    )
+    return one, other
+
+
+def _scores(found: Measures, disjoint: tuple[MDSResult, MDSResult], seed: int) -> dict[str, Any]:
+    """Returns the scores of all features, mean and spread of the alive ones, and their correlation with two controls."""
+    mds = found.mds
+    return {
+        "mu": mds.mu_estimate.to_json(),
+        "sigma": _sigma(found, seed).to_json(),
+        "scores": [None if math.isnan(x) else round(x, 6) for x in mds.R.tolist()],
+        "ratio_of_means": finite(mds.ratio_of_means[~mds.dead].mean()),
+        "shuffled_r": finite(mds.shuffled_r),
+        "heldout_r": finite(correlation(disjoint[0].R, disjoint[1].R)),
+    }
+
+
+def over_families(e: Estimate, found: Measures, what: str) -> Estimate:
+    """Widens an interval over features by what the estimate varies over families; unchanged without families."""
+    error = found.family_errors.get(what)
+    return e if error is None else two_way(e, error)
+
+
+def _win_gap(found: Measures, seed: int) -> Estimate:
+    """WinRate on images minus on texts."""
+    image, text = (found.win_rate[side].values for side in ("image", "text"))
+    return over_families(bootstrap_difference(image, text, seed=seed), found, "WinRate gap")
+
+
 def _monosemanticity(
-    sims: dict[str, EmbedSimResult], groups: Mapping[str, mm.FeatureSet], seed: int, draws: int
+    found: Measures, groups: Mapping[str, mm.FeatureSet], seed: int, draws: int
 ) -> dict[str, Any]:
     """Returns Table 2, with the same difference between random groups of the same sizes as control."""
     imgd, textd, out = groups["ImgD"], groups["TextD"], {}
-    for side, contrast in (("image", visual_monosemanticity), ("text", textual_monosemanticity)):
-        found = contrast(sims[side], imgd, textd, draws=draws, seed=seed)
-        out[side] = found.estimate.to_json()
-        out[f"random_{side}"] = found.control.to_json()
+    for side, name, contrast in (
+        ("image", "visual", visual_monosemanticity),
+        ("text", "textual", textual_monosemanticity),
+    ):
+        made = contrast(found.embed_sim[side], imgd, textd, draws=draws, seed=seed)
+        out[side] = over_families(made.estimate, found, name).to_json()
+        out[f"random_{side}"] = made.control.to_json()
     return out
 
 
@@ -134,11 +200,6 @@ def finite(x: Any) -> float | None:
 def mean_of(values: Float[Tensor, " n"], seed: int) -> Estimate:
     """Returns the mean over features with a 95 % bootstrap interval; NaN features are excluded from n."""
     return bootstrap(values, seed=seed)
-
-
-def mean_difference(one: Float[Tensor, " a"], other: Float[Tensor, " b"], seed: int) -> Estimate:
-    """Returns the mean of ``one`` minus the mean of ``other``, both resampled; n counts both."""
-    return bootstrap_difference(one, other, seed=seed)
 
 
 # -- features to show ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,7 +32,29 @@ Ncl = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=8, help="Use at most this many pairs.")]
 Seed = Annotated[int, typer.Option(help="Of baselines, bootstrap, random controls and the features shown.")]
-TopM = Annotated[int, typer.Option("--top-m", min=2, help="m: top samples per feature.")]
+TopM = Annotated[int, typer.Option("--top-m", "--m", min=2, help="m: top samples per feature.")]
+Activation = Annotated[
+    Literal["abs", "relu", "raw"],
+    typer.Option(help="Activation of raw CLIP's signed coordinates; raw ranks by z itself (the paper's)."),
+]
+Zeros = Annotated[
+    Literal["drop", "keep"],
+    typer.Option(
+        help="Leave samples with activation 0 out of top lists, or fill lists up with them (the paper's)."
+    ),
+]
+MinSamples = Annotated[
+    int,
+    typer.Option(
+        min=2, help="A feature that fewer samples activate has no EmbedSim; m: only full lists count."
+    ),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of pairs that are not independent; default: drawings by name, else near-duplicates."
+    ),
+]
 ImageEmbedder = Annotated[
     str, typer.Option(help="efficientnet-lite0 (offline) or vit-b16-in21k (the paper's).")
 ]
@@ -60,6 +82,10 @@ class Options:
     limit: Limit = None
     seed: Seed = 0
     top_m: TopM = 20
+    activation: Activation = "abs"
+    zeros: Zeros = "drop"
+    min_samples: MinSamples = 2
+    family: Family = None
     image_embedder: ImageEmbedder = "efficientnet-lite0"
     text_embedder: TextEmbedder = "minilm"
     features: Features = 1024

@@ -25,16 +25,20 @@ from mmhooks.report import (
 from mmhooks.report.figures import (
     Effect,
     Histogram,
+    Scatter,
     beside_paper,
     image_strips,
     mask_effects,
     mds_histograms,
+    score_scatter,
     summary,
 )
 from mmhooks.report.style import draw
 from mmhooks.studies.common.cards import FeatureExample, card, format_duration, strip
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.common.write import save_plots
+from mmhooks.studies.modality.cross_modal import cross_modal_table
+from mmhooks.studies.modality.definitions import definition_table, verdict_table
 from mmhooks.studies.modality.paper import MONOSEMANTICITY
 from mmhooks.studies.modality.tables import (
     control_table,
@@ -93,6 +97,13 @@ def figures(results: Mapping[str, Any], shown: Sequence[FeatureExample], hero: s
         "Change of image→text R@1 when a group is masked (dot; number of features in brackets), compared with random "
         "masks of the same size (ticks; band: 95 %).",
     )
+    out["cross_modal"] = _plot(
+        lambda p: score_scatter([_scatter(results, m) for m in models if m != "CLIP" and m != "DeCLIP"], p),
+        "MDS of every feature against its lift on pairs; features cross-modal by both criteria are marked",
+        "Each dot is a feature: its MDS, and how many times more often it fires on both sides of a pair than with shuffled "
+        "texts (logarithmic; the line is chance). Filled: paired at a false discovery rate of .05. Ringed: retrieval relies on "
+        "it in both modalities.",
+    )
     rows = {
         word: [(m, estimate(results, m, "monosemanticity", k), MONOSEMANTICITY[m][i]) for m in models]
         for i, (k, word) in enumerate((("image", "Visual"), ("text", "Textual")))
@@ -101,6 +112,17 @@ def figures(results: Mapping[str, Any], shown: Sequence[FeatureExample], hero: s
         lambda p: beside_paper(rows, p), "Monosemanticity, measured and in the paper", "Table 2 as a figure."
     )
     return out
+
+
+def _scatter(results: Mapping[str, Any], model: str) -> Scatter:
+    r = results["models"][model]
+    cross = r["cross_modal"]
+    mu, sigma = r["mds"]["mu"]["value"], r["mds"]["sigma"]["value"]
+    names = [
+        "" if s is None else "ImgD" if s > mu + sigma else "TextD" if s < mu - sigma else "CrossD"
+        for s in r["mds"]["scores"]
+    ]
+    return Scatter(model, r["mds"]["scores"], cross["lift"], names, cross["is_paired"], cross["is_causal"])
 
 
 def _plot(make: Any, alt: str, caption: str = "") -> Plot:
@@ -144,6 +166,10 @@ def page(
         Section("Interpretability", [TableBlock(table1(results)), TableBlock(table2(results)), plots["table2"],
                                      Details("EmbedSim of each group, and its other forms",
                                              [TableBlock(t(results)) for t in (group_table, forms_table)])]),
+        Section("Cross-modal by the pairing", [Prose(PAIRED), TableBlock(cross_modal_table(results, measured_models(results))),
+                                               plots["cross_modal"]]),
+        Section("Other definitions", [TableBlock(verdict_table(results)),
+                                      Details("The numbers", [TableBlock(definition_table(results, measured_models(results)))])]),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
         Section("How it was made", _settings(results)),
     ]  # fmt: skip
@@ -159,8 +185,13 @@ def page(
 
 
 COMPARED = (
-    "Each statement of the paper's Section 2 that these models can test. “Differs” means that the 95 % interval "
-    "lies entirely on the other side; where it contains zero, the statement is undecided."
+    "Each statement of the paper's Section 2 that these models can test. All are tested together (Holm): “holds” and "
+    "“differs” are decided at .05 over all of them, the others are undecided."
+)
+PAIRED = (
+    "MDS is nearly the same if the texts are shuffled: it says how often a feature fires on each side, not whether it means "
+    "the same on both. Two measures see the pairing: whether the feature fires on both sides of the same pair, and what "
+    "masking it does to retrieval."
 )
 MASKED = "The group is set to zero inside the live model, in both towers; then held-out images retrieve their texts."
 MASK_CODE = "with model.hooks(mask=imgd):\n    image = model.encode_image(pixels)"
@@ -186,6 +217,13 @@ def _galleries(shown: Sequence[FeatureExample], hero: str, results: Mapping[str,
     return blocks
 
 
+ACTIVATIONS = {
+    "abs": "|x| of the embedding's coordinates (signed values make the ratio unstable)",
+    "relu": "the positive part of the embedding's coordinates",
+    "raw": "the embedding's coordinates as they are",
+}
+
+
 def _settings(results: Mapping[str, Any]) -> list[Block]:
     data, env, settings = results["data"], results["environment"], results["settings"]
     steps = [[name, format_duration(seconds)] for name, seconds in env["steps"].items()]
@@ -197,10 +235,17 @@ def _settings(results: Mapping[str, Any]) -> list[Block]:
         ["Heads", "; ".join(f"{m}: {r['head']}" for m, r in results["models"].items() if r["head"])],
         [
             "Raw features",
-            "CLIP and DeCLIP: |x| of the embedding's coordinates (signed values make the ratio unstable)",
+            f"CLIP and DeCLIP: {ACTIVATIONS[settings['activation']]}",
+        ],
+        [
+            "Families",
+            f"{results['models'][measured_models(results)[0]]['families']:,} (one sample of each in a list)",
         ],
         ["Embedders", f"images {settings['image_embedder']}, texts {settings['text_embedder']}"],
-        ["Top samples", f"m = {settings['top_m']}"],
+        [
+            "Top samples",
+            f"m = {settings['top_m']}, at least {settings['min_samples']}, zeros: {settings['zeros']}",
+        ],
         ["Versions", ", ".join(f"{k} {env[k]}" for k in ("python", "mmhooks", "torch", "open_clip"))],
     ]
     return [
@@ -217,8 +262,14 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
         f"{data['n']:,} pairs of {escaped(data['name'])} ({data['heldout']:,} held out), "
         f"licence: {escaped(data['licence'])}. {format_duration(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
-    made = [table1, table2, group_table, forms_table, control_table, mask_table]
-    body = "\n\n".join(make(results).markdown() for make in made)
+    models = measured_models(results)
+    made = [table1, table2, group_table, forms_table, control_table, mask_table, verdict_table]
+    tables = [
+        *(make(results) for make in made),
+        definition_table(results, models),
+        cross_modal_table(results, models),
+    ]
+    body = "\n\n".join(table.markdown() for table in tables)
     lines = "\n".join(f"- {escaped(c.sentence(), code=True)}" for c in found)
     return f"{head}\n{body}\n\n## Against the paper\n\n{lines}\n"
 

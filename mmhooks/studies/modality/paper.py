@@ -5,9 +5,14 @@ Yan, Cui, Yin, Liang, He, Wang, "The Multi-Faceted Monosemanticity in Multimodal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from mmhooks.analysis.statistics.primaries import LEVEL, holm
 from mmhooks.report import Estimate, fixed, interval, signed
 from mmhooks.studies.common.claims import (
     Claim,
@@ -56,8 +61,47 @@ def table1_differs(found: Mapping[str, Estimate], column: Mapping[str, float], m
     return agreement(difference(found[model], found["CLIP"]), column[model] - column["CLIP"]) == "differs"
 
 
+@dataclass(frozen=True)
+class Statement:
+    """One statement of the paper before correction: what its verdict would be alone, and the p-value of that verdict."""
+
+    verdict: Verdict
+    claim: str
+    measured: str
+    p: float
+
+
 def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
-    """Returns the paper's statements on Tables 1 and 2 and Figure 1 that the measured models can test."""
+    """Returns the paper's statements on Tables 1 and 2 and Figure 1 that the measured models can test.
+
+    They are tested together: a verdict stands if its p-value, by Holm's correction over all of them, is below .05.
+    """
+    found = statements(models)
+    adjusted = holm(torch.tensor([s.p for s in found], dtype=torch.float64)).tolist() if found else []
+    return [
+        Claim(s.verdict if q < LEVEL else "open", s.claim, f"{s.measured} {_p(q)}")
+        for s, q in zip(found, adjusted, strict=True)
+    ]
+
+
+def _p(q: float) -> str:
+    if math.isnan(q):
+        return "Not tested: no interval."
+    return f"p {'< .001' if q < 0.001 else f'= {fixed(q)}'} (Holm)."
+
+
+def p_value(e: Estimate) -> float:
+    """Returns the two-sided p of an estimate against 0, from its 95 % interval on the side of 0 (normal)."""
+    from scipy.stats import norm
+
+    half = e.value - e.low if e.value > 0 else e.high - e.value
+    if not e.has_interval:
+        return math.nan
+    return float(2 * norm.sf(1.959964 * abs(e.value) / half)) if half > 0 else float(e.value == 0)
+
+
+def statements(models: Mapping[str, Mapping[str, Any]]) -> list[Statement]:
+    """Returns the statements that the measured models can test, each with its own verdict and p-value."""
 
     def column(*path: str) -> dict[str, Estimate]:
         found: dict[str, Estimate] = {}
@@ -69,7 +113,7 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
                 found[model] = Estimate.from_json(value)
         return found
 
-    out: list[Claim] = []
+    out: list[Statement] = []
     for measure, word in (("embed_sim", "EmbedSim"), ("win_rate", "WinRate")):
         for modality in MODALITIES:
             out += _highest(
@@ -82,9 +126,8 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
             change = difference(gaps[model], gaps["CLIP"])
             verdict = agreement(change, 1.0)
             text = f"|Δ| is {fixed(gaps[model].value)} against {fixed(gaps['CLIP'].value)} of CLIP {difference_note(change)}."
-            out.append(
-                Claim(verdict, f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|).", text)
-            )
+            claim = f"{model}'s WinRates lean to one modality more than CLIP's (|Δ|)."
+            out.append(Statement(verdict, claim, text, p_value(change)))
     for i, modality in enumerate(MODALITIES):
         word = ("Visual", "Textual")[i]
         out += _signs(word, column("monosemanticity", modality), {m: MONOSEMANTICITY[m][i] for m in MODELS})
@@ -97,7 +140,7 @@ def claims(models: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     return out
 
 
-def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]:
+def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Statement]:
     found = {m: e for m, e in found.items() if e.known}
     if winner not in found or len(found) < 2:
         return []
@@ -105,10 +148,12 @@ def _highest(claim: str, found: dict[str, Estimate], winner: str) -> list[Claim]
     change = difference(found[winner], found[rival])
     best, second = fixed(found[winner].value), fixed(found[rival].value)
     text = f"{winner} {best}, the best of the others is {rival} with {second} {difference_note(change)}."
-    return [Claim(agreement(change, 1.0), claim, text)]
+    # The rival was chosen for its value among several; Bonferroni over them makes up for the choice.
+    p = min(1.0, p_value(change) * (len(found) - 1))
+    return [Statement(agreement(change, 1.0), claim, text, p)]
 
 
-def _signs(word: str, found: dict[str, Estimate], paper: dict[str, float]) -> list[Claim]:
+def _signs(word: str, found: dict[str, Estimate], paper: dict[str, float]) -> list[Statement]:
     found = {m: e for m, e in found.items() if e.known}
     if not found:
         return []
@@ -123,25 +168,25 @@ def _signs(word: str, found: dict[str, Estimate], paper: dict[str, float]) -> li
     if unclear:
         parts.append(f"The interval contains zero for {joined_by_and(unclear)}.")
     verdict: Verdict = "differs" if against else ("open" if unclear else "same")
-    return [Claim(verdict, f"{word} monosemanticity: {wanted} (Table 2).", " ".join(parts))]
+    each = {m: p_value(e) for m, e in found.items()}
+    # All signs must hold for "same", so the largest p; one opposite sign is enough for "differs", so Bonferroni.
+    opposite = min((each[m] for m in against), default=math.nan) * len(found)
+    p = min(1.0, opposite) if against else max(each.values())
+    return [Statement(verdict, f"{word} monosemanticity: {wanted} (Table 2).", " ".join(parts), p)]
 
 
-def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Claim]:
-    out: list[Claim] = []
+def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Statement]:
+    out: list[Statement] = []
     if "CLIP" in mu:
         lean = difference(mu["CLIP"], Estimate(0.5, 0.5, 0.5))
         text = f"its mean score is {fixed(mu['CLIP'].value)} {interval(mu['CLIP'])}."
-        out.append(
-            Claim(
-                agreement(lean, -1.0), "CLIP's scores lean to the text side, mean below .5 (Figure 1).", text
-            )
-        )
+        claim = "CLIP's scores lean to the text side, mean below .5 (Figure 1)."
+        out.append(Statement(agreement(lean, -1.0), claim, text, p_value(lean)))
     if "CLIP" in sigma and "DeCLIP" in sigma:
         wider = difference(sigma["DeCLIP"], sigma["CLIP"])
         text = f"σ is {fixed(sigma['DeCLIP'].value)} against {fixed(sigma['CLIP'].value)} {difference_note(wider)}."
-        out.append(
-            Claim(agreement(wider, 1.0), "DeCLIP's scores spread more widely than CLIP's (Figure 1).", text)
-        )
+        claim = "DeCLIP's scores spread more widely than CLIP's (Figure 1)."
+        out.append(Statement(agreement(wider, 1.0), claim, text, p_value(wider)))
     for model in ("CLIP+NCL", "CLIP+SAE"):
         if model in mu and "CLIP" in mu:
             half = Estimate(0.5, 0.5, 0.5)
@@ -150,5 +195,5 @@ def _figure_one(mu: dict[str, Estimate], sigma: dict[str, Estimate]) -> list[Cla
             )
             text = f"the mean lies {abs(mu[model].value - 0.5):.3f} from one half, CLIP's {abs(mu['CLIP'].value - 0.5):.3f}."
             claim = f"{model} is less skewed to one side than CLIP (Figure 1)."
-            out.append(Claim(agreement(change, -1.0), claim, text))
+            out.append(Statement(agreement(change, -1.0), claim, text, p_value(change)))
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmhooks.studies.common.heads import head_source
 from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
@@ -20,6 +20,9 @@ from mmhooks.studies.common.run import StepTimer
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.modality.models import load_clip, load_declip, similarity_embeddings
 from mmhooks.studies.modality.options import Options
+
+if TYPE_CHECKING:
+    from mmhooks.analysis.measures.all_measures import Measures
 
 
 def run(options: Options) -> Results:
@@ -39,8 +42,10 @@ def run(options: Options) -> Results:
     from mmhooks.studies.common.encode import encode
     from mmhooks.studies.common.heads import load_heads
     from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.modality.cross_modal import CAUSAL_PAIRS, pairing_effects
+    from mmhooks.studies.modality.definitions import compare_definitions, definitions
     from mmhooks.studies.modality.masking import masking_effects, model_inputs
-    from mmhooks.studies.modality.measures import StudyModel, choose_examples, measure_model
+    from mmhooks.studies.modality.measures import Definition, StudyModel, choose_examples, measure_model
     from mmhooks.studies.modality.page import report, save_all
     from mmhooks.studies.modality.paper import claims
     from mmhooks.utils.files import cache_dir
@@ -60,6 +65,10 @@ def run(options: Options) -> Results:
             masked = sample_rows(heldout, options.evaluate, seed)
         with timer.step("picture and text embedders"):
             embeddings = similarity_embeddings(pairs, options)
+            families = mm.data.families(pairs, options.family, vectors=embeddings["image"])
+            definition = Definition(
+                options.top_m, options.activation, options.zeros, options.min_samples, families
+            )
         with timer.step("encoders"):
             clip = encoded(load_clip(options), options.model)
             other = load_declip(options)
@@ -80,28 +89,32 @@ def run(options: Options) -> Results:
             StudyModel("CLIP+SAE", clip, heads["sae"]),
         ]
         models: dict[str, Any] = {}
+        all_found: dict[str, Measures] = {}
         shown: list[FeatureExample] = []
         inputs: dict[str, Any] = {}
         for s in study_models:
             with timer.step(f"measures of {s.name}"):
                 models[s.name], found = measure_model(
-                    s, embeddings, heldout, top_m=options.top_m, seed=seed, draws=options.draws
+                    s, embeddings, heldout, definition, seed=seed, draws=options.draws
                 )
+                all_found[s.name] = found
                 shown += choose_examples(s, found, pairs, each=options.each, seed=seed)
+            with timer.step(f"pairing of {s.name}"):
+                models[s.name]["cross_modal"] = pairing_effects(
+                    s, found.mds, families, pairs.texts, most=CAUSAL_PAIRS, seed=seed
+                )
             with timer.step(f"masking {s.name}"):
                 step = timer.bar(f"random masks of {s.name}", 3 * options.draws)
                 if s.encoded.name not in inputs:
                     inputs[s.encoded.name] = model_inputs(s.encoded.model, pairs, masked)
                 models[s.name]["masking"] = masking_effects(
-                    s,
-                    found.mds,
-                    pairs,
-                    masked,
-                    inputs[s.encoded.name],
-                    draws=options.draws,
-                    seed=seed,
-                    step=step,
-                )
+                    s, found.mds, pairs, masked, inputs[s.encoded.name], draws=options.draws, seed=seed, step=step
+                )  # fmt: skip
+        with timer.step("other definitions"):
+            step = timer.bar("definitions", len(definitions(definition)) * len(study_models))
+            compared = compare_definitions(
+                study_models, embeddings, definition, all_found, seed=seed, step=step
+            )
         statements = claims(models)
         summary = describe_data(
             pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(heldout)
@@ -110,6 +123,7 @@ def run(options: Options) -> Results:
             "settings": as_settings(options) | {"command": as_command("modality", options)},
             "data": summary,
             "models": models,
+            "definitions": compared,
             "claims": [vars(claim) for claim in statements],
             "environment": timer.environment(start),
         }

@@ -61,7 +61,8 @@ def table1(results: Mapping[str, Any]) -> Table:
         ],
         rows,
         "Table 1. Similarity of the samples that activate one feature",
-        "Mean over n features, 95 % bootstrap interval over features, the paper's value in brackets; ≠ where a "
+        f"Mean over n features, 95 % interval over features and {_families(results)} families of pairs (a list of top samples "
+        "holds one sample per family), the paper's value in brackets; ≠ where a "
         "model lies on the other side of CLIP than in the paper. Chance: EmbedSim 0, WinRate .5. The paper uses another "
         "model, other data and another image embedder, so directions can be compared, sizes cannot.",
     )
@@ -87,8 +88,13 @@ def table2(results: Mapping[str, Any]) -> Table:
         rows,
         "Table 2. Visual and textual monosemanticity",
         "Visual: EmbedSim(ImgD) − EmbedSim(TextD) over images; textual: EmbedSim(TextD) − EmbedSim(ImgD) over texts. "
-        "≠ where the sign is decided and differs from the paper's. Controls: mean and 95 % range over random groups.",
+        "≠ where the sign is decided and differs from the paper's. Intervals over features and families, with the groups "
+        "formed anew; n counts features. Controls: mean and 95 % range over random groups.",
     )
+
+
+def _families(results: Mapping[str, Any]) -> str:
+    return f"{results['models'][measured_models(results)[0]]['families']:,}"
 
 
 def group_table(results: Mapping[str, Any]) -> Table:
@@ -154,8 +160,9 @@ def control_table(results: Mapping[str, Any]) -> Table:
         rows,
         "MDS and its controls",
         "r, shuffled pairs: correlation of the scores with those of pairs whose texts were shuffled; close to 1 means "
-        "that MDS is a statistic of the two marginals and hardly of the pairing. r, held-out pairs: correlation with the "
-        "scores of pairs that no training saw. Excluded: pairs of samples that the paper's form of EmbedSim must exclude, "
+        "that MDS is a statistic of the two marginals and hardly of the pairing. r, held-out pairs: correlation of the scores of "
+        "pairs that training may have seen with those of pairs that it did not. Excluded: pairs of samples that the paper's "
+        "form of EmbedSim must exclude, "
         "because its random baseline is (nearly) zero there. Rare: active on fewer samples than a top list holds.",
     )  # fmt: skip
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+
 from mmhooks.report import Estimate
 from mmhooks.studies.modality import paper
 
@@ -69,3 +71,18 @@ def test_table_marks_only_decided_reversals() -> None:
     assert not paper.table1_differs({"CLIP": clip, "DeCLIP": Estimate(0.3, 0.0, 0.6)}, column, "DeCLIP")
     assert not paper.table1_differs({"CLIP": clip, "DeCLIP": Estimate(0.02, 0.0, 0.04)}, column, "DeCLIP")
     assert paper.table1_differs({"CLIP": Estimate(-0.1, -0.2, -0.05)}, column, "CLIP")
+
+
+def test_p_of_an_interval_is_that_of_its_normal_distribution() -> None:
+    assert paper.p_value(Estimate(1.96, 0.0, 3.92)) == pytest.approx(0.05, abs=1e-5)
+    assert paper.p_value(Estimate(-1.0, -1.2, 0.0)) == pytest.approx(0.05, abs=1e-5)  # the side of 0 counts
+    assert math.isnan(paper.p_value(Estimate(1.0)))
+
+
+def test_a_verdict_alone_does_not_survive_the_correction_over_all() -> None:
+    models = as_in_paper(width=3.0)  # nothing decided, but one: p = .02 alone
+    models["CLIP"]["mds"]["mu"] = Estimate(0.45, 0.45 - 0.042, 0.45 + 0.042, 100).to_json()
+    alone = next(s for s in paper.statements(models) if "lean to the text side" in s.claim)
+    together = next(c for c in paper.claims(models) if "lean to the text side" in c.claim)
+    assert alone.verdict == "same" and 0.01 < alone.p < 0.05
+    assert together.verdict == "open" and "(Holm)" in together.measured

@@ -116,6 +116,29 @@ def test_groups_part_the_alive_features(run: Any) -> None:
         assert sum(sizes.values()) == len(alive)
 
 
+def test_pairing_and_definitions_are_reported_for_every_model(run: Any) -> None:
+    results, out, _ = run
+    for model in results["models"].values():
+        cross = model["cross_modal"]
+        assert cross["pairs"] == model["families"] <= N
+        names = ["" if s is None else "x" for s in model["mds"]["scores"]]
+        assert len(cross["lift"]) == len(cross["causal"]) == len(names) == len(cross["is_paired"])
+        for kind, flags in (("paired", cross["is_paired"]), ("both", cross["is_causal"])):
+            assert sum(g[kind] for g in cross["groups"].values()) == sum(
+                f for f, name in zip(flags, names, strict=True) if name
+            )
+    compared = results["definitions"]
+    assert list(compared["verdicts"]) == ["ours", "every pair counts", "the paper's"]
+    assert compared["verdicts"]["ours"] == {c["claim"]: c["verdict"] for c in results["claims"]}
+    for key in ("embed_sim", "win_rate", "monosemanticity"):
+        for side in ("image", "text"):
+            ours = compared["numbers"]["ours"]["CLIP+SAE"][key][side]
+            assert ours == {k: results["models"]["CLIP+SAE"][key][side][k] for k in ours}
+    assert compared["numbers"]["the paper's"]["CLIP"] != compared["numbers"]["ours"]["CLIP"]
+    text = (out / "tables.md").read_text()
+    assert "Definitions decide verdicts" in text and "Which features are cross-modal by the pairing" in text
+
+
 def test_masks_are_live_equal_by_hand_and_leave_nothing(run: Any) -> None:
     for model in run[0]["models"].values():
         assert 0 <= model["masking"]["by_hand"] < 1e-4
