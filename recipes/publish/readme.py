@@ -17,6 +17,7 @@ from mmhooks.studies.common.cards import format_duration
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.modality.cross_modal import cross_modal_table
 from mmhooks.studies.modality.definitions import verdict_table
+from mmhooks.studies.modality.seeds import seed_numbers_table, seed_table
 from mmhooks.studies.modality.tables import control_table, mask_table, measured_models, table1, table2
 from publish.marked_block import fill
 
@@ -47,6 +48,8 @@ def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
     lines += [made(results).markdown() for made in (table1, table2, control_table, mask_table)]
     lines.append(cross_modal_table(results, measured_models(results)).markdown())
     lines.append(verdict_table(results).markdown())
+    if len(results["seeds"]["verdicts"]) > 1:
+        lines += [seed_table(results).markdown(), seed_numbers_table(results).markdown()]
     lines.append(
         f"Of {len(found)} statements of the paper that these models can test, {same} hold here, {len(differs)} "
         f"differ in direction, {len(found) - same - len(differs)} are undecided:"

@@ -49,6 +49,12 @@ MinSamples = Annotated[
         min=2, help="A feature that fewer samples activate has no EmbedSim; m: only full lists count."
     ),
 ]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Training seeds of the heads; 5 is what mini ships. Verdicts are counted over them."
+    ),
+]
 Family = Annotated[
     str | None,
     typer.Option(
@@ -86,6 +92,7 @@ class Options:
     zeros: Zeros = "drop"
     min_samples: MinSamples = 2
     family: Family = None
+    seeds: Seeds = 1
     image_embedder: ImageEmbedder = "efficientnet-lite0"
     text_embedder: TextEmbedder = "minilm"
     features: Features = 1024

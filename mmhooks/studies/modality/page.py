@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mmhooks.studies.common.write import save_plots
 from mmhooks.studies.modality.cross_modal import cross_modal_table
 from mmhooks.studies.modality.definitions import definition_table, verdict_table
 from mmhooks.studies.modality.paper import MONOSEMANTICITY
+from mmhooks.studies.modality.seeds import seed_numbers_table, seed_table
 from mmhooks.studies.modality.tables import (
     control_table,
     estimate,
@@ -168,6 +169,8 @@ def page(
                                              [TableBlock(t(results)) for t in (group_table, forms_table)])]),
         Section("Cross-modal by the pairing", [Prose(PAIRED), TableBlock(cross_modal_table(results, measured_models(results))),
                                                plots["cross_modal"]]),
+        Section("Other training seeds", [TableBlock(made(results)) for made in _seed_tables(results)]
+                or [Prose("Heads of one seed; `--seeds 5` measures those of others too.")]),
         Section("Other definitions", [TableBlock(verdict_table(results)),
                                       Details("The numbers", [TableBlock(definition_table(results, measured_models(results)))])]),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
@@ -217,6 +220,10 @@ def _galleries(shown: Sequence[FeatureExample], hero: str, results: Mapping[str,
     return blocks
 
 
+def _seed_tables(results: Mapping[str, Any]) -> list[Callable[[Mapping[str, Any]], Table]]:
+    return [seed_table, seed_numbers_table] if len(results["seeds"]["verdicts"]) > 1 else []
+
+
 ACTIVATIONS = {
     "abs": "|x| of the embedding's coordinates (signed values make the ratio unstable)",
     "relu": "the positive part of the embedding's coordinates",
@@ -263,7 +270,16 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
         f"licence: {escaped(data['licence'])}. {format_duration(env['seconds'])}, {env['peak_memory_gb']:.1f} GB at most.\n"
     )
     models = measured_models(results)
-    made = [table1, table2, group_table, forms_table, control_table, mask_table, verdict_table]
+    made = [
+        table1,
+        table2,
+        group_table,
+        forms_table,
+        control_table,
+        mask_table,
+        verdict_table,
+        *_seed_tables(results),
+    ]
     tables = [
         *(make(results) for make in made),
         definition_table(results, models),

@@ -48,6 +48,7 @@ def run(options: Options) -> Results:
     from mmhooks.studies.modality.measures import Definition, StudyModel, choose_examples, measure_model
     from mmhooks.studies.modality.page import report, save_all
     from mmhooks.studies.modality.paper import claims
+    from mmhooks.studies.modality.seeds import compare_seeds, heads_of_seed
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
@@ -80,14 +81,10 @@ def run(options: Options) -> Results:
                 "sae": head_source(options.sae, "sae", options.model),
                 "ncl": head_source(options.ncl, "ncl", options.model),
             }
-            heads = load_heads(
-                clip, seen, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
-            )
+            settings = {"n": options.features, "epochs": options.epochs, "cache": cache}
+            heads = load_heads(clip, seen, sources, seed=seed, **settings)
         study_models = [StudyModel("CLIP", clip), *([StudyModel("DeCLIP", declip)] if declip else [])]
-        study_models += [
-            StudyModel("CLIP+NCL", clip, heads["ncl"]),
-            StudyModel("CLIP+SAE", clip, heads["sae"]),
-        ]
+        study_models += [StudyModel(f"CLIP+{kind.upper()}", clip, heads[kind]) for kind in ("ncl", "sae")]
         models: dict[str, Any] = {}
         all_found: dict[str, Measures] = {}
         shown: list[FeatureExample] = []
@@ -115,6 +112,12 @@ def run(options: Options) -> Results:
             compared = compare_definitions(
                 study_models, embeddings, definition, all_found, seed=seed, step=step
             )
+        with timer.step("other training seeds"):
+            others = [
+                heads_of_seed(clip, seen, sources, i, first=seed, **settings) for i in range(1, options.seeds)
+            ]
+            step = timer.bar("heads of other seeds", 2 * len(others))
+            seeds = compare_seeds(others, models, clip, embeddings, definition, seed=seed, step=step)
         statements = claims(models)
         summary = describe_data(
             pairs, data=options.data, model=options.model, pretrained=options.pretrained, heldout=len(heldout)
@@ -124,6 +127,7 @@ def run(options: Options) -> Results:
             "data": summary,
             "models": models,
             "definitions": compared,
+            "seeds": seeds,
             "claims": [vars(claim) for claim in statements],
             "environment": timer.environment(start),
         }

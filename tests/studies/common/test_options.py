@@ -8,7 +8,7 @@ import re
 import shlex
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -83,7 +83,13 @@ def other(value: Any) -> Any:
 
 def test_the_command_gives_the_same_options_again(study: str, options: Any) -> None:
     """Every option at once, at another value than its default."""
-    known = {f.name: other(f.default) for f in fields(options) if f.default is not None}
+    hints = get_type_hints(options)
+    choices = {name: get_args(hint) if get_origin(hint) is Literal else () for name, hint in hints.items()}
+    known = {
+        f.name: next((c for c in choices[f.name] if c != f.default), None) or other(f.default)
+        for f in fields(options)
+        if f.default is not None
+    }
     changed = replace(options(), **known)
     words = shlex.split(as_command(study, changed))
     assert words[:2] == ["python", f"recipes/{study}.py"]

@@ -23,7 +23,9 @@ from mmhooks.models.embedded import mini
 from mmhooks.studies.common.encode import Encoded, encode
 from mmhooks.studies.modality import masking as modality_mask
 from mmhooks.studies.modality import measures as modality_study
+from mmhooks.studies.modality import seeds
 from mmhooks.studies.modality import study as modality
+from mmhooks.studies.modality.seeds import seed_table
 
 N = 60
 EVIL = '<img src=x onerror="alert(1)"> a | b $x$'
@@ -137,6 +139,32 @@ def test_pairing_and_definitions_are_reported_for_every_model(run: Any) -> None:
     assert compared["numbers"]["the paper's"]["CLIP"] != compared["numbers"]["ours"]["CLIP"]
     text = (out / "tables.md").read_text()
     assert "Definitions decide verdicts" in text and "Which features are cross-modal by the pairing" in text
+
+
+def test_other_seeds_train_other_heads_and_their_verdicts_are_counted(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, options = run
+    monkeypatch.setattr(mm, "load", random_clip)
+    monkeypatch.setattr(modality, "similarity_embeddings", similarity_embeddings)
+    results = modality.run(replace(options, seeds=2, limit=40, declip="", out=tmp_path / "seeds"))
+    one, other = results["seeds"]["numbers"]
+    for name in ("CLIP+NCL", "CLIP+SAE"):
+        assert one[name]["embed_sim"] == {
+            k: results["models"][name]["embed_sim"][k] for k in one[name]["embed_sim"]
+        }
+        assert one[name] != other[name]
+    counted = seed_table(results.found).rows
+    assert [row[0] for row in counted] == list(results["seeds"]["verdicts"][0])
+    assert all(sum(int(str(c)) for c in row[1:]) == 2 for row in counted)
+
+
+def test_seeds_of_minis_heads_are_those_that_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(seeds, "load_heads", lambda *a, **k: asked.update(sources=a[2], seed=k["seed"]) or {})
+    given = {"sae": "mini/sae", "ncl": "mine/ncl"}
+    seeds.heads_of_seed(None, [], given, 3, n=8, epochs=1, first=10, cache=tmp_path)
+    assert asked == {"sources": {"sae": "mini/sae-seed3", "ncl": "mine/ncl"}, "seed": 13}
 
 
 def test_masks_are_live_equal_by_hand_and_leave_nothing(run: Any) -> None:
