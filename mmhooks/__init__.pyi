@@ -11,7 +11,7 @@ from .analysis.decomposition.decompose import decompose as decompose
 from .analysis.decomposition.second_order import second_order as second_order
 from .analysis.decomposition.sparse_text_code import sparse_text_code as sparse_text_code
 from .analysis.decomposition.text_span import text_span as text_span
-from .analysis.interventions.mean_ablation import ablate as ablate
+from .analysis.interventions.ablation_accuracy import ablate as ablate
 from .analysis.measures.all_measures import measure as measure
 from .analysis.measures.causal_mds import causal_mds as causal_mds
 from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_mds

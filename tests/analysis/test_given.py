@@ -15,7 +15,8 @@ import mmhooks as mm
 from mmhooks.analysis.attribution.saliency import METHODS
 from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
 from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
-from mmhooks.analysis.interventions.mean_ablation import Parts, ablate, head_importance, site_means
+from mmhooks.analysis.interventions.ablation_accuracy import ablate
+from mmhooks.analysis.interventions.mean_ablation import Parts, head_importance, site_means
 from mmhooks.errors import MMHooksError
 from mmhooks.models.clip.embed_texts import embed_texts
 

@@ -10,9 +10,9 @@ import torch
 
 import mmhooks as mm
 from mmhooks.analysis.decomposition.dataset import MeanDecomposition
+from mmhooks.analysis.interventions.ablation_accuracy import ablate
 from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
-    ablate,
     ablate_direct,
     ablation_sites,
     head_importance,

@@ -22,14 +22,11 @@ from mmhooks.analysis.decomposition.dataset import (
     MeanDecomposition,
     batches,
     check_means,
-    decompositions,
 )
 from mmhooks.analysis.decomposition.origin import Origin, origin_of
-from mmhooks.analysis.results import Estimate, Records, Result
-from mmhooks.analysis.statistics.intervals import wilson
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, WrongOrigin
 from mmhooks.hooks.edits import Edit, Mean
-from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_directions, check_model
+from mmhooks.models.clip.inputs import Model, Vectors, check_directions, check_model
 from mmhooks.utils.indexing import as_choice
 from mmhooks.utils.modes import evaluating
 from mmhooks.utils.progress import rate_bar
@@ -103,6 +100,20 @@ def paper_parts(depth: int, n_heads: int, *, last: int = 4) -> list[Parts]:
         Parts(f"all but attention of the last {last}", heads(early), tuple(every), initial=True),
         *(Parts(f"attention of layer {n}", heads=heads(range(n, n + 1))) for n in every),
         *(Parts(f"MLP of layer {n}", mlps=(n,)) for n in every),
+    ]
+
+
+def cumulative_parts(depth: int, n_heads: int) -> list[Parts]:
+    """Lists ablations of ever more layers' attention, from the first layer on: Figure 2 of the paper.
+
+    >>> [len(part.heads) for part in cumulative_parts(3, 6)]
+    [6, 12, 18]
+    """
+    return [
+        Parts(
+            f"attention up to layer {last}", heads=[(n, h) for n in range(last + 1) for h in range(n_heads)]
+        )
+        for last in range(depth)
     ]
 
 
@@ -206,7 +217,7 @@ def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
             "stream, which all layers read: use ablate_direct"
         )
     sites = ablation_sites(what, tower=tower)
-    _check_sites(means, sites, tower)
+    check_sites(means, sites, tower)
     edits: list[Edit] = []
     for site in sites:
         layer = int(site.split(".")[2])
@@ -239,114 +250,8 @@ def head_importance(
     return heads @ normalize(direction.to(heads), dim=0)
 
 
-@dataclass(frozen=True)
-class AblationResult(Result):
-    """Zero-shot accuracy before and after every ablation, direct and live (None if it was not run live)."""
-
-    names: tuple[str, ...]
-    before: Estimate
-    direct: tuple[Estimate, ...]
-    live: tuple[Estimate | None, ...]
-    n: int
-
-    def table(self) -> Records:
-        """One row per ablation."""
-        return Records(
-            {
-                "ablated": name,
-                "before": self.before.value,
-                "direct": direct.value,
-                "direct interval": f"{direct.low:.3f}–{direct.high:.3f}",
-                "live": "–" if live is None else live.value,
-                "live interval": "–" if live is None else f"{live.low:.3f}–{live.high:.3f}",
-                "n": self.n,
-            }
-            for name, direct, live in zip(self.names, self.direct, self.live, strict=True)
-        )
-
-
-@torch.no_grad()
-def ablate(
-    model: Model,
-    inputs: Vectors,
-    labels: Int[Tensor, " n2"],
-    classes: Vectors,
-    means: Means,
-    what: Sequence[Parts] | None = None,
-    *,
-    live_means: Live | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> AblationResult:
-    """Computes the zero-shot accuracy of images with class embeddings ``classes``, before and after each ablation.
-
-    Args:
-        means: means of direct contributions, ``mm.decompose(model, data)``; for a fair test, of other images than these.
-        what: default :func:`paper_parts`.
-        live_means: from :func:`site_means` at the sites of all ablations; without them only direct ones are run.
-
-    Raises:
-        ShapeMismatch: not one label per image, a label outside the classes, or a component does not exist.
-        WrongOrigin: the means are not raw image means of this model.
-    """
-    check_model(model)
-    check_batch(model, inputs, "image")
-    means = check_means(means)
-    own = origin_of(model, "image", False)
-    means.origin.check(own, "means=", "the images' raw contributions")
-    check_directions(classes, means.embedding.shape[0], "classes")
-    if (
-        len(labels) != len(inputs)
-        or not len(labels)
-        or not 0 <= int(labels.min()) <= int(labels.max()) < len(classes)
-    ):
-        raise ShapeMismatch(
-            f"labels: expected one from 0 to {len(classes) - 1} for each of {len(inputs)} images, got {len(labels)}"
-            + (f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else "")
-        )
-    depth, n_heads = means.heads.shape[:2]
-    chosen = paper_parts(depth, n_heads) if what is None else list(what)
-    for one in chosen:
-        one.check(depth, n_heads)
-    if live_means is not None:
-        _check_sites(
-            live_means, [s for one in chosen if not one.initial for s in ablation_sites(one)], "image"
-        )
-        if isinstance(live_means, SiteMeans):
-            live_means.origin.check(own, "live_means=", "this model")
-    unit = normalize(classes.to(model.device).float(), dim=1)
-
-    def right(embedding: Tensor, rows: slice) -> int:
-        return int(
-            (normalize(embedding.float(), dim=1) @ unit.T).argmax(1).cpu().eq(labels[rows].cpu()).sum()
-        )
-
-    before, direct, live, done = 0, [0] * len(chosen), [0] * len(chosen), 0
-    for parts in decompositions(model, inputs, batch_size=batch_size, progress=progress):
-        rows = slice(done, done := done + len(parts.embedding))
-        before += right(parts.embedding, rows)
-        for i, one in enumerate(chosen):
-            direct[i] += right(ablate_direct(parts, means, one), rows)
-    has_live = [live_means is not None and not one.initial for one in chosen]
-    for i, one in enumerate(chosen):
-        if not has_live[i]:
-            continue
-        assert live_means is not None
-        with evaluating(model.model), model.hooks(*mean_edits(one, live_means)):
-            for begin in range(0, len(inputs), batch_size):
-                rows = slice(begin, begin + batch_size)
-                live[i] += right(model.encode_image(model.to_input(inputs[rows])), rows)
-    n = len(labels)
-    return AblationResult(
-        tuple(one.name for one in chosen),
-        wilson(before, n),
-        tuple(wilson(hits, n) for hits in direct),
-        tuple(wilson(hits, n) if there else None for hits, there in zip(live, has_live, strict=True)),
-        n,
-    )
-
-
-def _check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
+def check_sites(means: Any, sites: Sequence[str], tower: str) -> None:
+    """Raises WrongOrigin unless ``means`` are by site, of this tower, and have all of ``sites``."""
     if not isinstance(means, Mapping):
         raise WrongOrigin(
             f"expected means by site, got a {type(means).__name__}: live ablations need site_means(model, data, sites); "

@@ -18,7 +18,8 @@ from mmhooks.analysis.decomposition.text_span_checks import (
     half_overlap,
     reconstruction_accuracy,
 )
-from mmhooks.analysis.interventions.mean_ablation import ablate, ablation_sites, paper_parts, site_means
+from mmhooks.analysis.interventions.ablation_accuracy import ablate
+from mmhooks.analysis.interventions.mean_ablation import ablation_sites, paper_parts, site_means
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.families import families

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 import mmhooks as mm
+from mmhooks.analysis.interventions.ablation_accuracy import ablate
 from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
-    ablate,
     ablate_direct,
     ablation_sites,
+    cumulative_parts,
     head_importance,
     mean_edits,
     paper_parts,
     site_means,
 )
-from mmhooks.errors import DataError, ShapeMismatch
+from mmhooks.errors import DataError, ShapeMismatch, WrongOrigin
 
 SOME = Parts("some", heads=((1, 2), (5, 0), (5, 3)), mlps=(0, 4))
 
@@ -117,3 +118,51 @@ def test_impossible_ablations_are_refused(mini, pixels):
         ablate(mini, pixels, torch.tensor([0]), torch.randn(2, 256), means)
     with pytest.raises(DataError, match="no means"):
         site_means(mini, [], ["image.blocks.0.mlp_out"])
+
+
+def test_batches_that_bring_their_labels_are_read_once_and_give_the_same(mini, pixels):
+    labels, classes = torch.arange(6) % 3, torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    means = mm.decompose(mini, [pixels])
+    what = [SOME, *cumulative_parts(6, 6)[:2]]
+    live = site_means(mini, [pixels], [s for one in what for s in ablation_sites(one)])
+    whole = mm.ablate(mini, pixels, labels, classes, means, what, live_means=live)
+    read = []
+
+    def batches():
+        for i in (0, 4):
+            read.append(i)
+            yield pixels[i : i + 4], labels[i : i + 4]
+
+    found = mm.ablate(mini, batches(), None, classes, means, what, live_means=live, batch_size=3)
+    assert found == whole and read == [0, 4] and found.n == 6
+    with pytest.raises(DataError, match="at least one image with its label"):
+        mm.ablate(mini, [], None, classes, means)
+    with pytest.raises(ShapeMismatch, match="labels: expected one per image, got None"):
+        mm.ablate(mini, pixels, None, classes, means)
+    with pytest.raises(ShapeMismatch, match=r"expected batches \(pixels, labels\), got a Tensor"):
+        mm.ablate(mini, [pixels], None, classes, means)
+
+
+def test_contributions_to_the_unit_embedding_are_ablated_by_their_own_means(mini, pixels):
+    """By hand: contributions divided by each embedding's length, whose means replace them."""
+    labels = torch.arange(6) % 3
+    classes = torch.randn(3, 256, generator=torch.Generator().manual_seed(2))
+    means = mm.decompose(mini, [pixels], normalize=True)
+    found = mm.ablate(mini, pixels, labels, classes, means, [SOME], normalize=True)
+    parts = mm.decompose(mini, pixels)
+    length = parts.embedding.norm(dim=1, keepdim=True)
+    embedding = parts.embedding / length
+    for n, h in SOME.heads:
+        embedding = embedding + means.heads[n, h] - parts.heads[:, n, h] / length
+    for n in SOME.mlps:
+        embedding = embedding + means.mlps[n] - parts.mlps[:, n] / length
+    right = (embedding @ torch.nn.functional.normalize(classes, dim=1).T).argmax(1) == labels
+    assert found.direct[0].value == pytest.approx(float(right.float().mean()))
+    with pytest.raises(WrongOrigin):
+        mm.ablate(mini, pixels, labels, classes, means, [SOME])
+
+
+def test_cumulative_parts_end_with_all_attention():
+    parts = cumulative_parts(3, 4)
+    assert [len(p.heads) for p in parts] == [4, 8, 12] and not any(p.mlps for p in parts)
+    assert set(parts[-1].heads) == {(n, h) for n in range(3) for h in range(4)}
