@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit_are_refused():
 def test_the_cache_avoids_running_the_model(monkeypatch):
     calls = []
 
-    def fake(place, device, *, local):
+    def fake(place, device, dtype, *, local):
         def embed(texts):
             calls.append(list(texts))
             return torch.tensor([[len(t), 1.0] for t in texts])

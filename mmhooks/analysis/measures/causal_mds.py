@@ -1,9 +1,9 @@
 """Causal dominance: what masking one feature does to finding the right text for an image, and the right image for a text.
 
 With unit texts t, the logit scale τ and an image embedding x, masking feature k subtracts ``f_k w_k`` from x, where f is
-its activation and w its direction. Then every cosine follows in closed form,
+its activation and w its direction. Then every cosine follows in closed form::
 
-    cos(x - f w, t) = (x·t - f w·t) / sqrt(|x|² - 2 f x·w + f² |w|²),
+    cos(x - f w, t) = (x·t - f w·t) / sqrt(|x|² - 2 f x·w + f² |w|²)
 
 so that no model and no full decoding is run: the cost is one row of logits per active feature of a query.
 """

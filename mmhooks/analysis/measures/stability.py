@@ -271,7 +271,7 @@ def _directions(head: Head) -> Float[Tensor, "n d"]:
 
 @torch.no_grad()
 def _correlations(
-    few: Head, many: Head, vectors: Sequence[Any], orders: Sequence[Int[Tensor, " r"]]
+    few: Head, many: Head, vectors: Sequence[Any], orders: Sequence[Int[Tensor, " _"]]
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
     """Pearson's r of all features of two heads over all vectors, and with the second head's over shuffled rows."""
     n, m = few.n_features, many.n_features

@@ -108,7 +108,7 @@ def accuracy_estimates(
 
 
 def worst_of_random(
-    trials: Sequence[Sequence[Bool[Tensor, " n"]]], groups: Int[Tensor, " m"]
+    trials: Sequence[Sequence[Bool[Tensor, " _"]]], groups: Int[Tensor, " m"]
 ) -> Float[Tensor, " draws"]:
     """Returns the worst group of all splits together, by draw of random heads."""
     return torch.tensor(
@@ -133,7 +133,7 @@ PRIMARIES = tuple(
 def measured(
     name: str,
     right: dict[str, Bool[Tensor, " n"]],
-    random: Sequence[Sequence[Bool[Tensor, " n"]]],
+    random: Sequence[Sequence[Bool[Tensor, " _"]]],
     groups: Int[Tensor, " n"],
     species: Int[Tensor, " n"],
     seed: int,
@@ -165,7 +165,7 @@ def _paired(value: float, drawn: Float[Tensor, " draws"], df: int, n: int) -> Me
 
 def decided(
     right: dict[str, Bool[Tensor, " n"]],
-    random: Sequence[Sequence[Bool[Tensor, " n"]]],
+    random: Sequence[Sequence[Bool[Tensor, " _"]]],
     groups: Int[Tensor, " n"],
     species: Int[Tensor, " n"],
     seed: int,

@@ -19,6 +19,7 @@ from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
 from mmhooks.studies.generation.verdicts import as_json, verdicts
+from mmhooks.utils.escape import markdown
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
 
@@ -141,7 +142,8 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert max(by["distortion"][1]["value"] for by in found["curves"].values()) > 0.005
         assert (tmp_path / f"grid-projected-{space.lower()}.png").stat().st_size > 1000
     page = (tmp_path / "index.html").read_text()
-    assert all(v["sentence"] in (tmp_path / "tables.md").read_text() for v in found["verdicts"].values())
+    tables = (tmp_path / "tables.md").read_text()
+    assert all(markdown(v["sentence"]) in tables for v in found["verdicts"].values())
     assert "Interpolation by modality" in page
 
 
