@@ -35,7 +35,8 @@ def load(
         name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"`` (embedded, no network), or any name of
             ``open_clip.list_models()``, or ``"hf-hub:…"``.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
-            checkpoint. None gives random weights, which open_clip itself warns about.
+            checkpoint, one of DeCLIP's own included (:mod:`mmhooks.models.clip.declip`: its embedding width, activation,
+            tokenizer and preprocessing come with it). None gives random weights, which open_clip itself warns about.
         precision: open_clip's: ``"fp32"``; ``"bf16"``, ``"fp16"`` (weights of linear and convolution layers);
             ``"pure_bf16"``, ``"pure_fp16"`` (all weights); ``"amp"``, ``"amp_bf16"`` (weights in fp32, run under
             ``torch.autocast``, which is how ``encode_image`` and ``encode_text`` of the hooked model run then).
@@ -50,6 +51,7 @@ def load(
     Raises:
         MissingWeights: the tag cannot be fetched or the file is not there.
         MMHooksError: no such model or tag; the message names near ones. A file of OpenAI's that would get GELU.
+        DamagedFile: a checkpoint of DeCLIP's with a key too many, too few or of another shape; names it.
 
     >>> model = load("mini")
     >>> model.encode_text(model.tokenizer(["a red panda"])).shape
@@ -101,6 +103,7 @@ def _open_clip(
     import open_clip
 
     from mmhooks.models.clip.activation import is_torchscript, quick_gelu_of, torchscript_weights
+    from mmhooks.models.clip.declip import is_declip, load_declip
 
     name = name.replace("/", "-") if not name.startswith(("hf-hub:", "local-dir:")) else name
     known = open_clip.list_models()
@@ -114,6 +117,13 @@ def _open_clip(
             f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
             f"close matches: {', '.join(near) or 'none'}"
         )
+    if ":" not in name and pretrained and is_declip(pretrained):
+        if activation not in (None, "quick_gelu"):
+            raise MMHooksError(
+                f"activation: expected QuickGELU, with which DeCLIP was trained ({pretrained}), got {activation!r}; leave "
+                "activation= out"
+            )
+        return load_declip(name, pretrained, precision=precision)
     tags = open_clip.list_pretrained_tags_by_model(name) if ":" not in name else []
     if pretrained and not Path(pretrained).exists() and ":" not in name and pretrained not in tags:
         raise MissingWeights(

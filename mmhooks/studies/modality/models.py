@@ -14,13 +14,20 @@ def load_clip(options: Options) -> Any:
 
 
 def load_declip(options: Options) -> Any:
-    """Loads the DeCLIP model: the embedded one for mini, else the user's checkpoint; None if there is none."""
+    """Loads the DeCLIP model: the embedded one for mini, else the user's checkpoint; None if there is none.
+
+    An official file is a ViT-B/32 whatever ``--model`` is; any other is a checkpoint of ``--model``'s class.
+    """
+    from mmhooks.models.clip.declip import is_declip
+
     name = options.declip
     if name == "auto":
         name = "mini-declip" if options.model == "mini" else ""
     if not name:
         return None
-    return _load(options, name) if name == "mini-declip" else _load(options, options.model, name)
+    if name == "mini-declip":
+        return _load(options, name)
+    return _load(options, "ViT-B-32" if is_declip(name) else options.model, name)
 
 
 def similarity_embeddings(pairs: Any, options: Options) -> dict[str, Any]:

@@ -25,7 +25,10 @@ from mmhooks.studies.common.options import (
 from mmhooks.studies.common.placement import AUTO
 
 Declip = Annotated[
-    str, typer.Option(help="DeCLIP: mini-declip, or a checkpoint of --model's class; '' leaves it out.")
+    str,
+    typer.Option(
+        help="DeCLIP: mini-declip, the official file, or a checkpoint of --model's class; '' leaves it out."
+    ),
 ]
 Ncl = Annotated[
     str | None, typer.Option(help="NCL head: name, directory, Hub id, or train; mini has its own.")
