@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 import mmhooks as mm
+from mmhooks.analysis.decomposition.contributions import decompose_batch
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.models.clip import declip
 from mmhooks.models.clip.declip import DeclipTokenizer, check_layout, declip_preprocess, is_declip
@@ -205,6 +206,13 @@ def test_the_bias_of_the_text_projection_is_at_text_embed(state: dict[str, Tenso
     with model.hooks(fwd_hooks=[("text.pooled", lambda x, **_: torch.zeros_like(x))]):
         assert torch.equal(model.encode_text(tokens), bias.expand(len(TEXTS), -1))
     assert torch.equal(model.encode_text(tokens), plain)
+
+
+def test_direct_contributions_add_up_with_the_bias(file: str) -> None:
+    model = load(file)
+    tokens = model.tokenizer(TEXTS)
+    parts = decompose_batch(model, tokens, tower="text")
+    torch.testing.assert_close(parts.total, model.encode_text(tokens).detach(), atol=2e-5, rtol=1e-4)
 
 
 def test_every_missing_surplus_and_misshapen_key_is_named(
