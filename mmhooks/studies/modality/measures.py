@@ -17,6 +17,7 @@ from mmhooks.analysis.measures.mds import GROUPS, Kind, MDSResult
 from mmhooks.analysis.measures.monosemanticity import textual_monosemanticity, visual_monosemanticity
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap, bootstrap_difference, bootstrap_spread
+from mmhooks.analysis.statistics.jackknife import GROUPS as GROUPS_LEFT_OUT
 from mmhooks.analysis.statistics.two_way import two_way
 from mmhooks.report import Estimate
 from mmhooks.studies.common.cards import TOP, FeatureExample, distinct_top_texts, top_rows
@@ -92,6 +93,7 @@ def measure_model(
     found = measured(s, embeddings, definition, seed)
     mds, sims = found.mds, found.embed_sim
     groups: dict[str, Any] = dict(zip(GROUPS, mds.groups, strict=True))
+    numbers = table_numbers(found, seed, draws)
     summary = {
         "n_features": len(mds.R),
         "alive": int((~mds.dead).sum()),
@@ -100,9 +102,9 @@ def measure_model(
         "kind": s.kind(definition.activation),
         "families": found.settings["families"],
         "head": "" if s.head is None else s.head.id,
-        **table_numbers(found, seed, draws),
-        "mds": _scores(found, _disjoint_scores(s, heldout, definition), seed),
-        "embed_sim": {k: v.estimate.to_json() for k, v in sims.items()}
+        **numbers,
+        "mds": numbers["mds"] | _scores(mds, _disjoint_scores(s, heldout, definition)),
+        "embed_sim": numbers["embed_sim"]
         | {
             "excluded": {k: v.excluded for k, v in sims.items()},
             "compared": {k: v.pairs_compared for k, v in sims.items()},
@@ -124,18 +126,17 @@ def measure_model(
 def table_numbers(found: Measures, seed: int, draws: int = 60) -> dict[str, Any]:
     """Returns the numbers of Tables 1 and 2 and Figure 1 as JSON, as the statements of the paper read them."""
     groups: dict[str, mm.FeatureSet] = dict(zip(GROUPS, found.mds.groups, strict=True))
+    spread = bootstrap_spread(found.mds.R[found.mds.alive], seed=seed)
     return {
         "embed_sim": {k: v.estimate.to_json() for k, v in found.embed_sim.items()},
         "win_rate": {k: v.estimate.to_json() for k, v in found.win_rate.items()}
         | {"gap": _win_gap(found, seed).to_json()},
         "monosemanticity": _monosemanticity(found, groups, seed, draws),
-        "mds": {"mu": found.mds.mu_estimate.to_json(), "sigma": _sigma(found, seed).to_json()},
+        "mds": {
+            "mu": found.mds.mu_estimate.to_json(),
+            "sigma": over_families(spread, found, "MDS sigma").to_json(),
+        },
     }
-
-
-def _sigma(found: Measures, seed: int) -> Estimate:
-    spread = bootstrap_spread(found.mds.R[found.mds.alive], seed=seed)
-    return over_families(spread, found, "MDS sigma")
 
 
 def _disjoint_scores(
@@ -152,12 +153,9 @@ def _disjoint_scores(
     return one, other
 
 
-def _scores(found: Measures, disjoint: tuple[MDSResult, MDSResult], seed: int) -> dict[str, Any]:
-    """Returns the scores of all features, mean and spread of the alive ones, and their correlation with two controls."""
-    mds = found.mds
+def _scores(mds: MDSResult, disjoint: tuple[MDSResult, MDSResult]) -> dict[str, Any]:
+    """Returns the scores of all features, and their correlation with two controls."""
     return {
-        "mu": mds.mu_estimate.to_json(),
-        "sigma": _sigma(found, seed).to_json(),
         "scores": [None if math.isnan(x) else round(x, 6) for x in mds.R.tolist()],
         "ratio_of_means": finite(mds.ratio_of_means[~mds.dead].mean()),
         "shuffled_r": finite(mds.shuffled_r),
@@ -168,7 +166,7 @@ def _scores(found: Measures, disjoint: tuple[MDSResult, MDSResult], seed: int) -
 def over_families(e: Estimate, found: Measures, what: str) -> Estimate:
     """Widens an interval over features by what the estimate varies over families; unchanged without families."""
     error = found.family_errors.get(what)
-    return e if error is None else two_way(e, error)
+    return e if error is None else two_way(e, error, groups=min(GROUPS_LEFT_OUT, found.settings["families"]))
 
 
 def _win_gap(found: Measures, seed: int) -> Estimate:
