@@ -8,7 +8,6 @@ Prints the sentence of docs/results.md.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from mmhooks.studies.adversarial.defence import DEFENCES
 from mmhooks.studies.adversarial.paper import claims
 from mmhooks.studies.adversarial.tables import PAPER, ROWS, calibration_table, cell, format_p, label_of
 from mmhooks.studies.common.write import VERDICTS
-from publish.marked_block import fill
+from publish.marked_block import command, fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,11 +48,6 @@ def block(results: Mapping[str, Any]) -> str:
         "\n".join(f"- **{VERDICTS[v]}**: {claim}. {measured}" for v, claim, measured in claims(results))
     )
     return "\n\n".join(lines)
-
-
-def command(results: Mapping[str, Any]) -> str:
-    """Returns the command of the run without ``--out``."""
-    return re.sub(r" --out[ =]\S+", "", results["settings"]["command"])
 
 
 def success(results: Mapping[str, Any]) -> Table:

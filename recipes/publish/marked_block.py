@@ -1,9 +1,11 @@
-"""The generated part of a docs page: the block between its two markers."""
+"""The generated part of a docs page: the block between its two markers, and the command that it names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmhooks.utils.files import write_text
 
@@ -17,3 +19,8 @@ def fill(page: Path, block: str) -> bool:
         return False
     write_text(page, filled)
     return True
+
+
+def command(results: Mapping[str, Any]) -> str:
+    """Returns the command of the run without ``--out``."""
+    return re.sub(r" --out[ =]\S+", "", results["settings"]["command"])

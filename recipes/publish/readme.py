@@ -19,7 +19,7 @@ from mmhooks.studies.modality.cross_modal import cross_modal_table
 from mmhooks.studies.modality.definitions import verdict_table
 from mmhooks.studies.modality.seeds import seed_numbers_table, seed_table
 from mmhooks.studies.modality.tables import control_table, mask_table, measured_models, table1, table2
-from publish.marked_block import fill
+from publish.marked_block import command, fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def block(results: dict[str, Any], cards: dict[str, Any]) -> str:
     same = sum(c.verdict == "same" for c in found)
     differs = [c for c in found if c.verdict == "differs"]
     lines = [
-        f"{data['n']:,} pairs of {data['name']}, {data['heldout']:,} of them held out from every training. "
+        f"`{command(results)}`: {data['n']:,} pairs of {data['name']}, {data['heldout']:,} of them held out from every training. "
         f"This run took {format_duration(env['seconds'])} and {env['peak_memory_gb']:.1f} GB at most ({env['threads']} threads)."
     ]
     retrieval = _retrieval(cards)
