@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmhooks.data.splits import concept_key
 from mmhooks.errors import DataError, NotFinite, OutOfRange
+from mmhooks.utils.indexing import number_labels
 from mmhooks.utils.progress import track
 
 NEAR_DUPLICATE = 0.93  # cosine from which two samples count as one; docs/measures.md says how it was chosen
@@ -60,12 +61,6 @@ def drawing_family(name: str) -> str:
     """
     bare = re.sub(r"\b(woman|man|person|facing right)\b", " ", concept_key(name))
     return " ".join(bare.split()) or "person"
-
-
-def number_labels(labels: Any) -> Int[Tensor, " n"]:
-    """Numbers labels of any kind in order of first appearance; equal labels get equal numbers."""
-    known: dict[Any, int] = {}
-    return torch.tensor([known.setdefault(label, len(known)) for label in labels], dtype=torch.long)
 
 
 def near_duplicates(

@@ -112,6 +112,16 @@ def one_place(given: Any, n: int, what: str) -> int:
     return _only(as_places(given, n, what), what)
 
 
+def number_labels(labels: Iterable[Any]) -> Int[Tensor, " n"]:
+    """Numbers labels of any kind in order of first appearance; equal labels get equal numbers.
+
+    >>> number_labels(["farmer", "cook", "farmer"])
+    tensor([0, 1, 0])
+    """
+    known: dict[Any, int] = {}
+    return torch.tensor([known.setdefault(label, len(known)) for label in labels], dtype=torch.long)
+
+
 def _only(index: Int[Tensor, " m"], what: str) -> int:
     if len(index) != 1:
         raise ShapeMismatch(f"{what}: expected one number, got {len(index)}")

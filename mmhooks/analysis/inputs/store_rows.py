@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmhooks.analysis.inputs.checks import check_numbers, check_shapes
 from mmhooks.analysis.inputs.sparse import Latents
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
@@ -113,6 +114,62 @@ def latent_rows(
         site = str(found[0])
     rows = site_rows(store, site)
     return LatentRows(rows, None, rows.shape[1], site)
+
+
+@dataclass(frozen=True)
+class PairedLatents:
+    """The latents of both sides of the same pairs, given as tables or read from a store a slice at a time.
+
+    Attributes:
+        reads: what of them is read from a store, for :func:`row_batches`. head, data: their names, as results keep them.
+    """
+
+    images: Any
+    texts: Any
+    n_features: int
+    reads: Sequence[LatentRows]
+    head: str
+    data: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def paired_latents(
+    image_latents: Latents | ActivationStore,
+    text_latents: Latents | None,
+    *,
+    head: Head | str | None = None,
+    data: str = "",
+    image: str | None = None,
+    text: str | None = None,
+) -> PairedLatents:
+    """Returns both sides of the same pairs: two tables as they are, or those of ``head`` over a store.
+
+    Raises:
+        ShapeMismatch: only one table, tables of two shapes, or neither a table nor a store; else as :func:`latent_rows`.
+    """
+    name = head.id if isinstance(head, Head) else head or ""
+    images: Any = image_latents
+    texts: Any = text_latents
+    reads: list[LatentRows] = []
+    if not isinstance(image_latents, (Tensor, SparseRows)):
+        check_store(image_latents)
+        images = latent_rows(image_latents, "image", head, image)
+        texts = latent_rows(image_latents, "text", head, text)
+        reads, data = [images, texts], data or data_id(image_latents)
+        name = name or images.site
+    else:
+        if text_latents is None:
+            raise ShapeMismatch(
+                "expected image and text latents, got only image latents: give both sides, or a store"
+            )
+        for side, given in (("image", image_latents), ("text", text_latents)):
+            if not isinstance(given, SparseRows):
+                check_numbers(given, f"{side} latents")
+        check_shapes(tuple(image_latents.shape), tuple(text_latents.shape))
+    n_features = images.n_features if reads else images.shape[1]
+    return PairedLatents(images, texts, n_features, reads, name, data)
 
 
 def _stored_latents(rows: Any, site: str, head: Head) -> LatentRows:

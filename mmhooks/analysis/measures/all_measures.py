@@ -42,9 +42,9 @@ from mmhooks.analysis.measures.top_activating import TopActivating, TopSamples, 
 from mmhooks.analysis.measures.win_rate import WinRateResult
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest
-from mmhooks.analysis.statistics.jackknife import JackknifeGroups
-from mmhooks.analysis.statistics.two_way import GROUPS as GROUPS_LEFT_OUT
-from mmhooks.analysis.statistics.two_way import family_groups, jackknife_error, two_way
+from mmhooks.analysis.statistics.jackknife import GROUPS as GROUPS_LEFT_OUT
+from mmhooks.analysis.statistics.jackknife import JackknifeGroups, jackknife_error
+from mmhooks.analysis.statistics.two_way import family_groups, two_way
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head

@@ -25,19 +25,16 @@ from mmhooks.analysis.inputs.sparse import Latents, check_latents
 from mmhooks.analysis.inputs.store_rows import (
     BATCH,
     ActivationStore,
-    check_store,
-    data_id,
-    latent_rows,
+    paired_latents,
     row_batches,
 )
 from mmhooks.analysis.measures.mds import GROUPS, KINDS, Kind, activation
 from mmhooks.analysis.measures.stability import Stability
 from mmhooks.analysis.results import Records, Result
-from mmhooks.analysis.statistics.resampling import cluster_numbers
-from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.hooks.features import FeatureSet
+from mmhooks.utils.indexing import number_labels
 
 Rule = Literal["sigma", "thirds"]
 """``mu ± sigma`` over the alive features of each resample (the paper's), or ``R > 2/3``, ``R < 1/3`` and between."""
@@ -145,35 +142,17 @@ def membership(
     >>> [list(group) for group in found.groups(at_least=0.9)]
     [[0], [1], [2]]
     """
-    numbers = families if isinstance(families, Tensor) else cluster_numbers(list(families))
-    if isinstance(image_latents, (Tensor, SparseRows)):
-        if text_latents is None:
-            raise ShapeMismatch(
-                "expected image and text latents, got only image latents: give both sides, or a store"
-            )
-        images: Any = image_latents
-        texts: Any = text_latents
-        n_features, reads = image_latents.shape[1], []
-        name = head.id if isinstance(head, Head) else head
-    else:
-        check_store(image_latents)
-        images, texts = (
-            latent_rows(image_latents, "image", head, image),
-            latent_rows(image_latents, "text", head, text),
-        )
-        n_features, reads = images.n_features, [images, texts]
-        name, data = head.id if isinstance(head, Head) else images.site, data or data_id(image_latents)
-    rows = len(images)
+    numbers = families if isinstance(families, Tensor) else number_labels(list(families))
+    sides = paired_latents(image_latents, text_latents, head=head, data=data, image=image, text=text)
+    rows = len(sides)
     if not rows or numbers.shape != (rows,):
         raise ShapeMismatch(
             f"membership: expected at least one pair and one family per pair, got {rows} pairs and {len(numbers)} labels"
         )
-    if len(texts) != rows:
-        raise ShapeMismatch(f"expected two sides of the same pairs, got {rows} images and {len(texts)} texts")
-    metric = GroupMembership(n_features, rule=rule, kind=kind, draws=draws, seed=seed)
-    for _, begin, end in row_batches(rows, BATCH, "membership", reads=reads, progress=progress):
-        metric.update(images[begin:end], texts[begin:end], numbers[begin:end])
-    return replace(metric.result(), head=name, data=data)
+    metric = GroupMembership(sides.n_features, rule=rule, kind=kind, draws=draws, seed=seed)
+    for _, begin, end in row_batches(rows, BATCH, "membership", reads=sides.reads, progress=progress):
+        metric.update(sides.images[begin:end], sides.texts[begin:end], numbers[begin:end])
+    return replace(metric.result(), head=sides.head, data=sides.data)
 
 
 def over_seeds(own: Membership, others: Sequence[tuple[Membership, Stability]]) -> Membership:

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmhooks.analysis.inputs.checks import check_numbers, check_shapes
 from mmhooks.analysis.inputs.sparse import Latents, check_latents, to_float32
-from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, check_store, latent_rows, row_batches
+from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, paired_latents, row_batches
 from mmhooks.analysis.measures.samples import one_per_family
 from mmhooks.analysis.measures.top_activating import check_families
 from mmhooks.analysis.results import Records, Result
@@ -103,28 +102,16 @@ def pairing(
     >>> found.lift.tolist(), found.p[0].item() < 0.005
     ([2.0, 1.0], True)
     """
-    if isinstance(image_latents, (Tensor, SparseRows)):
-        if text_latents is None:
-            raise ShapeMismatch("pairing: expected image and text latents, got only image latents: give both")
-        images, texts = image_latents, text_latents
-        for side, given in (("image", images), ("text", texts)):
-            if not isinstance(given, SparseRows):
-                check_numbers(given, f"{side} latents")
-        check_shapes(tuple(images.shape), tuple(texts.shape))
-        n, width = images.shape
-    else:
-        check_store(image_latents)
-        images = latent_rows(image_latents, "image", head, image)
-        texts = latent_rows(image_latents, "text", head, text)
-        n, width = len(images), images.n_features
+    sides = paired_latents(image_latents, text_latents, head=head, image=image, text=text)
+    n = len(sides)
     check_families(families, n)
     rows = one_per_family(families, n, seed)
     if len(rows) < 2:
         raise ShapeMismatch(f"pairing: expected at least 2 pairs of different families, got {len(rows)}")
-    sums = _Sums(width)
+    sums = _Sums(sides.n_features)
     for _, begin, end in row_batches(len(rows), BATCH, "pairing", progress=progress):
         chosen = rows[begin:end]
-        sums.add(images[chosen], texts[chosen], begin)
+        sums.add(sides.images[chosen], sides.texts[chosen], begin)
     return sums.result(len(rows))
 
 

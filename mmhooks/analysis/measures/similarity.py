@@ -21,7 +21,8 @@ from mmhooks.analysis.measures.samples import Samples, mean_cosine, random_sampl
 from mmhooks.analysis.measures.top_activating import TopActivating
 from mmhooks.analysis.measures.win_rate import WinRateResult, win_rate_of
 from mmhooks.analysis.statistics.hypothesis_tests import PermutationTest, permutation_test
-from mmhooks.analysis.statistics.two_way import jackknife_error, two_way
+from mmhooks.analysis.statistics.jackknife import jackknife_error
+from mmhooks.analysis.statistics.two_way import two_way
 
 # Random samples of WinRate while groups are left out: their 130,816 pairs are sorted once per group and side.
 FEW = 512

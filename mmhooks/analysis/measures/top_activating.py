@@ -329,8 +329,10 @@ class TopSamples(Metric):
         chosen[new, 2] = -1.0 if family is None else family[fresh]
         if vectors is not None:
             chosen[new, VECTOR:] = vectors.detach().cpu().double()[row[fresh]]
-        # Fewer may be left of a feature than before, where a stronger sample of a listed family came.
-        best[touched] = self._defaults["best"][touched].to(best)
+        if (
+            family is not None
+        ):  # fewer may be left than before, where a stronger sample of a listed family came
+            best[touched] = self._defaults["best"][touched].to(best)
         best[owner, rank] = chosen
         self.best = best.to(self.best.device)
 

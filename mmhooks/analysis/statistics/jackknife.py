@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torchmetrics import Metric
 
 from mmhooks.analysis.results import Estimate
@@ -20,6 +22,16 @@ from mmhooks.errors import ShapeMismatch
 
 M = TypeVar("M", bound=Metric)
 GROUPS = 20
+
+
+def jackknife_error(left_out: Float[Tensor, "groups k"]) -> Float[Tensor, " k"]:
+    """Computes the standard error of k statistics from their values with each group left out (delete-a-group jackknife).
+
+    >>> jackknife_error(torch.tensor([[1.0], [3.0]], dtype=torch.float64)).item()  # of a mean of 2 numbers, 1 apart
+    1.0
+    """
+    groups = len(left_out)
+    return ((groups - 1) / groups * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
 
 
 class JackknifeGroups(Generic[M]):
@@ -81,8 +93,7 @@ class JackknifeGroups(Generic[M]):
             dtype=torch.float64,
         )
         groups = len(parts)
-        error = ((groups - 1) / groups * (without - without.mean(0)).square().sum(0)).sqrt()
-        half = (float(t.ppf(0.5 + level / 2, groups - 1)) * error).tolist()
+        half = (float(t.ppf(0.5 + level / 2, groups - 1)) * jackknife_error(without)).tolist()
         return [Estimate(float(v), v - h, v + h, n, level) for v, h in zip(values, half, strict=True)]
 
     def _over_processes(self) -> list[M]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmhooks.analysis.results import Estimate
 from mmhooks.analysis.statistics.equivalence import ClusteredMean
+from mmhooks.analysis.statistics.jackknife import jackknife_error
 
 
 def leave_one_cluster_out(
@@ -39,6 +40,6 @@ def leave_one_cluster_out(
     c = len(left)
     if c < 2 or math.isnan(value):
         return ClusteredMean(Estimate(value, math.nan, math.nan, n, level), math.nan, max(0, c - 1))
-    error = math.sqrt((c - 1) / c * float((left - left.mean()).square().sum()))
+    error = jackknife_error(left[:, None]).item()
     half = float(t.ppf(0.5 + level / 2, c - 1)) * error
     return ClusteredMean(Estimate(value, value - half, value + half, n, level), error, c - 1)

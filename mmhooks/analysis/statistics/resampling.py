@@ -41,16 +41,6 @@ class PairedTest(Result):
         )  # fmt: skip
 
 
-def cluster_numbers(names: Sequence[object]) -> Int[Tensor, " n"]:
-    """Numbers the names in order of first appearance; equal names get equal numbers.
-
-    >>> cluster_numbers(["farmer", "cook", "farmer"])
-    tensor([0, 1, 0])
-    """
-    known: dict[object, int] = {}
-    return torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.long)
-
-
 def resampled_sums(
     columns: Float[Tensor, "n m"],
     clusters: Int[Tensor, " n2"] | None = None,

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mmhooks.analysis.results import Estimate
+from mmhooks.analysis.statistics.jackknife import GROUPS
 from mmhooks.errors import ShapeMismatch
-
-GROUPS = 20
 
 
 def family_groups(families: Int[Tensor, " n"], *, groups: int = GROUPS, seed: int = 0) -> Int[Tensor, " n"]:
@@ -37,16 +36,6 @@ def family_groups(families: Int[Tensor, " n"], *, groups: int = GROUPS, seed: in
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return (order % groups)[which]
-
-
-def jackknife_error(left_out: Float[Tensor, "groups k"]) -> Float[Tensor, " k"]:
-    """Computes the standard error of k statistics from their values with each group left out (delete-a-group jackknife).
-
-    >>> jackknife_error(torch.tensor([[1.0], [3.0]], dtype=torch.float64)).item()  # of a mean of 2 numbers, 1 apart
-    1.0
-    """
-    groups = len(left_out)
-    return ((groups - 1) / groups * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
 
 
 def two_way(over_features: Estimate, error: float, *, groups: int = GROUPS) -> Estimate:

@@ -19,13 +19,14 @@ from mmhooks.analysis.statistics.equivalence import clustered_mean
 from mmhooks.analysis.statistics.power import detectable_mean
 from mmhooks.analysis.statistics.primaries import Measured, Primary, decide
 from mmhooks.analysis.statistics.repeated import repeated_difference, repeated_rate
-from mmhooks.analysis.statistics.resampling import bootstrap_ratio, cluster_numbers
+from mmhooks.analysis.statistics.resampling import bootstrap_ratio
 from mmhooks.studies.adversarial.defence import DefendedImages
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import HARMFUL, TYPED, Samples
 from mmhooks.studies.common.encode import encode, unit
 from mmhooks.studies.common.heads import load_or_train_head
 from mmhooks.utils.digest import digest
+from mmhooks.utils.indexing import number_labels
 
 # The paper's statements: each group defends better than random features, and TextD best, then CrossD, then ImgD.
 PRIMARIES = {
@@ -113,7 +114,7 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
     hits = {c: torch.tensor(h) for c, h in evaluation.rates.items()}
     triggers = {"all triggers": list(range(len(s)))} | {t: s.rows(t) for t in dict.fromkeys(s.trigger)}
     strong = {c: torch.tensor([h]) for c, h in evaluation.strong.items()}
-    drawings = cluster_numbers(s.base_name)  # samples on one drawing are one piece of evidence
+    drawings = number_labels(s.base_name)  # samples on one drawing are one piece of evidence
     return {
         "victim": evaluation.victim.name,
         "judge": evaluation.judge.name,

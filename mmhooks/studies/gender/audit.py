@@ -12,9 +12,10 @@ from torch import Tensor
 from mmhooks.analysis.interventions.masked_classification import CosineLabels, classified
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.analysis.results import Estimate, plain
-from mmhooks.analysis.statistics.resampling import bootstrap_ratio, cluster_numbers, paired_test
+from mmhooks.analysis.statistics.resampling import bootstrap_ratio, paired_test
 from mmhooks.studies.gender.masking import SIDES, Inputs, Setting, Split, summary_of
 from mmhooks.studies.gender.samples import TONES, Sample
+from mmhooks.utils.indexing import number_labels
 
 
 def audit(setting: Setting, inputs: Inputs, people: Sequence[Sample], *, seed: int) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def skin_tone_masking(
     if len({y for _, y in chosen}) < 2:
         return None
     rows, y = torch.tensor([s.row for s, _ in chosen]), torch.tensor([y for _, y in chosen])
-    families, judge = cluster_numbers([s.family for s, _ in chosen]), CosineLabels(words, inputs.scale)
+    families, judge = number_labels([s.family for s, _ in chosen]), CosineLabels(words, inputs.scale)
     out: dict[str, Any] = {"classes": ["light", "dark"], "n": len(chosen)}
     for side in SIDES:
         samples = inputs.masked(setting, side, rows)

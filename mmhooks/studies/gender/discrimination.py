@@ -25,8 +25,8 @@ from mmhooks.analysis.statistics.leave_out import leave_one_cluster_out
 from mmhooks.analysis.statistics.measured import against_many_sets
 from mmhooks.analysis.statistics.power import detectable_mean
 from mmhooks.analysis.statistics.primaries import Measured, Primary, decide, verdict_text
-from mmhooks.analysis.statistics.resampling import cluster_numbers
 from mmhooks.errors import ShapeMismatch
+from mmhooks.utils.indexing import number_labels
 
 MEASURES = {
     "own": "own gender's probability",
@@ -65,7 +65,7 @@ class Arm:
     def of(
         cls, name: str, side: str, head: Any, x: Float[Tensor, "n d"], y: Int[Tensor, " n"], families: Sequence[Any]
     ) -> Arm:  # fmt: skip
-        return cls(name, side, Masked(head, x), y, cluster_numbers(list(families)))
+        return cls(name, side, Masked(head, x), y, number_labels(list(families)))
 
 
 def auc(score: np.ndarray, y: np.ndarray) -> float:

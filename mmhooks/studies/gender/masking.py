@@ -27,13 +27,13 @@ from mmhooks.analysis.statistics.intervals import from_draws
 from mmhooks.analysis.statistics.resampling import (
     beyond_random,
     bootstrap_ratio,
-    cluster_numbers,
     paired_test,
     resampled_sums,
 )
 from mmhooks.studies.common.encode import Encoded, batches
 from mmhooks.studies.common.placement import on_device_of
 from mmhooks.studies.gender.samples import CLASSES, Sample
+from mmhooks.utils.indexing import number_labels
 
 SIDES = ("image", "text")
 LABELS = ("prompt", "centroid", "probe")
@@ -64,7 +64,7 @@ class Split:
         return cls(
             torch.tensor([s.row for s in samples], dtype=torch.long),
             torch.tensor(labels, dtype=torch.long),
-            cluster_numbers([s.family for s in samples]),
+            number_labels([s.family for s in samples]),
         )
 
 

@@ -17,6 +17,7 @@ from mmhooks.report import Cell, Table, fixed, percent
 from mmhooks.studies.common.encode import SIDES, SITES
 from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.modality.measures import StudyModel, finite
+from mmhooks.utils.indexing import number_labels
 
 CAUSAL_PAIRS = 2000  # pairs of different families among which causal MDS retrieves
 
@@ -31,8 +32,7 @@ def pairing_effects(
     """
     rows = one_per_family(families, len(families), seed)
     chosen = torch.tensor(sample_rows(rows.tolist(), most, seed))
-    known: dict[str, int] = {}
-    same = torch.tensor([known.setdefault(texts[i], len(known)) for i in chosen.tolist()])
+    same = number_labels(texts[i] for i in chosen.tolist())
     scale = float(s.encoded.model.model.logit_scale.detach().exp())
     image, text = (s.encoded.vectors(side, chosen) for side in SIDES)
     causal = mm.causal_mds(image, text, s.head, logit_scale=scale, same=same, seed=seed)

@@ -15,6 +15,7 @@ from mmhooks.report import Estimate
 from mmhooks.studies.common.encode import batches, unit
 from mmhooks.studies.common.placement import on_device_of
 from mmhooks.studies.modality.measures import StudyModel
+from mmhooks.utils.indexing import number_labels
 
 KS = (1, 5, 10)
 BothSides = tuple[Tensor, Tensor]
@@ -122,7 +123,7 @@ def masking_effects(
         for group, members in zip(GROUPS, mds.groups, strict=True):
             hand = tuple(masked_by_hand(s, x[i], f[i], members) for i in (0, 1))
             worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found[group], hand, strict=True)))
-    same = text_numbers([pairs.texts[i] for i in rows])
+    same = number_labels([pairs.texts[i] for i in rows])
     right = same[:, None] == same
     first = scores(before, same)
     base = estimates(first)
@@ -177,12 +178,6 @@ def first_rank_rate(
     cosines = unit(image) @ unit(text).T
     wrong = cosines.masked_fill(right, -torch.inf).amax(1)
     return float((cosines.masked_fill_(~right, -torch.inf).amax(1) > wrong).float().mean())
-
-
-def text_numbers(texts: Sequence[str]) -> Tensor:
-    """Numbers the texts; equal texts get equal numbers."""
-    known: dict[str, int] = {}
-    return torch.tensor([known.setdefault(t, len(known)) for t in texts])
 
 
 def estimates(result: Any) -> dict[str, Estimate]:

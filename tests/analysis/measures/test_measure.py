@@ -26,7 +26,8 @@ from mmhooks.analysis.measures.monosemanticity import monosemanticity
 from mmhooks.analysis.measures.samples import one_per_family, random_pool
 from mmhooks.analysis.measures.win_rate import WinRate
 from mmhooks.analysis.statistics.hypothesis_tests import benjamini_hochberg, permutation_test
-from mmhooks.analysis.statistics.two_way import GROUPS, family_groups
+from mmhooks.analysis.statistics.jackknife import GROUPS
+from mmhooks.analysis.statistics.two_way import family_groups
 from mmhooks.cli import app
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch, UnknownSite, WrongHead

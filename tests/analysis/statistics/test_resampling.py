@@ -15,11 +15,11 @@ from scipy.stats import bootstrap as scipy_bootstrap
 from mmhooks.analysis.statistics.resampling import (
     beyond_random,
     bootstrap_ratio,
-    cluster_numbers,
     paired_test,
     resampled_sums,
 )
 from mmhooks.errors import NotFinite, ShapeMismatch
+from mmhooks.utils.indexing import number_labels
 
 
 def test_without_clusters_it_is_the_ordinary_bootstrap() -> None:
@@ -95,4 +95,4 @@ def test_errors_have_numbers_and_small_samples_no_interval() -> None:
     with pytest.raises(ShapeMismatch, match="got 2 and 1"):
         paired_test(torch.zeros(2), torch.zeros(1))
     assert math.isnan(bootstrap_ratio(torch.ones(4), None, torch.zeros(4, dtype=torch.long)).low)
-    assert cluster_numbers(list("abca")).tolist() == [0, 1, 2, 0]
+    assert number_labels(list("abca")).tolist() == [0, 1, 2, 0]

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import binom
 
 from mmhooks.analysis.results import Estimate
-from mmhooks.analysis.statistics.two_way import GROUPS, family_groups, jackknife_error, two_way
+from mmhooks.analysis.statistics.jackknife import GROUPS, jackknife_error
+from mmhooks.analysis.statistics.two_way import family_groups, two_way
 from mmhooks.errors import ShapeMismatch
 
 

@@ -26,6 +26,7 @@ from mmhooks.studies.modality import measures as modality_study
 from mmhooks.studies.modality import seeds
 from mmhooks.studies.modality import study as modality
 from mmhooks.studies.modality.seeds import seed_table
+from mmhooks.utils.indexing import number_labels
 
 N = 60
 EVIL = '<img src=x onerror="alert(1)"> a | b $x$'
@@ -212,7 +213,7 @@ def test_by_hand_is_the_written_formula() -> None:
 @pytest.mark.parametrize("words", [["a"] * 9, list("abcdefghi"), list("aabbcdefg")])
 def test_first_hits_is_retrievals_first_rank(words: list[str]) -> None:
     torch.manual_seed(3)
-    same = modality_mask.text_numbers(words)
+    same = number_labels(words)
     for noise in (0.1, 1.0):
         image = torch.randn(9, 4)
         text = image + noise * torch.randn(9, 4)
