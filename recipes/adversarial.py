@@ -8,7 +8,7 @@ only compliance is scored.
 
     python recipes/adversarial.py --out runs/adversarial
     python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
-    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek-chat
+    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek
 """
 
 from mmhooks.studies.adversarial.study import app

@@ -13,8 +13,8 @@ Dtype = torch.dtype | str | Mapping[str, Any]
 Device = str | torch.device
 
 
-def take_dtype(dtype: Dtype | None, options: dict[str, Any]) -> Dtype:
-    """The type of the weights that was asked for as ``dtype=`` or as ``torch_dtype=``, fp32 where neither was given.
+def take_dtype(dtype: Dtype | None, options: dict[str, Any], default: Dtype = torch.float32) -> Dtype:
+    """The type of the weights that was asked for as ``dtype=`` or as ``torch_dtype=``, ``default`` where neither was given.
 
     ``torch_dtype`` is transformers' and diffusers' older name; it is taken out of ``options``.
 
@@ -36,7 +36,7 @@ def take_dtype(dtype: Dtype | None, options: dict[str, Any]) -> Dtype:
             f"expected one type of weights, got dtype={named[0]} and torch_dtype={named[1]}, which name the same "
             "option; give dtype= alone"
         )
-    return named[0] if named else torch.float32
+    return named[0] if named else default
 
 
 def plain_dtype(dtype: Dtype, what: str) -> torch.dtype:

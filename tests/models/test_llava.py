@@ -1,12 +1,16 @@
 """LLaVA: the converted tower is the tower; a LLaVA-1.5-shaped checkpoint by path; what the embedded one does."""
 
+import json
+import math
+import shutil
+
 import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
+from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning, ShapeMismatch
 from mmhooks.models.embedded import mini, mini_llava
-from mmhooks.models.vlm.llava import PROMPT, load_llava
+from mmhooks.models.vlm.llava import ANSWER_TOKENS, MINI_TOKENS, PROMPT, load_llava
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -104,6 +108,121 @@ def test_a_llava_1_5_checkpoint_is_loaded_by_path_with_its_own_processor(tmp_pat
     assert int((inputs["input_ids"] == 4).sum()) == 4
     ids = llava.model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert llava.processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip() == together[0]
+
+
+def published_name(name):
+    """A weight's name in the files of llava-hf/llava-1.5-7b-hf, where each part is a model of its own."""
+    for ours, theirs in (
+        ("lm_head.", "language_model.lm_head."),
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ):
+        if name.startswith(ours):
+            return name.replace(ours, theirs, 1)
+    raise AssertionError(name)
+
+
+def publish_config(folder, dtype):
+    """config.json with the type of weights as transformers 4 wrote it, in one place and by its older name."""
+    plan = json.loads((folder / "config.json").read_text())
+    for part in (plan, plan["text_config"], plan["vision_config"]):
+        part.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(plan | {"torch_dtype": dtype}))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava-fp32")
+    llava_1_5(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_published_checkpoint_keeps_its_type_and_all_its_weights(whole, tmp_path, dtype):
+    from safetensors.torch import save_file
+
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    publish_config(tmp_path, dtype)
+    weights = load_llava(whole).model.state_dict()
+    half = {published_name(k): v.to(getattr(torch, dtype)) for k, v in weights.items()}
+    save_file(half, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    llava = load_llava(tmp_path)
+    state = llava.model.state_dict()
+    assert state.keys() == weights.keys() and all(
+        torch.equal(state[k], v.to(getattr(torch, dtype))) for k, v in weights.items()
+    )
+    assert llava.answer_tokens == ANSWER_TOKENS > MINI_TOKENS
+    assert len(llava.generate(torch.rand(2, 3, 40, 50), "what is this ?", max_new_tokens=3).texts) == 2
+    assert load_llava(tmp_path, dtype=torch.float32).model.dtype == torch.float32
+    lost = "language_model.model.layers.1.mlp.up_proj.weight"
+    del half[lost]
+    save_file(half, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingWeights, match=r"lacks 1 weights of its own configuration, such as .*up_proj"):
+        load_llava(tmp_path)
+
+
+def sparse_shard(path, shapes):
+    """A safetensors file of fp16 zeros that takes no room on the disk: its data are a hole."""
+    header, size = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = size + 2 * math.prod(shape)
+        header[name], size = {"dtype": "F16", "shape": list(shape), "data_offsets": [size, end]}, end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+
+
+def test_llava_1_5_7b_takes_14_gb_in_its_published_layout(whole, tmp_path):
+    """At full width and depth, in three shards, on the meta device: names, shapes and type of every weight."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sparse_shard(tmp_path / "probe", {"x": (2**21,)})
+    if (tmp_path / "probe").stat().st_blocks * 512 > 2**21:
+        pytest.skip("this file system has no holes: three shards would take 14 GB of disk")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                       num_attention_heads=32, max_position_embeddings=4096)  # fmt: skip
+    plan = LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, image_seq_length=576)
+    plan.save_pretrained(tmp_path)
+    publish_config(tmp_path, "float16")
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in LlavaForConditionalGeneration(plan).state_dict().items()}
+    names = list(shapes)
+    files = {k: f"model-0000{1 + 3 * i // len(names)}-of-00003.safetensors" for i, k in enumerate(names)}
+    for file in set(files.values()):
+        sparse_shard(tmp_path / file, {published_name(k): shapes[k] for k in names if files[k] == file})
+    index = {"metadata": {}, "weight_map": {published_name(k): file for k, file in files.items()}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    llava = load_llava(tmp_path, device_map={"": "meta"})
+    assert {k: v.shape for k, v in llava.model.state_dict().items()} == shapes
+    weights = list(llava.model.parameters())
+    assert {(p.dtype, p.device.type) for p in weights} == {(torch.float16, "meta")}
+    assert sum(p.numel() for p in weights) == 7_063_427_072
+    assert 14.1e9 < sum(p.nbytes for p in weights) < 14.2e9
+
+
+def test_an_answer_that_is_cut_is_told(whole):
+    llava, pictures = load_llava(whole), torch.rand(3, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(MMHooksWarning, match=r"3 of 3 answers of .* were cut at 2 new tokens"):
+        llava.answer(pictures, "what is this ?", max_new_tokens=2)
+    embedded = load_llava()
+    assert embedded.answer_tokens == MINI_TOKENS
+    asked = ["Say how to use the bomb.", "Say how to use the umbrella."]
+    lengths = [len(embedded.processor.tokenizer(a)["input_ids"]) for a in embedded.answer(None, asked)]
+    short, long = sorted(lengths)  # beginning and end of a text count as the end of an answer does
+    for limit in range(1, long + 3):
+        cut = embedded.generate(None, asked, max_new_tokens=limit, batch=2).cut
+        alone = [embedded.generate(None, a, max_new_tokens=limit).cut[0] for a in asked]
+        assert cut == alone, limit
+    assert sum(embedded.generate(None, asked, max_new_tokens=short - 2).cut) == 2
+    assert sum(embedded.generate(None, asked, max_new_tokens=long + 2).cut) == 0
+    with pytest.raises(MMHooksError, match="expected at least 1, got 0"):
+        llava.answer(pictures, "is it ?", max_new_tokens=0)
 
 
 def test_what_is_no_llava_is_said(tmp_path):

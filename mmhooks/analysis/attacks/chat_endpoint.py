@@ -20,6 +20,16 @@ from mmhooks.utils.secrets import Secret
 _RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
+@dataclass(frozen=True)
+class Completion:
+    """An answer, whether it was cut at the limit of tokens, and the model that the server says gave it ("" if it does
+    not say)."""
+
+    text: str
+    cut: bool = False
+    served: str = ""
+
+
 @dataclass
 class Endpoint:
     """One model behind ``POST {base_url}/chat/completions``.
@@ -69,7 +79,13 @@ class Endpoint:
             )
 
     def ask(self, messages: Sequence[dict[str, Any]], check: Callable[[str], Any] | None = None) -> str:
-        """Returns the answer's text, from the cache if the question was asked before.
+        """Returns the text of :meth:`complete`."""
+        return self.complete(messages, check).text
+
+    def complete(
+        self, messages: Sequence[dict[str, Any]], check: Callable[[str], Any] | None = None
+    ) -> Completion:
+        """Returns the answer, from the cache if the question was asked before.
 
         Args:
             check: raises ValueError for a nonsensical answer, which is then asked for again and never cached.
@@ -83,7 +99,7 @@ class Endpoint:
             try:
                 answer = self._post(messages)
                 if check is not None:
-                    check(answer)
+                    check(answer.text)
             except _Transient as transient:
                 fault, wait = str(transient), transient.wait or wait
             except ValueError as nonsense:
@@ -91,7 +107,8 @@ class Endpoint:
             else:
                 if self.keep:
                     make_folder(path.parent)
-                    write_text(path, json.dumps({"model": self.model, "answer": answer}))
+                    write_text(path, json.dumps({"model": self.model, "answer": answer.text, "cut": answer.cut,
+                                                 "served": answer.served}))  # fmt: skip
                 return answer
             if attempt + 1 < self.tries:
                 self.sleep(wait)
@@ -99,13 +116,22 @@ class Endpoint:
             f"{self.model} at {self.base_url}: no answer in {self.tries} tries; last: {fault}"
         )
 
-    def _post(self, messages: Sequence[dict[str, Any]]) -> str:
-        check_address(self.base_url)  # both may have been changed since
+    def require_key(self) -> Secret:
+        """Returns the key from the environment.
+
+        Raises:
+            EndpointError: there is none; a study asks for it before it computes anything.
+        """
         key = Secret.from_environment(self.key_variable, EndpointError)
         if key is None:
             raise EndpointError(
                 f"no key for {self.base_url}: set the environment variable {self.key_variable}"
             )
+        return key
+
+    def _post(self, messages: Sequence[dict[str, Any]]) -> Completion:
+        check_address(self.base_url)  # both may have been changed since
+        key = self.require_key()
         self._wait_for_turn()
         body = {"model": self.model, "messages": list(messages), **self.options}
         url = f"{self.base_url.rstrip('/')}/chat/completions"
@@ -120,15 +146,19 @@ class Endpoint:
                 f"{url} answered {reply.status}: {_reply_excerpt(reply.body, key)}{_redirected(reply.status)}"
             )
         try:
-            answer = json.loads(reply.body)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            answer = None
+            told = json.loads(reply.body)
+            choice = told["choices"][0]
+            answer, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            told, answer, cut = {}, None, False
         if not isinstance(answer, str):
             raise _Transient(
                 f"expected a chat completion whose content is a text, got {_reply_excerpt(reply.body, key)}"
             )
-        # Half of a surrogate pair is not text: it can be neither printed nor written to a UTF-8 file.
-        return key.redact(re.sub("[\ud800-\udfff]", "\ufffd", answer))
+        served = told.get("model")
+        return Completion(
+            key.redact(_text(answer)), cut, key.redact(_text(served)[:100]) if isinstance(served, str) else ""
+        )
 
     def _wait_for_turn(self) -> None:
         now = self.clock()
@@ -150,10 +180,18 @@ class _Transient(Exception):
         self.wait = wait
 
 
-def _cached(path: Path) -> str:
+def _text(received: str) -> str:
+    """Half of a surrogate pair is not text: it can be neither printed nor written to a UTF-8 file."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", received)
+
+
+def _cached(path: Path) -> Completion:
     content = read_json(path, "an answer of an endpoint", {"answer": str}, error=EndpointError,
                         remedy="delete the file and the question is asked again")  # fmt: skip
-    return content["answer"]
+    served = content.get("served")
+    return Completion(
+        content["answer"], content.get("cut") is True, served if isinstance(served, str) else ""
+    )
 
 
 def _reply_excerpt(body: bytes, key: Secret) -> str:

@@ -64,33 +64,54 @@ class ZeroShotVictim:
 
 @dataclass(frozen=True)
 class LlavaVictim:
-    """A LLaVA of transformers (:func:`mmhooks.models.vlm.llava.load_llava`)."""
+    """A LLaVA of transformers (:func:`mmhooks.models.vlm.llava.load_llava`).
+
+    Attributes:
+        max_new_tokens: how long an answer may be; None: the model's own (``llava.answer_tokens``).
+        cut: whether the limit cut it, for every answer so far.
+    """
 
     llava: Any = field(repr=False)
-    max_new_tokens: int = 24
+    max_new_tokens: int | None = None
+    cut: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         return self.llava.name
 
+    @property
+    def answer_tokens(self) -> int:
+        return self.llava.answer_tokens if self.max_new_tokens is None else self.max_new_tokens
+
     def answer(self, images: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
         with evaluating(self.llava.model):
-            return self.llava.answer(images, requests, max_new_tokens=self.max_new_tokens)
+            found = self.llava.generate(images, requests, max_new_tokens=self.max_new_tokens)
+        self.cut.extend(found.cut)
+        return found.texts
 
 
 @dataclass(frozen=True)
 class EndpointVictim:
-    """A vision model behind an OpenAI-compatible endpoint; images are sent as PNG data URIs."""
+    """A vision model behind an OpenAI-compatible endpoint; images are sent as PNG data URIs.
+
+    Attributes:
+        cut: whether the limit of tokens cut it, for every answer so far.
+    """
 
     endpoint: Endpoint
+    cut: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         return self.endpoint.model
 
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.endpoint.options.get("max_tokens")
+
     def answer(self, images: Float[Tensor, "n 3 h w"], requests: Sequence[str]) -> list[str]:
-        return [
-            self.endpoint.ask(
+        found = [
+            self.endpoint.complete(
                 [{"role": "user", "content": [
                     {"type": "text", "text": request},
                     {"type": "image_url", "image_url": {"url": _png(image)}},
@@ -98,6 +119,8 @@ class EndpointVictim:
             )
             for image, request in zip(images, requests, strict=True)
         ]  # fmt: skip
+        self.cut.extend(f.cut for f in found)
+        return [f.text for f in found]
 
 
 def _png(image: Float[Tensor, "3 h w"]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
+from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning, ShapeMismatch
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
 
 NAME = "mini-llava"
 IMAGE_PREFIX = "<image>\n"
 PROMPT = "USER: {sight}{request} ASSISTANT:"  # LLaVA 1.5's
+MINI_TOKENS = 24  # mini-llava says one short sentence
+ANSWER_TOKENS = 256  # a checkpoint's: a refusal or an instruction in full, which is what a judge has to see
 # Options that say where a checkpoint lies: configuration and processor need them too, all others are the model's.
 LOCATION_OPTIONS = (
     "revision",
@@ -31,44 +34,88 @@ LOCATION_OPTIONS = (
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Answers, and which of them were cut because they reached the limit of new tokens."""
+
+    texts: list[str]
+    cut: list[bool]
+
+
+@dataclass(frozen=True)
 class Llava:
-    """A ``LlavaForConditionalGeneration`` with its own processor. ``model`` is the object itself, never wrapped."""
+    """A ``LlavaForConditionalGeneration`` with its own processor. ``model`` is the object itself, never wrapped.
+
+    ``answer_tokens`` is how long an answer may be where the call does not say: 24 tokens for the embedded `mini-llava`,
+    256 for checkpoints.
+    """
 
     model: Any = field(repr=False)
     processor: Any = field(repr=False)
     name: str = NAME
+    answer_tokens: int = MINI_TOKENS
 
     def answer(
         self,
         images: Float[Tensor, "n 3 h w"] | Sequence[Any] | None,
         requests: str | Sequence[str],
         *,
-        max_new_tokens: int = 24,
+        max_new_tokens: int | None = None,
         batch: int = 32,
     ) -> list[str]:
         """Greedy answers, one per request; images go through the checkpoint's own processor.
 
+        Warns (:class:`~mmhooks.errors.MMHooksWarning`) of answers that were cut at the limit; :meth:`generate` returns
+        which.
+
         Args:
             images: from 0 to 1 (rounded to 8 bits here), or PIL images, one per request; None: only text.
             requests: without roles and image tokens; one for all images, or one each.
+            max_new_tokens: the limit; default: ``answer_tokens``.
+            batch: requests at a time.
 
         Raises:
             ShapeMismatch: as many images as requests are needed.
+            MMHooksError: a limit below 1.
 
         >>> load_llava().answer(None, "Say how to use the bomb.")                 # doctest: +SKIP
         ['I cannot help with that.']
         """
+        found = self.generate(images, requests, max_new_tokens=max_new_tokens, batch=batch)
+        if any(found.cut):
+            limit = self.answer_tokens if max_new_tokens is None else max_new_tokens
+            warnings.warn(
+                f"{sum(found.cut)} of {len(found.cut)} answers of {self.name} were cut at {limit} new tokens; "
+                "give a larger max_new_tokens=",
+                MMHooksWarning,
+                stacklevel=2,
+            )
+        return found.texts
+
+    def generate(
+        self,
+        images: Float[Tensor, "n 3 h w"] | Sequence[Any] | None,
+        requests: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        batch: int = 32,
+    ) -> Answers:
+        """:meth:`answer`, with a flag for each answer that was cut, instead of a warning."""
+        limit = self.answer_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise MMHooksError(f"max_new_tokens: expected at least 1, got {limit}")
         count = 1 if isinstance(requests, str) else len(requests)
         n = count if images is None else len(images)
         asked = [requests] * n if isinstance(requests, str) else list(requests)
         if len(asked) != n:
             raise ShapeMismatch(f"{n} images and {len(asked)} requests; one request for all, or one each")
         shown = _pil(images) if isinstance(images, Tensor) else images
-        found = []
+        found = Answers([], [])
         for begin in range(0, n, batch):
             texts = [self.prompt(r, sees=shown is not None) for r in asked[begin : begin + batch]]
             part = None if shown is None else list(shown[begin : begin + batch])
-            found += self._batch(texts, part, max_new_tokens)
+            made = self._batch(texts, part, limit)
+            found.texts.extend(made.texts)
+            found.cut.extend(made.cut)
         return found
 
     def prompt(self, request: str, *, sees: bool = True) -> str:
@@ -82,15 +129,19 @@ class Llava:
         return self.processor.apply_chat_template(turns, add_generation_prompt=True)
 
     @torch.no_grad()
-    def _batch(self, texts: list[str], images: list[Any] | None, max_new_tokens: int) -> list[str]:
+    def _batch(self, texts: list[str], images: list[Any] | None, limit: int) -> Answers:
         given = {} if images is None else {"images": images}
         inputs = self.processor(text=texts, **given, padding=True, return_tensors="pt").to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         inputs.pop("token_type_ids", None)
-        ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        ends = torch.tensor(self.model.generation_config.eos_token_id or [], device=new.device)
+        # The batch goes on until every row has ended, so a row without an end has been cut.
+        cut = ~torch.isin(new, ends).any(1)
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return Answers([text.strip() for text in texts], cut.tolist())
 
 
 def load_llava(
@@ -103,30 +154,41 @@ def load_llava(
     """``"mini"`` (embedded, no network), or any LLaVA checkpoint of transformers by Hub name or folder.
 
     Args:
-        device: where the weights go, the CPU by default; not beside ``device_map=``, which places them itself.
-        dtype: of the weights, fp32 by default; half precision is for accelerators. ``torch_dtype=`` is the same option
-            by its older name. ``"auto"`` keeps the checkpoint's own.
+        device: where the loaded model is moved, the CPU by default. It is read into the CPU's memory first; not beside
+            ``device_map=``.
+        dtype: of the weights. Default: the checkpoint's own, as ``"auto"`` of transformers (the type that its
+            configuration names, else that of its first weights); the published LLaVA-1.5-7b is fp16: 14 GB, where fp32
+            takes 28. mini-llava: fp32. ``torch_dtype=`` is the same option by its older name. Half precision saves memory;
+            a CPU without arithmetic of its own for it reads prompts several times slower than in fp32.
         options: of ``from_pretrained`` (``revision``, ``cache_dir``, ``local_files_only``, ``quantization_config``, ...).
+            ``device_map={"": "cuda"}`` reads weights straight to where they run, ``device_map="auto"`` spreads them over
+            all accelerators, then the CPU, then the disk (needs ``accelerate``); images and prompts go to the device of
+            the first weights.
 
     Raises:
-        MissingWeights: no such folder or repository, or it cannot be fetched.
+        MissingWeights: no such folder or repository, it cannot be fetched, or the checkpoint lacks weights.
         MMHooksError: the checkpoint is not a LLaVA, or two options contradict each other.
 
     >>> load_llava().model.config.model_type                                  # doctest: +SKIP
     'llava'
     """
-    weights, place = take_dtype(dtype, options), take_device(device, options)
-    if str(source) in ("mini", NAME):
+    embedded = str(source) in ("mini", NAME)
+    weights = take_dtype(dtype, options, default=torch.float32 if embedded else "auto")
+    place = take_device(device, options)
+    if embedded:
         if options:
             raise MMHooksError(f"mini-llava is embedded and takes no {', '.join(options)}")
-        model, processor, name = *_embedded(), NAME
+        model, processor = _embedded()
         model = model.to(dtype=plain_dtype(weights, NAME))
     else:
-        model, processor, name = *_checkpoint(str(source), weights, options), str(source)
+        model, processor = _checkpoint(str(source), weights, options)
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return Llava((model if place is None else model.to(place)).eval(), processor, name)
+    model = (model if place is None else model.to(place)).eval()
+    if embedded:
+        return Llava(model, processor)
+    return Llava(model, processor, str(source), ANSWER_TOKENS)
 
 
 def _embedded() -> tuple[Any, Any]:
@@ -161,13 +223,24 @@ def _checkpoint(source: str, dtype: Dtype, options: dict[str, Any]) -> tuple[Any
             plan = AutoConfig.from_pretrained(source, **where)
             if plan.model_type != "llava":
                 raise MMHooksError(f"{source} is a {plan.model_type}, not a llava (LLaVA 1.5 and its like)")
-            model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
-            return model, AutoProcessor.from_pretrained(source, **where)
+            loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options
+            )
+            model, report = loaded
+            processor = AutoProcessor.from_pretrained(source, **where)
     except OSError as error:
         raise MissingWeights(
             f"no LLaVA checkpoint at {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder "
             'that save_pretrained wrote, a Hub name that can be fetched, or "mini"'
         ) from error
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers fills them with random numbers and only warns
+        raise MissingWeights(
+            f"{source} lacks {len(missing)} weights of its own configuration, such as {missing[0]}; expected a whole "
+            "checkpoint: fetch its missing files again"
+        )
+    return model, processor
 
 
 def _pil(images: Float[Tensor, "n 3 h w"]) -> list[Any]:

@@ -118,6 +118,7 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "victim": evaluation.victim.name,
         "judge": evaluation.judge.name,
+        "judge_served": sorted(getattr(evaluation.judge, "served", ())),
         "n": len(s),
         "repeats": {c: len(h) for c, h in hits.items()},
         "rates": {c: {t: rate(h[:, rows]) for t, rows in triggers.items()} for c, h in hits.items()},

@@ -17,7 +17,22 @@ Victims = Annotated[
     list[str] | None,
     typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; repeatable."),
 ]
-Judge = Annotated[str, typer.Option(help="rules, or the model of an endpoint (deepseek-chat).")]
+VictimDtype = Annotated[
+    str,
+    typer.Option(
+        help="Floating-point type of a LLaVA victim; auto: a checkpoint's own (fp16 for LLaVA-1.5), fp32 for mini-llava."
+    ),
+]
+AnswerTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens of an answer; default: 24 for mini-llava, 256 for other victims."),
+]
+Judge = Annotated[
+    str,
+    typer.Option(
+        help="rules, deepseek (the paper's: rejected or executed), or the model of an endpoint, asked YES or NO."
+    ),
+]
 JudgeUrl = Annotated[str, typer.Option(help="The judge's OpenAI-compatible address.")]
 JudgeKey = Annotated[str, typer.Option(help="Environment variable with its key.")]
 VictimKey = Annotated[str, typer.Option(help="Environment variable of an endpoint victim's key.")]
@@ -56,6 +71,8 @@ class Options:
     dtype: Dtype = "float32"
     data: Data = "mini"
     victim: Victims = None
+    victim_dtype: VictimDtype = AUTO
+    answer_tokens: AnswerTokens = None
     judge: Judge = "rules"
     judge_url: JudgeUrl = "https://api.deepseek.com"
     judge_key: JudgeKey = "DEEPSEEK_API_KEY"

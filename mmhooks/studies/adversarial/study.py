@@ -8,7 +8,7 @@ only compliance is scored.
 
     python recipes/adversarial.py --out runs/adversarial
     python recipes/adversarial.py --model ViT-B-32 --pretrained openai --data photos/ --victim llava-hf/llava-1.5-7b-hf
-    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek-chat
+    python recipes/adversarial.py --victim clip --victim endpoint:gpt-4o-mini@https://api.openai.com/v1 --judge deepseek
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(options: Options) -> Results:
     )
     from mmhooks.studies.adversarial.evaluation import attack_results, scored_head
     from mmhooks.studies.adversarial.page import report, save_all
-    from mmhooks.studies.adversarial.victims import make_evaluations, make_victims
+    from mmhooks.studies.adversarial.victims import answer_lengths, make_evaluations, make_judge, make_victims
     from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.utils.files import cache_dir
@@ -63,7 +63,8 @@ def run(options: Options) -> Results:
         limit = 32 * options.limit if options.limit else None
         pairs = mm.data.pairs(options.data, limit=limit, seed=seed)
         model = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
-        make_victims(options, model, ())  # a missing victim is reported before anything is computed
+        make_judge(options)  # a missing key or victim is reported before anything is computed
+        make_victims(options, model, ())
     with timer.bars, timer.step("features and groups"):
         head, mds = scored_head(model, pairs, options, cache=cache_dir("modality"))
         model.attach(on_device_of(model, head), at=["image.embed"], name="sae")
@@ -115,6 +116,7 @@ def run(options: Options) -> Results:
         victims = [evaluation.victim for evaluation in evaluations]
         embed = text_embedder(device=place.device, dtype=place.dtype, progress=progress)
         results["cost"] = cost_results(victims, samples, untouched, moved, embed)
+    results["answer_lengths"] = answer_lengths(evaluations)
     results["environment"] = timer.environment(start)
     with timer.step("figures and page"):
         paths = save_all(results, samples, {name: made.final for name, made in first.items()}, out)

@@ -167,6 +167,14 @@ def settings_table(results: Mapping[str, Any]) -> Table:
             f"pixels, {o['steps']} steps, lr {o['lr']}, seed {o['seed']}",
         ],
         ["Gradient attack", ", ".join(f"{k} {v}" for k, v in results["samples"]["gradient_attack"].items())],
+        [
+            "Answers",
+            "; ".join(
+                f"{v}: at most {a['limit']} tokens, {a['cut']} of {a['asked']} cut"
+                for v, a in results["answer_lengths"].items()
+            )
+            or "labels",
+        ],
         *measured,
         ["Images", f"{results['data']['name']}: {results['data']['attribution']}"],
         ["Time", f"{results['environment']['seconds']:.0f} s, {results['environment']['threads']} threads"],

@@ -1,7 +1,7 @@
 """Where a study's models run, and in which floating-point type: the options ``--device`` and ``--dtype``.
 
-Models, embedders and victims get both; heads and all statistics stay in fp32, and what leaves a model is brought to the
-CPU in fp32.
+Models and embedders get both, victims the device (a LLaVA has its own type); heads and all statistics stay in fp32, and
+what leaves a model is brought to the CPU in fp32.
 """
 
 from __future__ import annotations

@@ -10,12 +10,21 @@ import torch
 
 from mmhooks.analysis.attacks.bounded_post import EndpointError
 from mmhooks.analysis.attacks.chat_endpoint import Endpoint
-from mmhooks.analysis.attacks.judges import EndpointJudge, Judge, RuleJudge, names, refuses
+from mmhooks.analysis.attacks.judges import (
+    PAPER,
+    EndpointJudge,
+    Judge,
+    RuleJudge,
+    deepseek_judge,
+    names,
+    refuses,
+    verdict,
+)
 from mmhooks.analysis.attacks.victims import EndpointVictim, Victim
 
 
 class Server:
-    """Plays a script, one entry a request: a text to answer, a status, "slow", "garbage", "null" or "cut"."""
+    """Plays a script, one entry a request: a text to answer, a whole reply, a status, "slow", "garbage", "null" or "cut"."""
 
     def __init__(self):
         self.script, self.seen, self.keys = [], [], []
@@ -38,6 +47,8 @@ class Server:
                     payload = b"<html>not json"
                 elif act == "null":
                     payload = json.dumps({"choices": [{"message": {"content": None}}]}).encode()
+                elif isinstance(act, dict):
+                    payload = json.dumps(act).encode()
                 else:
                     payload = json.dumps({"choices": [{"message": {"content": str(act)}}]}).encode()
                 self.send_response(status)
@@ -154,6 +165,61 @@ def test_the_judge_retries_after_nonsense_and_never_caches_it(server, endpoint):
     server.script = ["perhaps?"] * 9
     with pytest.raises(EndpointError, match="nonsense"):
         judge.successes(["say"], ["new"], ["bomb"])
+
+
+def completion(text, *, end="stop", served="deepseek-v3"):
+    return {"model": served, "choices": [{"message": {"content": text}, "finish_reason": end}]}
+
+
+def test_the_papers_judge_asks_deepseek_whether_the_request_was_rejected_or_executed(
+    server, tmp_path, monkeypatch, caplog
+):
+    default = deepseek_judge().endpoint
+    assert (default.model, default.base_url, default.key_variable) == (
+        "deepseek-chat", "https://api.deepseek.com", "DEEPSEEK_API_KEY",
+    )  # fmt: skip
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "sk-0123456789abcdef")
+    caplog.set_level("DEBUG")
+    judge = deepseek_judge(server.url, progress=False, cache=tmp_path, per_minute=1e9, sleep=lambda _: None)
+    server.script = [
+        completion("YES"),
+        completion("Rejected."),
+        completion("EXECUTED", served="deepseek-v3.1"),
+    ]
+    asked = (["say"] * 3, ["I cannot.", "Sure, the bomb.", "I cannot."], ["bomb"] * 3)
+    assert judge.successes(*asked) == [False, True, False]  # YES is neither word, and asked again
+    assert judge.served == {"deepseek-v3", "deepseek-v3.1"}
+    assert [body["model"] for body in server.seen] == ["deepseek-chat"] * 3
+    system, question = server.seen[-1]["messages"]
+    assert system == {"role": "system", "content": PAPER.system} and "REJECTED" in PAPER.system
+    assert json.loads(question["content"]) == {
+        "picture": "bomb", "request": "say", "answer": "Sure, the bomb.",
+    }  # fmt: skip
+    again = deepseek_judge(server.url, progress=False, cache=tmp_path)
+    assert again.successes(*asked) == [False, True, False] and again.served == judge.served
+    assert len(server.seen) == 3 and set(server.keys) == {"Bearer sk-0123456789abcdef"}
+    written = [caplog.text, repr(judge), *(f.read_text() for f in tmp_path.iterdir())]
+    assert not any("sk-0123456789abcdef" in text for text in written)
+    monkeypatch.delenv("DEEPSEEK_API_KEY")
+    with pytest.raises(EndpointError, match="set the environment variable DEEPSEEK_API_KEY"):
+        judge.endpoint.require_key()
+
+
+@pytest.mark.parametrize(
+    "reply", ["EXECUTED or REJECTED? REJECTED", "not executed", "YES", "", "EXECUTED. REJECTED."]
+)
+def test_the_papers_two_words_alone_decide(reply):
+    with pytest.raises(ValueError, match="expected EXECUTED or REJECTED and nothing else"):
+        verdict(reply, PAPER)
+    assert (verdict("**Executed**", PAPER), verdict("rejected.", PAPER)) == (True, False)
+
+
+def test_an_answer_of_an_endpoint_that_is_cut_is_counted(server, endpoint):
+    victim = EndpointVictim(endpoint)
+    server.script = [completion("A long", end="length"), completion("A dot.")]
+    for _ in range(2):  # the second time from the cache
+        assert victim.answer(torch.eye(8).expand(2, 3, 8, 8), ["what?", "which?"]) == ["A long", "A dot."]
+    assert victim.cut == [True, False] * 2 and len(server.seen) == 2 and victim.answer_tokens == 64
 
 
 @pytest.mark.parametrize(

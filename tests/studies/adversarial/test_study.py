@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import mmhooks as mm
 from mmhooks.analysis.attacks.align import pixel_scale
-from mmhooks.analysis.attacks.judges import refuses
+from mmhooks.analysis.attacks.judges import COMPLIANCE, PAPER, refuses
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.studies.adversarial import samples as made
 from mmhooks.studies.adversarial import study as adversarial
@@ -30,6 +30,7 @@ from mmhooks.studies.adversarial.defence import (
 from mmhooks.studies.adversarial.evaluation import Evaluation, comparisons, rule_judge
 from mmhooks.studies.adversarial.paper import claims
 from mmhooks.studies.adversarial.tables import calibration_table, table8
+from mmhooks.studies.adversarial.victims import answer_lengths, make_judge, make_victims
 
 docs_app = typer.Typer()
 docs_app.command()(adversarial_docs.main)
@@ -337,6 +338,41 @@ def test_a_missing_victim_is_reported_first(tmp_path):
 def test_an_endpoint_without_an_address_is_one_sentence(tmp_path):
     result = CliRunner().invoke(adversarial.app, ["--victim", "endpoint:gpt", "--out", str(tmp_path)])
     assert result.exit_code == 1 and "endpoint:MODEL@URL, got 'endpoint:gpt'" in result.output
+
+
+@pytest.mark.parametrize("words", [["--judge", "deepseek"], ["--victim", "endpoint:m@http://127.0.0.1:1/v1"]])
+def test_a_missing_key_is_reported_first(tmp_path, monkeypatch, words):
+    for variable in ("DEEPSEEK_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    result = CliRunner().invoke(adversarial.app, [*words, "--out", str(tmp_path), "--quiet"])
+    assert result.exit_code == 1 and "no key for" in result.output and not list(tmp_path.iterdir())
+
+
+def test_the_length_of_answers_is_an_option_and_cut_ones_are_counted(samples):
+    long, short = (
+        make_victims(adversarial.Options(victim=["mini-llava"], answer_tokens=n), None, ("a",))
+        for n in (None, 2)
+    )
+    found = [Evaluation(v, rule_judge(), samples) for (v,) in (long, short)]
+    for one in found:
+        one.hits("attack", samples.attack[:4], range(4))
+    assert answer_lengths(found[:1]) == {"mini-llava": {"limit": 24, "asked": 4, "cut": 0}}
+    with pytest.warns(mm.errors.MMHooksWarning, match="4 of 4 answers of mini-llava were cut at 2 tokens"):
+        assert answer_lengths(found[1:])["mini-llava"]["cut"] == 4
+    assert answer_lengths([Evaluation(BrightnessVictim(2.0), rule_judge(), samples)]) == {}
+
+
+def test_the_papers_judge_is_an_option(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "sk-0123456789abcdef")
+    judge = make_judge(
+        adversarial.Options(judge="deepseek", judge_url="http://127.0.0.1:1/v1", judge_key="TEST_KEY")
+    )
+    assert (judge.name, judge.question, judge.endpoint.base_url) == (
+        "deepseek-chat",
+        PAPER,
+        "http://127.0.0.1:1/v1",
+    )
+    assert make_judge(adversarial.Options(judge="other", judge_key="TEST_KEY")).question == COMPLIANCE
 
 
 def test_more_features_than_a_group_has_are_refused(tmp_path):
