@@ -32,6 +32,8 @@ class Decomposition:
         pool: of the MLP inside an attention pooling (SigLIP); None if there is none.
         tokens: of every head by attended token, if requested; ``tokens.sum(3)`` is ``heads``.
         scores: ``tokens @ against.T``, if requested; computed without ``tokens``.
+        class_token: of every head, what it gets from the token that the embedding is read from (the class token of an
+            image, the end of a text), if requested: one of ``tokens``, computed without the others.
         error: per row, ``‖sum - embedding‖ / ‖embedding‖``.
         origin: tower, normalize, model and weights; functions that take means check it.
     """
@@ -43,6 +45,7 @@ class Decomposition:
     pool: Float[Tensor, "b e"] | None = None
     tokens: Float[Tensor, "b l h t e"] | None = None
     scores: Float[Tensor, "b l h t m"] | None = None
+    class_token: Float[Tensor, "b l h e"] | None = None
     error: Float[Tensor, " b"] = field(default_factory=lambda: torch.zeros(0), repr=False)
     origin: Origin = field(kw_only=True, repr=False)
 
@@ -122,6 +125,7 @@ def decompose_batch(
     tower: str = "image",
     tokens: bool = False,
     against: Vectors | None = None,
+    class_token: bool = False,
 ) -> Decomposition:
     """Decomposes one batch in one forward pass, in evaluation mode; arguments as in ``mm.decompose``."""
     check_model(model)
@@ -129,8 +133,15 @@ def decompose_batch(
     if not len(inputs):
         raise ShapeMismatch("decompose: expected at least one row, got a batch of no rows")
     readout = image_readout(model.model) if tower == "image" else text_readout(model.model)
+    if class_token and readout.positions is None:
+        raise NoExactSum(
+            f"class_token=True: expected a tower whose embedding is read from one token, got an {tower} tower that pools "
+            "all of them: split heads by token, tokens=True"
+        )
     with evaluating(model.model):
-        kept, embedding, allowed = _run(model, readout, inputs, by_token=tokens or against is not None)
+        kept, embedding, allowed = _run(
+            model, readout, inputs, by_token=tokens or against is not None, class_token=class_token
+        )
     if against is not None:
         check_directions(against, embedding.shape[1], "against=")
         against = against.to(embedding)
@@ -145,6 +156,7 @@ def decompose_batch(
     heads, mlps = embedding.new_empty(b, depth, n_heads, e), embedding.new_empty(b, depth, e)
     split: list[Tensor] = []
     scored: list[Tensor] = []
+    own: list[Tensor] = []
     reach = frozen.weights.sum(-1)
     for n in range(depth):
         w_o, b_o = readout.writer(n)
@@ -153,10 +165,14 @@ def decompose_batch(
         mlps[:, n] = frozen.linear(kept.pop(f"mlp{n}")) + share
         if tokens or against is not None:
             pattern, v = kept.pop(f"pattern{n}"), kept.pop(f"v{n}")
+            share_of_token = constant / v.shape[1]
             if tokens:
-                split.append(_by_token(frozen, pattern, v, w_o, constant, None))
+                split.append(_by_token(frozen, pattern, v, w_o, share_of_token, None))
             if against is not None:
-                scored.append(_by_token(frozen, pattern, v, w_o, constant, against))
+                scored.append(_by_token(frozen, pattern, v, w_o, share_of_token, against))
+        if class_token:
+            pattern, v = kept.pop(f"own_pattern{n}"), kept.pop(f"own_v{n}")
+            own.append(_by_token(frozen, pattern, v, w_o, constant / int(kept["n_tokens"]), None)[:, :, 0])
     found = Decomposition(
         embedding,
         initial,
@@ -165,6 +181,7 @@ def decompose_batch(
         pool,
         torch.stack(split, 1) if tokens else None,
         torch.stack(scored, 1) if against is not None else None,
+        torch.stack(own, 1) if class_token else None,
         origin=origin_of(model, tower, False, inputs),
     )
     error = (found.total - embedding).norm(dim=-1) / embedding.norm(dim=-1).clamp_min(1e-12)
@@ -176,7 +193,7 @@ def decompose_batch(
 
 
 def _run(
-    model: HookedCLIP, readout: Readout, inputs: Tensor, *, by_token: bool
+    model: HookedCLIP, readout: Readout, inputs: Tensor, *, by_token: bool, class_token: bool
 ) -> tuple[dict[str, Tensor], Float[Tensor, "b e"], float]:
     """Runs the model and returns what the sites wrote at the tokens that are read, the embedding, and the error that
     rounding may cause."""
@@ -199,6 +216,15 @@ def _run(
 
         return hook
 
+    def keep_to_itself(name: str) -> Any:
+        """Makes a hook that keeps the attention that the token that is read pays to itself, ``[b h 1 1]``."""
+
+        def hook(value: Tensor, *, hook: Any) -> None:
+            kept[name] = value[row, :, at, at][:, :, None, None].detach().float()
+            kept["n_tokens"] = torch.tensor(value.shape[-1])
+
+        return hook
+
     prefix, last = f"{readout.tower}.blocks", len(readout.blocks) - 1
     places: list[tuple[str, Any]] = [
         (f"{prefix}.0.resid_pre", keep("initial", 1)),
@@ -212,6 +238,9 @@ def _run(
         if by_token:
             places.append((f"{prefix}.{n}.attn.pattern", keep(f"pattern{n}", 2)))
             places.append((f"{prefix}.{n}.attn.v", keep(f"v{n}", None)))
+        if class_token:
+            places.append((f"{prefix}.{n}.attn.pattern", keep_to_itself(f"own_pattern{n}")))
+            places.append((f"{prefix}.{n}.attn.v", keep(f"own_v{n}", 1)))
     encode = model.encode_image if readout.tower == "image" else model.encode_text
     try:
         with model.hooks(fwd_hooks=places):
@@ -219,7 +248,7 @@ def _run(
     except UnknownSite as missing:
         raise NoExactSum(
             f"the {readout.tower} tower has no site {missing.name!r}: its attention does not show what a head writes"
-            + (" by token (no fused attention)" if by_token else "")
+            + (" by token (no fused attention)" if by_token or class_token else "")
         ) from missing
     exact = dtypes | {embedding.dtype} <= {torch.float32, torch.float64}
     return kept, embedding.detach().float(), 1e-4 if exact else 5e-2
@@ -230,12 +259,12 @@ def _by_token(
     pattern: Float[Tensor, "b h q t"],
     v: Float[Tensor, "b t h k"],
     w_o: Float[Tensor, "h k d"],
-    constant: Float[Tensor, "b e"],
+    share: Float[Tensor, "b e"],
     against: Float[Tensor, "m e"] | None,
 ) -> Float[Tensor, "b h t m"]:
-    """Splits every head by attended token, in the embedding space or along ``against``."""
-    t = v.shape[1]
-    total = (constant if against is None else constant @ against.T)[:, None, None] / t
+    """Splits every head by attended token, in the embedding space or along ``against``; ``share``: each token's part of
+    what belongs to no component."""
+    total = (share if against is None else share @ against.T)[:, None, None]
     for p, to_embedding in enumerate(frozen.maps):
         reach = torch.einsum("bq,bhqt->bht", frozen.weights[:, p], pattern)
         out = w_o @ (to_embedding if against is None else to_embedding @ against.T)

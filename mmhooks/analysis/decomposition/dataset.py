@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 else:
     Inputs = Any  # :func:`batches` checks them, with a better message
 
+_MEANS = ("embedding", "initial", "heads", "mlps", "pool", "class_token")
+
 
 @dataclass(frozen=True, eq=False)
 class MeanDecomposition(Result):
@@ -35,7 +37,8 @@ class MeanDecomposition(Result):
 
     They sum to the mean ``embedding``. Mean-ablation replaces a component by its mean.
 
-    ``shares``: mean share of every component in the length of its embedding, see ``Decomposition.shares``. ``origin``:
+    ``class_token``: of what each head gets from the class token, if requested. ``shares``: mean share of every component
+    in the length of its embedding, see ``Decomposition.shares``. ``origin``:
     tower, normalize, model, weights and data; saved in the file too, and checked by functions that take means.
     """
 
@@ -45,6 +48,7 @@ class MeanDecomposition(Result):
     heads: Float[Tensor, "l h e"]
     mlps: Float[Tensor, "l e"]
     pool: Float[Tensor, " e"] | None
+    class_token: Float[Tensor, "l h e"] | None
     shares: dict[str, Tensor]
     error: float
     origin: Origin
@@ -123,6 +127,7 @@ def decompositions(
     tower: str = "image",
     tokens: bool = False,
     against: Vectors | None = None,
+    class_token: bool = False,
     normalize: bool = False,
     batch_size: int = 32,
     workers: int = 0,
@@ -134,7 +139,7 @@ def decompositions(
         inputs: pixels or tokens as one tensor, an iterable of batches of them (any size), or pairs.
         tower: "image" or "text".
         workers: processes that decode the images of pairs.
-        tokens, against, normalize: as in :func:`~mmhooks.analysis.decomposition.decompose.decompose`.
+        tokens, against, class_token, normalize: as in :func:`~mmhooks.analysis.decomposition.decompose.decompose`.
 
     Raises:
         DataError: there is no input. Also the errors of ``decompose``.
@@ -146,7 +151,9 @@ def decompositions(
     seen = 0
     with rate_bar("decomposing", total, unit=f"{tower}s", show=progress) as advance:
         for batch in batches(model, inputs, tower, batch_size, workers):
-            found = decompose_batch(model, batch, tower=tower, tokens=tokens, against=against)
+            found = decompose_batch(
+                model, batch, tower=tower, tokens=tokens, against=against, class_token=class_token
+            )
             seen += len(batch)
             advance(len(batch))
             yield found.normalized() if normalize else found
@@ -159,6 +166,7 @@ def mean_decomposition(
     inputs: Tensor | Inputs,
     *,
     tower: str = "image",
+    class_token: bool = False,
     normalize: bool = False,
     batch_size: int = 32,
     workers: int = 0,
@@ -175,13 +183,14 @@ def mean_decomposition(
         model,
         inputs,
         tower=tower,
+        class_token=class_token,
         normalize=normalize,
         batch_size=batch_size,
         workers=workers,
         progress=progress,
     ):
         n, worst = n + len(parts.embedding), max(worst, float(parts.error.max()))
-        here = {name: getattr(parts, name) for name in ("embedding", "initial", "heads", "mlps", "pool")}
+        here = {name: getattr(parts, name) for name in _MEANS}
         here |= {f"shares.{name}": value for name, value in parts.shares().items()}
         for name, value in here.items():
             if value is not None:
@@ -189,7 +198,7 @@ def mean_decomposition(
                 sums[name] = part if name not in sums else sums[name] + part
     means = {name: (value / n).float() for name, value in sums.items()}
     shares = {name.removeprefix("shares."): v for name, v in means.items() if name.startswith("shares.")}
-    own = {name: means.get(name) for name in ("embedding", "initial", "heads", "mlps", "pool")}
+    own = {name: means.get(name) for name in _MEANS}
     origin = origin_of(model, tower, normalize, inputs)
     return MeanDecomposition(n=n, shares=shares, error=worst, origin=origin, **own)  # type: ignore[arg-type]
 

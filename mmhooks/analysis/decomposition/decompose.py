@@ -31,6 +31,7 @@ def decompose(
     *,
     tokens: bool = ...,
     against: Tensor | None = ...,
+    class_token: bool = ...,
     normalize: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
@@ -43,6 +44,7 @@ def decompose(
     texts: Tensor,
     tokens: bool = ...,
     against: Tensor | None = ...,
+    class_token: bool = ...,
     normalize: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
@@ -55,6 +57,7 @@ def decompose(
     *,
     tokens: bool = ...,
     against: Tensor | None = ...,
+    class_token: bool = ...,
     normalize: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
@@ -67,6 +70,7 @@ def decompose(
     texts: Inputs,
     tokens: bool = ...,
     against: Tensor | None = ...,
+    class_token: bool = ...,
     normalize: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
@@ -79,6 +83,7 @@ def decompose(
     *,
     tokens: bool = False,
     against: Vectors | None = None,
+    class_token: bool = False,
     normalize: bool = False,
     batch_size: int = 32,
     progress: bool = False,
@@ -97,6 +102,7 @@ def decompose(
         tokens: also split every head by the token it attends to, ``[b l h t e]``.
         against: directions in the embedding space, usually unit text embeddings: adds the tokens' contributions along
             these, ``[b l h t m]``, without materialising ``[b l h t e]``.
+        class_token: also what every head gets from the class token alone (of texts, from the token that is read).
         normalize: decompose the unit-norm embedding.
         batch_size: images per forward pass.
         progress: show a progress bar (data sets).
@@ -125,11 +131,17 @@ def decompose(
                 "mmhooks.analysis.decomposition.dataset.decompositions(...), batch by batch"
             )
         return mean_decomposition(
-            model, given, tower=tower, normalize=normalize, batch_size=batch_size, progress=progress
+            model,
+            given,
+            tower=tower,
+            class_token=class_token,
+            normalize=normalize,
+            batch_size=batch_size,
+            progress=progress,
         )
     check_batch(model, given, tower)
     parts = [
-        decompose_batch(model, part, tower=tower, tokens=tokens, against=against)
+        decompose_batch(model, part, tower=tower, tokens=tokens, against=against, class_token=class_token)
         for part in given.split(batch_size)
     ]
     found = parts[0] if len(parts) == 1 else concatenate(parts)

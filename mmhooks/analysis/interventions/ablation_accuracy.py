@@ -37,7 +37,7 @@ else:
 
 @dataclass(frozen=True)
 class AblationResult(Result):
-    """Zero-shot accuracy before and after every ablation, direct and live (None if it was not run live)."""
+    """Zero-shot accuracy before and after every ablation, direct and live (None if it was not or cannot be run live)."""
 
     names: tuple[str, ...]
     before: Estimate
@@ -82,13 +82,15 @@ def ablate(
             ``DataLoader``, which is read once.
         labels: the class of each image; None if the batches bring them.
         means: means of direct contributions, ``mm.decompose(model, data)``; for a fair test, of other images than these.
+            With ``class_token=True`` if ablations of it are among ``what``.
         what: default :func:`paper_parts`.
         live_means: from :func:`site_means` at the sites of all ablations; without them only direct ones are run.
         normalize: ablate contributions to the unit embedding, as the public code of the paper does; ``means`` must be
             those of ``mm.decompose(model, data, normalize=True)``.
 
     Raises:
-        ShapeMismatch: not one label per image, a label outside the classes, or a component does not exist.
+        ShapeMismatch: not one label per image, a label outside the classes, a component does not exist, or means without
+            the class token for an ablation of it.
         WrongOrigin: the means are not image means of this model, or not of ``normalize``.
         DataError: there is no image.
     """
@@ -105,9 +107,7 @@ def ablate(
     for one in chosen:
         one.check(depth, n_heads)
     if live_means is not None:
-        check_sites(
-            live_means, [s for one in chosen if not one.initial for s in ablation_sites(one)], "image"
-        )
+        check_sites(live_means, [s for one in chosen if one.has_live for s in ablation_sites(one)], "image")
         if isinstance(live_means, SiteMeans):
             live_means.origin.check(origin_of(model, "image", False), "live_means=", "this model")
     unit = torch.nn.functional.normalize(classes.to(model.device).float(), dim=1)
@@ -116,12 +116,13 @@ def ablate(
         return int((embedding.float() @ unit.T).argmax(1).cpu().eq(own.cpu()).sum())
 
     before, direct, live, n = 0, [0] * len(chosen), [0] * len(chosen), 0
-    has_live = [live_means is not None and not one.initial for one in chosen]
+    has_live = [live_means is not None and one.has_live for one in chosen]
+    class_token = any(one.of_class_token for one in chosen)
     with rate_bar(
         "ablating", None if labels is None else len(labels), unit="images", show=progress
     ) as advance:
         for pixels, own in _labelled(model, inputs, labels, batch_size, len(classes)):
-            parts = decompose_batch(model, pixels)
+            parts = decompose_batch(model, pixels, class_token=class_token)
             parts = parts.normalized() if normalize else parts
             before, n = before + right(parts.embedding, own), n + len(own)
             for i, one in enumerate(chosen):

@@ -43,8 +43,13 @@ class Parts:
 
     Either may also be a bool mask, ``[layers, heads]`` or ``[layers]``; duplicates count once.
 
+    Attributes:
+        initial: also the stream before the first block.
+        tokens: what of each head is replaced: "all" that it writes, or only what it gets from the class token, "cls". An
+            MLP has no such parts: it acts directly at the class token only.
+
     Raises:
-        ShapeMismatch: neither integers nor a mask is given, or heads are not pairs.
+        ShapeMismatch: neither integers nor a mask is given, heads are not pairs, or ``tokens`` is something else.
 
     >>> Parts("some", heads=[(3, 1)], mlps=[False, True]).mlps
     (1,)
@@ -54,12 +59,15 @@ class Parts:
     heads: Any = ()
     mlps: Any = ()
     initial: bool = False
+    tokens: str = "all"
     _shapes: tuple[tuple[int, ...], ...] = field(
         default=(), init=False, repr=False, compare=False
     )  # of the masks
 
     def __post_init__(self) -> None:
         what = f"of ablation {self.name!r}"
+        if self.tokens not in ("all", "cls"):
+            raise ShapeMismatch(f'tokens {what}: expected "all" or "cls", got {self.tokens!r}')
         heads, mlps = as_choice(self.heads, f"heads {what}"), as_choice(self.mlps, f"mlps {what}")
         masks = tuple(tuple(given.shape) for given in (heads, mlps) if given.dtype == torch.bool)
         object.__setattr__(self, "_shapes", masks)
@@ -67,6 +75,16 @@ class Parts:
         object.__setattr__(
             self, "mlps", tuple(n for (n,) in _named(mlps, 1, f"mlps {what}: expected layers"))
         )
+
+    @property
+    def of_class_token(self) -> bool:
+        """Whether it replaces what heads get from the class token, and not all that they write."""
+        return self.tokens == "cls" and bool(self.heads)
+
+    @property
+    def has_live(self) -> bool:
+        """Whether it exists live: not for the stream that every layer reads, nor for a part of what a head writes."""
+        return not (self.initial or self.of_class_token)
 
     def check(self, depth: int, n_heads: int) -> None:
         """Raises ShapeMismatch for a component that a tower of ``depth`` layers with ``n_heads`` heads does not have."""
@@ -117,6 +135,20 @@ def cumulative_parts(depth: int, n_heads: int) -> list[Parts]:
     ]
 
 
+def class_token_parts(depth: int, n_heads: int) -> list[Parts]:
+    """Lists the class token's ablations of the paper's public code (``compute_ablations.py``): what all heads get from
+    the class token; and this together with all MLPs.
+
+    >>> [(part.tokens, len(part.mlps)) for part in class_token_parts(3, 6)]
+    [('cls', 0), ('cls', 3)]
+    """
+    heads = tuple((n, h) for n in range(depth) for h in range(n_heads))
+    return [
+        Parts("class token", heads, tokens="cls"),
+        Parts("MLPs and class token", heads, tuple(range(depth)), tokens="cls"),
+    ]
+
+
 class SiteMeans(dict[str, Tensor]):
     """Mean activations by site, with their origin; see :func:`site_means`."""
 
@@ -129,7 +161,8 @@ def ablate_direct(parts: Decomposition, means: Means, what: Parts) -> Float[Tens
     """Replaces the direct contributions of ``what`` in the embeddings by their means, without running the model again.
 
     Raises:
-        ShapeMismatch: the tower does not have a component.
+        ShapeMismatch: the tower does not have a component, or what heads get from the class token is to be replaced and
+            parts or means were made without ``class_token=True``.
         WrongOrigin: not means, or means of another tower, model or normalization than the parts.
     """
     means = check_means(means)
@@ -139,7 +172,8 @@ def ablate_direct(parts: Decomposition, means: Means, what: Parts) -> Float[Tens
     out = parts.embedding
     if what.heads:
         chosen = _mask(what, depth, n_heads).to(out)
-        out = out + torch.einsum("lh,blhe->be", chosen, means.heads.to(out) - parts.heads)
+        mean, own = (means.heads, parts.heads) if what.tokens == "all" else _of_class_token(means, parts)
+        out = out + torch.einsum("lh,blhe->be", chosen, mean.to(out) - own)
     if what.mlps:
         out = out + (means.mlps.to(out) - parts.mlps)[:, list(what.mlps)].sum(1)
     if what.initial:
@@ -204,17 +238,19 @@ def mean_edits(what: Parts, means: Live, *, tower: str = "image") -> list[Edit]:
         means: from :func:`site_means`, at the sites of :func:`ablation_sites`.
 
     Raises:
-        ShapeMismatch: ``initial`` cannot be ablated live, as every layer reads it.
+        ShapeMismatch: ``initial`` cannot be ablated live, as every layer reads it, nor can a part of a head.
         WrongOrigin: the means are not by site, are of another tower, or lack a site.
 
     >>> heads = Parts("two heads", heads=((5, 0), (5, 3)))
     >>> edits = mean_edits(heads, site_means(model, pairs, ablation_sites(heads)))    # doctest: +SKIP
     >>> with model.hooks(*edits): z = model.encode_image(pixels)                       # doctest: +SKIP
     """
-    if what.initial:
+    if not what.has_live:
+        got = (
+            "the initial stream, which all layers read" if what.initial else "only a part of what heads write"
+        )
         raise ShapeMismatch(
-            f"live ablation: expected heads and MLPs, got {what.name!r} with the initial "
-            "stream, which all layers read: use ablate_direct"
+            f"live ablation: expected heads and MLPs, got {what.name!r} with {got}: use ablate_direct"
         )
     sites = ablation_sites(what, tower=tower)
     check_sites(means, sites, tower)
@@ -282,6 +318,18 @@ def _named(
     elif given.numel() and (width == 1 or given.ndim != 2 or given.shape[1] != width):
         raise ShapeMismatch(f"{expected}, got integers of shape {tuple(given.shape)}")
     return tuple(dict.fromkeys(map(tuple, given.reshape(-1, width).tolist())))
+
+
+def _of_class_token(
+    means: MeanDecomposition, parts: Decomposition
+) -> tuple[Float[Tensor, "l h e"], Float[Tensor, "b l h e"]]:
+    if means.class_token is None or parts.class_token is None:
+        lacking = "means" if means.class_token is None else "parts"
+        raise ShapeMismatch(
+            f'tokens="cls": expected contributions of the class token, got {lacking} without them: make them by '
+            "mm.decompose(..., class_token=True)"
+        )
+    return means.class_token, parts.class_token
 
 
 def _mask(what: Parts, depth: int, n_heads: int) -> Bool[Tensor, "l h"]:

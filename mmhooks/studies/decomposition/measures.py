@@ -19,11 +19,17 @@ from mmhooks.analysis.decomposition.text_span_checks import (
     reconstruction_accuracy,
 )
 from mmhooks.analysis.interventions.ablation_accuracy import ablate
-from mmhooks.analysis.interventions.mean_ablation import ablation_sites, paper_parts, site_means
+from mmhooks.analysis.interventions.mean_ablation import (
+    ablation_sites,
+    class_token_parts,
+    paper_parts,
+    site_means,
+)
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.families import families
 from mmhooks.models.clip.embed_texts import embed_texts
+from mmhooks.models.clip.readout import image_readout
 from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.decomposition.options import Options
 
@@ -69,7 +75,8 @@ def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> 
     """Decomposes the embeddings of all images, and takes means over those that are not evaluated (``seen``)."""
     progress = not options.quiet
     some = pairs.select(sample_rows(seen, 1000, options.seed))
-    means = mm.decompose(model, some, batch_size=options.batch, progress=progress)
+    one_token = image_readout(model.model).positions is not None
+    means = mm.decompose(model, some, class_token=one_token, batch_size=options.batch, progress=progress)
     depth, n_heads = means.heads.shape[:2]
     layers = list(range(max(0, depth - options.layers), depth))
     outputs, embeddings = [], []
@@ -154,10 +161,13 @@ def ablation_accuracy(
 ) -> Any:
     """Returns the accuracy with components mean-ablated: their direct effects and, unless ``--direct``, live."""
     pixels = torch.stack([model.preprocess(pairs.image(i)) for i in evaluation.rows])
-    removed = paper_parts(*parts.means.heads.shape[:2], last=len(parts.layers))
+    shape = parts.means.heads.shape[:2]
+    removed = paper_parts(*shape, last=len(parts.layers))
+    if parts.means.class_token is not None:
+        removed[1:1] = class_token_parts(*shape)  # after the MLPs, as the public code prints them
     live = None
     if options.live:
-        sites = sorted({site for part in removed if not part.initial for site in ablation_sites(part)})
+        sites = sorted({site for part in removed if part.has_live for site in ablation_sites(part)})
         some = pairs.select(sample_rows(seen, 256, options.seed))
         live = site_means(model, some, sites, batch_size=options.batch)
     return ablate(

@@ -12,13 +12,14 @@ from mmhooks.analysis.interventions.mean_ablation import (
     Parts,
     ablate_direct,
     ablation_sites,
+    class_token_parts,
     cumulative_parts,
     head_importance,
     mean_edits,
     paper_parts,
     site_means,
 )
-from mmhooks.errors import DataError, ShapeMismatch, WrongOrigin
+from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, WrongOrigin
 
 SOME = Parts("some", heads=((1, 2), (5, 0), (5, 3)), mlps=(0, 4))
 
@@ -166,3 +167,89 @@ def test_cumulative_parts_end_with_all_attention():
     parts = cumulative_parts(3, 4)
     assert [len(p.heads) for p in parts] == [4, 8, 12] and not any(p.mlps for p in parts)
     assert set(parts[-1].heads) == {(n, h) for n in range(3) for h in range(4)}
+
+
+def class_token_alone(model, pixels):
+    """Naive, head by head and image by image: the class token's attention to itself times its values through W_O, the
+    final LayerNorm (σ of the run) and the projection; mean and biases divided among components, heads and tokens."""
+    visual = model.model.visual
+    blocks, norm = visual.transformer.resblocks, visual.ln_post
+    with torch.no_grad():
+        _, c = model.run_with_cache(pixels, sites=["image.blocks.*"])
+    out = torch.zeros(len(pixels), 6, 6, 256)
+    with torch.no_grad():
+        for b in range(len(pixels)):
+            x = c["image.blocks.5.resid_post"][b, 0]
+            sigma = (x.var(correction=0) + norm.eps).sqrt()
+            for n, block in enumerate(blocks):
+                pattern, v = c[f"image.blocks.{n}.attn.pattern"][b], c[f"image.blocks.{n}.attn.v"][b]
+                n_tokens = pattern.shape[-1]
+                for h in range(6):
+                    width = v.shape[-1]
+                    w_o = block.attn.out_proj.weight[:, h * width : (h + 1) * width]
+                    written = pattern[h, 0, 0] * (w_o @ v[0, h]) + block.attn.out_proj.bias / (6 * n_tokens)
+                    pieces = 13 * 6 * n_tokens  # 6 attention layers, 6 MLPs and the initial stream
+                    normed = (written - x.mean() / pieces) / sigma * norm.weight + norm.bias / pieces
+                    out[b, n, h] = normed @ visual.proj
+    return out
+
+
+def test_class_token_ablation_by_hand(mini, pixels):
+    """The public code's ``compute_ablations.py``, in loops: attention minus its class token's part plus the mean of that."""
+    own = class_token_alone(mini, pixels)
+    parts = mm.decompose(mini, pixels, class_token=True, tokens=True)
+    torch.testing.assert_close(parts.class_token, own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts.class_token, parts.tokens[:, :, :, 0], rtol=1e-4, atol=1e-6)
+    means = mm.decompose(mini, [pixels[:4], pixels[4:]], class_token=True)
+    torch.testing.assert_close(means.class_token, own.mean(0), rtol=1e-4, atol=1e-5)
+    alone, with_mlps = class_token_parts(6, 6)
+    no_cls = parts.heads.sum(2) - own.sum(2) + own.sum(2).mean(0)
+    rest = parts.initial + parts.mlps.sum(1)
+    torch.testing.assert_close(ablate_direct(parts, means, alone), no_cls.sum(1) + rest, rtol=1e-4, atol=1e-5)
+    expected = no_cls.sum(1) + parts.initial + parts.mlps.mean(0).sum(0)
+    torch.testing.assert_close(ablate_direct(parts, means, with_mlps), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ablate_direct(parts, means, alone), parts.embedding, atol=1e-3)
+
+
+def test_class_token_ablations_in_the_accuracy(mini, pixels, tmp_path):
+    labels, classes = torch.arange(6) % 3, torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    means = mm.decompose(mini, [pixels], class_token=True, normalize=True)
+    means = type(means).load(means.save(tmp_path / "means.safetensors"))
+    what = [*class_token_parts(6, 6), SOME]
+    live = site_means(mini, pixels, ablation_sites(SOME))
+    found = mm.ablate(
+        mini, pixels, labels, classes, means, what, live_means=live, normalize=True, batch_size=4
+    )
+    parts = mm.decompose(mini, pixels, class_token=True, normalize=True)
+    unit = torch.nn.functional.normalize(classes, dim=1)
+    for one, accuracy in zip(what, found.direct, strict=True):
+        hits = (ablate_direct(parts, means, one) @ unit.T).argmax(1) == labels
+        assert accuracy.value == pytest.approx(float(hits.float().mean()))
+    assert found.live[:2] == (None, None) and found.live[2] is not None
+
+
+def test_class_token_ablations_that_cannot_be_are_refused(mini, pixels):
+    alone, _ = class_token_parts(6, 6)
+    plain = mm.decompose(mini, [pixels])
+    with pytest.raises(ShapeMismatch, match=r"got means without them: .*class_token=True"):
+        mm.ablate(mini, pixels, torch.zeros(6, dtype=torch.long), torch.randn(2, 256), plain, [alone])
+    with pytest.raises(ShapeMismatch, match="got parts without them"):
+        ablate_direct(mm.decompose(mini, pixels), mm.decompose(mini, [pixels], class_token=True), alone)
+    with pytest.raises(ShapeMismatch, match="only a part of what heads write: use ablate_direct"):
+        mean_edits(alone, {})
+    with pytest.raises(ShapeMismatch, match='expected "all" or "cls", got \'patches\''):
+        Parts("patches", heads=[(0, 0)], tokens="patches")
+    import open_clip
+
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16, "pool_type": "avg"}  # fmt: skip
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    pooled = mm.HookedCLIP(open_clip.CLIP(24, vision, text).eval())
+    with pytest.raises(NoExactSum, match="read from one token, got an image tower that pools"):
+        mm.decompose(pooled, torch.randn(1, 3, 32, 32), class_token=True)
+
+
+def test_what_texts_get_from_the_token_that_is_read(mini):
+    tokens = mini.tokenizer(["a red dog", "two very small blue boats on a lake"])
+    parts = mm.decompose(mini, texts=tokens, class_token=True, tokens=True)
+    for row, at in enumerate(tokens.argmax(1).tolist()):
+        torch.testing.assert_close(parts.class_token[row], parts.tokens[row, :, :, at], rtol=1e-4, atol=1e-6)
