@@ -8,10 +8,15 @@ from .analysis.attribution.attention_maps import attention_maps as attention_map
 from .analysis.attribution.saliency import saliency as saliency
 from .analysis.decomposition.dataset import head_outputs as head_outputs
 from .analysis.decomposition.decompose import decompose as decompose
+from .analysis.decomposition.neuron_directions import neuron_directions as neuron_directions
+from .analysis.decomposition.neuron_effects import second_order_effects as second_order_effects
+from .analysis.decomposition.orthogonal_text_code import orthogonal_text_code as orthogonal_text_code
 from .analysis.decomposition.second_order import second_order as second_order
 from .analysis.decomposition.sparse_text_code import sparse_text_code as sparse_text_code
 from .analysis.decomposition.text_span import text_span as text_span
 from .analysis.interventions.ablation_accuracy import ablate as ablate
+from .analysis.interventions.neuron_ablation import ablate_neurons as ablate_neurons
+from .analysis.interventions.neuron_ablation import predict_ablations as predict_ablations
 from .analysis.measures.all_measures import measure as measure
 from .analysis.measures.causal_mds import causal_mds as causal_mds
 from .analysis.measures.conditioner_mds import conditioner_mds as conditioner_mds

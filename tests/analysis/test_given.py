@@ -14,7 +14,8 @@ from PIL import Image
 import mmhooks as mm
 from mmhooks.analysis.attribution.saliency import METHODS
 from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
-from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
+from mmhooks.analysis.decomposition.neuron_effects import second_order_effects
+from mmhooks.analysis.decomposition.second_order import second_order
 from mmhooks.analysis.interventions.ablation_accuracy import ablate
 from mmhooks.analysis.interventions.mean_ablation import Parts, head_importance, site_means
 from mmhooks.errors import MMHooksError

@@ -16,7 +16,8 @@ from mmhooks.analysis.attacks.align import align, features_of
 from mmhooks.analysis.attacks.victims import ZeroShotVictim
 from mmhooks.analysis.attribution.saliency import METHODS
 from mmhooks.analysis.decomposition.dataset import decompositions, head_outputs
-from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
+from mmhooks.analysis.decomposition.neuron_effects import second_order_effects
+from mmhooks.analysis.decomposition.second_order import second_order
 from mmhooks.analysis.interventions.ablation_accuracy import ablate
 from mmhooks.analysis.interventions.masked_classification import Masked, prompt_labels
 from mmhooks.analysis.interventions.mean_ablation import (

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mmhooks as mm
-from mmhooks.analysis.decomposition.second_order import second_order_effects
+from mmhooks.analysis.decomposition.neuron_effects import second_order_effects
 from mmhooks.errors import MMHooksError, NoExactSum
 from mmhooks.models.clip.sites import example_inputs
 from mmhooks.models.diffusion.references import text_projection

@@ -1,34 +1,25 @@
-"""Second-order effects of MLP neurons: what a neuron adds to the embedding through later attention heads.
+"""Second-order effects of MLP neurons over a data set: what a neuron adds to the embedding through later attention heads.
 
-"Interpreting the Second-Order Effects of Neurons in CLIP" (Gandelsman, Efros, Steinhardt 2024), Section 3: the
-neuron writes ``p · w_out`` into the residual stream, a later attention head reads it at every token according to its
-pattern and writes it on, and the embedding is linear in what heads write. LayerNorms and patterns are frozen. The
-whole effect of a neuron on an image is then ``Σ_head s · direction[head, neuron]``: one number per head, ``s = Σ_token
-reach · p / σ``, and directions that depend only on the weights. Nothing of size [image, token, neuron, d] is ever
-computed, and over a data set only the second moments of these numbers are kept.
+See :mod:`~mmhooks.analysis.decomposition.neuron_effects` for the effects. They are numbers along directions that depend
+only on the weights, so over a data set only the second moments of these numbers are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmhooks.analysis.decomposition.dataset import Inputs, batches
+from mmhooks.analysis.decomposition.neuron_effects import neuron_paths, read_twice
 from mmhooks.analysis.measures.top_activating import TopSamples
 from mmhooks.analysis.results import Records, Result
-from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
-from mmhooks.hooks.intercept import is_multihead
-from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_model
-from mmhooks.models.clip.linearized import Frozen, affine, check_norm, statistics
-from mmhooks.models.clip.model import HookedCLIP
-from mmhooks.models.clip.readout import Readout, attention_weights, image_readout, linear_weights
-from mmhooks.utils.indexing import as_indices, one_place
-from mmhooks.utils.modes import evaluating
+from mmhooks.errors import DataError
+from mmhooks.models.clip.inputs import Model, check_model
 from mmhooks.utils.progress import track
 
 
@@ -77,17 +68,6 @@ class SecondOrder(Result):
         )
 
 
-class Effects(NamedTuple):
-    """Effects of one batch, factored: ``coefficients`` [b n c] along ``directions`` [c n e] of c later attention heads."""
-
-    coefficients: Float[Tensor, "b n c"]
-    directions: Float[Tensor, "c n e"]
-
-    def vectors(self) -> Float[Tensor, "b n e"]:
-        """Multiplies the factors: the effects as vectors."""
-        return torch.einsum("bnc,cne->bne", self.coefficients, self.directions)
-
-
 @torch.no_grad()
 def second_order(
     model: Model,
@@ -99,7 +79,10 @@ def second_order(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SecondOrder:
-    """Computes second-order effects of the MLP neurons of ``layer`` on the raw image embedding.
+    """Computes second-order effects of the MLP neurons of ``layer`` on the raw image embedding, over all images.
+
+    The directions of the paper's public code, from each neuron's hundred most significant images, are those of
+    ``mm.neuron_directions``.
 
     Args:
         images: pixels, a list of batches of them, or pairs; read twice, for the mean and for the distances from it.
@@ -120,28 +103,23 @@ def second_order(
     (torch.Size([2, 256]), torch.Size([2, 2]))
     """
     check_model(model)
-    if isinstance(images, Iterator):
-        raise DataError(
-            f"expected images that can be read twice, got a {type(images).__name__}, which is empty after the first read: "
-            "give pixels, pairs, or list(batches)"
-        )
-    readout, layer, chosen = _chosen(model, layer, neurons)
-    directions = _directions(model, readout, layer, chosen)
+    read_twice(images)
+    paths = neuron_paths(model, layer, neurons)
+    directions, chosen = paths.directions, paths.neurons
     moments = _Moments(torch.einsum("cne,kne->nck", directions, directions).cpu().double())
     norms, largest = 0.0, TopSamples(len(chosen), m=top)
 
     def batch_by_batch(what: str) -> Iterator[tuple[Tensor, Tensor]]:
         source = batches(model, images, "image", batch_size, 0)
-        for pixels in track(source, None, f"neurons of block {layer}: {what}", show=progress):
-            s, embedding = _coefficients(model, readout, pixels, layer, chosen)
-            yield s.cpu().double(), embedding
+        for pixels in track(source, None, f"neurons of block {paths.layer}: {what}", show=progress):
+            found = paths.reach(pixels)
+            yield found.second.cpu().double(), found.embedding
 
-    with evaluating(model.model):
-        for s, embedding in batch_by_batch("moments"):
-            moments.add(s)
-            norms += float(embedding.double().square().sum())
-        for s, _ in batch_by_batch("images"):
-            largest.update(moments.distances(s).float())
+    for s, embedding in batch_by_batch("moments"):
+        moments.add(s)
+        norms += float(embedding.double().square().sum())
+    for s, _ in batch_by_batch("images"):
+        largest.update(moments.distances(s).float())
     seen = moments.n
     if not seen:
         raise DataError("second-order effects: expected at least one image, got no images")
@@ -150,8 +128,8 @@ def second_order(
     direction, explained, squares = _principal(moments, directions.cpu().double())
     found = largest.result()
     return SecondOrder(
-        layer=layer,
-        neurons=tuple(chosen),
+        layer=paths.layer,
+        neurons=chosen,
         n_samples=seen,
         direction=direction.float(),
         explained=explained.float(),
@@ -160,19 +138,6 @@ def second_order(
         top=found.indices,
         top_sizes=found.values,
     )
-
-
-@torch.no_grad()
-def second_order_effects(model: Model, pixels: Vectors, *, layer: Any, neurons: Any = None) -> Effects:
-    """Computes the effects of one batch, factored (see ``Effects.vectors``). Arguments as in :func:`second_order`."""
-    check_model(model)
-    check_batch(model, pixels, "image")
-    if not len(pixels):
-        raise DataError("expected at least one image, got no images")
-    readout, layer, chosen = _chosen(model, layer, neurons)
-    with evaluating(model.model):
-        s, _ = _coefficients(model, readout, pixels, layer, chosen)
-    return Effects(s, _directions(model, readout, layer, chosen))
 
 
 class _Moments:
@@ -216,93 +181,6 @@ class _Moments:
         typical = (squares / self.n).clamp_min(0).sqrt()
         decides = third_moment.abs() > 1e-9 * self.n * typical**3
         return torch.where(torch.where(decides, third_moment, (mean * along).sum(1)) < 0, -1.0, 1.0)
-
-
-def _chosen(model: HookedCLIP, layer: Any, neurons: Any) -> tuple[Readout, int, list[int]]:
-    if getattr(model.model.visual, "attn_pool", None) is not None:
-        raise NoExactSum(
-            "second-order effects: expected an image tower that reads a class token or the average, got one that pools by "
-            "attention, with LayerNorms on both sides"
-        )
-    readout = image_readout(model.model)
-    depth = len(readout.blocks)
-    for block in readout.blocks:
-        if not is_multihead(getattr(block, "attn", nn.Identity())) or hasattr(block, "ln_attn"):
-            raise NoExactSum(
-                f"second-order effects: expected open_clip's own residual blocks, got {type(block).__name__}"
-            )
-    layer = one_place(layer, depth, f"layers of a tower of {depth} layers")
-    if layer == depth - 1:
-        raise ShapeMismatch(
-            f"layer: expected one in 0..{depth - 2}, as a neuron acts through later attention, got layer {layer} of {depth}"
-        )
-    for n in range(layer + 1, depth):
-        check_norm(readout.blocks[n].ln_1, f"the first norm of block {n}")
-    width = readout.blocks[layer].mlp.c_proj.in_features
-    what = f"neurons of an MLP of {width} neurons"
-    chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
-    if not chosen:
-        raise ShapeMismatch(f"{what}: expected at least one, got none")
-    return readout, layer, chosen
-
-
-def _directions(model: HookedCLIP, readout: Readout, layer: int, chosen: list[int]) -> Float[Tensor, "c n e"]:
-    """Maps each neuron's unit output to the embedding through each attention head of each later block, without σ and
-    pattern."""
-    block = readout.blocks[layer]
-    write = linear_weights(block.mlp.c_proj)[0][:, chosen].T  # [n d]
-    scale = getattr(getattr(block, "ls_2", None), "gamma", None)
-    write = write if scale is None else write * scale.detach().float()
-    write = write - write.mean(1, keepdim=True)  # LayerNorm removes the mean
-    maps = _frozen_maps(readout, write)
-    rows = []
-    for n in range(layer + 1, len(readout.blocks)):
-        later = readout.blocks[n]
-        gain, _ = affine(later.ln_1, write)
-        w_v = attention_weights(later.attn).v[0].T.unflatten(1, (readout.n_heads, -1))
-        w_o, _ = readout.writer(n)
-        w_o = w_o - w_o.mean(2, keepdim=True)  # the final LayerNorm's mean, which is linear in the stream
-        value = torch.einsum("nd,dhk->hnk", write * gain, w_v)
-        rows.extend(torch.einsum("hnk,hke->hne", value, w_o @ to_embedding) for to_embedding in maps)
-    return torch.cat(rows)
-
-
-def _frozen_maps(readout: Readout, like: Tensor) -> Float[Tensor, "p d e"]:
-    """The maps of the readout, which depend only on the weights, not on the stream."""
-    tokens = 1 if readout.positions is not None else 2
-    frozen = readout.freeze(torch.randn(1, tokens, like.shape[1], device=like.device))
-    return frozen.maps
-
-
-def _coefficients(
-    model: HookedCLIP, readout: Readout, pixels: Tensor, layer: int, chosen: list[int]
-) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b e"]]:
-    """Computes ``Σ_token reach · p / σ`` of every neuron and later head, and the embeddings."""
-    pixels = model.to_input(pixels)
-    depth = len(readout.blocks)
-    later = range(layer + 1, depth)
-    prefix = "image.blocks"
-    sites = [f"{prefix}.{layer}.mlp.post", f"{prefix}.{depth - 1}.resid_post"]
-    sites += [f"{prefix}.{n}.{leaf}" for n in later for leaf in ("resid_pre", "attn.pattern")]
-    try:
-        out, cache = model.run_with_cache(pixels, sites=sites)
-    except UnknownSite as missing:
-        raise NoExactSum(f"the image tower has no site {missing.name!r}") from missing
-    at = None if readout.positions is None else readout.positions(pixels)
-    row = torch.arange(len(pixels), device=pixels.device)
-    stream = cache[f"{prefix}.{depth - 1}.resid_post"].float()
-    frozen: Frozen = readout.freeze(stream if at is None else stream[row, at][:, None])
-    active = cache[f"{prefix}.{layer}.mlp.post"].float()[..., chosen]
-    rows = []
-    for n in later:
-        pattern = cache[f"{prefix}.{n}.attn.pattern"].float()
-        pattern = pattern if at is None else pattern[row, :, at][:, :, None]
-        inverse, _ = statistics(readout.blocks[n].ln_1, cache[f"{prefix}.{n}.resid_pre"].float())
-        for p in range(frozen.weights.shape[1]):
-            reach = torch.einsum("bq,bhqt->bht", frozen.weights[:, p], pattern) * inverse[:, None]
-            rows.append(reach @ active)
-    assert out.image is not None
-    return torch.cat(rows, 1).transpose(1, 2), out.image.float()
 
 
 def _principal(

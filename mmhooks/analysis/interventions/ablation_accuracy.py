@@ -121,7 +121,7 @@ def ablate(
     with rate_bar(
         "ablating", None if labels is None else len(labels), unit="images", show=progress
     ) as advance:
-        for pixels, own in _labelled(model, inputs, labels, batch_size, len(classes)):
+        for pixels, own in labelled_batches(model, inputs, labels, batch_size, len(classes)):
             parts = decompose_batch(model, pixels, class_token=class_token)
             parts = parts.normalized() if normalize else parts
             before, n = before + right(parts.embedding, own), n + len(own)
@@ -143,10 +143,14 @@ def ablate(
     )
 
 
-def _labelled(
+def labelled_batches(
     model: Model, inputs: Any, labels: Tensor | None, batch_size: int, n_classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields pixels and labels, at most ``batch_size`` at a time."""
+    """Yields pixels and labels, at most ``batch_size`` at a time.
+
+    Raises:
+        ShapeMismatch: not one label per image, a label outside the classes, or batches without labels.
+    """
     given = [(inputs, labels)] if labels is not None else inputs
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise ShapeMismatch(

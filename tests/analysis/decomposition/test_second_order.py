@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.analysis.decomposition.second_order import second_order, second_order_effects
+from mmhooks.analysis.decomposition.neuron_effects import second_order_effects
+from mmhooks.analysis.decomposition.second_order import second_order
 from mmhooks.errors import DataError, NoExactSum, ShapeMismatch
 from mmhooks.models.clip.readout import image_readout
 from mmhooks.models.embedded.mini import build
