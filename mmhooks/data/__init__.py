@@ -5,7 +5,7 @@ from mmhooks.data.families import families, near_duplicates
 from mmhooks.data.pair_set import Pair, Pairs
 from mmhooks.data.pair_stream import PairStream, pair_stream
 from mmhooks.data.sources.pairs import pairs
-from mmhooks.data.sources.text_pools import TextPool, text_pool
+from mmhooks.data.sources.text_pools import TextPool, splice_vocabulary, text_pool
 
 __all__ = [
     "Pair",
@@ -16,5 +16,6 @@ __all__ = [
     "near_duplicates",
     "pair_stream",
     "pairs",
+    "splice_vocabulary",
     "text_pool",
 ]

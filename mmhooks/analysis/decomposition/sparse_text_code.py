@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -16,7 +16,7 @@ from mmhooks.analysis.inputs.checks import check_finite
 from mmhooks.analysis.results import Estimate, Records, Result
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.sparse_rows import SparseRows
-from mmhooks.errors import ShapeMismatch, WrongOrigin
+from mmhooks.errors import DataError, ShapeMismatch, WrongOrigin
 from mmhooks.utils.indexing import as_places, one_place
 
 
@@ -28,7 +28,8 @@ class SparseTextCode(Result):
         codes: weights, largest first; indices are positions in the pool.
         cosine: between the centred embedding and its reconstruction from texts. l0: number of texts used.
         gap: certified upper bound on the distance of each solution's objective from the optimum.
-        dictionary: centred unit embeddings of the texts; not saved.
+        dictionary: centred unit embeddings of the texts; not saved. mean: of the unit embeddings, subtracted from them
+            and added back by :meth:`recompose`; not saved.
     """
 
     texts: tuple[str, ...]
@@ -38,6 +39,7 @@ class SparseTextCode(Result):
     gap: Float[Tensor, " n"]
     penalty: float
     dictionary: Float[Tensor, "t d"] = field(repr=False, compare=False)
+    mean: Float[Tensor, " d"] = field(repr=False, compare=False)
     tolerance: float = 1e-6
 
     @property
@@ -92,6 +94,48 @@ class SparseTextCode(Result):
             "nk,nkd->nd", self.codes.values.float(), self.dictionary[self.codes.indices.long()]
         )
 
+    def recompose(self) -> Float[Tensor, "n d"]:
+        """Makes unit embeddings from the texts: the reconstruction at unit length, plus the mean, at unit length again.
+
+        They lie where the embeddings lay, so they can be compared with any text, as in SpLiCE's zero-shot accuracy. An
+        embedding without texts becomes the mean.
+        """
+        return self._with_mean(self.codes.values.float())
+
+    def intervene(self, concepts: Any) -> Float[Tensor, "n d"]:
+        """:meth:`recompose` without some texts, whose weights become 0 (SpLiCE, Section 5.3).
+
+        Args:
+            concepts: a list of texts of the pool, their positions, or a bool mask of the pool.
+
+        Raises:
+            ShapeMismatch: a position is not in the pool. DataError: a text is not in the pool, there is none, or no
+                embedding uses any of them.
+        """
+        chosen = self._positions(concepts)
+        values = self.codes.values.float()
+        gone = torch.isin(self.codes.indices.long(), chosen)
+        if not bool((values[gone] > 0).any()):
+            named = ", ".join(repr(self.texts[i]) for i in chosen.tolist()[:5]) or "none"
+            raise DataError(
+                f"intervene: expected concepts that an embedding is written in, got {named}, without weight in all "
+                f"{len(values)} of them: see top_of(range(n)), or use a smaller penalty (now {self.penalty:g})"
+            )
+        return self._with_mean(values.masked_fill(gone, 0.0))
+
+    def _with_mean(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+        rebuilt = torch.einsum("nk,nkd->nd", weights, self.dictionary[self.codes.indices.long()])
+        return normalize(normalize(rebuilt, dim=1) + self.mean, dim=1)
+
+    def _positions(self, concepts: Any) -> Int[Tensor, " m"]:
+        names = [concepts] if isinstance(concepts, str) else concepts
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            return as_places(concepts, len(self.texts), "concepts of the pool")
+        missing = [name for name in names if name not in set(self.texts)]
+        if missing:
+            raise DataError(f"intervene: expected texts of the pool, got {missing[:3]}, which are not in it")
+        return torch.tensor([i for i, text in enumerate(self.texts) if text in set(names)], dtype=torch.long)
+
     def table(self) -> Records:
         rows: dict[str, Estimate] = {"cosine": bootstrap(self.cosine), "L0": bootstrap(self.l0)}
         return Records(
@@ -105,7 +149,8 @@ def sparse_text_code(
     text_embeddings: Float[Tensor, "t d2"],
     texts: Sequence[str],
     *,
-    penalty: float = 0.2,
+    penalty: float | None = None,
+    l1_penalty: float | None = None,
     mean: Float[Tensor, " d3"] | None = None,
     text_mean: Float[Tensor, " d4"] | None = None,
     tolerance: float = 1e-6,
@@ -116,13 +161,17 @@ def sparse_text_code(
     again. Weights minimise ``½‖wC - z‖² + penalty · Σw``, ``w >= 0``.
 
     Args:
-        penalty: texts with a cosine below this are never used.
+        penalty: texts with a cosine below this are never used; default 0.2.
+        l1_penalty: the same in the scale of SpLiCE's code, instead of ``penalty``, which is half of it: its ADMM minimises
+            ``‖wC - z‖² + l1_penalty · Σw``, and to scikit-learn's ``Lasso``, whose objective is ours over the width d,
+            it gives ``alpha = l1_penalty / (2 d)``, which is ``penalty / d``. Its default is 0.01.
         mean: mean of unit embeddings, if ``embeddings`` are few or not of one kind; zeros for a direction. Default:
             their own mean. ``text_mean``: likewise; default: that of the pool.
         tolerance: of the objective, certified by the duality gap.
 
     Raises:
-        ShapeMismatch: widths or counts differ, the penalty is not above 0, or one embedding comes without ``mean``.
+        ShapeMismatch: widths or counts differ, the penalty is not above 0, both penalties are given, or one embedding
+            comes without ``mean``.
         NotFinite: NaN or infinity in either. WrongOrigin: a mean is too long to be that of unit embeddings.
 
     >>> pool = torch.eye(3); eye = torch.zeros(3)
@@ -138,6 +187,13 @@ def sparse_text_code(
             f"of shape {tuple(text_embeddings.shape)} for {len(texts)} texts"
             + ("" if len(widths) == 1 else f"; widths {sorted(widths)} (means included) must agree")
         )
+    if penalty is not None and l1_penalty is not None:
+        raise ShapeMismatch(
+            f"expected penalty= or l1_penalty=, one of them, got both, {penalty} and {l1_penalty}"
+        )
+    if l1_penalty is not None:
+        penalty = l1_penalty / 2
+    penalty = 0.2 if penalty is None else penalty
     if penalty <= 0:
         raise ShapeMismatch(
             f"penalty: expected a number above 0, got {penalty}: without one every text would be used"
@@ -152,7 +208,13 @@ def sparse_text_code(
     for name, given in (("mean=", mean), ("text_mean=", text_mean)):
         if given is not None:
             _check_unit_mean(given, name)
-    dictionary, target = centred(text_embeddings, text_mean), centred(embeddings, mean)
+    dictionary = centred(text_embeddings, text_mean)
+    own = (
+        normalize(embeddings.detach().cpu().float(), dim=1).mean(0)
+        if mean is None
+        else mean.detach().cpu().float()
+    )
+    target = centred(embeddings, own)
     solved = nonnegative_lasso(target, dictionary, penalty, tolerance=tolerance)
     rebuilt = torch.einsum("nk,nkd->nd", solved.values, dictionary[solved.indices])
     return SparseTextCode(
@@ -163,6 +225,7 @@ def sparse_text_code(
         gap=solved.gap,
         penalty=penalty,
         dictionary=dictionary,
+        mean=own,
         tolerance=tolerance,
     )
 

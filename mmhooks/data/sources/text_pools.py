@@ -65,15 +65,32 @@ def text_pool(source: str | Path = "general", *, template: str | None = None) ->
     return _distinct(name, texts, kinds)
 
 
+def splice_vocabulary(path: str | Path, *, size: int = 10_000) -> TextPool:
+    """Reads a vocabulary of SpLiCE's code (``data/vocab/laion.txt``, ``mscoco.txt``): one concept per line, the rarest
+    first, of which its ``load`` takes the last ``size``; what follows a comma and a space is left out.
+
+    Raises:
+        DataError: no such file, no text in it, or a size below 1.
+
+    >>> splice_vocabulary("laion.txt", size=10_000)                       # doctest: +SKIP
+    """
+    place = Path(path).expanduser()
+    if size < 1:
+        raise DataError(f"size: expected at least 1 concept, got {size}")
+    if not place.is_file():
+        raise DataError(
+            f"no vocabulary {path}: give a file with one concept per line, as in SpLiCE's data/vocab"
+        )
+    texts = [line.strip().split(", ")[0] for line in _lines(place)]
+    texts = [text for text in texts[-size:] if text]
+    if not texts:
+        raise DataError(f"{path}: expected one concept per line, got no texts")
+    return _distinct(place.name, texts, None)
+
+
 def _read(path: Path) -> tuple[list[str], list[str] | None]:
     texts, kinds, kind = [], [], ""
-    try:
-        text = read_regular(path).decode("utf-8-sig")
-    except (DataError, UnicodeDecodeError) as fault:
-        raise DataError(
-            f"{path}: expected a list of texts in UTF-8, got a file that cannot be read: {fault}"
-        ) from fault
-    for line in text.splitlines():
+    for line in _lines(path):
         line = line.strip()
         if line.startswith("#"):
             kind = line.lstrip("# ")
@@ -83,6 +100,15 @@ def _read(path: Path) -> tuple[list[str], list[str] | None]:
     if not texts:
         raise DataError(f"{path}: expected one text per line, got no texts")
     return texts, kinds if any(kinds) else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_regular(path).decode("utf-8-sig").splitlines()
+    except (DataError, UnicodeDecodeError) as fault:
+        raise DataError(
+            f"{path}: expected a list of texts in UTF-8, got a file that cannot be read: {fault}"
+        ) from fault
 
 
 def _distinct(name: str, texts: Iterable[str], kinds: Iterable[str] | None) -> TextPool:

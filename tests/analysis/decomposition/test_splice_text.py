@@ -14,7 +14,7 @@ from sklearn.linear_model import Lasso
 import mmhooks as mm
 from mmhooks.analysis.decomposition.lasso import nonnegative_lasso
 from mmhooks.analysis.decomposition.sparse_text_code import centred
-from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch, WrongOrigin
+from mmhooks.errors import DataError, MMHooksError, NotFinite, ShapeMismatch, WrongOrigin
 
 
 def sample(n, d, t, seed):
@@ -164,3 +164,106 @@ def test_float32_certifies_no_smaller_gap():
     with pytest.raises(MMHooksError, match="no gap below 1e-6"):
         nonnegative_lasso(z, dictionary, 0.2, tolerance=1e-8)
     assert float(nonnegative_lasso(z.double(), dictionary.double(), 0.2, tolerance=1e-10).gap.max()) <= 1e-10
+
+
+def splice_admm(dictionary, z, l1_penalty, rho=5.0, rounds=20_000):
+    """SpLiCE's ``admm.py``, written naively: ‖wC - z‖² + l1 · Σw, w >= 0; one row."""
+    c = dictionary @ dictionary.T
+    factor = np.linalg.inv(2 * c + rho * np.eye(len(c)))
+    w, u = np.zeros(len(c)), np.zeros(len(c))
+    for _ in range(rounds):
+        x = factor @ (2 * dictionary @ z + rho * (w - u))
+        old, w = w, np.maximum(x + u - l1_penalty / rho, 0)
+        u = u + x - w
+        if np.linalg.norm(x - w) < 1e-9 and rho * np.linalg.norm(w - old) < 1e-9:
+            break
+    return w
+
+
+@pytest.mark.parametrize("l1_penalty", [0.05, 0.3])
+def test_the_penalty_in_splices_own_scale(l1_penalty):
+    image, text = sample(4, 24, 60, 7)
+    code = mm.sparse_text_code(image, text, [str(i) for i in range(60)], l1_penalty=l1_penalty)
+    assert code.penalty == pytest.approx(l1_penalty / 2)
+    z, dictionary = centred(image).double().numpy(), centred(text).double().numpy()
+    ours = code.codes.dense().double().numpy()
+    lasso = Lasso(
+        alpha=l1_penalty / (2 * 24), fit_intercept=False, positive=True, max_iter=100_000, tol=1e-10
+    )
+    for i, row in enumerate(z):
+        for theirs in (splice_admm(dictionary, row, l1_penalty), lasso.fit(dictionary.T, row).coef_):
+            assert np.abs(ours[i] @ dictionary - theirs @ dictionary).max() < 5e-3
+            gap = objective(ours[i], row, dictionary, l1_penalty / 2) - objective(
+                theirs, row, dictionary, l1_penalty / 2
+            )
+            assert abs(gap) < 2e-6
+    with pytest.raises(ShapeMismatch, match="one of them, got both"):
+        mm.sparse_text_code(image, text, list(map(str, range(60))), penalty=0.1, l1_penalty=0.2)
+    with pytest.raises(ShapeMismatch, match="penalty: expected a number above 0"):
+        mm.sparse_text_code(image, text, list(map(str, range(60))), l1_penalty=-0.2)
+
+
+def test_recomposed_embeddings_are_splices():
+    """``SPLICE.encode_image`` and ``intervene_image`` by hand, row by row."""
+    image, text = sample(12, 24, 60, 3)
+    image = image + 2  # far from the origin, as embeddings of a modality are
+    names = [f"t{i}" for i in range(60)]
+    code = mm.sparse_text_code(image, text, names, penalty=0.1)
+    unit = image / image.norm(dim=1, keepdim=True)
+    mean, dictionary, weights = unit.mean(0), centred(text), code.codes.dense()
+    gone = [code.top(0)[0][0], code.top(5)[0][0]]
+
+    def by_hand(weights):
+        rows = []
+        for row in weights:
+            rebuilt = sum(w * dictionary[j] for j, w in enumerate(row.tolist()))
+            rebuilt = rebuilt / rebuilt.norm() + mean
+            rows.append(rebuilt / rebuilt.norm())
+        return torch.stack(rows)
+
+    torch.testing.assert_close(code.recompose(), by_hand(weights), atol=1e-5, rtol=1e-4)
+    similar = torch.cosine_similarity(code.recompose(), unit)
+    assert float(similar.min()) > float((unit @ mean / mean.norm()).max())  # closer than the mean alone
+    less = weights.clone()
+    less[:, [names.index(name) for name in gone]] = 0
+    expected = by_hand(less)
+    torch.testing.assert_close(code.intervene(gone), expected, atol=1e-5, rtol=1e-4)
+    places = [names.index(name) for name in gone]
+    mask = torch.zeros(60, dtype=torch.bool)
+    mask[places] = True
+    for same in (places, mask, torch.tensor(places)):
+        assert torch.equal(code.intervene(same), code.intervene(gone))
+    everything = code.intervene(names)
+    torch.testing.assert_close(everything, (mean / mean.norm()).expand(12, -1))
+    given = mm.sparse_text_code(image[:1], text, names, mean=mean, penalty=0.1)
+    torch.testing.assert_close(given.recompose(), code.recompose()[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_an_intervention_that_does_nothing_is_refused():
+    image, text = sample(5, 24, 60, 3)
+    names = [f"t{i}" for i in range(60)]
+    code = mm.sparse_text_code(image, text, names, penalty=0.3)
+    unused = next(i for i in range(60) if not bool((code.codes.dense()[:, i] > 0).any()))
+    for nothing in ([names[unused]], [unused], []):
+        with pytest.raises(DataError, match="intervene: expected concepts that an embedding is written in"):
+            code.intervene(nothing)
+    with pytest.raises(DataError, match=r"texts of the pool, got \['water'\]"):
+        code.intervene(["water", code.top(0)[0][0]])
+    with pytest.raises(ShapeMismatch):
+        code.intervene([60])
+
+
+def test_vocabulary_of_splices_code(tmp_path):
+    path = tmp_path / "laion.txt"
+    path.write_text("rare, 3\n#hashtag\n't\nred dog, 90\ncat, 100\ncat, 100\n\nthe, 900\n")
+    pool = mm.data.splice_vocabulary(path)
+    assert pool.texts == ("rare", "#hashtag", "'t", "red dog", "cat", "the")
+    assert pool.name == "laion.txt" and pool.kinds is None
+    assert mm.data.splice_vocabulary(path, size=3).texts == (
+        "cat",
+        "the",
+    )  # of the last lines, as its load takes
+    with pytest.raises(DataError, match="at least 1 concept"):
+        mm.data.splice_vocabulary(path, size=0)
+    with pytest.raises(DataError, match="no vocabulary"):
+        mm.data.splice_vocabulary(tmp_path / "no.txt")
