@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 import mmhooks as mm
-from mmhooks.analysis.attribution.attention_maps import PointingGame, pointing_game
+from mmhooks.analysis.attribution.attention_maps import head_maps
+from mmhooks.analysis.attribution.heat_masks import HeatOverlap, heat_overlap
+from mmhooks.analysis.attribution.pointing_game import PointingGame, pointing_game
 from mmhooks.errors import MMHooksError
 from mmhooks.models.embedded.mini_sd import drawings
 from mmhooks.report.heat import heat_grid, overlay
@@ -81,10 +83,17 @@ def prompts_and_words(sd: mm.HookedDiffusion, options: Options) -> tuple[list[st
 def draw_prompts(
     sd: mm.HookedDiffusion, prompts: list[str], words: list[list[str]], options: Options
 ) -> list[Drawn]:
-    """Generates every prompt, each from its own seed, and records the heat maps of its words."""
+    """Generates every prompt, each from its own seed, and records the heat maps of its words.
+
+    Raises:
+        MMHooksError: layers are to be resized neither bilinearly nor bicubically.
+    """
+    collectors = {"bilinear": mm.attention_maps, "bicubic": head_maps}
+    if options.resize not in collectors:
+        raise MMHooksError(f"resize: expected {' or '.join(collectors)}, got {options.resize!r}")
     sd.pipe.set_progress_bar_config(disable=True)
     drawn = []
-    with rate_bar("drawing", len(prompts), unit="images") as advance, mm.attention_maps(sd) as maps:
+    with rate_bar("drawing", len(prompts), unit="images") as advance, collectors[options.resize](sd) as maps:
         for begin in range(0, len(prompts), options.batch):
             these = prompts[begin : begin + options.batch]
             noise = [torch.Generator().manual_seed(options.seed + begin + n) for n in range(len(these))]
@@ -117,20 +126,35 @@ def save_images(drawn: list[Drawn], out: Path) -> list[Path]:
     return paths
 
 
-def play_pointing_game(drawn: list[Drawn]) -> dict[str, PointingGame]:
-    """Plays the pointing game with the object's words, and with controls.
+def heat_with_controls(drawn: list[Drawn]) -> dict[str, Float[Tensor, "n h w"]]:
+    """Returns the heat of the object's words, and that of controls.
 
     ``another picture's heat``: the object's words in the next image, which measures the effect of a central position.
     ``the word "a"``: a word that names nothing, where all prompts have one.
     """
-    masks = torch.stack([foreground(d.image) for d in drawn])
     heat = torch.stack([next(iter(d.heats.values())) for d in drawn])
-    games = {"object": pointing_game(heat, masks)}
+    found = {"object": heat}
     if len(drawn) > 1:
-        games["another picture's heat"] = pointing_game(heat.roll(1, 0), masks)
+        found["another picture's heat"] = heat.roll(1, 0)
     if all("a" in d.heats for d in drawn):
-        games['the word "a"'] = pointing_game(torch.stack([d.heats["a"] for d in drawn]), masks)
-    return games
+        found['the word "a"'] = torch.stack([d.heats["a"] for d in drawn])
+    return found
+
+
+def play_pointing_game(drawn: list[Drawn]) -> dict[str, PointingGame]:
+    """Plays the pointing game with the object's words, and with the controls of :func:`heat_with_controls`."""
+    masks = torch.stack([foreground(d.image) for d in drawn])
+    return {name: pointing_game(heat, masks) for name, heat in heat_with_controls(drawn).items()}
+
+
+def overlaps(drawn: list[Drawn], threshold: float) -> dict[str, HeatOverlap]:
+    """Returns the IoU of thresholded heat with the drawings, likewise; empty images are left out."""
+    masks = torch.stack([foreground(d.image) for d in drawn])
+    some = masks.flatten(1).any(1)
+    return {
+        name: heat_overlap(heat[some], masks[some], threshold=threshold)
+        for name, heat in heat_with_controls(drawn).items()
+    }
 
 
 def verdict_sentence(games: dict[str, PointingGame]) -> str:

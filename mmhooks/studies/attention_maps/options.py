@@ -18,6 +18,12 @@ Words = Annotated[list[str] | None, typer.Option(help="repeatable; default: ever
 ImageCount = Annotated[int, typer.Option(help="number of drawings, of those that the pipeline knows")]
 Template = Annotated[str, typer.Option(help="prompt of a known drawing; {} is its name")]
 Guidance = Annotated[float, typer.Option(help="guidance scale; up to 1: none")]
+Resize = Annotated[
+    str, typer.Option(help="how layers are resized: bilinear; or bicubic, as in DAAM's public code")
+]
+Threshold = Annotated[
+    float, typer.Option(help="heat above this share of its range counts as the object, for the IoU")
+]
 Seed = Annotated[int, typer.Option(help="of the first image's noise; the next ones follow")]
 Out = Annotated[Path, typer.Option(help="results.json, results.md, heat.png, overlays/")]
 
@@ -33,6 +39,8 @@ class Options:
     template: Template = TEMPLATE
     steps: Steps = 25
     guidance: Guidance = 4.0
+    resize: Resize = "bilinear"
+    threshold: Threshold = 0.4
     batch: DiffusionBatch = 16
     seed: Seed = 0
     device: Device = AUTO

@@ -5,7 +5,8 @@
         --prompt "a red panda on a blue house" --word panda --word house --out runs/panda
 
 Without --prompt the pipeline generates the drawings that it knows (mini lists its own). Their objects are on white, so
-the pointing game can be played: is the hottest place of the object's words on the object?
+the pointing game can be played: is the hottest place of the object's words on the object? And the heat can be cut at a
+threshold, as DAAM's public code does: how much of the cut-out and the object is common to both (IoU)?
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.results import Records
     from mmhooks.studies.attention_maps.images import (
         draw_prompts,
+        overlaps,
         play_pointing_game,
         prompts_and_words,
         save_images,
@@ -56,6 +58,7 @@ def run(options: Options) -> Results:
         "steps": options.steps,
         "guidance": options.guidance,
         "seed": options.seed,
+        "resize": options.resize,
         "template": options.template,
         "prompts": prompts,
         "words": words,
@@ -67,9 +70,13 @@ def run(options: Options) -> Results:
     ]
     if not options.prompt:
         games = play_pointing_game(drawn)
-        table = Records([{"heat of": name, **game.table()[0]} for name, game in games.items()])
-        results |= {"games": games, "verdict": verdict_sentence(games)}
-        lines += ["", verdict_sentence(games), "", table.markdown()]
+        covered = overlaps(drawn, options.threshold)
+        tables = [
+            Records([{"heat of": name, **found.table()[0]} for name, found in of.items()])
+            for of in (games, covered)
+        ]
+        results |= {"games": games, "overlaps": covered, "verdict": verdict_sentence(games)}
+        lines += ["", verdict_sentence(games), *(line for table in tables for line in ("", table.markdown()))]
     page = out / "results.md"
     write_text(page, "\n".join(["# Attention maps", "", *lines, "", "![heat](heat.png)", ""]))
     written = write_results(out, results, [page, *paths])

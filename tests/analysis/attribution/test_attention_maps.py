@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import mmhooks as mm
-from mmhooks.analysis.attribution.attention_maps import attention_maps, layer_size, pointing_game
+from mmhooks.analysis.attribution.attention_maps import attention_maps, head_maps, layer_size
 from mmhooks.errors import HookDidNotFire, MMHooksError, ShapeMismatch
 from mmhooks.report.heat import heat_grid, overlay
 
@@ -89,6 +89,65 @@ def test_equals_a_naive_collector(sd, half, guidance, size, processor):
 def sd_with(sd, module, processor):
     sd.unet.set_attn_processor(getattr(module, processor)())
     return sd
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_head_maps_equal_the_public_code(sd, guidance, size):
+    """``trace.py``: a sum over steps for each (layer, head), resized bicubically, clamped at 0, and their mean; token by
+    token. The public code's is this times the number of steps."""
+    from diffusers.models import attention_processor
+
+    sd = copy.deepcopy(sd)
+    prompts = ["a red panda", "blue kite on a house"]
+    options = {"height": size[0], "width": size[1], "guidance": guidance}
+    kept: dict[str, list[torch.Tensor]] = {}
+    for name, module in sd.unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(Collector(kept.setdefault(name, []), True))
+    draw(sd.pipe, prompts, **options)
+    sd_with(sd, attention_processor, "AttnProcessor2_0")
+    high, wide = size[0] // 2, size[1] // 2
+    first = 2 if guidance > 1 else 0
+    by_head = {}
+    for name, patterns in kept.items():
+        steps = len(patterns)
+        for head in range(patterns[0].shape[1]):
+            summed = sum(pattern[first:, head] for pattern in patterns)  # [b pixel token]
+            rows = high if summed.shape[1] == high * wide else high // 2
+            tokens = []
+            for token in range(12):
+                grid = summed[:, :, token].reshape(2, 1, rows, -1)
+                tokens.append(F.interpolate(grid, (high, wide), mode="bicubic").clamp_(min=0)[:, 0])
+            by_head[name, head] = torch.stack(tokens, 1) / steps
+    with head_maps(sd) as heads:
+        draw(sd.pipe, ["house", "house"], **options)  # an earlier run is forgotten
+        draw(sd.pipe, prompts, **options)
+    torch.testing.assert_close(heads.maps, torch.stack(list(by_head.values())).mean(0), atol=1e-6, rtol=1e-4)
+    assert heads.layers == sum(map(len, kept.values())) and float(heads.maps.min()) >= 0
+    for site in heads.sums:
+        name = next(n for n in kept if n.removesuffix(".attn2") == site[5:].removesuffix(".cross.pattern"))
+        own = [heat for (layer, _), heat in by_head.items() if layer == name]
+        torch.testing.assert_close(heads.of(site), torch.stack(own).mean(0), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(heads.of(site, head=1), by_head[name, 1], atol=1e-6, rtol=1e-4)
+    two = list(heads.sums)[:2]
+    torch.testing.assert_close(heads.of(two), (heads.of(two[0]) + heads.of(two[1])) / 2)
+    panda = heads.word("panda", prompts[0], heads.of(two[0], head=0))
+    torch.testing.assert_close(panda, heads.of(two[0], head=0)[:, 3])
+
+
+def test_head_maps_name_what_is_missing(sd):
+    with head_maps(sd) as heads:
+        with pytest.raises(HookDidNotFire, match="no attention"):
+            _ = heads.maps
+        draw(sd.pipe, "a red panda")
+    site = next(iter(heads.sums))
+    with pytest.raises(MMHooksError, match="expected layers that were recorded"):
+        heads.of("unet.nowhere")
+    with pytest.raises(ShapeMismatch, match="attention heads of"):
+        heads.of(site, head=99)
+    with pytest.raises(ShapeMismatch, match="at least one layer, got none"):
+        heads.of([])
 
 
 def test_words(sd):
@@ -183,27 +242,6 @@ def test_layers_as_a_list(sd):
     with pytest.raises(MMHooksError, match="expected a mm.HookedDiffusion, got a HookedCLIP"):
         with attention_maps(mm.load("mini")):
             pass
-
-
-def test_pointing_game():
-    heat = torch.zeros(5, 4, 4)
-    masks = torch.zeros(5, 8, 8, dtype=torch.bool)
-    masks[:, :4, :4] = True
-    heat[:3, 0, 0] = 1.0  # on the object
-    heat[3:, 3, 3] = 1.0
-    masks[4] = False  # decides nothing
-    game = pointing_game(heat, masks)
-    assert game.rate.n == 4 and game.rate.value == 0.75 and game.chance == 0.25
-    assert game.centre.value == 0.0 and 0.7 < game.energy < 0.8
-    assert game.rate.low < 0.75 < game.rate.high and game.table()[0]["n"] == 4
-    flipped = pointing_game(heat, ~masks)
-    assert flipped.rate.value == 0.25
-    with pytest.raises(ShapeMismatch, match="neither|none of the 5 masks"):
-        pointing_game(heat, torch.ones_like(masks))
-    with pytest.raises(ShapeMismatch, match="5 maps and 3 masks"):
-        pointing_game(heat, masks[:3])
-    with pytest.raises(mm.errors.NotFinite):
-        pointing_game(heat / 0, masks)
 
 
 def test_overlay(tmp_path):

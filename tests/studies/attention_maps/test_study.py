@@ -58,6 +58,15 @@ def test_known_drawings(pipeline, tmp_path):
     assert result["prompts"] == ["a red panda", "a kite", "a house"]
     assert set(result["games"]) == {"object", "another picture's heat", 'the word "a"'}
     assert result["verdict"] in (tmp_path / "results.md").read_text()
+    assert set(result["overlaps"]) == set(result["games"]) and result["resize"] == "bilinear"
+    assert result["overlaps"]["object"]["threshold"] == 0.4 and "IoU" in (tmp_path / "results.md").read_text()
+    bicubic = recipe.Options(
+        pipeline=str(pipeline), steps=2, out=tmp_path / "bicubic", template="a {}", batch=2, resize="bicubic"
+    )
+    other = recipe.run(bicubic).found
+    assert other["games"]["object"]["energy"] != result["games"]["object"]["energy"]
+    failed = run("--pipeline", pipeline, "--steps", 2, "--resize", "nearest", "--out", tmp_path)
+    assert failed.exit_code == 1 and "expected bilinear or bicubic, got 'nearest'" in failed.output
     (pipeline / "drawings.json").unlink()
 
 
