@@ -10,6 +10,7 @@ shape at mini-sd's size (8 x 8 latents, cross-attention at 8 x 8 and 4 x 4), ran
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,51 @@ def test_masked_conditioner(benchmark, sd):
         "256 features of an SAE masked": lambda: masked(latents),
     })  # fmt: skip
     sd.detach()
+
+
+@pytest.mark.parametrize("pixels", [4096, 1024, 256])
+def test_heat_of_a_layer(benchmark, pixels):
+    """What einops costs where a pattern becomes heat: the fold alone, and with the resize that follows. Processor time."""
+    from einops import reduce
+    from torch.nn import functional as F
+
+    rows = int(pixels**0.5)
+    pattern = torch.rand(2, 8, pixels, 77, generator=torch.Generator().manual_seed(0))
+
+    def by_einops():
+        return reduce(pattern, "b head (h w) token -> b token h w", "mean", h=rows)
+
+    def by_hand():
+        return pattern.mean(1).unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+
+    def resized(fold):
+        return lambda: F.interpolate(fold(), (64, 64), mode="bilinear", align_corners=False)
+
+    torch.testing.assert_close(by_einops(), by_hand(), atol=1e-6, rtol=1e-5)
+    contenders = {
+        "by hand": by_hand,
+        "einops": by_einops,
+        "by hand, resized to 64 x 64": resized(by_hand),
+        "einops, resized to 64 x 64": resized(by_einops),
+    }
+    case = f"heat of a layer of {rows} x {rows}, 8 attention heads, 2 images"
+    race(benchmark, case, contenders, timer=time.process_time)
+
+
+@pytest.mark.parametrize("fold", ["(b head) l e -> b head l e", "b head l e -> (b head) l e"])
+def test_one_fold(benchmark, fold):
+    """A fold that copies nothing: the call alone."""
+    from einops import rearrange
+
+    shape = (16, 256, 77) if fold.startswith("(") else (2, 8, 256, 77)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+    def by_hand():
+        return x.unflatten(0, (2, 8)) if fold.startswith("(") else x.flatten(0, 1)
+
+    def by_einops():
+        return rearrange(x, fold, **({"head": 8} if fold.startswith("(") else {}))
+
+    assert torch.equal(by_hand(), by_einops())
+    contenders = {"by hand": by_hand, "einops": by_einops}
+    race(benchmark, f"one fold, {fold}", contenders, loops=2000, timer=time.process_time)
