@@ -1,0 +1,1 @@
+"""Trains, evaluates and ships mini-vlm."""
