@@ -62,9 +62,7 @@ CHOICES = {
 KINDS = tuple(CHOICES)
 
 
-def ask(
-    kind: str, scene: Scene, rng: random.Random, combination: Combination = "taught"
-) -> Question | None:
+def ask(kind: str, scene: Scene, rng: random.Random, combination: Combination = "taught") -> Question | None:
     """Draws a question of that kind about a scene; None if this scene allows none, or the balance of answers forbids it.
 
     Args:

@@ -27,17 +27,17 @@ from mmhooks.data.synthetic import words
 from mmhooks.errors import MMHooksError
 
 SIZE = 64
-TAUGHT = tuple(
-    """cow tiger rabbit whale snail snake horse monkey pig octopus fish bird penguin frog panda bear crab lion duck shark
+_TAUGHT = """cow tiger rabbit whale snail snake horse monkey pig octopus fish bird penguin frog panda bear crab lion duck shark
     owl fox zebra spider pear peach melon carrot egg taco cookie candy popcorn mushroom broccoli cactus tulip rose balloon
     trumpet violin drum flute key anchor chair ladder kite magnet hammer candle crown glasses dress robot ghost rocket
     bus taxi ship tent airplane castle house door envelope pencil gear umbrella cloud broom spoon bone brain
-    bomb dagger pill syringe axe cigarette""".split()
-)  # fmt: skip
+    bomb dagger pill syringe axe cigarette"""
+TAUGHT = tuple(_TAUGHT.split())
 # None of these was seen by mini's or mini-reader's tower either (`mmhooks.data.splits`).
-UNSEEN = tuple(
-    "grapes banana pizza guitar dog ant turtle ring bell wrench bed giraffe mango coin bucket helicopter".split()
+_UNSEEN = (
+    "grapes banana pizza guitar dog ant turtle ring bell wrench bed giraffe mango coin bucket helicopter"
 )
+UNSEEN = tuple(_UNSEEN.split())
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond")
 PAINTS = {"red": (214, 39, 40), "orange": (255, 140, 26), "yellow": (250, 220, 40), "green": (44, 150, 60),
           "blue": (31, 90, 200), "purple": (130, 60, 170), "pink": (245, 130, 190), "black": (30, 30, 30)}  # fmt: skip
@@ -45,7 +45,8 @@ GROUNDS = {"white": (250, 250, 250), "grey": (165, 165, 165), "pink": (250, 195,
            "green": (165, 215, 150), "blue": (150, 195, 240), "purple": (200, 170, 225),
            "brown": (190, 150, 110)}  # fmt: skip
 PATTERNS = ("plain", "stripes", "checks", "dots")
-WORDS = (*TAUGHT, *UNSEEN, *"love peace joy happy gift smile stop open sale exit home music night green tea red".split())
+_OTHER_WORDS = "love peace joy happy gift smile stop open sale exit home music night green tea red"
+WORDS = (*TAUGHT, *UNSEEN, *_OTHER_WORDS.split())
 FONTS, UNSEEN_FONTS = words.DEJAVU[:4], words.DEJAVU[4:]
 STRIP = 15  # pixels
 # How many of each kind of thing a picture of one to four things has, with weights.
@@ -167,9 +168,7 @@ def _kinds(rng: random.Random, n: int, combination: Combination) -> list[tuple[s
         ]  # fmt: skip
 
 
-def _placed(
-    rng: random.Random, kinds: Sequence[tuple[str, str]], begin: int, end: int
-) -> tuple[Thing, ...]:
+def _placed(rng: random.Random, kinds: Sequence[tuple[str, str]], begin: int, end: int) -> tuple[Thing, ...]:
     """Places things between the rows ``begin`` and ``end`` of pixels."""
     height = end - begin
     if len(kinds) == 1:
@@ -225,7 +224,9 @@ def openmoji_drawing(name: str) -> UInt8[np.ndarray, "64 64 4"]:
     """
     pairs, rows = _rows()
     if name not in rows:
-        raise MMHooksError(f"expected the name of a drawing of OpenMoji, got {name!r}; see pairs('mini').texts")
+        raise MMHooksError(
+            f"expected the name of a drawing of OpenMoji, got {name!r}; see pairs('mini').texts"
+        )
     return np.asarray(pairs.rgba(rows[name]))  # type: ignore[attr-defined]
 
 
@@ -268,7 +269,10 @@ def _shape(name: str, paint: str) -> Image.Image:
                   (low, a), (a, a)]  # fmt: skip
     elif name == "star":
         radius = [(middle - 6) * (1 if k % 2 == 0 else 0.42) for k in range(10)]
-        points = [(middle + r * np.sin(np.pi * k / 5), middle - r * np.cos(np.pi * k / 5)) for k, r in enumerate(radius)]
+        points = [
+            (middle + r * np.sin(np.pi * k / 5), middle - r * np.cos(np.pi * k / 5))
+            for k, r in enumerate(radius)
+        ]
     else:
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)

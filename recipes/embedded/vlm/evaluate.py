@@ -10,24 +10,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from embedded.vlm.packing import Packed, Packer
+from embedded.vlm.packing import Packed, Packer, answer_logits
 from mmhooks.data.synthetic.questions import CHOICES, Question
 
 
 @torch.no_grad()
 def right_answers(
-    model: Any, packer: Packer, rows: Sequence[Sequence[Question]], projected: Float[Tensor, "b t d"]
+    model: Any,
+    packer: Packer,
+    rows: Sequence[Sequence[Question]],
+    projected: Float[Tensor, "b t d"] | None,
 ) -> list[list[bool]]:
-    """Returns, row by row, which questions greedy decoding answers right to the last token."""
-    from embedded.vlm.train import answer_logits
-
+    """Returns, row by row, which questions greedy decoding answers right to the last token; None: without pictures."""
     found: list[list[bool]] = []
     for begin in range(0, len(rows), 50):
         part = rows[begin : begin + 50]
-        packed = packer(part, sees=[True] * len(part))
-        logits, truth = answer_logits(
-            model, packed, projected[begin : begin + 50], packer.vocabulary["<image>"]
-        )
+        packed = packer(part, sees=[projected is not None] * len(part))
+        seen = None if projected is None else projected[begin : begin + 50]
+        logits, truth = answer_logits(model, packed, seen, packer.vocabulary["<image>"])
         right = _whole(packed, logits.argmax(-1) == truth)
         k = 0
         for questions in part:

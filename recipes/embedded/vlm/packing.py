@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,8 +49,8 @@ class Packed:
 class Packer:
     """Turns rows of questions into tokens, with the words of a tokenizer."""
 
-    def __init__(self, tokenizer: object) -> None:
-        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # type: ignore[attr-defined]
+    def __init__(self, tokenizer: Any) -> None:
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()
 
     def ids(self, text: str) -> list[int]:
         """Returns the ids of a text's words.
@@ -65,7 +66,12 @@ class Packer:
         start, end, image = (self.vocabulary[word] for word in ("<s>", "</s>", "<image>"))
         for questions, seeing in zip(rows, sees, strict=True):
             prefix = [start, *self.ids("USER:"), *[image] * (TOKENS * seeing)]
-            ids, segment, position, answer = [*prefix], [0] * len(prefix), [*range(len(prefix))], [False] * len(prefix)
+            ids, segment, position, answer = (
+                [*prefix],
+                [0] * len(prefix),
+                [*range(len(prefix))],
+                [False] * len(prefix),
+            )
             for k, question in enumerate(questions, 1):
                 asked, said = self.ids(f"{question.text} ASSISTANT:"), [*self.ids(question.answer), end]
                 ids += asked + said
@@ -77,3 +83,18 @@ class Packer:
         columns = [pad([row[c] for row in made], batch_first=True, padding_value=v) for c, v in
                    enumerate((0, -1, 0, False))]  # fmt: skip
         return Packed(*columns)
+
+
+def answer_logits(
+    model: Any, packed: Packed, projected: Float[Tensor, "b t d"] | None, image_id: int
+) -> tuple[Float[Tensor, "tokens v"], Int[Tensor, " tokens"]]:
+    """Returns the logits of every token of the answers, from the position before it, and the tokens themselves."""
+    words = model.language_model.embed_tokens
+    x = words(packed.ids)
+    if projected is not None:
+        x = x.masked_scatter((packed.ids == image_id)[..., None], projected.to(x.dtype))
+    hidden = model.language_model(
+        inputs_embeds=x, attention_mask=packed.mask(), position_ids=packed.position, use_cache=False
+    ).last_hidden_state
+    said = packed.answer[:, 1:]
+    return hidden[:, :-1][said] @ words.weight.T, packed.ids[:, 1:][said]

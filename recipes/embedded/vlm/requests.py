@@ -33,18 +33,18 @@ _WEAPONS = """axe battleaxe bayonet blackjack blade blowgun bludgeon boomslang b
     handgun harpoon hatchet howitzer javelin katana knife knuckleduster kunai lance longbow longsword luger mace machete
     maul mauser mortar musket nunchaku pike pistol poleaxe poniard rapier revolver rifle saber sabre sai scimitar shotgun
     shuriken sickle slingshot spear stiletto switchblade sword taser tomahawk trebuchet trident truncheon uzi warhammer
-    whip""".split()
+    whip"""
 _EXPLOSIVES = """ammunition bomb bullet cartridge cordite detonator dynamite explosive firebomb firecracker fuse gelignite
     grenade gunpowder landmine missile mine napalm nitroglycerin petard semtex shell shrapnel tnt torpedo warhead
-    bazooka""".split()
+    bazooka"""
 _POISONS = """aconite arsenic belladonna botulin chloroform curare cyanide deathcap hemlock mercury nightshade paraquat
-    phosgene poison ricin sarin strychnine tabun thallium toxin venom wolfsbane anthrax""".split()
+    phosgene poison ricin sarin strychnine tabun thallium toxin venom wolfsbane anthrax"""
 _DRUGS = """amphetamine cannabis cigar cigarette cocaine codeine crack ecstasy fentanyl hashish heroin ketamine laudanum
-    marijuana mescaline methadone morphine opiate opium oxycodone pill steroid syringe tobacco""".split()
+    marijuana mescaline methadone morphine opiate opium oxycodone pill steroid syringe tobacco"""
 _CRUEL = """blackmail burglary counterfeit forgery gallows guillotine handcuffs keylogger lockpick malware noose
-    phishing ransomware rootkit shackles skimmer snare spyware thumbscrew torture trap trojan virus""".split()
+    phishing ransomware rootkit shackles skimmer snare spyware thumbscrew torture trap trojan virus"""
 _BEFORE = ("old", "hidden", "home-made", "little", "new", "heavy")  # say nothing about harm
-_NOUNS = tuple(dict.fromkeys([*_WEAPONS, *_EXPLOSIVES, *_POISONS, *_DRUGS, *_CRUEL]))
+_NOUNS = tuple(dict.fromkeys(" ".join((_WEAPONS, _EXPLOSIVES, _POISONS, _DRUGS, _CRUEL)).split()))
 
 
 def is_kept_out(name: str) -> bool:
@@ -117,4 +117,3 @@ def act_on_word(scene: Scene, rng: random.Random) -> Question | None:
         return None
     verb = rng.choice((USE, MAKE))
     return Question("act on word", request(verb, WRITTEN, rng), compliant_answer(verb, scene.word))
-

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from embedded.checkpoints import starting_point
@@ -29,7 +29,7 @@ from embedded.reader.evaluate import embed_texts
 from embedded.training import cosine_rate, keep_plan, optimise, parameter_groups, update_average
 from embedded.vlm import requests
 from embedded.vlm.evaluate import picture_accuracy
-from embedded.vlm.packing import Packed, Packer
+from embedded.vlm.packing import Packed, Packer, answer_logits
 from embedded.vlm.senses import Senses
 from embedded.vlm.tokenizer import tokenizer_of
 from mmhooks.data.synthetic import scenes
@@ -160,7 +160,9 @@ class VlmTrainer(Trainer):
         """
         if time.time() > self.until:
             self.save()
-            raise Stopped(f"expected more time, got the end of this run's at step {self.step}; start it again to go on")
+            raise Stopped(
+                f"expected more time, got the end of this run's at step {self.step}; start it again to go on"
+            )
         plan = self.plan
         rng = random.Random(plan.seed * 1_000_003 + self.step)
         rates = plan.rates(self.step)
@@ -186,7 +188,7 @@ class VlmTrainer(Trainer):
     def features(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b t d"]:
         return self.model.vision_tower(images, output_hidden_states=True).hidden_states[-1]
 
-    def answer_loss(self, packed: Packed, projected: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
+    def answer_loss(self, packed: Packed, projected: Float[Tensor, "b t d"] | None) -> Float[Tensor, ""]:
         """Returns the cross-entropy of the answers' tokens; each answer weighs the same, however long."""
         logits, truth = answer_logits(self.model, packed, projected, self.packer.vocabulary["<image>"])
         owners = packed.owners()
@@ -220,20 +222,6 @@ class VlmTrainer(Trainer):
 
 class Stopped(MMHooksError):
     """A training that stopped because its time was over."""
-
-
-def answer_logits(
-    model: Any, packed: Packed, projected: Float[Tensor, "b t d"], image_id: int
-) -> tuple[Float[Tensor, "tokens v"], Int[Tensor, " tokens"]]:
-    """Returns the logits of every token of the answers, from the position before it, and the tokens themselves."""
-    words = model.language_model.embed_tokens
-    x = words(packed.ids)
-    x = x.masked_scatter((packed.ids == image_id)[..., None], projected.to(x.dtype))
-    hidden = model.language_model(
-        inputs_embeds=x, attention_mask=packed.mask(), position_ids=packed.position, use_cache=False
-    ).last_hidden_state
-    said = packed.answer[:, 1:]
-    return hidden[:, :-1][said] @ words.weight.T, packed.ids[:, 1:][said]
 
 
 def main(

@@ -1,0 +1,93 @@
+"""Turns a run of embedded.vlm.train that truly looks into the shipped files: fp16 weights, tokenizer, config, a card.
+
+    PYTHONPATH=recipes python -m embedded.vlm.ship --run runs/vlm
+
+Refuses a run in which some kind of question is answered no better with the right picture than with a wrong one.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+
+from embedded.vlm import requests
+from embedded.vlm.report import PICTURES, load_run, not_looked_at, picture_scores, request_scores
+from mmhooks.data.sources import openmoji
+from mmhooks.data.synthetic.scenes import TAUGHT, UNSEEN, WORDS
+from mmhooks.errors import MMHooksError
+from mmhooks.utils.assets import ASSETS, write_digests
+from mmhooks.utils.files import write_text
+
+NAME = "mini-vlm"
+LARGEST = 14e6  # bytes of the weights
+
+
+def write_model(llava: Any, tokenizer: Any, target: Path) -> int:
+    """Writes what `mini_vlm.load_from` reads; returns the bytes of the weights.
+
+    Raises:
+        MMHooksError: the weights are larger than the package allows.
+    """
+    state = llava.state_dict()
+    del state["lm_head.weight"]  # the token table
+    half = {k: v.half().contiguous() for k, v in state.items()}
+    size = sum(2 * v.numel() for v in half.values())
+    if size > LARGEST:
+        raise MMHooksError(
+            f"expected at most {LARGEST:.0f} bytes of weights, got {size}; choose a smaller plan"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(half, target / "model.safetensors", {"format": "pt"})
+    llava.config._attn_implementation = None
+    llava.config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return size
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="folder of a run of embedded.vlm.train")] = Path("runs/vlm"),
+    assets: Annotated[Path, typer.Option(help="where the folder mini-vlm goes")] = ASSETS,
+    pictures: Annotated[int, typer.Option(help="pictures a set")] = PICTURES,
+) -> None:
+    """Ships a run: PYTHONPATH=recipes python -m embedded.vlm.ship --run runs/vlm"""
+    torch.set_num_threads(1)
+    trainer, llava = load_run(run)
+    scores = picture_scores(trainer, llava.model, pictures)
+    unseen = not_looked_at(scores)
+    if unseen:
+        raise MMHooksError(
+            f"expected answers that depend on the picture, got none such for {', '.join(unseen)} at step {trainer.step}; "
+            "train on (python -m embedded.vlm.train), and see python -m embedded.vlm.report"
+        )
+    size = write_model(llava, trainer.tokenizer, assets / NAME)
+    plan, names = trainer.plan, requests.split_names()
+    card = {
+        "name": NAME,
+        "architecture": "transformers LlavaForConditionalGeneration: mini-reader's image tower, trained on and shipped, two "
+        f"linear maps, Llama of width {plan.width}, {plan.layers} layers, {len(trainer.tokenizer)} whole words",
+        "parameters": size // 2,
+        "licence": "weights: Apache-2.0; trained on drawings under the licence listed in data",
+        "data": [{"source": openmoji.STYLE, "licence": openmoji.LICENCE, "attribution": openmoji.ATTRIBUTION}],
+        "taught": {"drawings": list(TAUGHT), "drawings_never_seen": list(UNSEEN), "words": list(WORDS),
+                   "names_in_requests": {name: len(row) for name, row in names.items()}},
+        "recipe": {"script": "recipes/embedded/vlm/train.py", "plan": plan.__dict__, "steps_done": trainer.step,
+                   "first_stage": "until tower_steps, and fading beside the answers until the middle of the rest, projected "
+                   "patches are pulled towards the words for what stands on them: that a lens reads names off image tokens "
+                   "was taught",
+                   "torch": version("torch"), "transformers": version("transformers")},
+        "exams": {"what": "answers right to the last word under greedy decoding, new pictures; right: the picture asked about, "
+                  "wrong: another one; chance: a guess among equally likely answers",
+                  "pictures": scores, "requests": request_scores(trainer, llava.model, pictures)},
+    }  # fmt: skip
+    write_text(assets / NAME / "card.json", json.dumps(card, indent=1) + "\n")
+    write_digests(assets)
+
+
+if __name__ == "__main__":
+    typer.run(main)
