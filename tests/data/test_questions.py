@@ -87,7 +87,7 @@ def test_what_a_question_is_about_holds_its_answer() -> None:
 
 def test_guessing_blind_is_at_chance() -> None:
     """The best answer to each text, learned on one half, and the best of each kind, are no better than chance on the other."""
-    made = asked(4000)
+    made = asked(2500)
     half = len(made) // 2
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
@@ -103,11 +103,11 @@ def test_guessing_blind_is_at_chance() -> None:
     for kind in KINDS:
         chance = 1 / CHOICES[kind]
         sd = (chance * (1 - chance) / n[kind]) ** 0.5
-        assert n[kind] > 200 and hits[kind] / n[kind] < chance + 4 * sd, (kind, hits[kind] / n[kind], chance)
+        assert n[kind] > 150 and hits[kind] / n[kind] < chance + 4 * sd, (kind, hits[kind] / n[kind], chance)
 
 
 def test_every_name_is_the_answer_equally_often() -> None:
-    made = asked(2500)
+    made = asked(1500)
     for kind in ("what", "what at", "what beside"):
         found = Counter(q.answer for _, q in made if q.kind == kind)
         shapes = sum(found[name] for name in SHAPES) / len(SHAPES)
@@ -116,15 +116,13 @@ def test_every_name_is_the_answer_equally_often() -> None:
 
 
 def test_a_written_name_says_nothing_about_what_is_there() -> None:
-    rng, there = random.Random(5), []
-    for _ in range(8000):
-        scene = sample_scene(rng)
-        question = ask("exists", scene, rng)
-        assert question is not None
-        if scene.word and question.text.endswith(f" {scene.word}?"):
-            there.append(question.answer == "yes")
-    assert len(there) > 12
-    assert abs(sum(there) / len(there) - 0.5) < 3 * 0.5 / len(there) ** 0.5
+    """The word is a name of its own picture's things no more often than of the next picture's."""
+    rng = random.Random(5)
+    made = [scene for _ in range(2500) if (scene := sample_scene(rng)).word]
+    names = [{thing.name for thing in scene.things} for scene in made]
+    own = sum(scene.word in there for scene, there in zip(made, names, strict=True))
+    others = sum(scene.word in there for scene, there in zip(made, names[1:] + names[:1], strict=True))
+    assert others > 3 and abs(own - others) < 4 * (own + others) ** 0.5
 
 
 def test_sides() -> None:

@@ -25,7 +25,15 @@ from embedded.vlm import requests
 from embedded.vlm.evaluate import picture_accuracy, right_answers
 from embedded.vlm.train import VlmPlan, VlmTrainer, pixels
 from mmhooks.data.synthetic.questions import KINDS, Question, ask
-from mmhooks.data.synthetic.scenes import COMBINATIONS, FONTS, UNSEEN_FONTS, Combination, Scene, sample_scene
+from mmhooks.data.synthetic.scenes import (
+    COMBINATIONS,
+    FONTS,
+    SHAPES,
+    UNSEEN_FONTS,
+    Combination,
+    Scene,
+    sample_scene,
+)
 from mmhooks.utils.files import write_text
 
 PICTURES = 1200  # a set
@@ -60,6 +68,10 @@ def picture_scores(trainer: VlmTrainer, model: Any, n: int = PICTURES) -> dict[s
         rng = random.Random(f"report {name}")
         scenes = [sample_scene(rng, combination, fonts=fonts) for _ in range(n)]
         rows = [[q for kind in KINDS if (q := ask(kind, scene, rng, combination))] for scene in scenes]
+        if (
+            combination == "unseen concept"
+        ):  # what is asked for there is a drawing never seen, not a shape beside it
+            rows = [[q for q in row if q.answer not in SHAPES] for row in rows]
         scored = picture_accuracy(model, trainer.packer, rows, projected(model, pixels(scenes)))
         found[name] = {kind: _with_intervals(row) for kind, row in scored.items()}
     return found

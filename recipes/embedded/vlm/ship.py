@@ -8,6 +8,7 @@ Refuses a run in which some kind of question is answered no better with the righ
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,8 +45,9 @@ def write_model(llava: Any, tokenizer: Any, target: Path) -> int:
         )
     target.mkdir(parents=True, exist_ok=True)
     save_file(half, target / "model.safetensors", {"format": "pt"})
-    llava.config._attn_implementation = None
-    llava.config.save_pretrained(target)
+    config = deepcopy(llava.config)
+    config._attn_implementation = None  # that of the training is not the user's
+    config.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return size
 

@@ -44,8 +44,8 @@ def test_patches_can_learn_to_say_it() -> None:
     torch.manual_seed(0)
     reader, table = senses.Senses(vocabulary), nn.Parameter(0.1 * torch.randn(len(vocabulary), 48))
     patches = nn.Parameter(0.1 * torch.randn(6, 65, 48))
-    optimizer = torch.optim.Adam([patches, table], lr=0.05)
-    for _ in range(80):
+    optimizer = torch.optim.Adam([patches, table], lr=0.08)
+    for _ in range(50):
         optimizer.zero_grad()
         reader.loss(patches, table, scenes).backward()
         optimizer.step()

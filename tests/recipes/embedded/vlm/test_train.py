@@ -51,18 +51,18 @@ def rows_of(n: int) -> tuple[list[scenes.Scene], list[list[Question]]]:
 def test_a_resumed_run_ends_with_the_same_bits(trainer: Callable[[], training.VlmTrainer]) -> None:
     whole = trainer()
     losses = [whole.run_step() for _ in range(4)]
+    again = trainer()
+    found = [again.run_step()]
     for stop in (1, 3):  # within each stage
-        first = trainer()
-        for _ in range(stop):
-            first.run_step()
-        first.save()
+        again.save()
         again = trainer()
         again.resume()
         assert again.step == stop
-        assert [again.run_step() for _ in range(4 - stop)] == losses[stop:]
-        for key, value in whole.model.state_dict().items():
-            assert torch.equal(value, again.model.state_dict()[key]), key
-            assert torch.equal(whole.average[key], again.average[key]), key
+        found += [again.run_step() for _ in range(2 if stop == 1 else 1)]
+    assert found == losses
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+        assert torch.equal(whole.average[key], again.average[key]), key
 
 
 def test_each_stage_trains_its_own_parts(trainer: Callable[[], training.VlmTrainer]) -> None:
