@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mmhooks.cli.human import human
 from mmhooks.cli.inspect import models, pairs, sites
 from mmhooks.cli.measure import measure
 from mmhooks.cli.store import extract, store
@@ -44,3 +45,4 @@ for command in (models, sites, pairs, extract, train, sweep, measure):
     app.command()(command)
 app.add_typer(store, name="store")
 app.add_typer(study, name="study")
+app.add_typer(human, name="human")

@@ -36,16 +36,35 @@ def detectable_mean(
     >>> round(detectable_mean(1.0, 10_000), 2), round(detectable_mean(1.0, 10_000, alternative="less"), 2)
     (2.8, 2.49)
     """
-    from scipy.stats import nct, t
-
     _check_shares(alpha, power)
     if df < 1 or math.isnan(error):
         return math.nan
-    two = alternative == "two-sided"
-    if 2.0 ** -(df + 1) * (2 if two else 1) > alpha:
+    if 2.0 ** -(df + 1) * (2 if alternative == "two-sided" else 1) > alpha:
         return math.inf
+    return detectable_t(error, float(df), alternative=alternative, alpha=alpha, power=power)
+
+
+def detectable_t(
+    error: float,
+    df: float,
+    *,
+    alternative: Alternative = "two-sided",
+    alpha: float = ALPHA,
+    power: float = POWER,
+) -> float:
+    """Computes the same where only the t-test is made, which can reject at any degrees of freedom.
+
+    >>> round(detectable_t(1.0, 4.0), 2), detectable_mean(1.0, 4)
+    (3.76, inf)
+    """
+    from scipy.stats import nct, t
+
+    _check_shares(alpha, power)
+    if not df > 0 or math.isnan(error):
+        return math.nan
     if error == 0:
         return 0.0
+    two = alternative == "two-sided"
     cut = float(t.ppf(1 - alpha / 2 if two else 1 - alpha, df))
     return error * _root(lambda shift: float(nct.sf(cut, df, shift)) - power)
 
