@@ -41,6 +41,12 @@ Epochs = Annotated[int, typer.Option(help="Epochs of a head that is trained here
 Out = Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")]
 NoBar = Annotated[bool, typer.Option("--quiet", help="No bar and no tables on the screen.")]
+SelectBy = Annotated[
+    str,
+    typer.Option(
+        help="How TextSpan chooses: paper, by inner products; or unit, by the spread along directions."
+    ),
+]
 Pipeline = Annotated[str, typer.Option(help='"mini", a directory, or a Hub repository')]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 DiffusionBatch = Annotated[int, typer.Option(help="images at once")]

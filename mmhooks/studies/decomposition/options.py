@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Device, Dtype, ImageBatch, Out, PairData, Quiet, SkipBad
+from mmhooks.studies.common.options import (
+    Device,
+    Dtype,
+    ImageBatch,
+    Out,
+    PairData,
+    Quiet,
+    SelectBy,
+    SkipBad,
+)
 from mmhooks.studies.common.placement import AUTO
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
@@ -19,12 +28,6 @@ Pool = Annotated[str, typer.Option(help="Texts: general, imagenet, mini, or a fi
 Limit = Annotated[int, typer.Option(min=8, help="Use at most this many pairs.")]
 Layers = Annotated[int, typer.Option(min=1, help="Attention heads of this many last layers.")]
 Texts = Annotated[int, typer.Option(min=1, help="Texts per attention head.")]
-SelectBy = Annotated[
-    str,
-    typer.Option(
-        help="How TextSpan chooses: paper, by inner products; or unit, by the spread along directions."
-    ),
-]
 Evaluate = Annotated[int, typer.Option(min=2, help="At most this many held-out images in accuracies.")]
 Each = Annotated[int, typer.Option(min=1, help="Attention heads, queries and neurons shown.")]
 Seed = Annotated[int, typer.Option(help="Of splits, subsets, and the images shown.")]

@@ -1,12 +1,19 @@
-"""Claims, table and figure of the segmentation study."""
+"""Primary comparisons, table and figure of the segmentation study."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int
+from torch import Tensor
+
+from mmhooks.analysis.attribution.saliency import METHODS
+from mmhooks.analysis.statistics.measured import over_clusters
+from mmhooks.analysis.statistics.primaries import Decision, Primary, decide, verdict_text
 from mmhooks.report import Cell, Plot, Table
 from mmhooks.report.style import draw
+from mmhooks.studies.common.claims import Verdict, verdict_of_outcome
 from mmhooks.studies.segmentation.samples import Sample
 from mmhooks.utils.escape import one_line
 
@@ -28,19 +35,22 @@ def left_out(n: int) -> list[str]:
     return [f"{n} images are left out: the model's crop shows only object, or only background."] if n else []
 
 
-def compared(scores: Sequence[Any]) -> list[tuple[Any, str, str]]:
-    """Compares token contributions with every baseline: paired difference of mIoU."""
-    ours, rest = scores[0], scores[1:]
-    claims = []
-    for other in rest:
-        d = ours.beyond(other)
-        verdict = "same" if d.low > 0 else "differs" if d.high < 0 else "open"
-        claims.append(
-            (verdict, f"token contributions beat {other.name} on mIoU",
-             f"{ours.miou.value:.3f} against {other.miou.value:.3f}, difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], "
-             f"n = {d.n}")
-        )  # fmt: skip
-    return claims
+OURS = "token contributions"
+PRIMARIES = {
+    name: Primary(f"token contributions beat {name} on mIoU", "greater") for name in METHODS if name != OURS
+}
+
+
+def decided(scores: Sequence[Any], clusters: Int[Tensor, " n"]) -> dict[str, Decision]:
+    """Tests token contributions against every other method: paired differences of mIoU over kinds of objects, Holm."""
+    own = {s.name: s.ious for s in scores}
+    found = {p.name: over_clusters(p, own[OURS] - own[name], clusters) for name, p in PRIMARIES.items()}
+    return decide(tuple(PRIMARIES.values()), found)
+
+
+def claims_of(decisions: Mapping[str, Decision]) -> list[tuple[Verdict, str, str]]:
+    """Returns verdict, claim and numbers of every primary, as a page lists them."""
+    return [(verdict_of_outcome(d.outcome), d.name, verdict_text(d)) for d in decisions.values()]
 
 
 def table(kind: str, scores: Sequence[Any]) -> Table:

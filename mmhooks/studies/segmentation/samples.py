@@ -10,15 +10,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmhooks.data.families import drawing_family
+
+DRAWN = ("photo-like", "patterned")  # backgrounds of drawings
+
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, the mask and name of its object, and the kind of background."""
+    """An image, the mask and name of its object, and the kind of background.
+
+    Images of one kind of object (a class, a family of drawings) are one cluster where methods are compared.
+    """
 
     image: Image.Image
     mask: np.ndarray
     name: str
     ground: str
+
+    @property
+    def kind(self) -> str:
+        return drawing_family(self.name) if self.ground in DRAWN else self.name
 
 
 def samples_of(data: str, limit: int, seed: int) -> tuple[list[Sample], str]:
@@ -43,7 +54,7 @@ def drawings(limit: int, seed: int) -> tuple[list[Sample], str]:
         code = str(pairs.meta[i].get("codepoints", ""))
         if "-" in code or not code.startswith(("1f3", "1f4", "1f5", "1f6", "1f9", "1fa")):
             continue  # flags, signs, skin tones and joined people
-        kind = ("photo-like", "patterned")[len(samples) % 2]
+        kind = DRAWN[len(samples) % 2]
         background = draw_background(kind, 128, seed * 100_003 + i)  # type: ignore[arg-type]
         at = (float(draw.random()), float(draw.random()))
         image, mask = paste_on(pairs.rgba(i), background, scale=float(draw.uniform(0.55, 0.9)), at=at)

@@ -15,6 +15,7 @@ from mmhooks.analysis.statistics.intervals import from_draws
 from mmhooks.analysis.statistics.power import detectable_beyond_random, detectable_mean
 from mmhooks.analysis.statistics.primaries import Decision, Measured, Primary, decide, verdict_text
 from mmhooks.analysis.statistics.resampling import beyond_random
+from mmhooks.studies.common.claims import verdict_of_outcome
 
 Head = tuple[int, int]
 
@@ -179,5 +180,4 @@ def decided(
 
 def claims_of(decisions: dict[str, Decision]) -> list[tuple[Any, str, str]]:
     """Returns verdict, claim and numbers of every primary, as a page lists them."""
-    verdicts = {"shown": "same", "opposite": "differs", "undecided": "open"}
-    return [(verdicts[d.outcome], d.name, verdict_text(d)) for d in decisions.values()]
+    return [(verdict_of_outcome(d.outcome), d.name, verdict_text(d)) for d in decisions.values()]

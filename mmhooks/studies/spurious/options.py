@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from mmhooks.studies.common.options import Device, Dtype, ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.options import (
+    Device,
+    Dtype,
+    ImageBatch,
+    NoBar,
+    Out,
+    Pretrained,
+    SelectBy,
+    VitModel,
+)
 from mmhooks.studies.common.placement import AUTO
 
 Data = Annotated[
@@ -18,6 +27,12 @@ Data = Annotated[
 Classes = Annotated[str, typer.Option(help="Texts of both classes, for --data: 'a landbird,a waterbird'.")]
 Label = Annotated[str, typer.Option(help="Column of the class, 0 or 1, for --data.")]
 Place = Annotated[str, typer.Option(help="Column of the background, 0 or 1, for --data.")]
+Species = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the species, for --data, or of files in one folder per species; none: every image is its own."
+    ),
+]
 Pool = Annotated[str, typer.Option(help="Texts with kinds: general, or a file, one a line.", hidden=True)]
 Kinds = Annotated[str, typer.Option(help="Kinds of the text pool that are backgrounds.")]
 Correlation = Annotated[
@@ -55,8 +70,10 @@ class Options:
     classes: Classes = "a landbird,a waterbird"
     label: Label = "y"
     place: Place = "place"
+    species: Species = None
     pool: Pool = "general"
     kinds: Kinds = "place,weather"
+    selection: SelectBy = "paper"
     correlation: Correlation = 0.95
     scale: Scale = 0.5
     layers: Layers = 4

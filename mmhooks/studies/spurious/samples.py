@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.studies.spurious.options import Options
+from mmhooks.utils.indexing import number_labels
 
 GROUPS = ("land animal, land", "land animal, water", "water animal, land", "water animal, water")
 
@@ -127,10 +128,15 @@ def load_splits(preprocess: Any, options: Options) -> list[Split]:
     one, other = (text.strip() for text in options.classes.split(",", 1))
     return [
         dataset_split(
-            preprocess, options.data, label=options.label, place=options.place, names=(one, other),
-            limit=options.limit, seed=options.seed,
+            preprocess, options.data, label=options.label, place=options.place, species=options.species,
+            names=(one, other), limit=options.limit, seed=options.seed,
         )
     ]  # fmt: skip
+
+
+def _species_name(value: object) -> str:
+    folder, slash, file = str(value).rpartition("/")
+    return folder if slash else file
 
 
 def drawn_split(preprocess: Any, *, n: int, correlation: float, scale: float, seed: int) -> Split:
@@ -189,11 +195,14 @@ def dataset_split(
     *,
     label: str,
     place: str,
+    species: str | None,
     names: tuple[str, str],
     limit: int | None,
     seed: int,
 ) -> Split:
-    """Reads a data set with columns ``image``, ``label`` and ``place`` (0 or 1 each).
+    """Reads a data set with columns ``image``, ``label`` and ``place`` (0 or 1 each), and ``species`` if it is given.
+
+    Of a species that is written as a path, as in Waterbirds' ``img_filename``, only the folder counts.
 
     Heads are chosen on its validation split and evaluated on its test split, which must differ; on all images of both
     if ``limit`` is None.
@@ -215,7 +224,7 @@ def dataset_split(
         if split not in found:
             raise DataError(f"{source} has no split {split!r}; it has {', '.join(map(str, found))}")
         rows: Any = found[split]  # type: ignore[index]
-        missing = {"image", label, place} - set(rows.column_names)
+        missing = {"image", label, place, *([species] if species else [])} - set(rows.column_names)
         if missing:
             raise DataError(
                 f"{source} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}"
@@ -234,7 +243,12 @@ def dataset_split(
                 f"{'other values' if counts is None else f'groups of {counts.tolist()} images'}; give another split"
             )
         pixels = torch.stack([preprocess(r["image"].convert("RGB")) for r in rows])
-        scenes[split] = Scenes(pixels, y, p, torch.arange(len(y)))
+        own = (
+            torch.arange(len(y))
+            if species is None
+            else number_labels([_species_name(v) for v in rows[species]])
+        )
+        scenes[split] = Scenes(pixels, y, p, own)
     shares = torch.bincount(scenes["validation"].groups, minlength=4).float() / len(
         scenes["validation"].places
     )

@@ -67,7 +67,7 @@ def run(options: Options) -> Results:
         for i, split in enumerate(splits)
     ]
     groups = torch.cat([split.judge.groups for split in splits])
-    # An animal that several splits drew is one species in all of them; images of other data are their own.
+    # An animal that several splits drew is one species in all of them.
     species = torch.cat([split.judge.species for split in splits])
     shares = torch.stack([split.shares for split in splits]).mean(0)
     accuracy, randoms, right = {}, {}, {}
@@ -111,6 +111,9 @@ def run(options: Options) -> Results:
         splits_table(worst, heads),
         heads_table(heads, [t.texts for t in trials]),
     ]
+    unit = f"{results['n']['species']} species"
+    if options.data != "mini" and options.species is None:
+        unit = "images, as if no two were of one species (--species names the column)"
     written = write_study(
         Path(options.out),
         results,
@@ -123,13 +126,15 @@ def run(options: Options) -> Results:
         tables=tables,
         plots={"groups": groups_plot(accuracy["direct"], randoms["direct"])},
         notes=[
-            f"TextSpan's heads: by the variance along those of their twenty texts that are of the kinds {options.kinds}. "
+            f"TextSpan's heads (selection {options.selection}): "
+            "by the variance along those of their twenty texts that are of the kinds {options.kinds}. "
             "Contrast: by how much an attention head moves "
             "along the difference of the class texts when the background changes, animals held fixed. Number of heads: the "
             "one with the best worst group where they are chosen, by direct effects, separately in every split. Random: random "
             f"rankings of the same layers' heads with the same choice of their number, {options.direct_draws} draws, "
             f"{options.draws} of them live. Average: weighted by the groups' shares where heads are chosen; test average: by "
-            "those of the evaluated images. Intervals and tests resample species; the four primary claims are corrected by "
+            "those of the evaluated images. Intervals and tests resample "
+            f"{unit}; the four primary claims are corrected by "
             f"Holm. Texts of backgrounds span at most {100 * max(t.reach for t in trials):.0f} % of any attention head's "
             "variance."
         ],

@@ -67,7 +67,9 @@ def trial(
     choose = DirectScores(full, scores, means, tuple(layers), found.choose.animals)
     full, scores, _ = direct_scores(model, found.judge, texts, layers, batch=batch, progress=progress)
     judge = DirectScores(full, scores, means, tuple(layers), found.judge.animals)
-    named, ranked, reach = by_text_span(pool, embedded, outputs, layers, options.kinds.split(","))
+    named, ranked, reach = by_text_span(
+        pool, embedded, outputs, layers, options.kinds.split(","), options.selection
+    )
     rankings = {"TextSpan": ranked, "contrast": by_contrast(outputs, layers, found.choose, texts)}
     chosen = {name: best_prefix(choose, order, found.choose) for name, order in rankings.items()}
     sites = [f"image.blocks.{n}.attn.head_out" for n in layers]
@@ -120,8 +122,12 @@ def by_text_span(
     outputs: Float[Tensor, "n l h e"],
     layers: Sequence[int],
     kinds: Sequence[str],
+    selection: str,
 ) -> tuple[dict[str, list[str]], list[Head], float]:
     """Ranks heads by the variance that they write along those of their texts that name a background.
+
+    Args:
+        kinds: of the pool's texts that are backgrounds. selection: how :func:`text_span` chooses.
 
     Returns:
         The texts of every head; the ranked heads, without those that have no such text; and the largest share of a
@@ -142,6 +148,7 @@ def by_text_span(
         heads=names,
         rank=rank,
         n_texts=min(20, rank, len(pool.texts)),
+        selection=selection,  # type: ignore[arg-type]
     )
     along: dict[str, float] = {}
     for name, own, explained, variance in zip(

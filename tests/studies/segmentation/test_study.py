@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from mmhooks.errors import DataError
 from mmhooks.studies.segmentation import samples as segmentation_data
 from mmhooks.studies.segmentation import study as segmentation
+from mmhooks.studies.segmentation.page import OURS, PRIMARIES, claims_of, decided
 
 from ..written_files import written
 
@@ -116,6 +118,33 @@ def test_the_predicted_class_is_sought():
     torch.testing.assert_close(own.own, (texts - texts.mean(0))[true])
     with pytest.raises(MMHooksError, match="--classes: expected true, predicted, imagenet, got 'x'"):
         directions(mini, pixels, names, segmentation.Options(classes="x"))
+
+
+def test_methods_are_compared_over_kinds_of_objects():
+    """Ten images of each class move together: planted gains are shown, and a difference within the classes' scatter is not."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.arange(200) // 10
+    by_class = torch.randn(20, generator=generator)
+    by_class = 0.1 * (by_class - by_class.mean()) / by_class.std()
+
+    ours = 0.6 + 0.05 * torch.randn(200, generator=generator)
+    gains = {"raw attention": 0.2, "rollout": -0.2, "gradient attention": 0.03, "LeGrad": 0.0}
+    rest = [SimpleNamespace(name=n, ious=ours - gain - by_class[clusters]) for n, gain in gains.items()]
+    scores = [SimpleNamespace(name=OURS, ious=ours), *rest]
+    found = decided(scores, clusters)
+    assert list(found) == [p.name for p in PRIMARIES.values()] and len(found) == 4
+    outcomes = dict(zip(PRIMARIES, (d.outcome for d in found.values()), strict=True))
+    assert outcomes == {
+        "raw attention": "shown", "rollout": "opposite", "gradient attention": "undecided", "LeGrad": "undecided",
+    }  # fmt: skip
+    one = found[PRIMARIES["gradient attention"].name]
+    assert (
+        one.adjusted == pytest.approx(2 * one.p) and one.detectable > 0.03
+    )  # two are left after the first two
+    assert one.estimate.value == pytest.approx(0.03, abs=1e-6)
+    alone = decided(scores, torch.arange(200))  # as if no two images were of one class
+    assert alone[one.name].outcome == "shown"
+    assert [verdict for verdict, _, _ in claims_of(found)] == ["same", "differs", "open", "open"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import mmhooks as mm
+from mmhooks.data.sources.text_pools import TextPool
 from mmhooks.errors import DataError
 from mmhooks.studies.spurious import accuracy as spurious_accuracy
 from mmhooks.studies.spurious import samples as spurious_data
@@ -102,13 +103,21 @@ def test_text_span_finds_the_head_whose_texts_are_places(tmp_path):
     outputs = 0.01 * torch.randn(40, 1, 2, 256, generator=torch.Generator().manual_seed(0))
     outputs[:, 0, 0] += torch.linspace(-1, 1, 40)[:, None] * red
     outputs[:, 0, 1] += torch.linspace(-1, 1, 40)[:, None] * beach
-    named, order, reach = spurious_trials.by_text_span(texts, embedded, outputs, [5], ["place"])
+    named, order, reach = spurious_trials.by_text_span(texts, embedded, outputs, [5], ["place"], "unit")
     assert named["5.1"][0] == "a beach" and order[0] == (5, 1) and 0.8 < reach <= 1
     (tmp_path / "plain.txt").write_text("a beach\n")
     with pytest.raises(DataError, match="no kinds"):
         spurious_trials.by_text_span(
-            mm.data.text_pool(str(tmp_path / "plain.txt")), embedded[:1], outputs, [5], ["place"]
+            mm.data.text_pool(str(tmp_path / "plain.txt")), embedded[:1], outputs, [5], ["place"], "unit"
         )
+    # The paper's way weighs a text by its length: a long one is chosen whose direction the head hardly moves along.
+    long = torch.cat([embedded, 60 * embedded[3:4]])
+    pool = TextPool("pool", (*texts.texts, "blue!"), kinds=(*texts.kinds, "colour"))
+    first = {
+        way: spurious_trials.by_text_span(pool, long, outputs, [5], ["place"], way)[0]["5.1"][0]
+        for way in ("unit", "paper")
+    }
+    assert first == {"unit": "a beach", "paper": "blue!"}
 
 
 def test_primaries_are_decided_both_ways():
@@ -139,22 +148,37 @@ def test_spurious_on_data_of_ones_own(tmp_path):
     rows = {
         "image": [Image.new("RGB", (64, 64), (40 * i, 20, 90)) for i in range(8)],
         "y": [0, 0, 1, 1] * 2, "place": [0, 1] * 4,
+        "file": [f"{i // 2:03}.Bird_{i // 2}/{i}.jpg" for i in range(8)],
     }  # fmt: skip
     features = datasets.Features(
-        {"image": datasets.Image(), "y": datasets.Value("int64"), "place": datasets.Value("int64")}
+        {
+            "image": datasets.Image(),
+            "y": datasets.Value("int64"),
+            "place": datasets.Value("int64"),
+            "file": datasets.Value("string"),
+        }
     )
     one = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"validation": one, "test": one}).save_to_disk(str(tmp_path / "d"))
     mini = mm.load("mini")
     names = ("a bird", "a fish")
     found = spurious_data.dataset_split(
-        mini.preprocess, str(tmp_path / "d"), label="y", place="place", names=names, limit=8, seed=0
+        mini.preprocess,
+        str(tmp_path / "d"),
+        label="y",
+        place="place",
+        species="file",
+        names=names,
+        limit=8,
+        seed=0,
     )
     assert found.judge.pixels.shape == (8, 3, 64, 64) and found.shares.tolist() == [0.25] * 4
-    with pytest.raises(DataError, match="no column sky"):
-        spurious_data.dataset_split(
-            mini.preprocess, str(tmp_path / "d"), label="y", place="sky", names=names, limit=8, seed=0
-        )
+    assert found.judge.species.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # the folder of the file
+    for column in ({"place": "sky", "species": None}, {"place": "place", "species": "sky"}):
+        with pytest.raises(DataError, match="no column sky"):
+            spurious_data.dataset_split(
+                mini.preprocess, str(tmp_path / "d"), label="y", names=names, limit=8, seed=0, **column
+            )
 
 
 @pytest.mark.slow
