@@ -59,7 +59,9 @@ from .models.diffusion.model import HookedDiffusion as HookedDiffusion
 from .models.diffusion.model import load_diffusion as load_diffusion
 from .models.diffusion.references import reference as reference
 from .models.extract import extract as extract
+from .models.families import hook as hook
 from .models.hooked import HookedModel as HookedModel
+from .models.vision.model import HookedVision as HookedVision
 from .models.vlm.llava import load_llava as load_llava
 from .models.zoo import load as load
 

@@ -27,15 +27,38 @@ Hooks = Iterable[tuple[Pattern, HookFn]]
 
 
 class HookedModel:
-    """Base of the hooked models. ``model`` is the given object, never converted or wrapped.
+    """Any module, hooked: every native module path is a site, with contexts, edits, caches and heads.
 
-    A subclass builds the :class:`~mmhooks.hooks.sites.SiteMap` and adds the entry points. Outside contexts
-    nothing is installed, so the model is what it was, bit for bit.
+    ``model`` is the given object, never converted or wrapped. Outside contexts nothing is installed, so it is what it
+    was, bit for bit. :func:`mmhooks.hook` picks a subclass with canonical names where it knows the architecture: it
+    builds the :class:`~mmhooks.hooks.sites.SiteMap` and adds the entry points.
+
+    Args:
+        model: any module.
+        sites: canonical names, in addition to the native paths.
+        name: for messages and manifests.
+
+    Raises:
+        MMHooksError: no module.
+
+    >>> import torch, mmhooks as mm
+    >>> model = mm.HookedModel(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
+    >>> out, cache = model.run_with_cache(torch.ones(1, 2), sites="0")
+    >>> cache["0"].shape
+    torch.Size([1, 3])
+    >>> with model.hooks(mm.Zero(at="0")):
+    ...     model.forward(torch.ones(1, 2)).count_nonzero()
+    tensor(0)
     """
 
-    def __init__(self, model: nn.Module, sites: SiteMap, *, name: str = "") -> None:
+    def __init__(self, model: nn.Module, sites: SiteMap | None = None, *, name: str = "") -> None:
+        if not isinstance(model, nn.Module) and sites is None:
+            raise MMHooksError(
+                f"HookedModel: expected a torch.nn.Module, got {type(model).__name__}; give the module inside it, for "
+                "example its .model, or a diffusers pipeline to mm.hook"
+            )
         self.model, self.name = model, name
-        self.places = Places(sites)
+        self.places = Places(SiteMap(model) if sites is None else sites)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._can_checkpoint = can_checkpoint(model)
         self._recomputed: dict[nn.Module, Tap] = {}
@@ -258,8 +281,29 @@ class HookedModel:
         return nnsight_view(self, sites)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One run of the whole model, as the family defines it."""
-        raise NotImplementedError
+        """One run of the whole model: its own forward, unless the family defines another."""
+        return self.model(*args, **kwargs)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        sites: Pattern | Sequence[Pattern] = "*",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """``forward(*args, **kwargs)`` and the activations at ``sites``, by default all canonical sites or else all modules.
+
+        Args:
+            device, dtype, detach, strict: as in :meth:`caching`, which also serves a forward with arguments of these names.
+
+        Raises:
+            UnknownSite, HookDidNotFire: as :meth:`caching`.
+        """
+        options = {"device": device, "dtype": dtype, "detach": detach, "strict": strict}
+        return self._run_cached(lambda: self.forward(*args, **kwargs), sites, options)
 
     def _extra_taps(self) -> list[Tap]:
         """Taps that every context installs besides its own: blocks that a backward pass would recompute."""

@@ -1,9 +1,9 @@
-"""Loading by name: the embedded models, any open_clip name and tag, and heads from wherever they are."""
+"""Loading by name: the embedded models, any open_clip name and tag, and checkpoints of transformers and timm."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 from warnings import catch_warnings, filterwarnings
 
 from mmhooks.errors import MissingWeights, MMHooksError
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 
 
+@overload
+def load(
+    name: Literal["mini", "mini-declip", "mini-reader"] = "mini",
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> HookedCLIP: ...
+@overload
+def load(
+    name: str,
+    *,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    dtype: torch.dtype | str | None = None,
+    activation: Activation | None = None,
+    device: str | torch.device = "cpu",
+    cache_dir: str | Path | None = None,
+) -> Any: ...
 def load(
     name: str = "mini",
     *,
@@ -28,12 +46,13 @@ def load(
     activation: Activation | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
-) -> HookedCLIP:
-    """A hooked CLIP by name, in evaluation mode, with its tokenizer and preprocessing.
+) -> Any:
+    """A hooked model by name, in evaluation mode, with its tokenizer and preprocessing.
 
     Args:
-        name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"`` (embedded, no network), or any name of
-            ``open_clip.list_models()``, or ``"hf-hub:…"``.
+        name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"`` (embedded, no network); any name of
+            ``open_clip.list_models()``, or open_clip's ``"hf-hub:…"``; ``"hf:…"``: a checkpoint of transformers, a folder
+            that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of ``timm.list_models()``, with its weights.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint, one of DeCLIP's own included (:mod:`mmhooks.models.clip.declip`: its embedding width, activation,
             tokenizer and preprocessing come with it). None gives random weights, which open_clip itself warns about.
@@ -46,7 +65,11 @@ def load(
         activation: ``"gelu"`` or ``"quick_gelu"``, for a local checkpoint of an open_clip model. By default a tag's is
             what open_clip's table says (``"openai"``: QuickGELU, whatever the configuration says), a file's is the
             configuration's: ``"ViT-B-32"`` has GELU, ``"ViT-B-32-quickgelu"`` QuickGELU.
-        cache_dir: where open_clip keeps downloads.
+        cache_dir: where downloads are kept.
+
+    Returns:
+        A :class:`~mmhooks.models.clip.model.HookedCLIP`; for ``"hf:…"`` and ``"timm:…"`` whichever class
+        :func:`mmhooks.hook` picks.
 
     Raises:
         MissingWeights: the tag cannot be fetched or the file is not there.
@@ -69,6 +92,17 @@ def load(
         )
     if precision not in PRECISIONS:  # open_clip would silently run fp32
         raise MMHooksError(f"expected precision= one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if name.startswith(("hf:", "timm:")):
+        from mmhooks.models.library_checkpoints import load_timm, load_transformers
+
+        if precision != "fp32" or activation is not None:
+            raise MMHooksError(
+                f"{name!r} takes no precision= or activation=, which are open_clip's, got {precision!r} and {activation!r}; "
+                "dtype= sets the type of the weights"
+            )
+        kind, _, source = name.partition(":")
+        loader = load_transformers if kind == "hf" else load_timm
+        return loader(source, pretrained=pretrained, dtype=weights, device=device, cache_dir=cache_dir)
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32" or activation is not None:
             raise MMHooksError(

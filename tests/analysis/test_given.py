@@ -159,10 +159,9 @@ def test_any_size_where_the_model_reads_any():
     torch.manual_seed(0)
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    from mmhooks.models.clip.inputs import image_size
 
     model = mm.HookedCLIP(open_clip.CLIP(12, vision, text).eval())  # type: ignore[arg-type]
-    assert image_size(model) is None and image_size(mm.load("mini")) == (64, 64)
+    assert model.image_size is None and mm.load("mini").image_size == (64, 64)
 
 
 def test_token_contributions_do_not_grow_with_the_square_of_the_batch(mini):

@@ -18,7 +18,7 @@ from mmhooks.analysis.decomposition.contributions import decompose_batch
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.cache import ActivationCache
 from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_directions, check_model
-from mmhooks.models.clip.readout import Readout, image_readout, text_readout
+from mmhooks.models.clip.readout import Readout
 from mmhooks.utils.modes import evaluating
 
 Maps = Callable[[Model, Tensor, Tensor], Tensor]
@@ -115,7 +115,7 @@ def legrad(
     """
     check(model, pixels, directions)
     patterns, _, cache = _patterns(model, pixels, directions, grad=True)
-    readout = image_readout(model.model)
+    readout = model.readout("image")
     depth = len(patterns)
     if layers is not None and not 1 <= layers <= depth:
         raise ShapeMismatch(f"layers: expected 1 to {depth}, the blocks of this tower, got {layers}")
@@ -205,7 +205,7 @@ def _patterns(
     model: Model, inputs: Tensor, directions: Tensor, *, tower: str = "image", grad: bool = False
 ) -> tuple[list[Tensor], Float[Tensor, "b q"], ActivationCache]:
     """Returns the attention maps of all blocks, the weight with which the embedding reads each token, and the cache."""
-    readout = image_readout(model.model) if tower == "image" else text_readout(model.model)
+    readout = model.readout(tower)
     encode = model.encode_image if tower == "image" else model.encode_text
     depth = len(readout.blocks)
     sites = [f"{tower}.blocks.{n}.{leaf}" for n in range(depth) for leaf in ("attn.pattern", "resid_post")]

@@ -16,7 +16,7 @@ from mmhooks.errors import NoExactSum, ShapeMismatch, UnknownSite
 from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_directions, check_model
 from mmhooks.models.clip.linearized import Frozen
 from mmhooks.models.clip.model import HookedCLIP
-from mmhooks.models.clip.readout import Readout, image_readout, text_readout
+from mmhooks.models.clip.readout import Readout
 from mmhooks.utils.modes import evaluating
 
 
@@ -132,7 +132,7 @@ def decompose_batch(
     check_batch(model, inputs, tower)
     if not len(inputs):
         raise ShapeMismatch("decompose: expected at least one row, got a batch of no rows")
-    readout = image_readout(model.model) if tower == "image" else text_readout(model.model)
+    readout = model.readout(tower)
     if class_token and readout.positions is None:
         raise NoExactSum(
             f"class_token=True: expected a tower whose embedding is read from one token, got an {tower} tower that pools "

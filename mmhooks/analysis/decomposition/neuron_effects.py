@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmhooks.errors import DataError, NoExactSum, ShapeMismatch, UnknownSite
-from mmhooks.hooks.intercept import is_multihead
 from mmhooks.models.clip.inputs import Model, Vectors, check_batch, check_model
 from mmhooks.models.clip.linearized import Frozen, affine, check_norm, statistics
 from mmhooks.models.clip.model import HookedCLIP
-from mmhooks.models.clip.readout import Readout, attention_weights, image_readout, linear_weights
+from mmhooks.models.clip.readout import Readout
 from mmhooks.utils.indexing import as_indices, one_place
 from mmhooks.utils.modes import evaluating
 
@@ -139,7 +138,7 @@ def second_order_effects(
 
     Raises:
         ShapeMismatch: a layer or neuron does not exist, or has no attention after it.
-        NoExactSum: the blocks are not open_clip's own, or the tower pools by attention.
+        NoExactSum: no module of a block maps to its values alone (timm's), or the tower pools by attention.
         DataError: there is no image.
 
     >>> import mmhooks as mm
@@ -160,18 +159,15 @@ def second_order_effects(
 def neuron_paths(model: Model, layer: Any, neurons: Any = None, *, shared: bool = False) -> NeuronPaths:
     """Prepares what depends only on the weights. Arguments and errors as in :func:`second_order_effects`."""
     check_model(model)
-    if getattr(model.model.visual, "attn_pool", None) is not None:
+    readout = model.readout("image")
+    if readout.pools_by_attention:
         raise NoExactSum(
             "second-order effects: expected an image tower that reads a class token or the average, got one that pools by "
             "attention, with LayerNorms on both sides"
         )
-    readout = image_readout(model.model)
     depth = len(readout.blocks)
-    for block in readout.blocks:
-        if not is_multihead(getattr(block, "attn", nn.Identity())) or hasattr(block, "ln_attn"):
-            raise NoExactSum(
-                f"second-order effects: expected open_clip's own residual blocks, got {type(block).__name__}"
-            )
+    for n in range(depth):
+        readout.reader(n)  # raises where values have no map of their own
     layer = one_place(layer, depth, f"layers of a tower of {depth} layers")
     if layer == depth - 1:
         raise ShapeMismatch(
@@ -179,12 +175,12 @@ def neuron_paths(model: Model, layer: Any, neurons: Any = None, *, shared: bool 
         )
     for n in range(layer + 1, depth):
         check_norm(readout.blocks[n].ln_1, f"the first norm of block {n}")
-    width = readout.blocks[layer].mlp.c_proj.in_features
+    width = readout.mlp_writer(layer)[0].shape[1]
     what = f"neurons of an MLP of {width} neurons"
     chosen = list(range(width)) if neurons is None else as_indices(neurons, width, what).tolist()
     if not chosen:
         raise ShapeMismatch(f"{what}: expected at least one, got none")
-    write = _written(readout, layer)[0][:, chosen].T  # [n d]
+    write = readout.mlp_writer(layer)[0][:, chosen].T  # [n d]
     write = write if shared else write - write.mean(1, keepdim=True)
     maps = _frozen_maps(readout, write)
     directions = torch.cat(
@@ -203,34 +199,16 @@ def read_twice(images: Any) -> None:
         )
 
 
-def _written(readout: Readout, layer: int) -> tuple[Float[Tensor, "d n"], Float[Tensor, " d"]]:
-    """What each neuron at 1 writes into the residual stream, and what the MLP writes besides."""
-    block = readout.blocks[layer]
-    weight, bias = linear_weights(block.mlp.c_proj)
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    scale = getattr(getattr(block, "ls_2", None), "gamma", None)
-    return (
-        (weight, bias)
-        if scale is None
-        else (weight * scale.detach().float()[:, None], bias * scale.detach().float())
-    )
-
-
 def _through(
     readout: Readout, n: int, write: Float[Tensor, "n d"], maps: Float[Tensor, "p d e"], *, centred: bool
 ) -> Float[Tensor, "c n e"]:
     """Maps vectors of the stream before block ``n`` to the embedding through each of its heads, without σ and pattern."""
     gain, _ = affine(readout.blocks[n].ln_1, write)
-    w_v, w_o = _value_and_output(readout, n)
+    w_v, w_o = readout.reader(n)[0], readout.writer(n)[0]
     if centred:
         w_o = w_o - w_o.mean(2, keepdim=True)  # the final LayerNorm's mean, which is linear in the stream
     value = torch.einsum("nd,dhk->hnk", write * gain, w_v)
     return torch.cat([torch.einsum("hnk,hke->hne", value, w_o @ to_embedding) for to_embedding in maps])
-
-
-def _value_and_output(readout: Readout, n: int) -> tuple[Float[Tensor, "d h k"], Float[Tensor, "h k d"]]:
-    w_v = attention_weights(readout.blocks[n].attn).v[0].T.unflatten(1, (readout.n_heads, -1))
-    return w_v, readout.writer(n)[0]
 
 
 def _shared_terms(
@@ -248,15 +226,13 @@ def _shared_terms(
     """
     readout, depth = paths.readout, len(paths.readout.blocks)
     of_stream = (1 + 2 * n) * paths.width
-    w_v, w_o = _value_and_output(readout, n)
+    w_v, b_v = readout.reader(n)
+    w_o, b_o = readout.writer(n)
     gain, bias = affine(readout.blocks[n].ln_1, mean[..., None].expand(*mean.shape, w_v.shape[0]))
-    _, b_mlp = _written(readout, paths.layer)
-    b_v = attention_weights(readout.blocks[n].attn).v[1]
+    _, b_mlp = readout.mlp_writer(paths.layer)
     values = torch.stack([gain * b_mlp / paths.width, -gain / of_stream, bias / of_stream])
     values = torch.einsum("id,dhk->ihk", values, w_v)
-    if b_v is not None:
-        values[2] += b_v.unflatten(0, (readout.n_heads, -1)) / of_stream
-    _, b_o = readout.writer(n)
+    values[2] += b_v / of_stream
     total = frozen.shift / ((1 + 2 * depth) * of_stream)
     for p, reach in enumerate(reaches):
         amounts = torch.stack(

@@ -93,7 +93,7 @@ def second_order(
 
     Raises:
         ShapeMismatch: a layer or neuron does not exist, or has no attention after it.
-        NoExactSum: the blocks are not open_clip's own, or the tower pools by attention.
+        NoExactSum: no module of a block maps to its values alone (timm's), or the tower pools by attention.
         DataError: there is no image, an iterator was given, which can be read only once, or the images differ when
             read again.
 

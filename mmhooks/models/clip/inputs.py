@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
-from mmhooks.models.clip.model import HookedCLIP
+from mmhooks.models.clip.model import HookedCLIP, dual_encoder_of
 
 if TYPE_CHECKING:
     Model = HookedCLIP
@@ -28,7 +28,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, HookedCLIP):
         hint = (
             "mm.HookedCLIP(model, tokenizer=..., preprocess=...)"
-            if hasattr(model, "visual")
+            if dual_encoder_of(model) is not None
             else "mm.load(...)"
         )
         raise MMHooksError(f"expected a mm.HookedCLIP, got {_describe(model)}: create one with {hint}")
@@ -57,7 +57,7 @@ def check_batch(model: HookedCLIP, inputs: Any, tower: str) -> None:
         raise ShapeMismatch(
             f"expected floating-point pixels [n 3 h w], got {_describe_tensor(inputs)}: {hint}"
         )
-    size, channels = image_size(model), 3
+    size, channels = model.image_size, 3
     if inputs.shape[1] != channels or (size is not None and tuple(inputs.shape[2:]) != size):
         reads = "[n 3 h w]" if size is None else f"[n 3 {size[0]} {size[1]}]"
         raise ShapeMismatch(
@@ -82,17 +82,6 @@ def check_directions(directions: Any, width: int | None, what: str) -> None:
         raise ShapeMismatch(
             f"{what}: expected {wanted}, got vectors of width {directions.shape[1]}: give embeddings of the same model"
         )
-
-
-def image_size(model: HookedCLIP) -> tuple[int, int] | None:
-    """Height and width of the images that the model reads; None if it accepts several."""
-    visual: Any = model.model.visual
-    embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
-    fixed = hasattr(visual, "positional_embedding") or bool(getattr(embed, "strict_img_size", False))
-    size = getattr(visual, "image_size", None) if fixed else None
-    if size is None:
-        return None
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _remedy(inputs: Any, tower: str) -> str:

@@ -1,4 +1,4 @@
-"""HookedCLIP: any open_clip model with both towers, unconverted."""
+"""HookedCLIP: a dual encoder of open_clip or transformers, unconverted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.sites import Pattern
-from mmhooks.models.clip.sites import openclip_sites
+from mmhooks.models.clip.dual_encoder import DualEncoder, OpenCLIP
+from mmhooks.models.clip.readout import Readout
+from mmhooks.models.clip.transformers_encoders import (
+    TransformersCLIP,
+    TransformersSigLIP,
+    TransformersSigLIP2,
+)
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.placement import input_dtype, loaded
 
@@ -25,12 +31,27 @@ class CLIPOutput(NamedTuple):
     text: Tensor | None
 
 
+FAMILIES: tuple[DualEncoder, ...] = (
+    OpenCLIP(),
+    TransformersCLIP(),
+    TransformersSigLIP(),
+    TransformersSigLIP2(),
+)
+
+
+def dual_encoder_of(model: Any) -> DualEncoder | None:
+    """The family of dual encoders that a model belongs to; None if it belongs to none."""
+    return next((family for family in FAMILIES if family.matches(model)), None)
+
+
 class HookedCLIP(HookedModel):
-    """An open_clip model with named sites, hooks and heads.
+    """A dual encoder with named sites, hooks and heads.
 
     Args:
-        model: ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; available unchanged at ``.model``.
-        tokenizer, preprocess: kept for the user's convenience.
+        model: open_clip's ``CLIP``, ``CustomTextCLIP`` or ``CoCa``, or a dual encoder of transformers (``CLIPModel``,
+            ``SiglipModel``, ...); available unchanged at ``.model``.
+        tokenizer, preprocess: texts to tokens ``[n l]``, and an image to pixels ``[3 h w]``; ``mm.hook(model,
+            processor=...)`` makes both of a processor of transformers.
         name: for messages and manifests.
         autocast: run ``encode_image`` and ``encode_text`` under ``torch.autocast`` of this type, as open_clip means
             its precisions ``amp`` and ``amp_bf16``; the weights stay in fp32.
@@ -52,31 +73,49 @@ class HookedCLIP(HookedModel):
         name: str = "",
         autocast: torch.dtype | None = None,
     ) -> None:
-        if not hasattr(model, "visual") or not hasattr(model, "encode_image"):
-            raise MMHooksError(f"HookedCLIP: expected an open_clip model, got {type(model).__name__}")
-        super().__init__(model, openclip_sites(model), name=name)
+        family = dual_encoder_of(model)
+        if family is None:
+            raise MMHooksError(
+                f"HookedCLIP: expected a dual encoder of open_clip or transformers, got {type(model).__name__}; "
+                "mm.hook(model) picks the class that fits, mm.HookedModel(model) takes any module"
+            )
+        super().__init__(model, family.sites(model), name=name)
+        self.family = family
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.autocast = autocast
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of pixels: the image tower's, since texts are integers."""
-        return input_dtype(self.model.visual)  # type: ignore[arg-type]
+        return input_dtype(self.family.tower(self.model))
 
     @property
     def logit_scale(self) -> Tensor:
         """The model's own parameter: the logarithm of the factor on cosine similarities."""
-        return self.model.logit_scale  # type: ignore[return-value]
+        return self.family.logit_scale(self.model)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the model reads; None if it accepts several."""
+        return self.family.image_size(self.model)
+
+    def readout(self, tower: str) -> Readout:
+        """How a tower computes its embedding from the residual stream.
+
+        Raises:
+            NoExactSum: the embedding is no sum of what the layers write; says why.
+        """
+        return self.family.readout(self.model, tower)
 
     def encode_image(self, pixels: Float[Tensor, "b c h w"], normalize: bool = False) -> Float[Tensor, "b d"]:
-        """The model's own ``encode_image``; raw embeddings by default."""
+        """The model's own image embeddings; raw embeddings by default."""
         with self._precision():
-            return self.model.encode_image(pixels, normalize=normalize)  # type: ignore[operator]
+            return self.family.encode(self.model, "image", pixels, normalize)
 
     def encode_text(self, tokens: Int[Tensor, "b l"], normalize: bool = False) -> Float[Tensor, "b d"]:
-        """The model's own ``encode_text``; raw embeddings by default."""
+        """The model's own text embeddings; raw embeddings by default."""
         with self._precision(), loaded(self.model):
-            return self.model.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
+            return self.family.encode(self.model, "text", tokens, normalize)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from mmhooks.errors import NoExactSum
 from mmhooks.hooks.intercept import MultiheadWeights, is_multihead, multihead_weights
-from mmhooks.hooks.projection import linear_map
 from mmhooks.models.clip.linearized import Frozen, check_norm, pooled
+from mmhooks.models.layers.leaves import LayerWeights, linear_weights
+from mmhooks.models.layers.openclip_block import openclip_weights
+from mmhooks.models.layers.timm_block import timm_weights
 from mmhooks.models.placement import device_of, input_dtype
 
 Freeze = Callable[[Float[Tensor, "b t d"]], Frozen]
@@ -32,37 +34,72 @@ class Readout:
 
     Attributes:
         tower: "image" or "text".
-        blocks: the tower's blocks; what they write is at the sites ``<tower>.blocks.N.attn.z`` and ``.mlp_out``.
+        blocks: the weights of the tower's blocks; what they write is at the sites ``<tower>.blocks.N.attn.z`` and
+            ``.mlp_out``.
         freeze: the map at a stream; given one token where ``positions`` is set, else all.
         positions: the token of each input that is read; None: all tokens are pooled.
         nonlinear_site: a native site that adds to the embedding without being linear in the stream, the MLP of an
             attention pooling; "" where there is none.
         project: from that site's output to the embedding.
+        pools_by_attention: whether the weights of the pooling depend on the stream.
     """
 
     tower: str
-    blocks: Sequence[Any]
+    blocks: Sequence[LayerWeights]
     freeze: Freeze
     positions: Positions | None = None
     nonlinear_site: str = ""
     project: Callable[[Tensor], Float[Tensor, "b e"]] | None = None
+    pools_by_attention: bool = False
 
     def writer(self, layer: int) -> tuple[Float[Tensor, "h k d"], Float[Tensor, " d"]]:
         """Weights of a block's output projection, including its layer scale: attention heads write ``z @ w_o``, and ``b_o``
         is added once."""
         block = self.blocks[layer]
-        attn = block.attn
         weight, bias = (
-            attention_weights(attn).out if is_multihead(attn) else linear_weights(_projection(attn))
+            attention_weights(block.out).out if is_multihead(block.out) else linear_weights(block.out)
         )
-        w_o = rearrange(weight, "d (head e) -> head e d", head=attn.num_heads)
+        w_o = rearrange(weight, "d (head e) -> head e d", head=block.heads)
         b_o = w_o.new_zeros(w_o.shape[-1]) if bias is None else bias
-        scale = _layer_scale(block)
+        scale = block.attention_scale
         return (w_o, b_o) if scale is None else (w_o * scale, b_o * scale)
+
+    def reader(self, layer: int) -> tuple[Float[Tensor, "d h k"], Float[Tensor, "h k"]]:
+        """Matrix and bias from a block's normed stream to the values of its attention heads.
+
+        Raises:
+            NoExactSum: no module of this block maps to the values alone.
+        """
+        block = self.blocks[layer]
+        if block.value is None:
+            raise NoExactSum(
+                f"second-order effects: expected blocks with a map of their own to the values, got {block.kind}, whose "
+                "queries, keys and values are one product or are normed before the projection"
+            )
+        one = is_multihead(block.value)
+        weight, bias = attention_weights(block.value).v if one else linear_weights(block.value)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return weight.T.unflatten(1, (block.heads, -1)), bias.unflatten(0, (block.heads, -1))
+
+    def mlp_writer(self, layer: int) -> tuple[Float[Tensor, "d n"], Float[Tensor, " d"]]:
+        """What each neuron at 1 writes into the stream, including the layer scale, and what the MLP writes besides.
+
+        Raises:
+            NoExactSum: the MLP has no last linear layer.
+        """
+        block = self.blocks[layer]
+        if block.mlp_out is None:
+            raise NoExactSum(
+                f"neurons: expected an MLP with one last linear layer, got that of a {block.kind}"
+            )
+        weight, bias = linear_weights(block.mlp_out)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        scale = block.mlp_scale
+        return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
 
     @property
     def n_heads(self) -> int:
-        return self.blocks[0].attn.num_heads
+        return self.blocks[0].heads
 
 
 def image_readout(model: Any) -> Readout:
@@ -96,8 +133,7 @@ def text_readout(model: Any) -> Readout:
             f"the text tower is a {kind} of Hugging Face: its LayerNorms stand in the residual stream or its pooler is "
             "not linear, so its embedding is no sum of direct contributions; take one of open_clip's own"
         )
-    blocks = list(owner.transformer.resblocks)
-    _check_openclip(blocks, "text")
+    blocks = _openclip_blocks(owner.transformer.resblocks, "text")
     pool = "last" if getattr(owner, "cls_emb", None) is not None else None
     pool = pool or getattr(owner, "pool_type", None) or getattr(owner, "text_pool_type", "argmax")
     eos = getattr(owner, "eos_id", None) or getattr(owner, "text_eos_id", None)
@@ -111,18 +147,17 @@ def text_readout(model: Any) -> Readout:
     if pool not in positions:
         raise NoExactSum(f"the text tower pools by {pool!r}; a sum is known for {', '.join(positions)}")
     check_norm(owner.ln_final, "the text tower's final norm")
-    matrix, bias = _matrix(owner.text_projection)
-    return Readout("text", blocks, _one_token(owner.ln_final, matrix, bias), positions[pool])
+    matrix, bias = matrix_of(owner.text_projection)
+    return Readout("text", blocks, one_token(owner.ln_final, matrix, bias), positions[pool])
 
 
 # -- families ------------------------------------------------------------------------------------------------
 
 
 def _openclip_image(visual: Any) -> Readout:
-    blocks = list(visual.transformer.resblocks)
-    _check_openclip(blocks, "image")
+    blocks = _openclip_blocks(visual.transformer.resblocks, "image")
     check_norm(visual.ln_post, "the image tower's final norm")
-    matrix, bias = _matrix(visual.proj)
+    matrix, bias = matrix_of(visual.proj)
     if visual.attn_pool is not None:
         if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
             raise NoExactSum(
@@ -136,22 +171,22 @@ def _openclip_image(visual: Any) -> Readout:
             inner = _query_pooling(pool, stream)
             return inner.normed(norm, inner(stream)).projected(matrix, bias)
 
-        return Readout("image", blocks, attention)
-    return _class_token_or_average(
+        return Readout("image", blocks, attention, pools_by_attention=True)
+    return class_token_or_average(
         "image", blocks, visual.pool_type, 1, visual.ln_post, visual.final_ln_after_pool, matrix, bias
     )
 
 
 def _timm_image(visual: Any) -> Readout:
     trunk = visual.trunk
-    blocks = list(trunk.blocks)
-    odd = sorted({type(b).__name__ for b in blocks} - {"Block", "EvaBlock", "RelPosBlock"})
+    odd = sorted({type(b).__name__ for b in trunk.blocks} - {"Block", "EvaBlock", "RelPosBlock"})
     if odd:
         raise NoExactSum(
             f"the image tower's blocks are {', '.join(odd)}: what attention and MLP add is normalised or mixed on its "
             "way into the residual stream, so attention heads are no plain sum; a sum is known for timm's Block, "
             "EvaBlock and RelPosBlock"
         )
+    blocks = [timm_weights(block) for block in trunk.blocks]
     norm, after = _final_norm(trunk)
     steps = [
         m
@@ -163,7 +198,7 @@ def _timm_image(visual: Any) -> Readout:
         raise NoExactSum(f"the projection behind the pooling is {kinds}: only a linear one keeps the sum")
     matrix = bias = None
     for step in steps:
-        more, plus = _matrix(step)
+        more, plus = matrix_of(step)
         assert more is not None
         bias = plus if bias is None else bias @ more + (0 if plus is None else plus)
         matrix = more if matrix is None else matrix @ more
@@ -171,7 +206,7 @@ def _timm_image(visual: Any) -> Readout:
     if pool is None:
         kind = {"token": "tok", "avg": "avg"}.get(trunk.global_pool, str(trunk.global_pool))
         skip = 0 if getattr(trunk, "pool_include_prefix", False) else trunk.num_prefix_tokens
-        return _class_token_or_average("image", blocks, kind, skip, norm, after, matrix, bias)
+        return class_token_or_average("image", blocks, kind, skip, norm, after, matrix, bias)
     if type(pool).__name__ != "AttentionPoolLatent" or after or pool.pool not in ("token", "avg"):
         raise NoExactSum(
             f"the image tower pools by {type(pool).__name__}; a sum is known for AttentionPoolLatent"
@@ -188,12 +223,12 @@ def _timm_image(visual: Any) -> Readout:
         return _latent_pooling(pool, norm, stream, skip).projected(matrix, bias)
 
     nonlinear_site = "" if pool.mlp is None else "visual.trunk.attn_pool.mlp"
-    return Readout("image", blocks, freeze, nonlinear_site=nonlinear_site, project=project)
+    return Readout("image", blocks, freeze, None, nonlinear_site, project, pools_by_attention=True)
 
 
-def _class_token_or_average(
+def class_token_or_average(
     tower: str,
-    blocks: Sequence[Any],
+    blocks: Sequence[LayerWeights],
     kind: str,
     skip: int,
     norm: nn.Module,
@@ -204,7 +239,7 @@ def _class_token_or_average(
     """Class token, or the average of all tokens but the first ``skip``; the norm before or ``after`` it."""
     if kind == "tok":
         first: Positions = lambda images: torch.zeros(len(images), dtype=torch.long, device=images.device)  # noqa: E731
-        return Readout(tower, blocks, _one_token(norm, matrix, bias), first)
+        return Readout(tower, blocks, one_token(norm, matrix, bias), first)
     if kind != "avg":
         raise NoExactSum(
             f"the {tower} tower pools by {kind!r}; a sum is known for the class token, the average and attention pooling"
@@ -222,7 +257,7 @@ def _class_token_or_average(
     return Readout(tower, blocks, average)
 
 
-def _one_token(norm: nn.Module, matrix: Tensor | None, bias: Tensor | None) -> Freeze:
+def one_token(norm: nn.Module, matrix: Tensor | None, bias: Tensor | None) -> Freeze:
     def freeze(stream: Float[Tensor, "b 1 d"]) -> Frozen:
         return pooled(norm, stream, stream.new_ones(len(stream), 1, 1)).projected(matrix, bias)
 
@@ -244,24 +279,29 @@ def _latent_pooling(pool: Any, norm: nn.Module, stream: Tensor, skip: int) -> Fr
     pattern = einsum(q * pool.scale, k, "query head e, b token head e -> b head query token").softmax(-1)
     pattern = pattern[:, :, 0] if pool.pool == "token" else pattern.mean(2)
     pattern = F.pad(pattern, (skip, 0))
-    return _through_values(norm, stream, pattern, w_v, b_v, *linear_weights(pool.proj))
+    return through_values(norm, stream, pattern, w_v, b_v, *linear_weights(pool.proj))
 
 
 def _query_pooling(pool: Any, stream: Tensor) -> Frozen:
     """open_clip's AttentionalPooler (CoCa): what its first query gets."""
-    attn, dtype = pool.attn, pool.query.dtype
-    query, keys = pool.ln_q(pool.query[:1]).detach(), pool.ln_k(stream.to(dtype))
+    return multihead_pooling(pool.attn, pool.ln_k, pool.ln_q(pool.query[:1]).detach(), stream)
+
+
+def multihead_pooling(
+    attn: Any, norm: nn.Module, query: Float[Tensor, "1 d"], stream: Float[Tensor, "b t e"]
+) -> Frozen:
+    """What one query gets from torch's attention over ``norm(stream)``."""
+    keys = norm(stream.to(query.dtype))
     heads, x = attn.num_heads, keys.float()
-    (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _to_float32(
-        multihead_weights(attn, query[None], keys[:1, :1])
-    )
+    weights = multihead_weights(attn, query[None], keys[:1, :1])
+    (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = _to_float32(weights)
     q = rearrange(F.linear(query.float(), w_q, b_q), "1 (head e) -> head e", head=heads)
     k = rearrange(F.linear(x, w_k, b_k), "b token (head e) -> b token head e", head=heads)
     pattern = einsum(q / q.shape[-1] ** 0.5, k, "head e, b token head e -> b head token").softmax(-1)
-    return _through_values(pool.ln_k, stream, pattern, w_v, b_v, w_o, b_o)
+    return through_values(norm, stream, pattern, w_v, b_v, w_o, b_o)
 
 
-def _through_values(
+def through_values(
     norm: nn.Module,
     stream: Float[Tensor, "b t d"],
     pattern: Float[Tensor, "b p t"],
@@ -283,12 +323,13 @@ def _through_values(
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def _check_openclip(blocks: Sequence[Any], tower: str) -> None:
+def _openclip_blocks(blocks: Sequence[Any], tower: str) -> list[LayerWeights]:
     if any(not isinstance(getattr(block, "ln_attn", nn.Identity()), nn.Identity) for block in blocks):
         raise NoExactSum(
             f"the {tower} tower's blocks normalise attention's output before they add it (scale_attn): attention heads "
             "are no plain sum there"
         )
+    return [openclip_weights(block) for block in blocks]
 
 
 def _final_norm(trunk: Any) -> tuple[nn.Module, bool]:
@@ -304,19 +345,6 @@ def _final_norm(trunk: Any) -> tuple[nn.Module, bool]:
     return found, after
 
 
-def _projection(attn: Any) -> nn.Module:
-    return getattr(attn, "out_proj", None) or attn.proj
-
-
-def linear_weights(module: nn.Module) -> tuple[Float[Tensor, "d e"], Float[Tensor, " d"] | None]:
-    """Matrix and bias of a linear layer as it runs, whatever it keeps as its weight, in fp32."""
-    width: Any = module.in_features
-    with torch.no_grad():
-        like = torch.zeros(1, width, dtype=input_dtype(module), device=device_of(module))
-        weight, bias = linear_map(module, like)
-    return weight.detach().float(), None if bias is None else bias.detach().float()
-
-
 def attention_weights(attn: Any) -> MultiheadWeights:
     """Weights of torch's attention as it runs, in fp32."""
     x = torch.zeros(1, 1, attn.embed_dim, dtype=attn.in_proj_weight.dtype, device=device_of(attn))
@@ -327,16 +355,7 @@ def _to_float32(weights: MultiheadWeights) -> MultiheadWeights:
     return MultiheadWeights(*((w.float(), None if b is None else b.float()) for w, b in weights))
 
 
-def _layer_scale(block: Any) -> Float[Tensor, " d"] | None:
-    for name in ("ls_1", "ls1", "gamma_1"):
-        found = getattr(block, name, None)
-        found = getattr(found, "gamma", found)
-        if isinstance(found, Tensor):
-            return found.detach().float()
-    return None
-
-
-def _matrix(projection: Any) -> tuple[Tensor | None, Tensor | None]:
+def matrix_of(projection: Any) -> tuple[Tensor | None, Tensor | None]:
     """``x @ matrix + bias`` of a parameter or a linear layer; None for what does not exist."""
     if projection is None:
         return None, None

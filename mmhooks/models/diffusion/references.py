@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-from mmhooks.models.clip.readout import linear_weights
+from mmhooks.models.layers.leaves import linear_weights
 from mmhooks.models.placement import input_dtype
 
 Mode = Literal["naive", "projected", "unclip"]

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
-from mmhooks.hooks.intercept import Intercepted, residual_middle
-from mmhooks.hooks.sites import Pattern, Site, SiteMap
-from mmhooks.models.clip.blocks import add_projected_attention
+from mmhooks.hooks.sites import Pattern, SiteMap
 from mmhooks.models.hooked import HookedModel
+from mmhooks.models.towers.transformers_tower import add_projection, add_text_tower
 
 
 class HookedCLIPText(HookedModel):
@@ -68,32 +67,7 @@ def add_clip_text(sites: SiteMap, tower: str, model: nn.Module) -> None:
         raise MMHooksError(
             f"expected a CLIPTextModel or CLIPTextModelWithProjection, got {type(model).__name__}"
         )
-
-    def add(name: str, tap: Any, tokens: int | None = 1, layout: str = "batch token d") -> None:
-        sites.add(Site(f"{tower}.{name}", tap, tokens=tokens, layout=layout))
-
-    add("tokens", sites.output(inner.embeddings.token_embedding))
-    for n, layer in enumerate(inner.encoder.layers):
-        _add_layer(sites, f"{tower}.blocks.{n}", layer)
-    add("ln_final", sites.output(inner.final_layer_norm))
+    add_text_tower(sites, tower, inner)
     projection = getattr(model, "text_projection", None)
     if isinstance(projection, nn.Module):
-        add("pooled", sites.input(projection), None, "batch d")
-        add("embed", sites.output(projection), None, "batch d")
-
-
-def _add_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
-    def add(name: str, tap: Any, leaf: str = "", layout: str = "batch token d") -> None:
-        sites.add(Site(f"{prefix}.{name}", tap, leaf, layout=layout))
-
-    add("resid_pre", sites.input(layer, "hidden_states"))
-    add("ln_1", sites.output(layer.layer_norm1))
-    attn = layer.self_attn
-    add_projected_attention(sites, prefix, attn, attn.num_heads, attn.out_proj)
-    add("attn_out", sites.output(layer.self_attn))
-    add("resid_mid", Intercepted(layer, ("resid_mid",), residual_middle), "resid_mid")
-    add("ln_2", sites.output(layer.layer_norm2))
-    add("mlp.pre", sites.output(layer.mlp.fc1), layout="batch token d_mlp")
-    add("mlp.post", sites.input(layer.mlp.fc2), layout="batch token d_mlp")
-    add("mlp_out", sites.output(layer.mlp))
-    add("resid_post", sites.output(layer, first=True))
+        add_projection(sites, tower, projection)

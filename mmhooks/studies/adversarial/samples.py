@@ -21,6 +21,7 @@ import mmhooks as mm
 from mmhooks.analysis.attacks.align import pixel_scale
 from mmhooks.analysis.attacks.pixels import optimise_pixels
 from mmhooks.data.synthetic import objects, words
+from mmhooks.errors import ShapeMismatch
 from mmhooks.studies.adversarial.requests import SEEN, USE, WRITTEN, is_harmful, is_harmless, request
 
 THINGS = ("bomb", "kitchen knife", "dagger", "pill", "syringe", "cigarette", "axe", "water pistol",
@@ -62,8 +63,16 @@ class Samples:
 
 
 def image_side(model: Any) -> int:
-    side = model.model.visual.image_size
-    return int(side[0] if isinstance(side, (tuple, list)) else side)
+    """The side of the square images that a model reads.
+
+    Raises:
+        ShapeMismatch: it reads images of several sizes.
+    """
+    if model.image_size is None:
+        raise ShapeMismatch(
+            f"expected a model that reads images of one size, got {model!r}; take another --model"
+        )
+    return model.image_size[0]
 
 
 def as_pixels(image: Any, side: int) -> Float[Tensor, "3 s s"]:

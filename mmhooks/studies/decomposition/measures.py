@@ -29,7 +29,6 @@ from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.families import families
 from mmhooks.models.clip.embed_texts import embed_texts
-from mmhooks.models.clip.readout import image_readout
 from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.decomposition.options import Options
 
@@ -75,7 +74,7 @@ def contributions(model: Any, pairs: Any, seen: list[int], options: Options) -> 
     """Decomposes the embeddings of all images, and takes means over those that are not evaluated (``seen``)."""
     progress = not options.quiet
     some = pairs.select(sample_rows(seen, 1000, options.seed))
-    one_token = image_readout(model.model).positions is not None
+    one_token = model.readout("image").positions is not None
     means = mm.decompose(model, some, class_token=one_token, batch_size=options.batch, progress=progress)
     depth, n_heads = means.heads.shape[:2]
     layers = list(range(max(0, depth - options.layers), depth))

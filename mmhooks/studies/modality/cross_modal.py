@@ -33,7 +33,7 @@ def pairing_effects(
     rows = one_per_family(families, len(families), seed)
     chosen = torch.tensor(sample_rows(rows.tolist(), most, seed))
     same = number_labels(texts[i] for i in chosen.tolist())
-    scale = float(s.encoded.model.model.logit_scale.detach().exp())
+    scale = float(s.encoded.model.logit_scale.detach().exp())
     image, text = (s.encoded.vectors(side, chosen) for side in SIDES)
     causal = mm.causal_mds(image, text, s.head, logit_scale=scale, same=same, seed=seed)
     store = s.encoded.store

@@ -173,7 +173,7 @@ def test_all_neurons_of_an_average_pooling():
     pixels = torch.randn(3, 3, 32, 32)
     found = second_order_effects(model, pixels, layer=0).vectors()
     readout = image_readout(model.model)
-    blocks = readout.blocks
+    blocks = model.model.visual.transformer.resblocks
     _, c = model.run_with_cache(pixels, sites=["image.blocks.*"])
     frozen = readout.freeze(c["image.blocks.2.resid_post"])
     for neuron in (0, 77):
