@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmhooks.errors import DamagedFile, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads.files import CONFIG, FORMAT, WEIGHTS, check_about, read_head_files, write_head
 from mmhooks.heads.weights import check_finite_rows, check_fit, load_strictly
+from mmhooks.utils.faults import first_line
 from mmhooks.utils.tensors import metadata_of
 
 KINDS: dict[str, type[Head]] = {}
@@ -374,7 +375,7 @@ def build_without_weights(kind: str, config: dict[str, Any], where: str | Path, 
             with torch.device("meta"):
                 return KINDS[kind](**config, **options)
         except Exception as error:
-            faults = [str(error).splitlines()[0]]
+            faults = [first_line(error)]
     raise DamagedFile(f"{where} does not describe a {kind} head: {'; '.join(sorted(faults))}")
 
 

@@ -10,6 +10,7 @@ import torch
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.families import hook
 from mmhooks.models.foreign_code import no_foreign_code
+from mmhooks.utils.faults import first_line
 
 
 def load_transformers(
@@ -40,7 +41,7 @@ def load_transformers(
     except OSError as error:
         raise MissingWeights(
             f"hf:{source}: expected a folder that save_pretrained wrote or a Hub name that can be fetched, got "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return hook(model.to(device).eval(), processor, name=f"hf:{source}")
 
@@ -87,7 +88,7 @@ def load_timm(
         model = timm.create_model(source, **weights)
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
-            f"timm:{source}: its weights could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); without "
+            f"timm:{source}: its weights could not be loaded ({type(error).__name__}: {first_line(error)}); without "
             "network give pretrained= the path of a downloaded checkpoint, or hook a network of your own: "
             "mm.hook(timm.create_model(...))"
         ) from error

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MissingWeights
+from mmhooks.utils.faults import first_line
 
 # The globals that a pickled state dict of plain tensors needs.
 _PLAIN = {
@@ -161,7 +162,7 @@ def _unpickled(path: Path, content: bytes, stand_ins: str) -> tuple[dict[str, An
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         raise DamagedFile(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}); if it is "
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {first_line(error)}); if it is "
             "whole, load it with its own library and save its state_dict()"
         ) from error
     if not isinstance(found, dict):

@@ -165,7 +165,8 @@ def test_a_folder_of_transformers(kind, build, tmp_path):
     assert pixels.shape == (1, 3, 32, 32) and tokens.shape == (2, 12)
     with torch.no_grad():
         want = model.get_image_features(pixels).pooler_output
-        assert torch.equal(loaded.encode_image(pixels), want)
+        # Weights in a file are aligned in memory otherwise, which changes the last bits.
+        torch.testing.assert_close(loaded.encode_image(pixels), want, atol=1e-5, rtol=0)
         assert torch.equal(mm.embed_texts(loaded, ["abc"], unit=False), loaded.encode_text(tokens[:1]))
     assert mm.load(f"hf:{tmp_path}", dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -187,7 +188,7 @@ def test_a_vision_model_and_a_checkpoint_of_timm(tmp_path):
     pixels = loaded.preprocess(image)[None]
     with torch.no_grad():
         features = made.eval().forward_head(made.forward_features(pixels), pre_logits=True)
-        assert torch.equal(loaded.encode_image(pixels), features)
+        torch.testing.assert_close(loaded.encode_image(pixels), features, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

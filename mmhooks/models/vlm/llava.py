@@ -15,6 +15,7 @@ from torch import Tensor
 from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning, ShapeMismatch
 from mmhooks.models.foreign_code import no_foreign_code, refuse_code
 from mmhooks.models.load_options import Device, Dtype, plain_dtype, take_device, take_dtype
+from mmhooks.utils.faults import first_line
 
 NAME = "mini-llava"
 IMAGE_PREFIX = "<image>\n"
@@ -230,7 +231,7 @@ def _checkpoint(source: str, dtype: Dtype, options: dict[str, Any]) -> tuple[Any
             processor = AutoProcessor.from_pretrained(source, **where)
     except OSError as error:
         raise MissingWeights(
-            f"no LLaVA checkpoint at {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder "
+            f"no LLaVA checkpoint at {source!r} ({type(error).__name__}: {first_line(error)}); give a folder "
             'that save_pretrained wrote, a Hub name that can be fetched, or "mini"'
         ) from error
     if missing := sorted(
