@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Shaped
@@ -24,6 +24,10 @@ from mmhooks.hooks.taps import Tap
 from mmhooks.models.placement import device_of, input_dtype
 
 Hooks = Iterable[tuple[Pattern, HookFn]]
+if TYPE_CHECKING:
+    AnyModule = nn.Module
+else:
+    AnyModule = Any  # checked in HookedModel, with a better message
 
 
 class HookedModel:
@@ -51,7 +55,7 @@ class HookedModel:
     tensor(0)
     """
 
-    def __init__(self, model: nn.Module, sites: SiteMap | None = None, *, name: str = "") -> None:
+    def __init__(self, model: AnyModule, sites: SiteMap | None = None, *, name: str = "") -> None:
         if not isinstance(model, nn.Module) and sites is None:
             raise MMHooksError(
                 f"HookedModel: expected a torch.nn.Module, got {type(model).__name__}; give the module inside it, for "

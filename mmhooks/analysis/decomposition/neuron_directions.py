@@ -102,7 +102,7 @@ def neuron_directions(
 
     Raises:
         ShapeMismatch: a layer or neuron does not exist, or has no attention after it, or ``top_k`` is below 1.
-        NoExactSum: the blocks are not open_clip's own, or the tower pools by attention.
+        NoExactSum: no module of a block maps to its values alone (timm's), or the tower pools by attention.
         DataError: there are fewer than two images, an iterator was given, which can be read only once, or the images
             differ when read again.
 
