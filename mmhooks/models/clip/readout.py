@@ -6,7 +6,7 @@ last position) and timm's (class token, average, SigLIP's attention pooling). Ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,7 +323,8 @@ def through_values(
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def _openclip_blocks(blocks: Sequence[Any], tower: str) -> list[LayerWeights]:
+def _openclip_blocks(blocks: Iterable[Any], tower: str) -> list[LayerWeights]:
+    blocks = list(blocks)
     if any(not isinstance(getattr(block, "ln_attn", nn.Identity()), nn.Identity) for block in blocks):
         raise NoExactSum(
             f"the {tower} tower's blocks normalise attention's output before they add it (scale_attn): attention heads "
