@@ -197,10 +197,11 @@ class _SiteRunner:
 
     def __init__(self, model: HookedModel, places: Sequence[Place], *, sparse: bool) -> None:
         self.model, self.places = model, places
-        towers = {place.site.tower for place in places}
-        both = not towers <= {"image", "text"}  # a native path does not name its tower
-        self.preprocess = _require(model, "preprocess", "image") if both or "image" in towers else None
-        self.tokenizer = _require(model, "tokenizer", "text") if both or "text" in towers else None
+        known, towers = model.places.sites.towers, {place.site.tower for place in places}
+        if not towers <= known:  # a native path does not name its tower
+            towers = known
+        self.preprocess = _require(model, "preprocess", "image") if "image" in towers else None
+        self.tokenizer = _require(model, "tokenizer", "text") if "text" in towers else None
         self._sparse = sparse
         self._held = ExitStack()
 
@@ -220,10 +221,8 @@ class _SiteRunner:
         self, images: Float[Tensor, "b c h w"] | None, texts: Int[Tensor, "b2 l"] | None
     ) -> dict[str, Tensor]:
         """What flows at every site."""
-        self.model.forward(
-            None if images is None else self.model.to_input(images),
-            None if texts is None else self.model.to_input(texts),
-        )
+        given = {"images": images, "texts": texts}
+        self.model.forward(**{k: self.model.to_input(v) for k, v in given.items() if v is not None})
         return {place.name: _vectors_last(place, self._cache[place.name]) for place in self.places}
 
     def specs(self, dtype: Precision) -> list[SiteSpec]:
@@ -305,7 +304,7 @@ def _require(model: HookedModel, what: str, tower: str) -> Callable[..., Any]:
     if found is None:
         raise MMHooksError(
             f"sites of the {tower} tower need the model's {what}, and {model!r} has none: give it to "
-            f"mm.HookedCLIP(..., {what}=...)"
+            f"mm.hook(..., {what}=...)"
         )
     return found
 
