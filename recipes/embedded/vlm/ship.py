@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib
 import torch
 import typer
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.utils.assets import ASSETS, write_digests
 from mmhooks.utils.files import write_text
 
+matplotlib.use("Agg")
 NAME = "mini-vlm"
 LARGEST = 14e6  # bytes of the weights
 
@@ -52,10 +54,28 @@ def write_model(llava: Any, tokenizer: Any, target: Path) -> int:
     return size
 
 
+def draw_curve(rows: list[dict], path: Path) -> None:
+    """Draws, by kind of question, accuracy with the right picture minus that with a wrong one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    for kind, last in rows[-1]["answers"].items():
+        gain = [100 * (row["answers"][kind]["right"] - row["answers"][kind]["wrong"]) for row in rows]
+        axes.plot([row["step"] for row in rows], gain, label=f"{kind} (n = {last['n']:.0f})")
+    axes.set(
+        xlabel="step", ylabel="right minus wrong picture, points", title=f"{NAME}: new pictures, unseen fonts"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(
     run: Annotated[Path, typer.Option(help="folder of a run of embedded.vlm.train")] = Path("runs/vlm"),
     assets: Annotated[Path, typer.Option(help="where the folder mini-vlm goes")] = ASSETS,
     pictures: Annotated[int, typer.Option(help="pictures a set")] = PICTURES,
+    figures: Annotated[Path, typer.Option()] = Path("docs/figures"),
 ) -> None:
     """Ships a run: PYTHONPATH=recipes python -m embedded.vlm.ship --run runs/vlm"""
     torch.set_num_threads(1)
@@ -89,6 +109,9 @@ def main(
     }  # fmt: skip
     write_text(assets / NAME / "card.json", json.dumps(card, indent=1) + "\n")
     write_digests(assets)
+    rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    figures.mkdir(parents=True, exist_ok=True)
+    draw_curve([row for row in rows if "answers" in row], figures / f"{NAME}-curve.png")
 
 
 if __name__ == "__main__":

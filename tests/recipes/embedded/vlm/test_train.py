@@ -185,12 +185,24 @@ def test_what_ships_loads_and_a_model_that_does_not_look_does_not_ship(
     )
     with pytest.raises(MMHooksError, match="expected answers that depend on the picture, got none such for"):
         ship.main(tmp_path, tmp_path / "assets", 8)
+    assert not (tmp_path / "assets").exists()
+    monkeypatch.setattr(ship, "not_looked_at", lambda scores: [])
+    (tmp_path / "curve.jsonl").write_text(
+        "".join(
+            json.dumps({"step": k, "answers": {"where": {"right": 0.1 * k, "wrong": 0.1, "n": 9}}}) + "\n"
+            for k in range(3)
+        )
+    )
+    ship.main(tmp_path, tmp_path / "assets", 8, tmp_path / "figures")
+    folder = tmp_path / "assets" / ship.NAME
+    card = json.loads((folder / "card.json").read_text())
     again, llava = report.load_run(tmp_path)
-    scores = report.request_scores(again, llava.model, 8)
-    assert {"refused, in text", "refused, kept out, in text", "act on the thing shown"} <= set(scores)
-    folder = tmp_path / ship.NAME
-    size = ship.write_model(llava, again.tokenizer, folder)
-    assert size == 2 * sum(v.numel() for v in llava.model.state_dict().values())
+    assert card["parameters"] == sum(v.numel() for v in llava.model.state_dict().values())
+    assert set(card["exams"]["pictures"]) == {name for name, _, _ in report.SETS}
+    requests = {"refused, in text", "refused, kept out, in text", "act on the thing shown"}
+    assert requests <= set(card["exams"]["requests"])
+    assert (tmp_path / "figures" / "mini-vlm-curve.png").stat().st_size > 0
+    assert json.loads((tmp_path / "assets" / "digests.json").read_text()).keys() >= {"mini-vlm/card.json"}
     loaded, processor = mini_vlm.load_from(folder)
     process: Any = processor
     pictures, _ = rows_of(2)
