@@ -55,7 +55,7 @@ def load(
             that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of ``timm.list_models()``, with its weights.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint, one of DeCLIP's own included (:mod:`mmhooks.models.clip.declip`: its embedding width, activation,
-            tokenizer and preprocessing come with it). None gives random weights, which open_clip itself warns about.
+            tokenizer and preprocessing come with it). None or "" gives random weights, which open_clip itself warns about.
         precision: open_clip's: ``"fp32"``; ``"bf16"``, ``"fp16"`` (weights of linear and convolution layers);
             ``"pure_bf16"``, ``"pure_fp16"`` (all weights); ``"amp"``, ``"amp_bf16"`` (weights in fp32, run under
             ``torch.autocast``, which is how ``encode_image`` and ``encode_text`` of the hooked model run then).
@@ -84,6 +84,7 @@ def load(
     from mmhooks.models.embedded.mini import load_embedded
     from mmhooks.models.load_options import plain_dtype, take_dtype
 
+    pretrained = pretrained or None  # a command line cannot say None, but --pretrained ""
     weights = plain_dtype(take_dtype(dtype, {}), "a CLIP")
     if dtype is not None and precision != "fp32":
         raise MMHooksError(

@@ -21,14 +21,21 @@ def head_source(given: str | None, kind: str, model: str) -> str:
     return given or (f"mini/{kind}" if model == "mini" else "")
 
 
+def head_sources(sae: str | None, ncl: str | None, model: str) -> dict[str, str]:
+    """Returns by kind where a study's heads are loaded from, empty to train one; ``ncl="none"`` leaves that out."""
+    found = {"sae": head_source(sae, "sae", model), "ncl": head_source(ncl, "ncl", model)}
+    return {"sae": found["sae"]} if ncl == "none" else found
+
+
 def train_heads(
-    encoded: Encoded, rows: Sequence[int], *, n: int, epochs: int, seed: int, cache: Path
+    encoded: Encoded, rows: Sequence[int], *, n: int, k: int, epochs: int, seed: int, cache: Path
 ) -> dict[str, Any]:
-    """Trains an SAE and an NCL head for a model that has none; both are cached for the next run."""
+    """Trains an SAE, of which at most a quarter is active, and an NCL head; both are cached for the next run."""
     image, text = (unit(encoded.vectors(side, list(rows))) for side in SIDES)
     d = image.shape[1]
-    heads = {"sae": mm.TopKSAE(d, n, min(32, n // 4)), "ncl": mm.NCL(d, n)}
-    made_by = digest(d, n, epochs, seed, image, text)[:20]
+    k = min(k, n // 4)
+    heads = {"sae": mm.TopKSAE(d, n, k), "ncl": mm.NCL(d, n)}
+    made_by = digest(d, n, k, epochs, seed, image, text)[:20]
     return {
         kind: load_or_train_head(cache / f"{kind}-{made_by}", head, image, text, epochs=epochs, seed=seed)
         for kind, head in heads.items()
@@ -52,6 +59,7 @@ def load_heads(
     sources: Mapping[str, str],
     *,
     n: int,
+    k: int,
     epochs: int,
     seed: int,
     cache: Path,
@@ -64,5 +72,5 @@ def load_heads(
     """
     trained: dict[str, Any] = {}
     if not all(sources.values()):
-        trained = train_heads(encoded, rows, n=n, epochs=epochs, seed=seed, cache=cache)
+        trained = train_heads(encoded, rows, n=n, k=k, epochs=epochs, seed=seed, cache=cache)
     return {kind: mm.load_head(source) if source else trained[kind] for kind, source in sources.items()}

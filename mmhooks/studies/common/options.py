@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from mmhooks.studies.common.paper_settings import PaperOptions
 from mmhooks.utils.clear_errors import clear_errors
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ Value = str | int | float | bool | list[str] | list[float] | None
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name.")]
 VitModel = Annotated[str, typer.Option(help="mini, or any open_clip name of a ViT.")]
-Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint file.")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip's tag, or a checkpoint file; '' for random weights.")
+]
 PairData = Annotated[str, typer.Option(help="mini, a folder/ with metadata.csv, coco, cc3m, …")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable images and count them.")]
 Sae = Annotated[
@@ -37,6 +40,14 @@ Sae = Annotated[
 PairBatch = Annotated[int, typer.Option(help="Pairs at a time through the encoders.")]
 ImageBatch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Features = Annotated[int, typer.Option(help="Features of a head that is trained here.")]
+Active = Annotated[
+    int,
+    typer.Option(
+        "--k",
+        min=1,
+        help="Active features of an SAE that is trained here; at most a quarter of its features.",
+    ),
+]
 Epochs = Annotated[int, typer.Option(help="Epochs of a head that is trained here.")]
 Out = Annotated[Path, typer.Option(help="Where results, tables, figures and index.html go.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No bars, no tables on the screen.")]
@@ -70,14 +81,31 @@ def study_app(
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    def command(**given: Any) -> None:
+    def command(**values: Any) -> None:
+        context = values.pop("context")
         with clear_errors(name):
-            run(options(**given))
+            run(_chosen(options, values, context))
 
     # typer reads the options of a command from its signature.
-    command.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
+    hints = get_type_hints(options, include_extras=True)  # of base classes too, unlike eval_str
+    signature = inspect.signature(options)
+    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[context, *parameters]
+    )
     app.command(help=help)(command)
     return app
+
+
+def _chosen(options: type[OptionsT], values: dict[str, Any], context: Any) -> OptionsT:
+    """Returns the options as typed; with ``--paper`` those that were not typed are the paper's."""
+    if not values.get("paper") or not issubclass(options, PaperOptions):
+        return options(**values)
+    # By name: newer versions of typer have an enumeration of their own instead of click's.
+    sources = {name: context.get_parameter_source(name).name for name in values}
+    typed = {name: v for name, v in values.items() if not sources[name].startswith("DEFAULT")}
+    return options.of_paper(**typed)
 
 
 def as_settings(options: DataclassInstance) -> dict[str, Value]:
@@ -93,16 +121,36 @@ def as_settings(options: DataclassInstance) -> dict[str, Value]:
 def as_command(name: str, options: DataclassInstance) -> str:
     """Returns the command that runs study ``name`` with these options; those at their default are left out.
 
+    Under ``--paper`` the paper's settings are the defaults.
+
     >>> as_command("gender", Options(limit=96, skip_bad=True))          # doctest: +SKIP
     'python recipes/gender.py --limit 96 --skip-bad'
     """
     hints = get_type_hints(type(options), include_extras=True)
-    words = ["python", f"recipes/{name}.py"]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value != field.default:
-            words += _as_arguments(field.name, hints[field.name], value)
+    words, values = (
+        ["python", f"recipes/{name}.py"],
+        {f.name: getattr(options, f.name) for f in fields(options)},
+    )
+    untyped = {field.name: field.default for field in fields(options)}
+    if isinstance(options, PaperOptions) and options.paper:
+        preset = options.PAPER.defaults()
+        if any(
+            values[name] is None for name in preset
+        ):  # None cannot be typed: every other value is, instead
+            del values["paper"]
+        else:
+            untyped |= preset
+    for field_name, value in values.items():
+        if value != untyped[field_name]:
+            words += _as_arguments(field_name, hints[field_name], value)
     return shlex.join(words)
+
+
+def typed_options(options: DataclassInstance) -> dict[str, list[str]]:
+    """Returns every option by name as the words that set it on the command line; none for None, which cannot be typed."""
+    hints = get_type_hints(type(options), include_extras=True)
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: [] if v is None else _as_arguments(name, hints[name], v) for name, v in values.items()}
 
 
 def _as_arguments(name: str, hint: Any, value: Value | Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, TableBlock
 from mmhooks.studies.common.claims import Verdict
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections, print_paper
 from mmhooks.utils.escape import markdown, rich_text
 from mmhooks.utils.files import write_bytes, write_text
 
@@ -80,11 +81,12 @@ def write_study(
             escaped(attribution),
         ]
     )
-    write_text(out / "tables.md", body + "\n")
+    write_text(out / "tables.md", f"{body}\n{paper_markdown(results)}")
     shown: list[Block] = [Prose(note) for note in notes]
     sections = [
         Section("What was found", [Listing(list(claims)), *plots.values()]),
         Section("Numbers", [TableBlock(table) for table in tables]),
+        *paper_sections(results),
         Section("How it was made", [*shown, TableBlock(_settings(results))]),
     ]
     page = Page(title, sections, lead, "mmhooks · study", [attribution])
@@ -112,6 +114,7 @@ def print_study(
         console.print()
     for verdict, claim, measured in claims:
         console.print(rich_text(f"{VERDICTS[verdict]}: {claim}: {measured}"))
+    print_paper(console, results)
     env = results["environment"]
     console.print(
         rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB; results in {paths[0].parent}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -18,11 +18,13 @@ from mmhooks.studies.common.options import (
     SelectBy,
     SkipBad,
 )
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.decomposition.preset import PAPER
 
 Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
 Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip's tag, or a checkpoint file; none: random weights.")
+    str | None, typer.Option(help="open_clip's tag, or a checkpoint file; none or '': random weights.")
 ]
 Pool = Annotated[str, typer.Option(help="Texts: general, imagenet, mini, or a file, one a line.")]
 Limit = Annotated[int, typer.Option(min=8, help="Use at most this many pairs.")]
@@ -35,8 +37,10 @@ Live = Annotated[bool, typer.Option("--live/--direct", help="Also ablate live, n
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the decomposition study is run with; ``python recipes/decomposition.py --help`` says what each means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     model: Model = "mini"
     pretrained: Pretrained = None

@@ -24,6 +24,7 @@ from mmhooks.report import (
 )
 from mmhooks.report.figures import Strip, image_strips
 from mmhooks.report.style import LIGHT, Palette, draw
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections, print_paper
 from mmhooks.studies.common.write import save_plots
 from mmhooks.utils.escape import markdown as escaped
 from mmhooks.utils.escape import rich_text
@@ -274,6 +275,7 @@ def page(results: Mapping[str, Any], plots: Mapping[str, Plot]) -> Page:
         Section("Neighbours by one attention head", with_plot("neighbours")),
         Section("Neurons", with_plot("neurons", TableBlock(neuron_table(results)))),
         Section("Images in texts", with_plot("texts", TableBlock(code_table(results)))),
+        *paper_sections(results),
         Section("How it was made", [
             Prose(results["settings"]["command"], "code"),
             Details("Seconds of each step", [TableBlock(steps)]),
@@ -300,7 +302,10 @@ def save_all(results: Mapping[str, Any], shown: Mapping[str, Sequence[Strip]], o
     data = results["data"]
     source = f"{data['n']:,} pairs of {escaped(data['name'])}, licence: {escaped(data['licence'])}."
     head = f"# What attention heads of {escaped(data['model'])} say\n\n{source}\n\n"
-    write_text(out / "tables.md", head + "\n\n".join(t.markdown() for t in tables(results)) + "\n")
+    write_text(
+        out / "tables.md",
+        head + "\n\n".join(t.markdown() for t in tables(results)) + f"\n{paper_markdown(results)}",
+    )
     return [*paths, out / "tables.md", page(results, plots).save(out / "index.html")]
 
 
@@ -309,6 +314,7 @@ def report(console: Any, results: Mapping[str, Any], paths: Sequence[Path]) -> N
     for table in tables(results):
         console.print(rich_text(table.markdown(), lines=True))
         console.print()
+    print_paper(console, results)
     console.print(rich_text(f"{results['environment']['seconds']:.0f} s"))
     for path in paths:
         console.print(rich_text(f"  {path}"))

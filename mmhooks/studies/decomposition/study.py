@@ -36,6 +36,7 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.results import plain
     from mmhooks.models.clip.embed_texts import embed_texts
     from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.decomposition.measures import (
@@ -108,6 +109,7 @@ def run(options: Options) -> Results:
         }
         results: dict[str, Any] = {
             "settings": as_settings(options) | {"command": as_command("decomposition", options)},
+            "paper": paper_account(options),
             "data": summary | counts,
             "shares": [{**row} for row in parts.means.table()],
             "text_span": span.to_json(),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from mmhooks.studies.common.options import (
+    Active,
     Device,
     Dtype,
     Epochs,
@@ -21,7 +22,9 @@ from mmhooks.studies.common.options import (
     Sae,
     SkipBad,
 )
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.gender.preset import PAPER
 from mmhooks.studies.gender.samples import CLASSIFIER
 
 Data = Annotated[
@@ -40,6 +43,16 @@ Classifier = Annotated[str, typer.Option(help="transformers name or path; defaul
 Confidence = Annotated[
     float, typer.Option(min=0, max=1, help="Least confidence of the classifier: other samples are left out.")
 ]
+Person = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Least zero-shot probability that an image shows a person; 0 leaves none out."
+    ),
+]
+Words = Annotated[
+    str,
+    typer.Option(help="Words of label prompts, women's/men's: 'woman,girl/man,boy'; default: six of each."),
+]
 Template = Annotated[str, typer.Option(help="Of label prompts; auto: a drawing (mini) or photo of a {}.")]
 Ncl = Annotated[
     str | None, typer.Option(help="NCL head: name, directory, Hub id, or train; none leaves it out.")
@@ -55,8 +68,10 @@ Draws = Annotated[
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the gender study is run with; ``python recipes/gender.py --help`` says what each option means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     model: Model = "mini"
     pretrained: Pretrained = None
@@ -69,7 +84,9 @@ class Options:
     family: Family = ""
     classifier: Classifier = CLASSIFIER
     confidence: Confidence = 0.0
+    person: Person = 0.0
     template: Template = "auto"
+    words: Words = ""
     sae: Sae = None
     ncl: Ncl = None
     out: Out = Path("runs/gender")
@@ -77,6 +94,7 @@ class Options:
     seed: Seed = 0
     draws: Draws = 200
     features: Features = 1024
+    k: Active = 32
     epochs: Epochs = 200
     batch: PairBatch = 256
     skip_bad: SkipBad = False

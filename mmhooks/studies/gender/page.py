@@ -34,6 +34,7 @@ from mmhooks.studies.common.cards import FeatureExample, card, distinct_top_text
 from mmhooks.studies.common.cards import strip as feature_strip
 from mmhooks.studies.common.claims import Claim
 from mmhooks.studies.common.encode import Encoded
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections, print_paper
 from mmhooks.studies.common.write import save_plots
 from mmhooks.studies.gender.masking import MAIN, SIDES, Setting
 from mmhooks.studies.gender.samples import CLASSES
@@ -222,6 +223,7 @@ def page(
                              Prose(f"Rank correlation of the share with the probability of the own gender: {ranks}.")]),
         Section("Which features carry it", [TableBlock(feature_table(results)), *galleries]),
         Section("Audit by skin tone and profession", [Prose(AUDIT), TableBlock(audit_table(results)), *tone]),
+        *paper_sections(results),
         Section("How it was made", _settings(results)),
     ]  # fmt: skip
     return Page(
@@ -263,11 +265,21 @@ def _settings(results: Mapping[str, Any]) -> list[Block]:
         facts.append(
             ["Classifier", f"{o['classifier']}; mean confidence {fixed(data['confidence']['mean'])}"]
         )
+    if data["person_filter"]:
+        facts.append(["Images of a person", person_sentence(data["person_filter"])])
     steps = [[name, format_duration(seconds)] for name, seconds in env["steps"].items()]
     return [
         TableBlock(Table(["", ""], facts, "Settings", text_columns=(0, 1))),
         Details("Seconds of each step", [TableBlock(Table(["Step", "Time"], steps))]),
     ]
+
+
+def person_sentence(found: Mapping[str, Any]) -> str:
+    """Returns how many samples the person filter left, and by which prompts."""
+    person, *others = found["prompts"]
+    before, after = found["before"], found["after"]
+    kept = f"{after['woman']:,} of {before['woman']:,} women, {after['man']:,} of {before['man']:,} men"
+    return f"kept {kept}: probability of “{person}” at least {found['least']:g} among {', '.join(others)}"
 
 
 def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
@@ -282,7 +294,7 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
         f"{data['judged']['women']:,} women and {data['judged']['men']:,} men "
         f"judged, of {escaped(data['name'])}, licence: {escaped(data['licence'])}. "
         f"{format_duration(env['seconds'])}.\n\n{body}\n\n"
-        f"## Against the paper\n\n{lines}\n\n## The paper's two tables\n\n{against}\n"
+        f"## Against the paper\n\n{lines}\n\n## The paper's two tables\n\n{against}\n{paper_markdown(results)}"
     )
 
 
@@ -311,6 +323,9 @@ def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], pat
         console.print(rich_text(claim.sentence()))
     for line in results["conflict"]:
         console.print(rich_text(line))
+    if results["data"]["person_filter"]:
+        console.print(rich_text(person_sentence(results["data"]["person_filter"])))
+    print_paper(console, results)
     env = results["environment"]
     console.print()
     console.print(rich_text(f"{env['seconds']:.0f} s, {env['peak_memory_gb']:.2f} GB at most"))

@@ -116,6 +116,23 @@ def _points(code: str) -> list[int]:
     return [int(part, 16) for part in code.split("-")]
 
 
+def label_words(given: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the words of women's and of men's label prompts: as given, by default :data:`PROMPTS`.
+
+    Raises:
+        DataError: not two sides with a word each.
+
+    >>> label_words("female / male, man")
+    (('female',), ('male', 'man'))
+    """
+    if not given:
+        return PROMPTS
+    sides = tuple(tuple(w.strip() for w in side.split(",") if w.strip()) for side in given.split("/"))
+    if len(sides) != len(CLASSES) or not all(sides):
+        raise DataError(f"--words: expected women's words/men's words, as 'female/male', got {given!r}")
+    return sides
+
+
 def gender_of_words(text: str) -> int | None:
     """Returns 0 or 1 where a label or caption names only women or only men, else None.
 

@@ -36,7 +36,8 @@ def run(options: Options) -> Results:
     from mmhooks.analysis.interventions.masked_classification import prompt_labels
     from mmhooks.analysis.results import plain
     from mmhooks.studies.common.encode import encode
-    from mmhooks.studies.common.heads import head_source, load_heads
+    from mmhooks.studies.common.heads import head_sources, load_heads
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.gender.audit import audit, skin_tone_masking
@@ -55,7 +56,8 @@ def run(options: Options) -> Results:
     )
     from mmhooks.studies.gender.page import report, save_all
     from mmhooks.studies.gender.paper import claims, table_conflicts
-    from mmhooks.studies.gender.samples import CLASSES, PROMPTS
+    from mmhooks.studies.gender.person_filter import showing_a_person
+    from mmhooks.studies.gender.samples import CLASSES, label_words
     from mmhooks.utils.files import cache_dir
 
     torch.manual_seed(options.seed)
@@ -65,7 +67,7 @@ def run(options: Options) -> Results:
     with timer.bars:
         with timer.step("pairs and labels"):
             pairs, people = load_people(options, timer.bar)
-            fit, judged = split(people, seed)
+            words = label_words(options.words)
         with timer.step("encoders"):
             model = mm.load(
                 options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype
@@ -74,20 +76,18 @@ def run(options: Options) -> Results:
                 model, options.model, pairs, cache, batch=options.batch, progress=not options.quiet
             )
             template, scale = template_of(options.template, pairs), float(model.logit_scale.detach().exp())
-            prompts = prompt_labels(model, PROMPTS, [template])
+            people, filtered = showing_a_person(people, encoded, options.person, template, scale)
+            fit, judged = split(people, seed)
+            prompts = prompt_labels(model, words, [template])
             inputs = Inputs(encoded, Split.of(fit), Split.of(judged), prompts, scale)
         with timer.step("heads"):
             judged_rows = {s.row for s in judged}
             known = [row for row in range(len(pairs)) if row not in judged_rows]
-            sources = {
-                "sae": head_source(options.sae, "sae", options.model),
-                "ncl": head_source(options.ncl, "ncl", options.model),
-            }
-            if options.ncl == "none":
-                del sources["ncl"]
+            sources = head_sources(options.sae, options.ncl, options.model)
             heads = load_heads(
-                encoded, known, sources, n=options.features, epochs=options.epochs, seed=seed, cache=cache
-            )
+                encoded, known, sources, n=options.features, k=options.k, epochs=options.epochs, seed=seed,
+                cache=cache,
+            )  # fmt: skip
             groups = score_groups(heads, encoded, known, options, cache)
         settings = settings_of(heads, groups)
         masking, live = {}, {}
@@ -124,12 +124,16 @@ def run(options: Options) -> Results:
                 "audit": audit(main, inputs, people, seed=seed),
                 "tones": skin_tone_masking(main, inputs, people, tone_words, seed=seed),
             }
-        words = dict(zip(CLASSES, map(list, PROMPTS), strict=True))
         results = plain(
             {
                 "settings": as_settings(options) | {"command": as_command("gender", options)},
-                "data": describe_data(pairs, options, people, fit, judged),
-                "prompts": {"template": template, "words": words, "scale": scale},
+                "paper": paper_account(options),
+                "data": describe_data(pairs, options, people, fit, judged) | {"person_filter": filtered},
+                "prompts": {
+                    "template": template,
+                    "words": dict(zip(CLASSES, words, strict=True)),
+                    "scale": scale,
+                },
                 "groups": group_sizes(heads, groups),
                 "masking": masking,
                 "live": live,

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+import mmhooks as mm
 from mmhooks.analysis.measures.all_measures import Measures
 from mmhooks.report import Cell, Estimate, Table
 from mmhooks.studies.modality.measures import Definition, StudyModel, measured, table_numbers
@@ -27,6 +30,13 @@ def definitions(ours: Definition) -> dict[str, Definition]:
         "every pair counts": replace(ours, families=None),
         PAPER: replace(ours, activation="raw", zeros="keep", min_samples=ours.m, families=None),
     }
+
+
+def sample_families(pairs: Any, family: str | None, vectors: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """Numbers the family of every pair by ``--family``: "none", a column, or the default of :func:`mm.data.families`."""
+    if family == "none":
+        return torch.arange(len(pairs))
+    return mm.data.families(pairs, family, vectors=vectors)
 
 
 def compare_definitions(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
 from mmhooks.studies.common.options import (
+    Active,
     Device,
     Dtype,
     Epochs,
@@ -22,7 +23,9 @@ from mmhooks.studies.common.options import (
     Sae,
     SkipBad,
 )
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.modality.preset import PAPER
 
 Declip = Annotated[
     str,
@@ -61,7 +64,7 @@ Seeds = Annotated[
 Family = Annotated[
     str | None,
     typer.Option(
-        help="Column of pairs that are not independent; default: drawings by name, else near-duplicates."
+        help="Column of pairs that are not independent; none: all are; default: drawings by name, else near-duplicates."
     ),
 ]
 ImageEmbedder = Annotated[
@@ -76,8 +79,10 @@ Each = Annotated[int, typer.Option(help="Features shown of each group.")]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the modality study is run with; ``python recipes/modality.py --help`` says what each option means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     model: Model = "mini"
     pretrained: Pretrained = None
@@ -99,6 +104,7 @@ class Options:
     image_embedder: ImageEmbedder = "efficientnet-lite0"
     text_embedder: TextEmbedder = "minilm"
     features: Features = 1024
+    k: Active = 32
     epochs: Epochs = 200
     draws: Draws = 60
     evaluate: Evaluate = 600

@@ -36,6 +36,7 @@ from mmhooks.report.figures import (
 from mmhooks.report.style import draw
 from mmhooks.studies.common.cards import FeatureExample, card, format_duration, strip
 from mmhooks.studies.common.claims import Claim
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections, print_paper
 from mmhooks.studies.common.write import save_plots
 from mmhooks.studies.modality.cross_modal import cross_modal_table
 from mmhooks.studies.modality.definitions import definition_table, verdict_table
@@ -174,6 +175,7 @@ def page(
         Section("Other definitions", [TableBlock(verdict_table(results)),
                                       Details("The numbers", [TableBlock(definition_table(results, measured_models(results)))])]),
         Section("Masking", [Prose(MASKED), Prose(MASK_CODE, "code"), plots["masking"], TableBlock(mask_table(results))]),
+        *paper_sections(results),
         Section("How it was made", _settings(results)),
     ]  # fmt: skip
     return Page(
@@ -287,7 +289,7 @@ def markdown(results: Mapping[str, Any], found: Sequence[Claim]) -> str:
     ]
     body = "\n\n".join(table.markdown() for table in tables)
     lines = "\n".join(f"- {escaped(c.sentence(), code=True)}" for c in found)
-    return f"{head}\n{body}\n\n## Against the paper\n\n{lines}\n"
+    return f"{head}\n{body}\n\n## Against the paper\n\n{lines}\n{paper_markdown(results)}"
 
 
 def save_all(
@@ -325,6 +327,7 @@ def report(console: Any, results: Mapping[str, Any], found: Sequence[Claim], pat
         console.print()
     for claim in found:
         console.print(rich_text(claim.sentence()))
+    print_paper(console, results)
     env = results["environment"]
     console.print()
     console.print(

@@ -25,6 +25,7 @@ def heads_of_seed(
     seed: int,
     *,
     n: int,
+    k: int,
     epochs: int,
     first: int,
     cache: Path,
@@ -36,7 +37,7 @@ def heads_of_seed(
     others = {
         kind: f"{name}-seed{seed}" if name == f"mini/{kind}" else name for kind, name in sources.items()
     }
-    return load_heads(clip, rows, others, n=n, epochs=epochs, seed=first + seed, cache=cache)
+    return load_heads(clip, rows, others, n=n, k=k, epochs=epochs, seed=first + seed, cache=cache)
 
 
 def compare_seeds(

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmhooks.studies.common.heads import head_source
+from mmhooks.studies.common.heads import head_sources
 from mmhooks.studies.common.held_out import describe_data, held_out_rows, sample_rows
 from mmhooks.studies.common.options import as_command, as_settings, study_app
 from mmhooks.studies.common.run import StepTimer
@@ -41,9 +41,10 @@ def run(options: Options) -> Results:
     from mmhooks.studies.common.cards import FeatureExample
     from mmhooks.studies.common.encode import encode
     from mmhooks.studies.common.heads import load_heads
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.modality.cross_modal import CAUSAL_PAIRS, pairing_effects
-    from mmhooks.studies.modality.definitions import compare_definitions, definitions
+    from mmhooks.studies.modality.definitions import compare_definitions, definitions, sample_families
     from mmhooks.studies.modality.masking import masking_effects, model_inputs
     from mmhooks.studies.modality.measures import Definition, StudyModel, choose_examples, measure_model
     from mmhooks.studies.modality.page import report, save_all
@@ -66,7 +67,7 @@ def run(options: Options) -> Results:
             masked = sample_rows(heldout, options.evaluate, seed)
         with timer.step("picture and text embedders"):
             embeddings = similarity_embeddings(pairs, options)
-            families = mm.data.families(pairs, options.family, vectors=embeddings["image"])
+            families = sample_families(pairs, options.family, embeddings["image"])
             definition = Definition(
                 options.top_m, options.activation, options.zeros, options.min_samples, families
             )
@@ -77,11 +78,8 @@ def run(options: Options) -> Results:
         with timer.step("heads"):
             unseen = set(heldout)
             seen = [row for row in range(len(pairs)) if row not in unseen]
-            sources = {
-                "sae": head_source(options.sae, "sae", options.model),
-                "ncl": head_source(options.ncl, "ncl", options.model),
-            }
-            settings = {"n": options.features, "epochs": options.epochs, "cache": cache}
+            sources = head_sources(options.sae, options.ncl, options.model)
+            settings = {"n": options.features, "k": options.k, "epochs": options.epochs, "cache": cache}
             heads = load_heads(clip, seen, sources, seed=seed, **settings)
         study_models = [StudyModel("CLIP", clip), *([StudyModel("DeCLIP", declip)] if declip else [])]
         study_models += [StudyModel(f"CLIP+{kind.upper()}", clip, heads[kind]) for kind in ("ncl", "sae")]
@@ -124,6 +122,7 @@ def run(options: Options) -> Results:
         )
         results: dict[str, Any] = {
             "settings": as_settings(options) | {"command": as_command("modality", options)},
+            "paper": paper_account(options),
             "data": summary,
             "models": models,
             "definitions": compared,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from mmhooks.studies.common.options import Device, Dtype, ImageBatch, NoBar, Out, Pretrained, VitModel
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.segmentation.preset import PAPER
 
 Data = Annotated[
     str,
@@ -36,8 +38,10 @@ Seed = Annotated[int, typer.Option(help="Of the sampled images, the backgrounds 
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the segmentation study is run with; ``python recipes/segmentation.py --help`` says what each means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     model: VitModel = "mini"
     pretrained: Pretrained = None

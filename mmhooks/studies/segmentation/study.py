@@ -34,6 +34,7 @@ def run(options: Options) -> Results:
 
     import mmhooks as mm
     from mmhooks.analysis.attribution.segmentation_scores import segmentation_scores
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.run import environment
     from mmhooks.studies.common.write import print_study, write_study
     from mmhooks.studies.segmentation.maps import directions, heat_maps
@@ -61,6 +62,7 @@ def run(options: Options) -> Results:
     claims = claims_of(decisions)
     results = {
         "settings": as_settings(options),
+        "paper": paper_account(options),
         "n": len(samples),
         "left_out": missing,
         "classes": sought.classes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -18,7 +18,9 @@ from mmhooks.studies.common.options import (
     SelectBy,
     VitModel,
 )
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.spurious.preset import PAPER
 
 Data = Annotated[
     str,
@@ -59,8 +61,10 @@ Seed = Annotated[int, typer.Option(help="Of images, bootstrap and random attenti
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the spurious-cue study is run with; ``python recipes/spurious.py --help`` says what each option means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     model: VitModel = "mini"
     pretrained: Pretrained = None

@@ -34,6 +34,7 @@ def run(options: Options) -> Results:
 
     import mmhooks as mm
     from mmhooks.models.clip.embed_texts import embed_texts
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.run import environment
     from mmhooks.studies.common.write import print_study, write_study
     from mmhooks.studies.spurious.accuracy import (
@@ -91,6 +92,7 @@ def run(options: Options) -> Results:
     n_chosen = sum(len(split.choose.places) for split in splits)
     results = {
         "settings": as_settings(options),
+        "paper": paper_account(options),
         "n": {"choose": n_chosen, "judge": len(groups), "species": len(species.unique())},
         "shares_where_chosen": shares,
         "shares_tested": torch.bincount(groups, minlength=4) / len(groups),

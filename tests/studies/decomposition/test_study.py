@@ -75,3 +75,24 @@ def test_another_model_with_random_weights(tmp_path):
 def test_errors_are_one_line(tmp_path):
     result = CliRunner().invoke(app, ["--data", f"{tmp_path}/nowhere/", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1 and "\ndecomposition: " in "\n" + result.output
+
+
+def test_the_papers_settings_run_and_are_accounted_for(tmp_path):
+    options = decomposition.Options.of_paper(
+        model="mini",
+        pretrained=None,
+        limit=24,
+        evaluate=6,
+        texts=4,
+        layers=1,
+        each=1,
+        quiet=True,
+        out=tmp_path,
+    )
+    found = decomposition.run(options)
+    status = {s["option"]: s["status"] for s in found["paper"]["settings"] if s["option"]}
+    assert status["selection"] == status["live"] == "the paper's" and status["data"] == "not had"
+    assert status["pool"] == "the paper's in part" and status["texts"] == "overridden"
+    assert set(found["ablations"]["live"]) == {None}
+    assert "3,498 sentences" in (tmp_path / "index.html").read_text()
+    assert "metadata.csv" in (tmp_path / "tables.md").read_text()

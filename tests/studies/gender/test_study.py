@@ -18,12 +18,15 @@ from typer.testing import CliRunner
 
 import mmhooks as mm
 from mmhooks.errors import DataError, MissingWeights
+from mmhooks.studies.common.encode import encode
 from mmhooks.studies.gender import data as gender_data
 from mmhooks.studies.gender import drawing_styles as gender_styles
 from mmhooks.studies.gender import paper as gender_paper
 from mmhooks.studies.gender import samples as gender_samples
 from mmhooks.studies.gender import study as gender
 from mmhooks.studies.gender.masking import MAIN
+from mmhooks.studies.gender.page import person_sentence
+from mmhooks.studies.gender.person_filter import showing_a_person
 
 EVIL = '<img src=x onerror="alert(1)"> a woman | b $x$'
 SMALL = gender.Options(draws=4, features=64, epochs=3, batch=64, quiet=True)
@@ -206,7 +209,8 @@ def test_a_folder_with_a_label_column(own_cache: None, tmp_path: Path) -> None:
     assert "<img" not in (tmp_path / "out" / "tables.md").read_text()
 
 
-def save_classifier(place: Path, classes: list[str]) -> Path:
+def save_classifier(place: Path, classes: list[str], even_on: Any = None) -> Path:
+    """A random classifier; with ``even_on`` half of these pairs get the first class, half the second."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     torch.manual_seed(0)
@@ -217,8 +221,16 @@ def save_classifier(place: Path, classes: list[str]) -> Path:
     model = ViTForImageClassification(config)
     with torch.no_grad():
         model.classifier.weight.mul_(40)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    if even_on is not None:
+        with torch.no_grad():
+            pixels = processor(
+                [even_on.image(i) for i in range(len(even_on))], return_tensors="pt"
+            ).pixel_values
+            logits = model.eval()(pixels).logits
+            model.classifier.bias[0] += (logits[:, 1] - logits[:, 0]).median()
     model.save_pretrained(place)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place)
+    processor.save_pretrained(place)
     return place
 
 
@@ -282,3 +294,60 @@ def test_a_full_size_model_runs(own_cache: None, tmp_path: Path) -> None:
     assert results["data"]["people"]["women"] == results["data"]["people"]["men"] == 4
     assert all(live["by_hand"] < 1e-6 and live["bit_equal_after"] for live in results["live"].values())
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_images_without_a_person_are_left_out(tmp_path: Path) -> None:
+    """On drawings of one person and of food: the filter keeps more of the former, and counts what it kept."""
+    pairs = mm.data.pairs("mini")
+    people = gender_samples.from_drawings(pairs)[:40]
+    food = [i for i, m in enumerate(pairs.meta) if str(m["codepoints"]).startswith(("1f34", "1f35"))][:40]
+    others = [gender_samples.Sample(i, 0) for i in food]
+    some = pairs.select([s.row for s in (*people, *others)])
+    people, others = (
+        [replace(s, row=i + at) for i, s in enumerate(part)] for part, at in ((people, 0), (others, 40))
+    )
+    model = mm.load("mini")
+    encoded = encode(model, "mini", some, tmp_path, batch=64, progress=False)
+    scale, template = float(model.logit_scale.detach().exp()), "a drawing of a {}"
+    kept, counts = showing_a_person([*people, *others], encoded, 0.5, template, scale)
+    left = [sum(s.row < 40 for s in kept), sum(s.row >= 40 for s in kept)]
+    assert left[0] > 20 > 10 > left[1]
+    assert counts is not None and counts["prompts"][0] == "a drawing of a person"
+    assert sum(counts["before"].values()) == sum(s.label is not None for s in (*people, *others))
+    assert sum(counts["after"].values()) == sum(s.label is not None for s in kept)
+    assert f"{counts['after']['man']} of {counts['before']['man']} men" in person_sentence(counts)
+    assert showing_a_person(others, encoded, 0, template, scale) == (others, None)
+    with pytest.raises(
+        DataError,
+        match=f"--person 1.0: expected labelled images that show a person, got none of {len(others)}",
+    ):
+        showing_a_person(others, encoded, 1.0, template, scale)
+
+
+def test_words_of_the_prompts_are_an_option() -> None:
+    assert gender_samples.label_words("") == gender_samples.PROMPTS
+    for bad in ("female", "female/", "a/b/c"):
+        with pytest.raises(DataError, match="women's words/men's words"):
+            gender_samples.label_words(bad)
+
+
+def test_the_papers_settings_run_and_are_accounted_for(own_cache: None, tmp_path: Path) -> None:
+    """``--paper`` at a small size: a classifier's labels, the person filter, "female" and "male", the SAE alone."""
+    (tmp_path / "people").mkdir()
+    folder = write_folder(tmp_path / "people")
+    classifier = save_classifier(tmp_path / "vit", ["women", "men"], mm.data.pairs(folder, progress=False))
+    options = gender.Options.of_paper(
+        model="mini", pretrained="", data=f"{folder}/", confidence=0.0, person=0.001, features=64, k=8, epochs=2, draws=2,
+        classifier=str(classifier), quiet=True, out=tmp_path / "out",
+    )  # fmt: skip
+    results = gender.run(options)
+    data, filtered = results["data"], results["data"]["person_filter"]
+    assert filtered["after"] == {"woman": data["people"]["women"], "man": data["people"]["men"]}
+    assert sum(filtered["before"].values()) == 24 >= sum(filtered["after"].values())
+    assert results["prompts"]["words"] == {"woman": ["female"], "man": ["male"]}
+    assert set(results["masking"]) == {MAIN, "SAE, latent"}
+    status = {s["option"]: s["status"] for s in results["paper"]["settings"] if s["option"]}
+    assert status["words"] == "the paper's in part" and status["ncl"] == "the paper's"
+    assert {status[name] for name in ("model", "data", "confidence", "person")} == {"overridden"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Images of a person" in page and "The paper&#39;s settings" in page

@@ -368,3 +368,25 @@ def test_an_empty_group_has_no_effect() -> None:
     from mmhooks.studies.modality.tables import _effect_against_random
 
     assert _effect_against_random({"size": 0, "beyond": ""}) == "nothing to mask"
+
+
+def test_the_papers_settings_run_and_are_accounted_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--paper`` at a small size: definitions are the paper's, sizes are overridden, and the page says which."""
+    monkeypatch.setenv("MMHOOKS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mm, "load", random_clip)
+    monkeypatch.setattr(modality, "similarity_embeddings", similarity_embeddings)
+    sizes: Any = {"limit": 16, "top_m": 4, "features": 16, "k": 4, "epochs": 1, "draws": 2, "each": 1}
+    out = tmp_path / "paper"
+    results = modality.run(modality.Options.of_paper(data=f"{folder}/", **sizes, quiet=True, out=out))
+    settings = results["settings"]
+    assert (settings["activation"], settings["zeros"], settings["family"]) == ("raw", "keep", "none")
+    assert settings["command"].startswith("python recipes/modality.py --paper --data ")
+    assert results["models"]["CLIP"]["kind"] == "paper" and results["models"]["CLIP"]["families"] == 16
+    status = {s["option"]: s["status"] for s in results["paper"]["settings"] if s["option"]}
+    assert status["zeros"] == "the paper's" and status["declip"] == "not had"
+    assert {status[name] for name in ("data", "top_m", "features", "k")} == {"overridden"}
+    for name in ("index.html", "tables.md"):
+        text = (out / name).read_text()
+        assert "Section 2.2, footnote 1" in text and "--declip FILE" in text.replace("\\", "")

@@ -161,3 +161,19 @@ def test_whole_study_on_another_model(tmp_path: Path) -> None:
     """ViT-B/32 with random weights: no claim, but everything runs and is written."""
     small = segmentation.Options(model="ViT-B-32", limit=8, batch=4, out=tmp_path / "s", quiet=True)
     assert written(segmentation.run(small))["n"] == 8
+
+
+def test_the_papers_settings_run_and_are_accounted_for(tmp_path):
+    path = tmp_path / "gtsegs_ijcv.mat"
+    imagenet_segmentation(path)
+    options = segmentation.Options.of_paper(
+        model="mini", pretrained="", data=str(path), classes="predicted", quiet=True, out=tmp_path / "out"
+    )
+    found = segmentation.run(options)
+    status = {s["option"]: s["status"] for s in found["paper"]["settings"] if s["option"]}
+    assert found["settings"]["limit"] == 4276 and found["n"] == 2
+    assert (
+        status["data"] == "given" and status["classes"] == "overridden" and status["limit"] == "the paper's"
+    )
+    for name in ("index.html", "tables.md"):
+        assert "GradCAM, LRP" in (tmp_path / "out" / name).read_text()

@@ -194,3 +194,15 @@ def test_whole_study_on_another_model(tmp_path: Path) -> None:
     )  # fmt: skip
     n = written(found)["n"]
     assert (n["choose"], n["judge"]) == (16, 16) and len(found["decisions"]) == 4
+
+
+def test_the_papers_settings_run_and_are_accounted_for(tmp_path):
+    options = spurious.Options.of_paper(
+        model="mini", pretrained="", limit=32, draws=2, direct_draws=20, quiet=True, out=tmp_path
+    )
+    found = spurious.run(options)
+    assert found["settings"]["splits"] == 1 and found["settings"]["kinds"] == "place"
+    status = {s["option"]: s["status"] for s in found["paper"]["settings"] if s["option"]}
+    assert status["splits"] == "the paper's" and status["kinds"] == "the paper's in part"
+    assert status["data"] == "not had" and status["model"] == "overridden"
+    assert "Waterbirds (Sagawa" in (tmp_path / "tables.md").read_text()
