@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import mmhooks as mm
 from mmhooks.analysis.measures.conditioner_mds import conditioner_mds
 from mmhooks.errors import MissingWeights, MMHooksError, ShapeMismatch
-from mmhooks.models.diffusion.conditioner import conditioner_sides
+from mmhooks.models.diffusion.conditioner import conditioner_sides, joint_sides
 from mmhooks.models.diffusion.references import (
     caption_embeds,
     conditioner,
@@ -284,3 +284,18 @@ def test_modality_of_the_conditioner(pipes, pictures, tokens, tmp_path):
         sd.detach()
     with pytest.raises(MMHooksError, match="reads 16 dimensions, as the conditioner has, got 8"):
         conditioner_mds(sides, head=mm.TopKSAE(8, 32, 4))
+
+
+def test_joint_sides_are_clips_own_unit_embeddings():
+    clip, pairs = mm.load("mini"), mm.data.pairs("mini", limit=6)
+    images, texts = joint_sides(pairs, clip, batch_size=4, progress=False)
+    with torch.no_grad():
+        pixels = torch.stack([clip.preprocess(pairs.image(i)) for i in range(6)])
+        own = (
+            clip.encode_image(pixels, normalize=True),
+            clip.encode_text(clip.tokenizer(pairs.texts), normalize=True),
+        )
+    for found, expected in zip((images, texts), own, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(MMHooksError, match="preprocess= and tokenizer="):
+        joint_sides(pairs, mm.HookedCLIP(clip.model))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
 from mmhooks.studies.common.options import Device, DiffusionBatch, Dtype, Pipeline, Steps
+from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
+from mmhooks.studies.generation.preset import PAPER
 
 Model = Annotated[str, typer.Option(help="CLIP of the conditioner: mini, or an open_clip name")]
-Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag, or a checkpoint")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip's tag, or a checkpoint; '' for random weights")
+]
 Data = Annotated[str, typer.Option(help="mini, a folder with metadata.csv, coco, …")]
 Limit = Annotated[int | None, typer.Option(help="at most this many pairs", min=8)]
 Modes = Annotated[
@@ -22,6 +26,25 @@ Modes = Annotated[
     ),
 ]
 Prompts = Annotated[int, typer.Option(help="prompts, each with a reference", min=2)]
+Prompt = Annotated[
+    str | None, typer.Option(help="one prompt for all cases, as it is; default: texts of the data")
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="image file that all prompts are moved toward; its name says what it shows: horse.png; default: images of the data"
+    ),
+]
+Projection = Annotated[
+    Literal["last", "fitted"],
+    typer.Option(
+        help="mode projected: CLIP's own text projection, made for the last layer; or one fitted to the layer that the "
+        "pipeline conditions on (Stable Diffusion 2: the one before)"
+    ),
+]
+Joint = Annotated[
+    bool, typer.Option("--joint", help="also edit at the indices of CLIP's joint space, as in the paper")
+]
 RandomSets = Annotated[
     int, typer.Option(help="random sets that groups are compared with, at the largest strength", min=8)
 ]
@@ -44,8 +67,10 @@ Out = Annotated[Path, typer.Option(help="results.json, tables.md, PNG, index.htm
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PaperOptions):
     """What the generation study is run with; ``python recipes/generation.py --help`` says what each option means."""
+
+    PAPER: ClassVar[Preset] = PAPER
 
     pipeline: Pipeline = "mini"
     model: Model = "mini"
@@ -54,6 +79,10 @@ class Options:
     limit: Limit = None
     mode: Modes = None
     pairs: Prompts = 60
+    prompt: Prompt = None
+    reference: Reference = None
+    projection: Projection = "last"
+    joint: Joint = False
     random_sets: RandomSets = 20
     seeds: Seeds = 1
     strength: Strengths = None

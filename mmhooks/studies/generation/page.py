@@ -13,6 +13,7 @@ from mmhooks.report import Block, Listing, Page, Plot, Prose, Section, Table, Ta
 from mmhooks.report.style import Palette, draw
 from mmhooks.report.tables import Cell
 from mmhooks.studies.common.claims import verdict_of_outcome
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections, paper_sentence
 from mmhooks.studies.generation.interpolation import GROUPS, MEASURES
 from mmhooks.utils.escape import markdown as escaped
 from mmhooks.utils.escape import terminal
@@ -199,14 +200,23 @@ def write_page(
     for mode, why in results["impossible"].items():
         markdown += [f"Mode {mode} is not possible here: {escaped(why)}", ""]
         sections.append(Section(f"{mode}: not possible here", [Prose(why, "warn")]))
-    write_text(out / "tables.md", "\n".join(markdown))
+    write_text(out / "tables.md", "\n".join(markdown) + paper_markdown(results))
+    sections += paper_sections(results)
     lead = (
-        f"{len(results['cases'])} prompts of {results['pipeline']}, {results['seeds']} images each: features of the "
+        f"{cases_of(results)} of {results['pipeline']}, {results['seeds']} images each: features of the "
         f"conditioner are moved toward a reference image. Features are scored on {results['data_pairs']:,} pairs."
     )
     footer = [results["command"], f"Data: {results['data']}, {results['licence']}. {results['attribution']}"]
     page = Page("Interpolation by modality", sections, lead, "mmhooks", footer).save(out / "index.html")
     return [*paths, out / "tables.md", page]
+
+
+def cases_of(results: Mapping[str, Any]) -> str:
+    """Returns what the cases are: prompts or noises of one prompt, each with a reference of its own or all with one."""
+    n, prompts = len(results["cases"]), {case["prompt"] for case in results["cases"]}
+    references = {case["reference"] for case in results["cases"]}
+    what = f"{n} noises of one prompt" if len(prompts) == 1 < n else f"{n} prompts"
+    return f"{what} with one reference" if len(references) == 1 < n else what
 
 
 def report(results: Mapping[str, Any], out: Path) -> None:
@@ -218,4 +228,6 @@ def report(results: Mapping[str, Any], out: Path) -> None:
                 say(f"{mode}, {space}: {verdict['sentence']}")
     for mode, why in results["impossible"].items():
         say(f"{mode}: not possible here: {why}")
+    if results["paper"] is not None:
+        say(f"{results['paper']['paper']}: {paper_sentence(results['paper'])}")
     say(f"{out / 'index.html'}, {results['seconds']:.0f} s")

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any, cast, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.analysis.measures.conditioner_mds import conditioner_mds
 from mmhooks.analysis.measures.groups import groups_of
 from mmhooks.analysis.statistics.controls import size_matched
 from mmhooks.errors import MMHooksError
-from mmhooks.models.diffusion.conditioner import conditioner_sides
+from mmhooks.models.diffusion.conditioner import conditioner_sides, joint_sides
+from mmhooks.models.diffusion.fitted_projection import fit_text_projection
 from mmhooks.models.diffusion.references import Mode
 from mmhooks.studies.generation.interpolation import Case, Setting
 from mmhooks.studies.generation.options import Options
+
+JOINT = "joint"
 
 
 def check_options(options: Options) -> None:
@@ -39,30 +44,6 @@ def known_texts(sd: Any) -> set[str] | None:
     from mmhooks.models.embedded.mini_sd import drawings
 
     return {row["name"] for row in drawings()}
-
-
-def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
-    """Chooses ``count`` prompts and as many references from other pairs, among the ``known`` texts if given.
-
-    Raises:
-        MMHooksError: too few pairs.
-    """
-    texts = list(pairs.texts)
-    first: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        if known is None or text in known:
-            first.setdefault(text, i)
-    rows = list(first.values())
-    if len(rows) < 2 * count:
-        raise MMHooksError(
-            f"{count} prompts and references need {2 * count} different texts that the pipeline draws; the data has "
-            f"{len(rows)}: lower --pairs or raise --limit"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [
-        Case(template.format(texts[rows[a]]), template.format(texts[rows[b]]), pairs[rows[b]].image)
-        for a, b in zip(order[:count], order[count : 2 * count], strict=True)
-    ]
 
 
 def same_size(
@@ -96,17 +77,28 @@ def modes_of(sd: Any, asked: list[str] | None) -> list[Mode]:
     return ["unclip"] if "image.embed" in sd.places.sites.canonical else ["projected", "naive"]
 
 
+def projection_of(
+    sd: Any, clip: Any, pairs: Any, mode: Mode, options: Options
+) -> Float[Tensor, "d_cond d_joint"] | None:
+    """Returns the projection that references are carried back through, for ``--projection``; None: CLIP's own."""
+    if mode != "projected" or options.projection == "last":
+        return None
+    return fit_text_projection(sd, clip, pairs.texts).matrix
+
+
 def settings_of(
     sd: Any, clip: Any, pairs: Any, cases: list[Case], mode: Mode, options: Options
 ) -> tuple[list[Setting], dict[str, str]]:
     """Returns the settings: the space's own dimensions (the paper's), and an SAE trained on them.
 
-    Both are scored in the space that is edited. A space that cannot be split into three groups is returned in a second
+    Both are scored in the space that is edited; with ``--joint`` the conditioner's dimensions are also edited at the
+    indices that CLIP's joint space is scored at. A space that cannot be split into three groups is returned in a second
     dict, with the reason and its scores.
     """
     seed, progress = options.seed, not options.quiet
-    sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, progress=progress)
-    toward = mm.reference(sd, [case.image for case in cases], mode=mode, clip=clip)
+    projection = projection_of(sd, clip, pairs, mode, options)
+    sides = conditioner_sides(sd, pairs, mode=mode, clip=clip, projection=projection, progress=progress)
+    toward = mm.reference(sd, [case.image for case in cases], mode=mode, clip=clip, projection=projection)
     width = sides[0].shape[1]
     torch.manual_seed(seed)
     head = mm.TopKSAE(width, options.features or 4 * width, options.k)
@@ -116,8 +108,17 @@ def settings_of(
         spaces = [("dimensions", None, toward), ("SAE", head, head.encode(head.prepare(toward)))]
     site = "image.embed" if mode == "unclip" else "text.cond"
     found, impossible = [], {}
+    scored: dict[str, Any] = {}  # spaces whose scores are not of the edited space
+    if options.joint and mode != "unclip":  # unclip edits the joint space itself
+        scored[JOINT] = joint_sides(pairs, clip, progress=progress)
+        if (joint := scored[JOINT][0].shape[1]) == width:
+            spaces.append((JOINT, None, toward))
+        else:
+            impossible[f"{mode}, {JOINT}"] = (
+                f"expected as many dimensions as the conditioner's {width}, so that indices carry over, got {joint}"
+            )
     for space, scorer, target in spaces:
-        result = conditioner_mds(sides, head=scorer, data=pairs.name)
+        result = conditioner_mds(scored.get(space, sides), head=scorer, data=pairs.name)
         try:
             groups, rule = groups_of(result)
         except MMHooksError as error:

@@ -38,7 +38,9 @@ def run(options: Options) -> Results:
 
     import mmhooks as mm
     from mmhooks.errors import MMHooksError
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.write import write_results
+    from mmhooks.studies.generation.cases import make_cases
     from mmhooks.studies.generation.interpolation import (
         STRENGTHS,
         ImageGenerator,
@@ -49,7 +51,6 @@ def run(options: Options) -> Results:
     from mmhooks.studies.generation.page import report, write_page
     from mmhooks.studies.generation.settings import (
         check_options,
-        choose_cases,
         known_texts,
         modes_of,
         settings_of,
@@ -62,7 +63,7 @@ def run(options: Options) -> Results:
     sd = mm.load_diffusion(options.pipeline, device=place.device, dtype=place.dtype)
     clip = mm.load(options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype)
     corpus = mm.data.pairs(options.data, limit=options.limit, progress=not options.quiet)
-    cases = choose_cases(corpus, known_texts(sd), options.pairs, options.template, options.seed)
+    cases = make_cases(corpus, known_texts(sd), options)
     generate = ImageGenerator(sd, options.steps, options.guidance, options.batch)
     modes: dict[str, Interpolated] = {}
     impossible: dict[str, str] = {}
@@ -77,6 +78,7 @@ def run(options: Options) -> Results:
     if not modes:
         raise MMHooksError(f"no mode is possible: {impossible}")
     results: dict[str, Any] = {
+        "paper": paper_account(options),
         "pipeline": options.pipeline,
         "model": options.model,
         "pretrained": options.pretrained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 import mmhooks as mm
 from mmhooks.analysis.measures.groups import BY_RANK, BY_SIGMA
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import DataError, MMHooksError
 from mmhooks.models.embedders import image_embedder
+from mmhooks.studies.generation import cases as generation_cases
 from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
@@ -32,13 +34,13 @@ class _Pairs:
 
 
 def test_cases_are_of_different_texts_that_the_pipeline_draws() -> None:
-    cases = generation_settings.choose_cases(_Pairs(), {"cat", "dog", "owl", "sun"}, 2, "a {}", seed=0)
+    cases = generation_cases.choose_cases(_Pairs(), {"cat", "dog", "owl", "sun"}, 2, "a {}", seed=0)
     texts = [c.prompt for c in cases] + [c.reference for c in cases]
     assert sorted(texts) == ["a cat", "a dog", "a owl", "a sun"]
     for case in cases:
         assert _Pairs.texts[case.image.getpixel((0, 0))[0]] == case.reference.removeprefix("a ")
     with pytest.raises(MMHooksError, match="3 prompts and references need 6"):
-        generation_settings.choose_cases(_Pairs(), None, 3, "{}", seed=0)
+        generation_cases.choose_cases(_Pairs(), None, 3, "{}", seed=0)
 
 
 def test_groups_are_cut_to_one_size_and_matched() -> None:
@@ -218,3 +220,71 @@ def test_too_many_prompts_are_refused(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "15 prompts and references need 30" in done.output
     assert not (tmp_path / "x").exists()
+
+
+def test_a_reference_from_a_file_and_one_prompt(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "brown").save(tmp_path / "red-horse.png")
+    options = generation.Options(pairs=3, prompt="draw an animal", reference=tmp_path / "red-horse.png")
+    cases = generation_cases.make_cases(_Pairs(), None, options)  # type: ignore[arg-type]
+    assert {c.prompt for c in cases} == {"draw an animal"} and {c.reference for c in cases} == {"red horse"}
+    assert len(cases) == 3 and cases[0].image.getpixel((0, 0)) == (165, 42, 42)
+    own = generation_cases.make_cases(_Pairs(), None, replace(options, reference=None))  # type: ignore[arg-type]
+    assert {c.prompt for c in own} == {"draw an animal"} and len({c.reference for c in own}) == 3
+    for case in own:
+        assert _Pairs.texts[case.image.getpixel((0, 0))[0]] == case.reference
+    prompts = generation_cases.make_cases(_Pairs(), None, replace(options, prompt=None, template="a {}"))  # type: ignore[arg-type]
+    assert len({c.prompt for c in prompts}) == 3 and {c.reference for c in prompts} == {"a red horse"}
+    with pytest.raises(MMHooksError, match="6 cases need as many different texts"):
+        generation_cases.make_cases(_Pairs(), None, replace(options, pairs=6, reference=None))  # type: ignore[arg-type]
+    for name, said in (("none.png", "is not there"), ("red-horse.txt", "--reference")):
+        (tmp_path / "red-horse.txt").write_text("not an image")
+        with pytest.raises(DataError, match=said):
+            generation_cases.read_reference(tmp_path / name)
+
+
+def test_the_papers_settings_run_and_are_accounted_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--paper`` on a tiny pipeline as wide as its joint space: one prompt, a reference by path, joint indices."""
+    # The tiny CLIP has 520 words, its tokenizer open_clip's; so the joint sides are made up, and more than the images.
+    sides = torch.randn(2, 240, 16, generator=torch.Generator().manual_seed(0))
+    sides[0, :, :3] *= 9
+    sides[1, :, 3:6] *= 9
+    monkeypatch.setattr(generation_settings, "joint_sides", lambda *_, **__: (sides[0], sides[1]))
+    Image.new("RGB", (16, 16), "brown").save(tmp_path / "horse.png")
+    options = [
+        *tiny("sd1", "text_encoder", tmp_path),
+        "--pretrained",
+        "",
+        "--data",
+        "mini",
+        "--guidance",
+        "3",
+    ]
+    options = [
+        "--paper",
+        "--reference",
+        str(tmp_path / "horse.png"),
+        *options,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    results = run([word if word != "0.5" else "0.9" for word in options])
+    assert {c["prompt"] for c in results["cases"]} == {"Please draw an animal"}
+    assert {c["reference"] for c in results["cases"]} == {"horse"}
+    assert set(results["modes"]) == {"naive"} and set(results["modes"]["naive"]) == {
+        "dimensions",
+        "SAE",
+        "joint",
+    }
+    joint, own = results["modes"]["naive"]["joint"], results["modes"]["naive"]["dimensions"]
+    assert (
+        joint["sizes"]["ImgD"] == 4 and joint["edited"]["ImgD"] == 4
+    )  # whole groups, by the joint space's scores
+    assert joint["thresholds"] != own["thresholds"]
+    status = {s["option"]: s["status"] for s in results["paper"]["settings"] if s["option"]}
+    assert status["reference"] == "given" and status["prompt"] == status["joint"] == "the paper's"
+    assert {status[name] for name in ("pipeline", "model", "steps", "strength", "guidance")} == {"overridden"}
+    for name in ("index.html", "tables.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "laion2B-s32B-b79K" in text and "noises of one prompt" in text
