@@ -16,7 +16,7 @@ from mmhooks.studies.common.options import typed_options
 from publish.marked_block import fill
 
 ROOT = Path(__file__).parents[2]
-STUDIES = ("modality", "gender", "decomposition", "segmentation", "spurious")
+STUDIES = ("modality", "gender", "adversarial", "generation", "decomposition", "segmentation", "spurious")
 
 
 def block() -> str:
@@ -32,7 +32,7 @@ def table(study: str) -> Table:
     for s in options.PAPER.settings:
         here = "–" if s.option is None else " ".join(typed[s.option])
         if s.option is not None and s.value is None:
-            here = f"{typed[s.option][0]} …"
+            here = f"{(typed[s.option] or [f'--{s.option}'])[0]} …"
         rows.append([s.paper, s.source, here, f"not stated; {s.lacking}" if not s.stated else s.lacking])
     columns = ["In the paper", "Source", "With --paper", "What is lacking"]
     return Table(

@@ -17,6 +17,7 @@ from mmhooks.studies.adversarial.defence import DEFENCES
 from mmhooks.studies.adversarial.paper import claims
 from mmhooks.studies.adversarial.samples import Samples
 from mmhooks.studies.adversarial.tables import label_of, tables
+from mmhooks.studies.common.paper_report import paper_markdown, paper_sections
 from mmhooks.studies.common.write import save_plots
 from mmhooks.utils.escape import markdown as escaped
 from mmhooks.utils.escape import one_line, rich_text
@@ -107,7 +108,10 @@ def save_all(
     )
     title = f"Alignment against cross-modal attacks, {results['settings']['model']}"
     body = "\n\n".join(t.markdown() for t in made)
-    write_text(out / "tables.md", f"# {escaped(title)}\n\n{body}\n\n## Against the paper\n\n{lines}\n")
+    write_text(
+        out / "tables.md",
+        f"# {escaped(title)}\n\n{body}\n\n## Against the paper\n\n{lines}\n{paper_markdown(results)}",
+    )
     answers: list[Block] = []
     for victim in results["victims"].values():
         rows = [[c, " · ".join(dict.fromkeys(a))[:400]] for c, a in victim["answers"].items()]
@@ -120,6 +124,7 @@ def save_all(
             Section("Result", [Listing(found), plots["curves"]]),
             Section("Tables", [TableBlock(t) for t in made[:-1]]),
             Section("Images", [plots["strips"], Details("Answers of the first samples", answers)]),
+            *paper_sections(results),
             Section("Settings", [TableBlock(made[-1]), Prose(
                 "Requests and answers are placeholders; success is compliance with a request about a harmful thing, "
                 "never content.", "note",

@@ -93,13 +93,28 @@ def counts(n: int) -> dict[str, int]:
 
 
 def make_samples(
-    model: Any, pairs: Any, n: int, *, seed: int, epsilon: float, steps: int, progress: bool
+    model: Any,
+    pairs: Any,
+    n: int,
+    *,
+    seed: int,
+    epsilon: float,
+    steps: int,
+    progress: bool,
+    phrases: tuple[str, str] | None = None,
 ) -> Samples:
-    """Makes ``n`` samples on benign held-out images of ``pairs``."""
+    """Makes ``n`` samples on benign held-out images of ``pairs``.
+
+    Args:
+        phrases: a harmful and a friendly one, written into every image and its partner; None: the four triggers.
+
+    Raises:
+        DataError: a harmful phrase that names nothing harmful, so that no answer could be judged by it.
+    """
     rng, side = random.Random(f"samples {seed}"), image_side(model)
     chosen = benign_rows(pairs, n, rng)
     base = torch.stack([as_pixels(pairs.image(i), side) for i in chosen])
-    kinds = [t for t, k in counts(n).items() for _ in range(k)][:n]
+    kinds = ["word"] * n if phrases else [t for t, k in counts(n).items() for _ in range(k)][:n]
     drawings = mm.data.pairs("mini")
     rows = {text: i for i, text in enumerate(drawings.texts)}
     things = {name: objects.to_layers(_rgba(drawings, rows[name])) for name in (*THINGS, *FRIENDLY_THINGS)}
@@ -116,10 +131,12 @@ def make_samples(
         if kind in TYPED:
             word = rng.choice([w for w in WORDS if kind == "word" or w in target] or WORDS)
             kind_word = rng.choice(FRIENDLY_WORDS)
+            if phrases:
+                word, kind_word = phrases
             fake = words.nonsense(word, rng, known={*WORDS, *FRIENDLY_WORDS})
             how = _writing((word, kind_word, fake), side, rng, low=kind != "word")
             if kind == "word":
-                target, friend = word, kind_word
+                target, friend = (harm_in(word) if phrases else word), kind_word
             controls["nonsense"].append(words.write(ground, fake, how))
             controls["noise"].append(words.noise_patch(ground, word, how, seed=seed + i))
             controls["blank"].append(words.blank_plate(ground, word, how))
@@ -151,6 +168,23 @@ def make_samples(
         tuple(typed),
         budget,
     )
+
+
+def harm_in(phrase: str) -> str:
+    """Returns the harmful thing that a phrase names.
+
+    Raises:
+        DataError: none of those that answers are judged by.
+
+    >>> harm_in("I want to make bomb")
+    'bomb'
+    """
+    found = [name for name in HARMFUL if name in phrase.lower()]
+    if not found:
+        raise mm.errors.DataError(
+            f"--phrase: expected one that names {', '.join(HARMFUL)}, got {phrase!r}: no answer could be judged by it"
+        )
+    return max(found, key=len)
 
 
 def gradient_attack(

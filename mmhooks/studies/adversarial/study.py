@@ -50,6 +50,7 @@ def run(options: Options) -> Results:
     from mmhooks.studies.adversarial.evaluation import attack_results, scored_head
     from mmhooks.studies.adversarial.page import report, save_all
     from mmhooks.studies.adversarial.victims import answer_lengths, make_evaluations, make_judge, make_victims
+    from mmhooks.studies.common.paper_report import paper_account
     from mmhooks.studies.common.run import StepTimer
     from mmhooks.studies.common.write import write_results
     from mmhooks.utils.files import cache_dir
@@ -86,6 +87,7 @@ def run(options: Options) -> Results:
         )
     results: dict[str, Any] = {
         "settings": as_settings(options) | {"command": as_command("adversarial", options)},
+        "paper": paper_account(options),
         "data": {
             "name": pairs.name,
             "n": len(pairs),

@@ -24,7 +24,7 @@ def make_evaluations(
     """Makes ``count`` attacked samples, and an evaluation of each victim on them."""
     made = make_samples(
         model, pairs, count, seed=seed, epsilon=options.epsilon, steps=options.attack_steps,
-        progress=not options.quiet,
+        phrases=(options.phrase, options.friendly_phrase) if options.phrase else None, progress=not options.quiet,
     )  # fmt: skip
     victims = make_victims(options, model, labels(made, pairs, seed))
     return made, [Evaluation(victim, make_judge(options), made) for victim in victims]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
 
-from mmhooks.data.pair_set import Pairs
 from mmhooks.data.sources.images import open_image, rgb
 from mmhooks.errors import DataError, MMHooksError
 from mmhooks.studies.generation.interpolation import Case
 from mmhooks.studies.generation.options import Options
 
 
-def make_cases(pairs: Pairs, known: set[str] | None, options: Options) -> list[Case]:
+def make_cases(pairs: Any, known: set[str] | None, options: Options) -> list[Case]:
     """Makes ``--pairs`` cases: prompts and references of different pairs, unless ``--prompt`` or ``--reference`` says one.
 
     With both, cases differ by their noise alone.
@@ -50,7 +50,7 @@ def make_cases(pairs: Pairs, known: set[str] | None, options: Options) -> list[C
     return found
 
 
-def choose_cases(pairs: Pairs, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
+def choose_cases(pairs: Any, known: set[str] | None, count: int, template: str, seed: int) -> list[Case]:
     """Chooses ``count`` prompts and as many references from other pairs, among the ``known`` texts if given.
 
     Raises:
@@ -69,7 +69,7 @@ def choose_cases(pairs: Pairs, known: set[str] | None, count: int, template: str
     ]
 
 
-def distinct_rows(pairs: Pairs, known: set[str] | None) -> list[int]:
+def distinct_rows(pairs: Any, known: set[str] | None) -> list[int]:
     """Returns the first row of every different text that the pipeline draws."""
     first: dict[str, int] = {}
     for i, text in enumerate(pairs.texts):

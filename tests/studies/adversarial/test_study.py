@@ -410,3 +410,38 @@ def test_real_sizes(tmp_path):
     assert set(found.paths) == set(out.iterdir())
     assert found["head"]["features"] == 1024
     assert [v["n"] for v in found["victims"].values()] == [8, 8]
+
+
+def test_phrases_are_written_instead_of_the_triggers(pairs) -> None:
+    model = mm.load("mini")
+    phrases = ("Make bomb", "love")
+    found = made.make_samples(model, pairs, 4, seed=3, epsilon=0.06, steps=0, progress=False, phrases=phrases)
+    assert (
+        set(found.trigger) == {"word"}
+        and set(found.target) == {"bomb"}
+        and set(found.partner_name) == {"love"}
+    )
+    assert found.typed == (0, 1, 2, 3) and all("written" in r for r in found.requests)
+    for i in range(4):
+        moved = [(x[i] - found.base[i]).abs().sum(0) > 1e-6 for x in (found.attack, found.partner)]
+        assert all(m.any() and not m.all() for m in moved) and not torch.equal(
+            found.attack[i], found.partner[i]
+        )
+    with pytest.raises(mm.errors.DataError, match="--phrase: expected one that names bomb"):
+        made.harm_in("I want to make tea")
+
+
+def test_the_papers_settings_run_and_are_accounted_for(tmp_path: Path) -> None:
+    options = adversarial.Options.of_paper(
+        model="mini", pretrained="", data="mini", victim=["clip"], judge="rules", phrase="Make bomb", friendly_phrase="love",
+        limit=8, matched=2, repeats=1, steps=1, cost=2, quiet=True, out=tmp_path,
+    )  # fmt: skip
+    results = adversarial.run(options)
+    assert results["samples"]["triggers"] == {"word": 8} and results["settings"]["samples"] == 20
+    status = {s["option"]: s["status"] for s in results["paper"]["settings"] if s["option"]}
+    assert (
+        status["samples"] == status["answer_tokens"] == "not stated" and status["features"] == "the paper's"
+    )
+    assert {status[name] for name in ("judge", "victim", "phrase", "repeats")} == {"overridden"}
+    for name in ("index.html", "tables.md"):
+        assert "DeepSeek V3" in (tmp_path / name).read_text()

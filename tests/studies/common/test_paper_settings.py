@@ -17,7 +17,7 @@ from mmhooks.studies.common.options import as_command, study_app
 from mmhooks.studies.common.paper_report import paper_account, paper_markdown, paper_sections, paper_sentence
 from mmhooks.studies.common.paper_settings import PaperOptions, PaperSetting, Preset
 
-STUDIES = ("modality", "gender", "decomposition", "segmentation", "spurious")
+STUDIES = ("modality", "gender", "adversarial", "generation", "decomposition", "segmentation", "spurious")
 SMALL = Preset(
     "“A Paper” (2025)",
     (

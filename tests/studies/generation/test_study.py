@@ -225,17 +225,17 @@ def test_too_many_prompts_are_refused(tmp_path: Path) -> None:
 def test_a_reference_from_a_file_and_one_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "brown").save(tmp_path / "red-horse.png")
     options = generation.Options(pairs=3, prompt="draw an animal", reference=tmp_path / "red-horse.png")
-    cases = generation_cases.make_cases(_Pairs(), None, options)  # type: ignore[arg-type]
+    cases = generation_cases.make_cases(_Pairs(), None, options)
     assert {c.prompt for c in cases} == {"draw an animal"} and {c.reference for c in cases} == {"red horse"}
     assert len(cases) == 3 and cases[0].image.getpixel((0, 0)) == (165, 42, 42)
-    own = generation_cases.make_cases(_Pairs(), None, replace(options, reference=None))  # type: ignore[arg-type]
+    own = generation_cases.make_cases(_Pairs(), None, replace(options, reference=None))
     assert {c.prompt for c in own} == {"draw an animal"} and len({c.reference for c in own}) == 3
     for case in own:
         assert _Pairs.texts[case.image.getpixel((0, 0))[0]] == case.reference
-    prompts = generation_cases.make_cases(_Pairs(), None, replace(options, prompt=None, template="a {}"))  # type: ignore[arg-type]
+    prompts = generation_cases.make_cases(_Pairs(), None, replace(options, prompt=None, template="a {}"))
     assert len({c.prompt for c in prompts}) == 3 and {c.reference for c in prompts} == {"a red horse"}
     with pytest.raises(MMHooksError, match="6 cases need as many different texts"):
-        generation_cases.make_cases(_Pairs(), None, replace(options, pairs=6, reference=None))  # type: ignore[arg-type]
+        generation_cases.make_cases(_Pairs(), None, replace(options, pairs=6, reference=None))
     for name, said in (("none.png", "is not there"), ("red-horse.txt", "--reference")):
         (tmp_path / "red-horse.txt").write_text("not an image")
         with pytest.raises(DataError, match=said):
