@@ -13,6 +13,7 @@ from mmhooks.studies.common.paper_settings import PaperOptions, PaperSetting
 from mmhooks.utils.escape import markdown, rich_text
 
 Status = Literal["the paper's", "the paper's in part", "not stated", "given", "overridden", "not had"]
+_NO_RESULT = ("out", "quiet")  # options that decide no result
 _PAPERS: Status = "the paper's"
 _OTHERS: tuple[Status, ...] = ("the paper's in part", "not stated", "given", "overridden", "not had")
 
@@ -34,7 +35,10 @@ def paper_account(options: PaperOptions) -> dict[str, Any] | None:
         }
         for s in options.PAPER.settings
     ]
-    return {"paper": options.PAPER.paper, "settings": settings}
+    own = {s.option for s in options.PAPER.settings} | {"paper", *_NO_RESULT}
+    changed = [typed[name] for name in ours if name not in own and getattr(options, name) != ours[name]]
+    also = shlex.join(word for words in changed for word in words)
+    return {"paper": options.PAPER.paper, "settings": settings, "also": also}
 
 
 def paper_table(account: Mapping[str, Any]) -> Table:
@@ -73,12 +77,13 @@ def print_paper(console: Any, results: Mapping[str, Any]) -> None:
 
 
 def paper_sentence(account: Mapping[str, Any]) -> str:
-    """Returns how many settings are the paper's, and which are overridden, partial or not had."""
+    """Returns how many settings are the paper's, which are overridden, partial or not had, and what was given beside."""
     by: dict[str, list[str]] = {}
     for s in account["settings"]:
         by.setdefault(s["status"], []).append(s["option"] or s["paper"])
     parts = [f"{len(by.get(_PAPERS, []))} of {len(account['settings'])} settings are the paper's"]
     parts += [f"{status}: {', '.join(by[status])}" for status in _OTHERS if status in by]
+    parts += [f"also given: {account['also']}"] if account["also"] else []
     return "; ".join(parts) + "."
 
 

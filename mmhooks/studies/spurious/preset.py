@@ -23,6 +23,7 @@ PAPER = Preset(
             "no reading by hand: heads whose texts are of the pool's kind “place” span much variance",
         ),
         PaperSetting("attention heads of the last four layers", "Section 4", "layers", 4),
+        PaperSetting("TextSpan by inner products", "Section 4, Algorithm 1", "selection", "paper"),
         PaperSetting("one evaluation on the test images", "Section 4", "splits", 1),
         PaperSetting(
             "heads chosen with the evaluated images in view", "Section 4",

@@ -99,8 +99,10 @@ def test_every_setting_is_accounted_for() -> None:
         ("file", "--file ''", "not had"),
         (None, "", "not had"),
     ]
+    assert account["also"] == "--direct"
     assert paper_sentence(account) == (
-        "1 of 6 settings are the paper's; the paper's in part: data; not stated: m; overridden: size; not had: file, a judge."
+        "1 of 6 settings are the paper's; the paper's in part: data; not stated: m; overridden: size; not had: file, a judge; "
+        "also given: --direct."
     )
     given = paper_account(Small.of_paper(file="horse.png"))
     assert given is not None and given["settings"][4]["status"] == "given"

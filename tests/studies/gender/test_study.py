@@ -316,7 +316,7 @@ def test_images_without_a_person_are_left_out(tmp_path: Path) -> None:
     assert sum(counts["before"].values()) == sum(s.label is not None for s in (*people, *others))
     assert sum(counts["after"].values()) == sum(s.label is not None for s in kept)
     assert f"{counts['after']['man']} of {counts['before']['man']} men" in person_sentence(counts)
-    assert showing_a_person(others, encoded, 0, template, scale) == (others, None)
+    assert showing_a_person(others, encoded, 0.0, template, scale) == (others, None)
     with pytest.raises(
         DataError,
         match=f"--person 1.0: expected labelled images that show a person, got none of {len(others)}",
