@@ -22,6 +22,7 @@ from mmhooks.analysis.results import Estimate, Result
 from mmhooks.errors import MMHooksError, NotFinite, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
 
+TRIES = 50  # of one draw of weight_matched, before a group counts as one that cannot be matched
 DRAWS = 200  # the smallest two-sided p is then .01, which survives Holm over five primaries
 
 
@@ -86,7 +87,10 @@ def weight_matched(
 
     Each set is a stratified sample: the features outside the group are cut into bins at the deciles of the group's own
     weights, bins with too few features are joined, and each bin gives as many features as the group has in it. Then
-    single features are exchanged at random, each by the one that brings the total nearest, until the total fits.
+    single features are exchanged at random, each by the one (at random among equals) that brings the total nearest, until
+    the total fits.
+    Exchanges can get stuck where two at once would be needed. Such a draw is thrown away and drawn anew, up to ``TRIES``
+    times, so that the sets are distributed as single draws that fit: nothing else is preferred.
 
     Args:
         weights: not negative, one per feature, which add up (:func:`activation_mass`); or a positive semi-definite
@@ -94,7 +98,7 @@ def weight_matched(
         what: of what the weights are, for messages and reports.
 
     Raises:
-        NoControl: the features outside the group cannot reach its total.
+        NoControl: a draw did not fit in ``TRIES`` tries; the message has the range of totals that were reached.
         ShapeMismatch: not one weight per feature (and feature), or a negative one, or fewer features to draw from than
             the group has.
         NotFinite: a weight is NaN or infinite.
@@ -123,19 +127,25 @@ def weight_matched(
     bins = _bins(each[mine], each[pool])
     for i in range(draws):
         rng = np.random.default_rng([seed, i])
-        start = np.concatenate(
-            [pool[rng.choice(rows, count, replace=False)] for rows, count in bins if count]
-        )
-        found = _exchanged(w, start, pool, goal, tolerance, rng)
+        tried = []
+        while len(tried) < TRIES:
+            start = np.concatenate(
+                [pool[rng.choice(rows, count, replace=False)] for rows, count in bins if count]
+            )
+            found = _exchanged(w, start, pool, goal, tolerance, rng)
+            tried.append(_total(w, found) / goal)
+            if abs(tried[-1] - 1) <= tolerance:
+                break
+        else:
+            near = min(tried, key=lambda r: abs(r - 1))
+            raise NoControl(
+                f"{what} of {group!r}: expected sets of {len(mine)} of the {len(pool)} features outside it within "
+                f"{100 * tolerance:g} % of its {goal:.4g}, got {100 * min(tried):.0f} to {100 * max(tried):.0f} % in {TRIES} "
+                f"tries (nearest {100 * near:.0f} %): the rest has no such set. Compare with size_matched and say what it "
+                "removes"
+            )
         sets.append(found)
-        ratios.append(_total(w, found) / goal)
-    near = min(ratios, key=lambda r: abs(r - 1))
-    if max(abs(r - 1) for r in ratios) > tolerance:
-        raise NoControl(
-            f"{what} of {group!r}: expected sets of {len(mine)} of the {len(pool)} features outside it within "
-            f"{100 * tolerance:g} % of its {goal:.4g}, got {100 * min(ratios):.0f} to {100 * max(ratios):.0f} % "
-            f"(nearest {100 * near:.0f} %): the rest has no such set. Compare with size_matched and say what it removes"
-        )
+        ratios.append(tried[-1])
     masks = np.zeros((draws, n), dtype=np.float32)
     for i, found in enumerate(sets):
         masks[i, found] = 1
@@ -235,9 +245,11 @@ def _exchanged(
             after = np.sqrt(
                 (w[np.ix_(kept, kept)].sum() + 2 * w[free][:, kept].sum(1) + w[free, free]).clip(0)
             )
-        best = int(np.abs(after - goal).argmin())
-        if abs(after[best] - goal) < abs(total - goal):
-            chosen[at] = free[best]
+        away = np.abs(after - goal)
+        nearest = np.flatnonzero(away == away.min())
+        if away[nearest[0]] < abs(total - goal):
+            # Among features of equal weight none may be preferred, by its number or otherwise.
+            chosen[at] = free[nearest[0] if len(nearest) == 1 else rng.choice(nearest)]
     return chosen
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2_contingency, chisquare
 
+from mmhooks.analysis.statistics import controls
 from mmhooks.analysis.statistics.controls import (
     NoControl,
     activation_mass,
@@ -73,6 +79,81 @@ def test_a_pool_that_cannot_match_is_said_so():
         weight_matched(FeatureSet([1], 100), torch.zeros(100))
     with pytest.raises(ShapeMismatch, match="expected at least 60 features"):
         weight_matched(FeatureSet(range(60), 100), mass)
+
+
+def stuck(seed: int) -> tuple[FeatureSet, torch.Tensor]:
+    """A pair of fives whose only matches are other fives: from most starts two exchanges at once would be needed."""
+    light = 1 + 0.01 * torch.rand(20, generator=torch.Generator().manual_seed(seed))
+    return FeatureSet([0, 1], 48), torch.cat([torch.full((8,), 5.0), light, 9.6 + light])
+
+
+def test_stuck_draws_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, mass = stuck(0)
+    made = weight_matched(group, mass, draws=60)
+    assert (
+        all(mass[s.indices].tolist() == [5.0, 5.0] for s in made.sets)
+        and made.ratio.low == made.ratio.high == 1
+    )
+    monkeypatch.setattr(controls, "TRIES", 1)
+    with pytest.raises(NoControl, match="got 1[01][0-9] to 1[01][0-9] % in 1 tries"):
+        weight_matched(group, mass, draws=60)  # what single draws did
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 12), spread=st.floats(0.2, 3), seed=st.integers(0, 2**20))
+def test_a_planted_match_is_always_found(size: int, spread: float, seed: int) -> None:
+    """Every feature of the group has a twin in the pool, among others of any weight."""
+    generator = torch.Generator().manual_seed(seed)
+    twins = (spread * torch.randn(size, generator=generator)).exp()
+    others = (spread * torch.randn(30, generator=generator)).exp() * 10 ** float(
+        torch.randn(1, generator=generator)
+    )
+    mass = torch.cat([twins, twins, others])
+    made = weight_matched(FeatureSet(range(size), len(mass)), mass, draws=5, seed=seed)
+    goal = float(twins.double().sum())
+    for s in made.sets:
+        assert len(s) == size and min(s) >= size
+        assert abs(float(mass[s.indices].double().sum()) / goal - 1) <= 0.05
+
+
+@settings(max_examples=4, deadline=None)
+@given(size=st.integers(1, 8), times=st.floats(1.2, 50), seed=st.integers(0, 2**20))
+def test_a_group_beyond_the_reach_of_the_pool_is_refused(size: int, times: float, seed: int) -> None:
+    """Lighter than the lightest set, or heavier than the heaviest one; the message has what was reached."""
+    pool = torch.rand(20, generator=torch.Generator().manual_seed(seed)) + 0.5
+    order = pool.sort().values
+    for goal in (order[:size].sum() / times, order[-size:].sum() * times):
+        mass = torch.cat([torch.full((size,), float(goal) / size), pool])
+        with pytest.raises(NoControl) as fault:
+            weight_matched(FeatureSet(range(size), len(mass)), mass, draws=2)
+        low, high = (int(x) for x in re.findall(r"got (\d+) to (\d+) %", str(fault.value))[0])
+        nearest = 100 * float((order[:size] if goal < order[:size].sum() else order[-size:]).sum() / goal)
+        assert low - 1 <= nearest <= high + 1 and not 95 <= nearest <= 105
+
+
+def test_redrawing_prefers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets are distributed as single draws that fit; features of equal weight appear equally often."""
+    group, mass = stuck(1)
+    mass[8:14] = torch.tensor(
+        [4.0, 4.0, 4.0, 6.0, 6.0, 6.0]
+    )  # two ways to match: two fives, or one of each of these
+    redrawn = weight_matched(group, mass, draws=300)
+    counts = torch.stack([torch.bincount(torch.tensor(list(s)), minlength=48) for s in redrawn.sets]).sum(0)
+    monkeypatch.setattr(controls, "TRIES", 1)
+    single, fits = torch.zeros(48), 0
+    for seed in range(1, 201):
+        try:
+            (one,) = weight_matched(group, mass, draws=1, seed=seed).sets
+        except NoControl:
+            continue
+        single[list(one)] += 1
+        fits += 1
+    assert 20 < fits < 180  # many single draws are stuck, and many are not
+    seen = slice(2, 14)
+    assert counts[seen].sum() == 600 and single[seen].sum() == 2 * fits
+    kinds = [torch.stack([c[2:8].sum(), c[8:11].sum(), c[11:14].sum()]) for c in (counts, single)]
+    assert chi2_contingency(torch.stack(kinds).numpy()).pvalue > 1e-3
+    assert chisquare(counts[2:8].numpy()).pvalue > 1e-3  # six fives
 
 
 def test_wrong_weights_are_refused():
