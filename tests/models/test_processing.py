@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_model_data_config  # type: ignor
 from torchvision.transforms.functional import to_pil_image
 
 import mmhooks as mm
-from mmhooks.errors import ShapeMismatch
+from mmhooks.errors import MMHooksError, NoExactSum, ShapeMismatch
 
 from . import tiny_transformers as tiny
 
@@ -80,3 +80,24 @@ def test_stores_of_models_of_other_libraries(tmp_path):
         assert (
             len(mm.extract(model, pairs, sites, out=out, progress=False)) == 6
         )  # the same run, opened again
+
+
+@torch.no_grad()
+def test_sounds_and_videos_have_entry_points_of_their_own():
+    clap, xclip = mm.hook(tiny.clap()), mm.hook(tiny.xclip())
+    sounds, frames = torch.randn(2, 1, 64, 8), torch.randn(2, 2, 3, 32, 32)
+    tokens = tiny.inputs(clap.model)[1]
+    want = clap.model.get_audio_features(sounds).pooler_output  # normalised by the model itself
+    torch.testing.assert_close(clap.encode_audio(sounds, normalize=True), want)
+    want = clap.model.get_text_features(tokens, attention_mask=(tokens != 1).long()).pooler_output
+    torch.testing.assert_close(clap.encode_text(tokens, normalize=True), want)
+    out, cache = clap.run_with_cache(audio=sounds, texts=tokens, sites=["audio.embed", "text.embed"])
+    assert torch.equal(out.audio, cache["audio.embed"]) and out.image is None and out.video is None
+    out, cache = xclip.run_with_cache(videos=frames, sites="video.embed")
+    assert torch.equal(out.video, xclip.model.get_video_features(frames).pooler_output)
+    assert torch.equal(out.video, cache["video.embed"])
+    for model, encode in ((clap, "encode_image"), (xclip, "encode_audio")):
+        with pytest.raises(MMHooksError, match=rf"call encode_{model.family.medium}"):
+            getattr(model, encode)(sounds)
+        with pytest.raises(NoExactSum, match=f"the {model.family.medium} tower is"):
+            model.readout(model.family.medium)

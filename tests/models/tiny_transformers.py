@@ -68,7 +68,43 @@ def altclip(attention: str = "sdpa") -> Any:
     return build("AltCLIPModel", made, attention)
 
 
-DUAL = {"CLIP": clip, "SigLIP": siglip, "SigLIP 2": siglip2, "ChineseCLIP": chinese_clip, "AltCLIP": altclip}
+def align(attention: str = "sdpa") -> Any:
+    vision = {"image_size": 32, "hidden_dim": 32, "in_channels": [32, 16], "out_channels": [16, 32], "kernel_sizes": [3, 3],
+              "strides": [1, 2], "expand_ratios": [1, 2], "num_block_repeats": [1, 1], "width_coefficient": 1.0,
+              "depth_coefficient": 1.0, "depthwise_padding": []}  # fmt: skip
+    made = config("AlignConfig", text_config={**SIZES, **TEXTS}, vision_config=vision, projection_dim=32)
+    return build("AlignModel", made, "eager")  # it knows no other
+
+
+def clap(attention: str = "sdpa") -> Any:
+    audio = {"spec_size": 32, "num_mel_bins": 8, "window_size": 4, "patch_size": 2, "patch_stride": [2, 2],
+             "patch_embeds_hidden_size": 16, "depths": [2, 2], "num_attention_heads": [2, 4], "hidden_size": 32,
+             "projection_dim": 24, "num_classes": 3, "mlp_ratio": 2.0}  # fmt: skip
+    text = {**SIZES, "vocab_size": 60, "max_position_embeddings": 20, "projection_dim": 24}
+    made = config("ClapConfig", text_config=text, audio_config=audio, projection_dim=24)
+    return build("ClapModel", made, "eager")
+
+
+def xclip(attention: str = "sdpa") -> Any:
+    vision = {**SIZES, **IMAGES, "num_frames": 2, "mit_hidden_size": 24, "mit_intermediate_size": 32,
+              "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2}  # fmt: skip
+    text = {**SIZES, **TEXTS, **ENDS, "eos_token_id": 59}
+    made = config(
+        "XCLIPConfig", text_config=text, vision_config=vision, projection_dim=24, prompt_num_attention_heads=4
+    )
+    return build("XCLIPModel", made, attention)
+
+
+DUAL = {
+    "CLIP": clip,
+    "SigLIP": siglip,
+    "SigLIP 2": siglip2,
+    "ChineseCLIP": chinese_clip,
+    "AltCLIP": altclip,
+    "ALIGN": align,
+    "CLAP": clap,
+    "X-CLIP": xclip,
+}
 
 
 def inputs(model: Any, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

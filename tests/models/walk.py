@@ -41,6 +41,15 @@ def dual_inputs(model: Any) -> dict[str, Tensor]:
     return {"image": pixels, "text": tokens}
 
 
+def sounds(model: Any) -> dict[str, Tensor]:
+    return {"audio": torch.randn(2, 1, 64, 8, generator=torch.manual_seed(1)), "text": tiny.inputs(model)[1]}
+
+
+def videos(model: Any) -> dict[str, Tensor]:
+    pixels, tokens = tiny.inputs(model, batch=4)
+    return {"video": pixels.view(2, 2, 3, 32, 32), "text": tokens[:2]}
+
+
 def pixels_of(side: int) -> Callable[[Any], dict[str, Tensor]]:
     def inputs(model: Any) -> dict[str, Tensor]:
         torch.manual_seed(1)
@@ -94,6 +103,9 @@ CASES: dict[str, Case] = {
     "SigLIP 2": Case(tiny.siglip2, dual_inputs),
     "ChineseCLIP": Case(tiny.chinese_clip, dual_inputs),
     "AltCLIP": Case(tiny.altclip, dual_inputs),
+    "ALIGN": Case(tiny.align, dual_inputs),
+    "CLAP": Case(tiny.clap, sounds),
+    "X-CLIP": Case(tiny.xclip, videos),
     "CLIP, eager": Case(lambda: tiny.clip("eager"), dual_inputs),
     "SigLIP, eager": Case(lambda: tiny.siglip("eager"), dual_inputs),
     "ChineseCLIP, eager": Case(lambda: tiny.chinese_clip("eager"), dual_inputs),

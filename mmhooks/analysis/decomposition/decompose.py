@@ -90,9 +90,9 @@ def decompose(
 ) -> Decomposition | MeanDecomposition:
     """Computes the direct contributions of all attention heads and MLPs to the embedding of images, or of texts.
 
-    Exact for ViTs of open_clip and timm that read a class token, an average or an attention pooling (SigLIP, CoCa:
-    the pooling's pattern is frozen like σ, and its MLP is a separate component, ``pool``), and for open_clip's text
-    towers at the end-of-text position. Edits of open contexts apply, except those at ``attn.head_out``.
+    Exact for ViTs of open_clip, timm and transformers that read a class token, an average or an attention pooling (SigLIP,
+    CoCa: the pooling's pattern is frozen like σ, and its MLP is a separate component, ``pool``), and for the text towers of
+    open_clip and of transformers' CLIP and SigLIP at the position that they read. Edits of open contexts apply, except those at ``attn.head_out``.
 
     Args:
         model: a hooked CLIP.

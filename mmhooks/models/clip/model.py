@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
 from mmhooks.hooks.sites import Pattern
 from mmhooks.models.clip.dual_encoder import DualEncoder, OpenCLIP
+from mmhooks.models.clip.other_media import Align, Clap, XClip
 from mmhooks.models.clip.readout import Readout
 from mmhooks.models.clip.transformers_encoders import (
     TransformersCLIP,
@@ -25,10 +26,12 @@ from mmhooks.models.placement import input_dtype, loaded
 
 
 class CLIPOutput(NamedTuple):
-    """Raw embeddings of one run, None for a tower that did not run."""
+    """Raw embeddings of one run, None for a tower that did not run or that the model lacks."""
 
     image: Tensor | None
     text: Tensor | None
+    audio: Tensor | None = None
+    video: Tensor | None = None
 
 
 FAMILIES: tuple[DualEncoder, ...] = (
@@ -36,6 +39,9 @@ FAMILIES: tuple[DualEncoder, ...] = (
     TransformersCLIP(),
     TransformersSigLIP(),
     TransformersSigLIP2(),
+    Align(),
+    Clap(),
+    XClip(),
 )
 
 
@@ -108,34 +114,64 @@ class HookedCLIP(HookedModel):
         return self.family.readout(self.model, tower)
 
     def encode_image(self, pixels: Float[Tensor, "b c h w"], normalize: bool = False) -> Float[Tensor, "b d"]:
-        """The model's own image embeddings; raw embeddings by default."""
-        with self._precision():
-            return self.family.encode(self.model, "image", pixels, normalize)
+        """The model's own image embeddings; raw by default."""
+        return self._encode("image", pixels, normalize)
 
     def encode_text(self, tokens: Int[Tensor, "b l"], normalize: bool = False) -> Float[Tensor, "b d"]:
-        """The model's own text embeddings; raw embeddings by default."""
-        with self._precision(), loaded(self.model):
-            return self.family.encode(self.model, "text", tokens, normalize)
+        """The model's own text embeddings; raw by default."""
+        with loaded(self.model):
+            return self._encode("text", tokens, normalize)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
+    def encode_audio(
+        self, features: Float[Tensor, "b c t f"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        """Embeddings of sounds, of CLAP; raw by default."""
+        return self._encode("audio", features, normalize)
 
-    def forward(self, images: Tensor | None = None, texts: Tensor | None = None) -> CLIPOutput:
+    def encode_video(
+        self, frames: Float[Tensor, "b f c h w"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        """Embeddings of videos, of X-CLIP; raw by default."""
+        return self._encode("video", frames, normalize)
+
+    def _encode(self, tower: str, inputs: Tensor, normalize: bool) -> Tensor:
+        if tower not in ("text", self.family.medium):
+            raise MMHooksError(
+                f"expected an input of the towers {self.family.medium} and text of {type(self.model).__name__}, got one of "
+                f"{tower}; call encode_{self.family.medium}"
+            )
+        autocast = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with autocast:
+            return self.family.encode(self.model, tower, inputs, normalize)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        texts: Tensor | None = None,
+        *,
+        audio: Tensor | None = None,
+        videos: Tensor | None = None,
+    ) -> CLIPOutput:
         """Both towers, or the one that has an input."""
-        if images is None and texts is None:
+        given = {"image": images, "text": texts, "audio": audio, "video": videos}
+        encode = {
+            "image": self.encode_image,
+            "text": self.encode_text,
+            "audio": self.encode_audio,
+            "video": self.encode_video,
+        }
+        if all(inputs is None for inputs in given.values()):
             raise MMHooksError("expected images [b 3 h w], texts [b l], or both, got neither")
-        return CLIPOutput(
-            None if images is None else self.encode_image(images),
-            None if texts is None else self.encode_text(texts),
-        )
+        return CLIPOutput(**{t: None if x is None else encode[t](x) for t, x in given.items()})
 
     def run_with_cache(
         self,
         images: Tensor | None = None,
         texts: Tensor | None = None,
         sites: Pattern | Sequence[Pattern] = "*",
+        *,
+        audio: Tensor | None = None,
+        videos: Tensor | None = None,
         **options: Any,
     ) -> tuple[CLIPOutput, ActivationCache]:
         """Runs the towers that have an input and caches the activations at ``sites``.
@@ -143,6 +179,7 @@ class HookedCLIP(HookedModel):
         Args:
             images: pixels ``[b 3 h w]``.
             texts: tokens ``[b l]``.
+            audio, videos: features of sounds ``[b c t f]`` (CLAP), frames ``[b f 3 h w]`` (X-CLIP).
             sites: names, globs or predicates (TransformerLens's ``names_filter``); all canonical ones by default.
             options: ``device, dtype, detach, tokens, strict`` of :meth:`caching`.
 
@@ -153,4 +190,6 @@ class HookedCLIP(HookedModel):
             UnknownSite: a name that no site has.
             HookDidNotFire: a name or glob none of whose sites ran, for instance ``text.*`` without texts.
         """
-        return self._run_cached(lambda: self.forward(images, texts), sites, options)
+        return self._run_cached(
+            lambda: self.forward(images, texts, audio=audio, videos=videos), sites, options
+        )

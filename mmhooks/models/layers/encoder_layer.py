@@ -46,7 +46,8 @@ def add_encoder_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
     add_outputs(sites, prefix, {"ln_1": child(layer, *_NORM_1)})
     add_projected_attention(sites, prefix, attn, attention_heads(attn), projection)
     add_outputs(sites, prefix, {"attn_out": child(layer, "layer_scale1") or attn})
-    add_middle(sites, prefix, layer)
+    if child(layer, "message_attn") is None:  # X-CLIP appends a token to the stream before its sum
+        add_middle(sites, prefix, layer)
     add_outputs(sites, prefix, {"ln_2": child(layer, *_NORM_2)})
     gate = child(mlp, "gate_proj")
     if gate is not None:
