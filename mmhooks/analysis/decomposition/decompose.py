@@ -92,7 +92,8 @@ def decompose(
 
     Exact for ViTs of open_clip, timm and transformers that read a class token, an average or an attention pooling (SigLIP,
     CoCa: the pooling's pattern is frozen like σ, and its MLP is a separate component, ``pool``), and for the text towers of
-    open_clip and of transformers' CLIP and SigLIP at the position that they read. Edits of open contexts apply, except those at ``attn.head_out``.
+    open_clip and of transformers' CLIP and SigLIP at the position that they read. Edits of open contexts apply, except
+    those at ``attn.head_out``.
 
     Args:
         model: a hooked CLIP.
