@@ -20,7 +20,17 @@ from mmhooks.report import Table, fixed, percent
 from mmhooks.report.tables import Cell
 from mmhooks.studies.adversarial.defence import DEFENCES
 from mmhooks.studies.adversarial.paper import claims
-from mmhooks.studies.adversarial.tables import PAPER, ROWS, calibration_table, cell, format_p, label_of
+from mmhooks.studies.adversarial.tables import (
+    PAPER,
+    ROWS,
+    calibration_table,
+    cell,
+    dictionary_table,
+    format_p,
+    gain_in_paper,
+    label_of,
+    left_in_paper,
+)
 from mmhooks.studies.common.write import VERDICTS
 from publish.marked_block import command, fill
 
@@ -33,14 +43,16 @@ def block(results: Mapping[str, Any]) -> str:
     groups = ", ".join(f"{g} {n}" for g, n in head["groups"].items())
     o = results["settings"]
     lines = [
-        f"`{command(results)}`: {results['samples']['n']} samples of seed {o['seed']}, {o['steps']} steps at {o['lr']}, "
-        f"{head['matched']} features per sample, {o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} "
-        f"alive. {env['seconds']:.0f} s with {env['threads']} thread(s)."
+        f"`{command(results)}`: {results['samples']['n']} samples of seed {o['seed']} on {victims[0]['drawings']} drawings, "
+        f"{o['steps']} steps at {o['lr']}. Dictionary: `{head['name']}`, {head['matched']} features per sample, "
+        f"{o['repeats']} draws; groups by {head['rule']}: {groups} of {head['alive']} alive. {env['seconds']:.0f} s with "
+        f"{env['threads']} thread(s)."
     ]
-    if "tried" in results["calibration"]:
+    if results["calibration"]["tried"]:
         lines.append(calibration_table(results).markdown())
     lines.append(success(results).markdown())
     lines.append(compared(results).markdown())
+    lines.append(dictionary_table(results).markdown())
     lines += [by_trigger(v) for v in victims]
     lines.append(costs(results).markdown())
     lines.append("Against the paper (a verdict needs p < .05 after Holm):")
@@ -52,19 +64,23 @@ def block(results: Mapping[str, Any]) -> str:
 
 def success(results: Mapping[str, Any]) -> Table:
     victims, head = list(results["victims"].values()), results["head"]
-    hard = any(v["strong"] for v in victims)
+    weak = all(v["paper_point"] for v in victims)
     rows: list[list[str | Cell]] = []
     for c in ROWS:
         line: list[str | Cell] = [label_of(c)]
         for v in victims:
             line.append(cell(v["rates"][c]["all triggers"]))
-            line += [cell(v["strong"][c]) if c in v["strong"] else ""] if hard else []
-        rows.append([*line, percent(PAPER.get(c), 0)])
+            line.append(cell(v["gain_left"][c]) if c in v["gain_left"] else "")
+            if weak:
+                line.append(
+                    cell(v["paper_point"]["gain_left"][c]) if c in v["paper_point"]["gain_left"] else ""
+                )
+        rows.append([*line, percent(PAPER.get(c), 0), left_in_paper(c)])
     columns = ["Aligned on"]
     for v in victims:
-        columns += [f"{v['victim']}, {head['matched']} features"]
-        columns += [f"{v['victim']}, {head['strong']} features"] if hard else []
-    return Table([*columns, "paper"], rows, "Attack success, %")
+        columns += [f"{v['victim']}, {head['matched']} features", "left of the gain"]
+        columns += [f"left at the paper's point ({head['smallest']} features)"] if weak else []
+    return Table([*columns, "paper", "left"], rows, "Attack success and what is left of the attack's gain, %")
 
 
 def compared(results: Mapping[str, Any]) -> Table:
@@ -74,11 +90,16 @@ def compared(results: Mapping[str, Any]) -> Table:
         line: list[str | Cell] = [f"{first['one']} − {first['other']}"]
         for v in victims:
             r = v["comparisons"][i]
-            line += [cell(r["difference"], plus=True), format_p(r["holm"])]
-        rows.append([*line, percent(PAPER[first["one"]] - PAPER[first["other"]], 0, plus=True)])
-    columns = [part for v in victims for part in (f"{v['victim']}, points", "p (Holm)")]
+            line += [cell(r["difference"], plus=True), cell(r["gain"], plus=True), format_p(r["holm"])]
+            line.append(percent(r["detectable"]))
+        rows.append([*line, gain_in_paper(first["one"], first["other"])])
+    columns = [
+        part
+        for v in victims
+        for part in (f"{v['victim']}, points", "% of the gain", "p (Holm)", "detectable, points")
+    ]
     return Table(
-        ["", *columns, "paper"],
+        ["", *columns, "paper, % of the gain"],
         rows,
         "Groups against random features and against each other, same samples, all draws",
     )

@@ -92,14 +92,15 @@ def test_hooks_of_mini_reader_fire_at_every_site_and_change_nothing() -> None:
 
 
 def test_embedded_heads_fit_their_model() -> None:
-    model = mm.load("mini")
+    models = {name: mm.load(name) for name in ("mini", "mini-reader")}
     widths = {"mini/sae": 256, "mini/sae-wide": 1024, "mini/ncl": 256, "mini/ncl-wide": 1024}
     widths |= {f"mini/{kind}-seed{seed}": 256 for kind in ("sae", "ncl") for seed in range(1, 5)}
+    widths |= {f"mini-reader/sae{end}": 256 for end in ("", "-seed1", "-seed2")}
     assert set(widths) == set(embedded_heads())
     for number, (name, n) in enumerate(widths.items()):
         head = mm.load_head(name)
         assert (head.d_in, head.n_features) == (mini.EMBED_DIM, n)
-        model.attach(head, at=["image.embed", "text.embed"], name=f"head{number}")
+        models[name.split("/")[0]].attach(head, at=["image.embed", "text.embed"], name=f"head{number}")
     assert mm.load_head(name).id == head.id
 
 

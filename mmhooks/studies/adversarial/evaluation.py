@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-import mmhooks as mm
 from mmhooks.analysis.attacks.judges import RuleJudge, names
 from mmhooks.analysis.measures.mds import GROUPS
-from mmhooks.analysis.results import plain
+from mmhooks.analysis.results import Estimate, plain
 from mmhooks.analysis.statistics.equivalence import clustered_mean
 from mmhooks.analysis.statistics.power import detectable_mean
 from mmhooks.analysis.statistics.primaries import Measured, Primary, decide
 from mmhooks.analysis.statistics.repeated import repeated_difference, repeated_rate
 from mmhooks.analysis.statistics.resampling import bootstrap_ratio
 from mmhooks.studies.adversarial.defence import DefendedImages
-from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import HARMFUL, TYPED, Samples
-from mmhooks.studies.common.encode import encode, unit
-from mmhooks.studies.common.heads import load_or_train_head
-from mmhooks.utils.digest import digest
 from mmhooks.utils.indexing import number_labels
 
 # The paper's statements: each group defends better than random features, and TextD best, then CrossD, then ImgD.
-PRIMARIES = {
-    Primary(f"{a} − {b}", "less"): (a, b)
-    for a, b in ((*((g, "random") for g in GROUPS), *combinations(("TextD", "CrossD", "ImgD"), 2)))
-}
-
-
-def scored_head(model: Any, pairs: Any, options: Options, *, cache: Path) -> tuple[Any, Any]:
-    """Returns the head (mini's wide one, a given one, or one trained here and cached) and its MDS on the pairs."""
-    encoded = encode(model, options.model, pairs, cache, batch=128, progress=not options.quiet)
-    source = options.head or ("mini/sae-wide" if options.model == "mini" else None)
-    if source is None:
-        image, text = (unit(encoded.vectors(side)) for side in ("image", "text"))
-        n, epochs, seed = options.features, options.epochs, options.seed
-        torch.manual_seed(seed)
-        untrained = mm.TopKSAE(image.shape[1], n, min(32, n // 4))
-        folder = cache / f"attack-sae-{digest(epochs, n, seed, image, text)[:20]}"
-        head = load_or_train_head(folder, untrained, image, text, epochs=epochs, seed=seed)
-    else:
-        head = mm.load_head(source)
-    return head, mm.mds(encoded.store, head=head)
+BASELINES = ("benign", "unaligned")
+COMPARED = (*((g, "random") for g in GROUPS), *combinations(("TextD", "CrossD", "ImgD"), 2))
 
 
 class Evaluation:
@@ -58,7 +35,7 @@ class Evaluation:
         self.victim, self.judge, self.samples = victim, judge, samples
         self.answers: dict[str, list[str]] = {}
         self.rates: dict[str, list[list[bool]]] = {}  # one list per draw
-        self.strong: dict[str, list[bool]] = {}
+        self.paper_point: dict[str, list[bool]] = {}
         self.nonsense_hits: dict[
             str, list[bool]
         ] = {}  # typographic samples, the word replaced by a nonsense word
@@ -74,6 +51,14 @@ class Evaluation:
         self.answers[what] = answers
         return self.judge.successes(asked, answers, targets)
 
+    def again(self) -> Evaluation:
+        """Returns an evaluation of the same victim for another dictionary: what was asked before any defence is kept."""
+        other = Evaluation(self.victim, self.judge, self.samples)
+        for name in ("benign", "unaligned"):
+            other.rates[name], other.target_named[name] = self.rates[name], self.target_named[name]
+            other.answers[name] = self.answers[name]
+        return other
+
     def evaluate_baselines(self) -> None:
         """Evaluates the friendly partners, the attack, and the attack with a nonsense word."""
         s = self.samples
@@ -84,14 +69,14 @@ class Evaluation:
 
     def evaluate_defence(self, made: DefendedImages) -> None:
         """Evaluates the images of one defence; nonsense words and the curve only for its first draw."""
-        if made.strong:
-            self.strong[made.defence] = self.hits(f"{made.defence}, strong", made.final)
+        if made.paper_point:
+            self.paper_point[made.defence] = self.hits(f"{made.defence}, paper's point", made.final)
             return
         draw = f", draw {made.draw + 1}" if made.draw else ""
         self._keep(made.defence, made.defence + draw, made.final)
         if made.draw:
             return
-        if self.samples.typed:
+        if len(made.nonsense):
             self.nonsense_hits[made.defence] = self.hits(
                 f"nonsense, {made.defence}", made.nonsense, self.samples.typed
             )
@@ -108,13 +93,44 @@ class Evaluation:
         self.target_named.setdefault(name, []).append(named)
 
 
-def attack_results(evaluation: Evaluation) -> dict[str, Any]:
-    """Returns Table 8 of one victim: rates by condition and trigger, controls, curve, paired comparisons."""
-    s = evaluation.samples
-    hits = {c: torch.tensor(h) for c, h in evaluation.rates.items()}
+def attack_results(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
+    """Returns Table 8 of every victim: rates by condition and trigger, controls, curve, and the primary comparisons.
+
+    The six comparisons of each victim are the study's primary hypotheses: ``holm`` is corrected over those of all victims,
+    and ``outcome`` is the verdict. What is compared at the paper's operating point is exploratory.
+    """
+    found = {e.victim.name: compare(hits_of(e), e.samples) for e in evaluations}
+    primaries = [Primary(f"{v}: {c.name}", "less") for v, compared in found.items() for c in compared]
+    measured = {f"{v}: {c.name}": c.measured for v, compared in found.items() for c in compared}
+    decided = decide(primaries, measured)
+    return {
+        e.victim.name: _results(e)
+        | {
+            "comparisons": [
+                c.to_json() | {"holm": d.adjusted, "outcome": d.outcome}
+                for c in found[e.victim.name]
+                for d in (decided[f"{e.victim.name}: {c.name}"],)
+            ]
+        }
+        for e in evaluations
+    }
+
+
+def exploratory_results(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
+    """Returns for every victim the numbers of another dictionary, which no primary hypothesis is about."""
+    return {e.victim.name: _outcome(hits_of(e), e.samples) for e in evaluations}
+
+
+def hits_of(evaluation: Evaluation) -> dict[str, Bool[Tensor, "r n"]]:
+    return {c: torch.tensor(h) for c, h in evaluation.rates.items()}
+
+
+def _results(evaluation: Evaluation) -> dict[str, Any]:
+    s, hits = evaluation.samples, hits_of(evaluation)
     triggers = {"all triggers": list(range(len(s)))} | {t: s.rows(t) for t in dict.fromkeys(s.trigger)}
-    strong = {c: torch.tensor([h]) for c, h in evaluation.strong.items()}
     drawings = number_labels(s.base_name)  # samples on one drawing are one piece of evidence
+    paper = {c: torch.tensor([h]) for c, h in evaluation.paper_point.items()}
+    base = {c: hits[c] for c in BASELINES}
     return {
         "victim": evaluation.victim.name,
         "judge": evaluation.judge.name,
@@ -123,7 +139,7 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
         "repeats": {c: len(h) for c, h in hits.items()},
         "rates": {c: {t: rate(h[:, rows]) for t, rows in triggers.items()} for c, h in hits.items()},
         "draws": {c: h.double().mean(1).tolist() for c, h in hits.items()},
-        "strong": {c: rate(h) for c, h in strong.items()},
+        "paper_point": _outcome(base | paper, s) if paper else {},
         "target_named": {c: rate(torch.tensor(h)) for c, h in evaluation.target_named.items()},
         "typographic": {
             t: typographic(evaluation, [i for i in s.typed if s.trigger[i] == t]) for t in TYPED if s.rows(t)
@@ -133,41 +149,74 @@ def attack_results(evaluation: Evaluation) -> dict[str, Any]:
             for d, c in evaluation.curve.items()
         },
         "drawings": len(drawings.unique()),
-        "gain_left": {c: gain_left(hits, c, drawings) for c in hits if c not in ("benign", "unaligned")},
-        "comparisons": comparisons(hits, drawings),
-        "comparisons_strong": comparisons(strong, drawings) if strong else [],
+        "targets": len(set(s.target)),
+        "gain_left": {c: gain_left(hits, c, drawings) for c in hits if c not in BASELINES},
         "attack_against_benign": plain(repeated_difference(hits["unaligned"], hits["benign"], drawings)),
         "answers": {c: answers[:12] for c, answers in evaluation.answers.items()},
     }
 
 
-def comparisons(hits: dict[str, Tensor], drawings: Tensor) -> list[dict[str, Any]]:
-    """Compares every group with random features and with the other groups, over the drawings under the samples.
+def _outcome(hits: dict[str, Tensor], samples: Samples) -> dict[str, Any]:
+    """Returns rates, shares of the gain that are left, and exploratory comparisons."""
+    drawings = number_labels(samples.base_name)
+    return {
+        "rates": {c: rate(h) for c, h in hits.items()},
+        "gain_left": {c: gain_left(hits, c, drawings) for c in hits if c not in BASELINES},
+        "comparisons": [c.to_json() for c in compare(hits, samples)],
+    }
 
-    The six are the study's primary hypotheses: ``holm`` is corrected over them, and ``detectable`` is the smallest
-    difference seen at 80 % power.
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two conditions on the same samples.
+
+    Attributes:
+        difference: of the rates. gain: the same as a share of the attack's gain. measured: what the primary is decided by.
+        more, less: drawings with more success in the first, and in the second.
     """
-    found = {p: repeated_difference(hits[a], hits[b], drawings) for p, (a, b) in PRIMARIES.items()}
-    errors = {p: clustered_mean(hits[a].double().mean(0) - hits[b].double().mean(0), drawings)
-              for p, (a, b) in PRIMARIES.items()}  # fmt: skip
-    decided = decide(
-        list(PRIMARIES),
-        {
-            p.name: Measured(f.difference, f.p, detectable_mean(errors[p].error, errors[p].df))
-            for p, f in found.items()
-        },
-    )
-    return [
-        {"one": a, "other": b, **plain(found[p]), "holm": decided[p.name].adjusted,
-         **{k: plain(getattr(decided[p.name], k)) for k in ("detectable", "outcome")}}
-        for p, (a, b) in PRIMARIES.items()
-    ]  # fmt: skip
+
+    one: str
+    other: str
+    difference: Estimate
+    gain: Estimate
+    measured: Measured
+    more: int
+    less: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.one} − {self.other}"
+
+    def to_json(self) -> dict[str, Any]:
+        own = {k: getattr(self, k) for k in ("one", "other", "difference", "gain", "more", "less")}
+        return plain(own | {"p": self.measured.p, "detectable": self.measured.detectable})
+
+
+def compare(hits: dict[str, Tensor], samples: Samples) -> list[Comparison]:
+    """Compares every group with random features and with the other groups: over the drawings under the samples *and* over
+    their targets, which both recur. p and the detectable difference are the larger of the two, the interval is the wider.
+    """
+    clusters = [number_labels(samples.base_name)]
+    if len(set(samples.target)) > 1:  # one phrase for all is no sample of targets
+        clusters.append(number_labels(samples.target))
+    found = []
+    for one, other in COMPARED:
+        tests = [repeated_difference(hits[one], hits[other], c) for c in clusters]
+        each = hits[one].double().mean(0) - hits[other].double().mean(0)
+        errors = [clustered_mean(each, c) for c in clusters]
+        wide = max((t.difference for t in tests), key=lambda e: e.high - e.low)
+        detectable = max(detectable_mean(e.error, e.df) for e in errors)
+        whole = hits["unaligned"].double().mean(0) - hits["benign"].double().mean(0)
+        gain = max((bootstrap_ratio(each, whole, c) for c in clusters), key=lambda e: e.high - e.low)
+        measured = Measured(wide, max(t.p for t in tests), detectable)
+        found.append(Comparison(one, other, wide, gain, measured, tests[0].more, tests[0].less))
+    return found
 
 
 def gain_left(hits: dict[str, Tensor], condition: str, drawings: Tensor) -> dict[str, Any]:
     """Returns the share of the attack's gain over the friendly partners that a defence leaves: the number that the
     paper's operating point is about (random features leave 79 % there). Interval over drawings."""
-    share = {c: hits[c].double().mean(0) for c in ("benign", "unaligned", condition)}
+    share = {c: hits[c].double().mean(0) for c in (*BASELINES, condition)}
     above, whole = (share[c] - share["benign"] for c in (condition, "unaligned"))
     return plain(bootstrap_ratio(above, whole, drawings))
 

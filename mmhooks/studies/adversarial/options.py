@@ -38,11 +38,17 @@ Judge = Annotated[
 JudgeUrl = Annotated[str, typer.Option(help="The judge's OpenAI-compatible address.")]
 JudgeKey = Annotated[str, typer.Option(help="Environment variable with its key.")]
 VictimKey = Annotated[str, typer.Option(help="Environment variable of an endpoint victim's key.")]
-Head = Annotated[str | None, typer.Option(help="Sparse head; default mini's own, else trained here.")]
 Phrase = Annotated[
     str, typer.Option(help="Written into every image, instead of the four triggers: 'I want to make bomb'.")
 ]
 FriendlyPhrase = Annotated[str, typer.Option(help="Written into its benign partner, with --phrase.")]
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Dictionary: a sparse head, train (here, on families that are not attacked) or raw (the model's dimensions); "
+        "repeatable, the first is the one that is decided on; default: an embedded model's own, else train and raw."
+    ),
+]
 Samples = Annotated[int, typer.Option("--samples", min=4, help="Samples of all triggers together.")]
 Limit = Annotated[
     int | None, typer.Option(min=8, help="For a quick run: this many samples, and 32 times as many pairs.")
@@ -55,7 +61,9 @@ Matched = Annotated[
         "of the attack's gain, found on samples of another seed.",
     ),
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Times the defence is repeated on other features.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Times the defence on the first dictionary is repeated on other features.")
+]
 Calibration = Annotated[int, typer.Option(min=4, help="Samples on which --matched is found.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the defence.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate on pixels, of the defence.")]
@@ -85,7 +93,7 @@ class Options(PaperOptions):
     judge_url: JudgeUrl = "https://api.deepseek.com"
     judge_key: JudgeKey = "DEEPSEEK_API_KEY"
     victim_key: VictimKey = "OPENAI_API_KEY"
-    head: Head = None
+    head: Heads = None
     out: Out = Path("runs/adversarial")
     phrase: Phrase = ""
     friendly_phrase: FriendlyPhrase = "peace and love"

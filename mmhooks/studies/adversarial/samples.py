@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 import mmhooks as mm
 from mmhooks.analysis.attacks.align import pixel_scale
 from mmhooks.analysis.attacks.pixels import optimise_pixels
+from mmhooks.data.families import drawing_family, families
 from mmhooks.data.synthetic import objects, words
 from mmhooks.errors import ShapeMismatch
 from mmhooks.studies.adversarial.requests import SEEN, USE, WRITTEN, is_harmful, is_harmless, request
@@ -217,8 +218,9 @@ def gradient_attack(
     )
 
 
-def benign_rows(pairs: Any, n: int, rng: random.Random) -> list[int]:
-    """Returns rows of images of things that are neither harmful nor people, held out where the data name a split.
+def candidates(pairs: Any) -> list[int]:
+    """Returns the rows that may be attacked: images of things that are neither harmful nor people, held out where the
+    data name a split, else of every fifth family, so that a dictionary can be trained on the others.
 
     Raises:
         DataError: every caption has a harmful word.
@@ -226,13 +228,49 @@ def benign_rows(pairs: Any, n: int, rng: random.Random) -> list[int]:
     own = [i for i, s in enumerate(pairs.splits) if s == "heldout_pictures"]
     good = [i for i in own if is_harmless(pairs.texts[i])]
     if len(good) < 2:
-        good = [i for i in range(len(pairs)) if not is_harmful(pairs.texts[i])]
+        family = families(pairs).tolist()
+        harmless = [i for i in range(len(pairs)) if not is_harmful(pairs.texts[i])]
+        good = [i for i in harmless if family[i] % 5 == 0] or harmless
     if not good:
         raise mm.errors.DataError(
             f"expected captions without a harmful word, got none in {pairs!r}; give other --data"
         )
+    return good
+
+
+def benign_rows(pairs: Any, n: int, rng: random.Random) -> list[int]:
+    """Returns ``n`` of the rows that may be attacked, each as often as the others."""
+    good = candidates(pairs)
     rng.shuffle(good)
     return [good[i % len(good)] for i in range(n)]
+
+
+def attacked_families() -> tuple[str, ...]:
+    """Returns the families of the embedded drawings that attacked images are made of: what is drawn in, and what it is
+    drawn into, under any seed. ``mini-reader/sae`` was trained without them."""
+    drawings = mm.data.pairs("mini")
+    names = (*THINGS, *FRIENDLY_THINGS, *(drawings.texts[i] for i in candidates(drawings)))
+    return tuple(sorted({drawing_family(name) for name in names}))
+
+
+def unattacked_rows(pairs: Any) -> list[int]:
+    """Returns the rows of no family that attacked images are made of.
+
+    Raises:
+        DataError: there is none.
+    """
+    if all("codepoints" in meta for meta in pairs.meta):
+        attacked = set(attacked_families())
+        rows = [i for i, text in enumerate(pairs.texts) if drawing_family(text) not in attacked]
+    else:
+        family = families(pairs)
+        rows = (~torch.isin(family, family[candidates(pairs)])).nonzero().flatten().tolist()
+    if not rows:
+        raise mm.errors.DataError(
+            f"expected pairs of families that are not attacked, to train a dictionary on, got none in {pairs!r}; give "
+            "more --data, or a --head"
+        )
+    return rows
 
 
 def labels(samples: Samples, pairs: Any, seed: int, most: int = 80) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +18,11 @@ from torchvision.transforms.functional import to_tensor
 import mmhooks as mm
 from mmhooks.analysis.measures.mds import GROUPS as MODALITIES
 from mmhooks.analysis.statistics.intervals import bootstrap
+from mmhooks.analysis.statistics.primaries import Decision
 from mmhooks.models.embedders import Embedder, image_embedder
 from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.generation.options import Options
-from mmhooks.studies.generation.verdicts import as_json, verdicts
+from mmhooks.studies.generation.verdicts import as_json, power_line, verdicts
 from mmhooks.utils.progress import rate_bar
 
 GROUPS = (*MODALITIES, "random")
@@ -62,6 +64,15 @@ class Setting:
         place = self.site if self.head is None else f"{self.site}.sae.latents"
         return mm.Interpolate(group, toward=self.toward[rows], strength=strength, at=place, guidance="cond")
 
+    @contextmanager
+    def attached(self, sd: Any) -> Iterator[None]:
+        """Attaches the head while its features are edited: edits at the site itself would go to it as well."""
+        if self.head is not None:
+            sd.attach(self.head, at=self.site, name="sae")
+        yield
+        if self.head is not None:
+            sd.detach("sae")
+
 
 class ImageGenerator:
     """Generates images in batches; the noise of a case depends only on its index and the seed."""
@@ -75,7 +86,7 @@ class ImageGenerator:
         """Generates one image per prompt; ``edit(rows)`` returns the edit for a slice of the prompts."""
         out = []
         for begin in range(0, len(prompts), self.batch):
-            rows = slice(begin, begin + self.batch)
+            rows = slice(begin, min(begin + self.batch, len(prompts)))
             some = prompts[rows]
             noise = [torch.Generator().manual_seed(seed * 1_000_003 + begin + i) for i in range(len(some))]
             with nullcontext() if edit is None else self.sd.hooks(edit(rows)):
@@ -111,10 +122,11 @@ class Judge:
     ) -> dict[str, Tensor]:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+        first = slice(len(edited))  # images may be of the first prompts only
         now, before = (normalize(self.vectors(x) - self.mean, dim=1) for x in (edited, start))
         similarity = ssim(edited, start, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)
-        gain, loss = ((side * (now - before)).sum(1) for side in (self.reference, self.prompt))
+        gain, loss = ((side[first] * (now - before)).sum(1) for side in (self.reference, self.prompt))
         return {
             "shift": gain - loss,
             "gain": gain,
@@ -123,7 +135,8 @@ class Judge:
         }
 
 
-Curves = dict[str, dict[str, dict[str, Float[Tensor, "strengths n"]]]]
+# By space, group and measure, the values of the prompts, one row per strength: fewer prompts below the largest.
+Curves = dict[str, dict[str, dict[str, list[Float[Tensor, " _"]]]]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,8 @@ class Interpolated:
     """Results of one mode.
 
     Attributes:
-        settings: the spaces that were edited. curves: measures by space and group, one row per strength.
+        settings: the spaces that were edited.
+        curves: of the first prompts at the strengths below the largest, of all prompts at 0 and at the largest.
         random: by space and measure, at the largest strength, one row per random set.
         strips: the images of one case by space and group. shown: the index of that case.
     """
@@ -142,13 +156,36 @@ class Interpolated:
     strips: dict[str, dict[str, Tensor]]
     shown: int
 
-    def decided(self) -> dict[str, Any]:
-        """Returns the verdicts on the paper's claims, by space, for ``results.json``."""
+    def decided(self) -> dict[str, dict[str, Decision]]:
+        """Returns the verdicts on the paper's claims, by space."""
         last = {
             s: {g: {m: v[-1] for m, v in by.items()} for g, by in groups.items()}
             for s, groups in self.curves.items()
         }
-        return {space: as_json(found) for space, found in verdicts(last, self.random).items()}
+        return verdicts(last, self.random)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that an edit is compared with: the prompts, their unedited images, and the judge."""
+
+    generate: ImageGenerator
+    judge: Judge
+    prompts: list[str]
+    starts: list[Float[Tensor, "n 3 h w"]]  # one of every seed
+    advance: Callable[[int], None]
+
+    def measure(
+        self, edit: Callable[[slice], Any], count: int
+    ) -> tuple[dict[str, Float[Tensor, " n"]], UInt8[Tensor, "n 3 h w"]]:
+        """Draws the first ``count`` prompts under an edit; returns means over seeds, and the first seed's images."""
+        found, images = [], []
+        for seed, start in enumerate(self.starts):
+            drawn = self.generate(self.prompts[:count], seed, edit)
+            found.append(self.judge(drawn, start[:count]))
+            images.append(drawn)
+            self.advance(count)
+        return {m: torch.stack([f[m] for f in found]).mean(0) for m in MEASURES}, _bytes(images[0])
 
 
 def interpolate(
@@ -159,62 +196,62 @@ def interpolate(
     options: Options,
     place: Placement,
 ) -> Interpolated:
-    """Runs every setting, group, strength and seed; returns means over seeds per case, and the images of one case.
+    """Draws every setting and group at every strength, and the random sets at the largest, where claims are decided.
 
-    That case is ``options.shown``, or the one that moved most, over all settings and groups at the largest strength.
+    The strengths below the largest make curves and the grid, for which the first ``options.curve_pairs`` prompts are
+    enough. The case shown is ``options.shown``, or of these the one that moved most, over all settings and groups.
     """
-    seeds, shown, quiet = options.seeds, options.shown, options.quiet
-    prompts = [case.prompt for case in cases]
+    seeds, n, some = options.seeds, len(cases), min(options.curve_pairs, len(cases))
     embed = image_embedder(options.image_embedder, device=place.device, dtype=place.dtype, progress=False)
-    judge = Judge(embed, generate(prompts, seeds), generate([case.reference for case in cases], seeds))
-    starts = [generate(prompts, seed) for seed in range(seeds)]
-    unedited_quality = torch.stack([judge(s, s)["quality"] for s in starts]).mean(0)
-    at_zero = {m: unedited_quality if m == "quality" else torch.zeros(len(cases)) for m in MEASURES}
     curves: Curves = {}
     strips: dict[str, dict[str, list[Tensor]]] = {}
     random: dict[str, dict[str, Tensor]] = {}
-    passes = sum(len(GROUPS) * len(strengths) + len(s.random) - 1 for s in settings)
-    total = passes * seeds * len(cases)
-    with rate_bar("interpolate", total, unit="images", show=not quiet) as advance:
+    own = sum(len(GROUPS) * ((len(strengths) - 1) * some + n) + (len(s.random) - 1) * n for s in settings)
+    total = own * seeds + (seeds + 2) * n
+    with rate_bar("interpolate", total, unit="images", show=not options.quiet) as advance:
+        bench = _bench(generate, embed, cases, seeds, advance)
+        unedited = torch.stack([bench.judge(s, s)["quality"] for s in bench.starts]).mean(0)
+        at_zero = {m: unedited if m == "quality" else torch.zeros(n) for m in MEASURES}
         for setting in settings:
             curves[setting.name], strips[setting.name] = {}, {}
-            if (
-                setting.head is not None
-            ):  # while a head is attached, edits at the site itself would go to the head
-                generate.sd.attach(setting.head, at=setting.site, name="sae")
-            for name, group in setting.groups.items():
-                rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
-                strip = [_bytes(starts[0])]
-                for strength in strengths:
-                    edit = partial(setting.edit, group, strength)
-                    found = []
-                    for seed, start in enumerate(starts):
-                        drawn = generate(prompts, seed, edit)
-                        found.append(judge(drawn, start))
-                        if seed == 0:
-                            strip.append(_bytes(drawn))
-                        advance(len(cases))
-                    for m in MEASURES:
-                        rows[m].append(torch.stack([f[m] for f in found]).mean(0))
-                curves[setting.name][name] = {m: torch.stack(rows[m]) for m in MEASURES}
-                strips[setting.name][name] = strip
-            sets = {m: [curves[setting.name]["random"][m][-1]] for m in MEASURES}  # the first has been drawn
-            for one in setting.random[1:]:
-                edit = partial(setting.edit, one, strengths[-1])
-                found = [judge(generate(prompts, seed, edit), start) for seed, start in enumerate(starts)]
-                for m in MEASURES:
-                    sets[m].append(torch.stack([f[m] for f in found]).mean(0))
-                advance(len(cases) * seeds)
-            random[setting.name] = {m: torch.stack(rows) for m, rows in sets.items()}
-            if setting.head is not None:
-                generate.sd.detach("sae")
+            with setting.attached(generate.sd):
+                for name, group in setting.groups.items():
+                    rows: dict[str, list[Tensor]] = {m: [at_zero[m]] for m in MEASURES}
+                    strip = [_bytes(bench.starts[0][:some])]
+                    for strength in strengths:
+                        count = n if strength == strengths[-1] else some
+                        found, images = bench.measure(partial(setting.edit, group, strength), count)
+                        strip.append(images[:some])
+                        for m in MEASURES:
+                            rows[m].append(found[m])
+                    curves[setting.name][name], strips[setting.name][name] = rows, strip
+                first = {m: curves[setting.name]["random"][m][-1] for m in MEASURES}
+                edits = [partial(setting.edit, one, strengths[-1]) for one in setting.random[1:]]
+                sets = [first, *(bench.measure(edit, n)[0] for edit in edits)]
+            random[setting.name] = {m: torch.stack([found[m] for found in sets]) for m in MEASURES}
+    shown = options.shown
     if shown is None:
-        moved = [by["shift"][-1] for groups in curves.values() for by in groups.values()]
+        moved = [by["shift"][-1][:some] for groups in curves.values() for by in groups.values()]
         shown = int(torch.stack(moved).mean(0).argmax())
     chosen = {
         s: {g: torch.stack([p[shown] for p in strip]) for g, strip in by.items()} for s, by in strips.items()
     }
     return Interpolated(settings, curves, random, chosen, shown)
+
+
+def _bench(
+    generate: ImageGenerator, embed: Embedder, cases: list[Case], seeds: int, advance: Callable[[int], None]
+) -> Bench:
+    """Draws everything unedited: prompts and references from noise of their own for the judge, then every seed."""
+
+    def drawn(texts: list[str], seed: int) -> Tensor:
+        images = generate(texts, seed)
+        advance(len(texts))
+        return images
+
+    prompts = [case.prompt for case in cases]
+    judge = Judge(embed, drawn(prompts, seeds), drawn([case.reference for case in cases], seeds))
+    return Bench(generate, judge, prompts, [drawn(prompts, seed) for seed in range(seeds)], advance)
 
 
 def numbers_of(found: Interpolated) -> dict[str, Any]:
@@ -240,7 +277,8 @@ def numbers_of(found: Interpolated) -> dict[str, Any]:
                 **{m: bootstrap(rows.mean(1)) for m, rows in found.random[s.name].items()},
                 "means": {m: rows.mean(1).tolist() for m, rows in found.random[s.name].items()},
             },
-            "verdicts": decided[s.name],
+            "verdicts": as_json(decided[s.name]),
+            "power": power_line(decided[s.name]),
         }
         for s in found.settings
     }

@@ -45,6 +45,12 @@ Projection = Annotated[
 Joint = Annotated[
     bool, typer.Option("--joint", help="also edit at the indices of CLIP's joint space, as in the paper")
 ]
+CurvePrompts = Annotated[
+    int,
+    typer.Option(
+        min=1, help="prompts that are drawn at the strengths below the largest too, for curves and grid"
+    ),
+]
 RandomSets = Annotated[
     int, typer.Option(help="random sets that groups are compared with, at the largest strength", min=8)
 ]
@@ -78,7 +84,8 @@ class Options(PaperOptions):
     data: Data = "mini"
     limit: Limit = None
     mode: Modes = None
-    pairs: Prompts = 60
+    pairs: Prompts = 100
+    curve_pairs: CurvePrompts = 10
     prompt: Prompt = None
     reference: Reference = None
     projection: Projection = "last"
@@ -91,7 +98,7 @@ class Options(PaperOptions):
     features: Features = 0
     k: Active = 16
     epochs: Epochs = 40
-    steps: Steps = 15
+    steps: Steps = 6
     guidance: Guidance = 3.0
     batch: DiffusionBatch = 20
     shown: FeatureExample = None

@@ -167,7 +167,12 @@ def write_page(
                     images,
                     "Images by strength, " + ("of the prompt that moved most" if results["chosen"] else "of one prompt"),
                 ),
-                ("curves", lines, "Measures by strength, with 95 % intervals over prompts"),
+                (
+                    "curves",
+                    lines,
+                    f"Measures by strength, with 95 % intervals over prompts: {len(results['cases'])} at the largest, "
+                    f"{results['curve_prompts']} below it",
+                ),
             ):  # fmt: skip
                 light, dark = draw(make, alt=f"{title}: {caption[0].lower()}{caption[1:]}")
                 paths.append(out / f"{kind}-{name}.png")
@@ -184,10 +189,14 @@ def write_page(
                 f"Groups by {found['rule']}; mu − sigma is {low:.3f}, mu + sigma {high:.3f}. Correlation with the scores of "
                 f"shuffled pairs: {found['shuffled_r']:.3f}; near 1 the scores say little about the pairing."
             )
+            notes = (found["power"], control)
             sections.append(
-                Section(title, [*plots, Listing(items), TableBlock(numbers), Prose(control, "note")])
+                Section(
+                    title,
+                    [*plots, Listing(items), TableBlock(numbers), *(Prose(t, "note") for t in notes)],
+                )
             )
-            sentences = [f"- {escaped(line, code=True)}" for line in (*sentences, control)]
+            sentences = [f"- {escaped(line, code=True)}" for line in (*sentences, *notes)]
             markdown += [
                 numbers.markdown(),
                 "",
@@ -226,6 +235,7 @@ def report(results: Mapping[str, Any], out: Path) -> None:
             say(f"{mode}, {space}: groups by {found['rule']}")
             for verdict in found["verdicts"].values():
                 say(f"{mode}, {space}: {verdict['sentence']}")
+            say(f"{mode}, {space}: {found['power']}")
     for mode, why in results["impossible"].items():
         say(f"{mode}: not possible here: {why}")
     if results["paper"] is not None:

@@ -31,9 +31,11 @@ def check_options(options: Options) -> None:
     for one in options.mode or ():
         if one not in get_args(Mode):
             raise MMHooksError(f"--mode: expected one of {', '.join(get_args(Mode))}, got {one!r}")
-    if options.shown is not None and not 0 <= options.shown < options.pairs:
+    some = min(options.curve_pairs, options.pairs)
+    if options.shown is not None and not 0 <= options.shown < some:
         raise MMHooksError(
-            f"--shown: expected 0 to {options.pairs - 1}, the prompts drawn, got {options.shown}"
+            f"--shown: expected 0 to {some - 1}, the prompts drawn at every strength, got {options.shown}; raise "
+            "--curve-pairs for another"
         )
 
 

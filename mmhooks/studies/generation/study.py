@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmhooks.studies.common.options import as_command, study_app
+from mmhooks.studies.common.options import as_command, as_settings, study_app
 from mmhooks.studies.common.placement import Placement
 from mmhooks.studies.common.write import Results
 from mmhooks.studies.generation.options import Options
@@ -79,6 +79,7 @@ def run(options: Options) -> Results:
         raise MMHooksError(f"no mode is possible: {impossible}")
     results: dict[str, Any] = {
         "paper": paper_account(options),
+        "settings": as_settings(options) | {"command": as_command("generation", options)},
         "pipeline": options.pipeline,
         "model": options.model,
         "pretrained": options.pretrained,
@@ -92,6 +93,7 @@ def run(options: Options) -> Results:
         "steps": options.steps,
         "guidance": options.guidance,
         "whole": options.whole,
+        "curve_prompts": min(options.curve_pairs, len(cases)),
         "cases": [{"prompt": case.prompt, "reference": case.reference} for case in cases],
         "chosen": options.shown is None,
         "impossible": impossible,

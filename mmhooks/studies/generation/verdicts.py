@@ -8,8 +8,15 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from mmhooks.analysis.statistics.measured import against_few_sets
-from mmhooks.analysis.statistics.primaries import Decision, Primary, decide, verdict_text
+from mmhooks.analysis.statistics.measured import against_few_sets, over_clusters
+from mmhooks.analysis.statistics.primaries import (
+    Decision,
+    Measured,
+    Primary,
+    decide,
+    power_text,
+    verdict_text,
+)
 
 MARGIN = (
     0.05  # of 1 - SSIM: "keeps the structure" allows this much more distortion than random features cause
@@ -39,18 +46,44 @@ def verdicts(
         random: by space and measure, those of every random set.
 
     Returns:
-        Decisions by space and claim. Estimates are the group's mean over prompts minus that of the random sets, with an
-        interval by the scatter of sets.
+        Decisions by space and claim, which hold over random sets *and* over prompts (:func:`beyond_sets`).
     """
     primaries, found = [], {}
     for space, by_group in groups.items():
         for name, (claim, group, measure) in CLAIMS.items():
             primary = Primary(f"{space}: {name}", claim.alternative, claim.margin)
             primaries.append(primary)
-            value = float(by_group[group][measure].double().mean())
-            found[primary.name] = against_few_sets(primary, value, random[space][measure].double().mean(1))
+            found[primary.name] = beyond_sets(primary, by_group[group][measure], random[space][measure])
     decided = decide(primaries, found)
     return {space: {name: decided[f"{space}: {name}"] for name in CLAIMS} for space in groups}
+
+
+def beyond_sets(primary: Primary, own: Float[Tensor, " n"], sets: Float[Tensor, "sets n"]) -> Measured:
+    """Tests a group's values minus the mean of random sets: over sets, by their scatter, and over prompts, paired.
+
+    The scatter of sets says that these prompts tell the group from other features, not that other prompts would; the
+    scatter of prompts says the reverse. So p and the detectable effect are the larger of the two, and the interval is
+    the wider one.
+    """
+    own, sets = own.double(), sets.double()
+    both = (
+        against_few_sets(primary, float(own.mean()), sets.mean(1)),
+        over_clusters(primary, own - sets.mean(0)),
+    )
+    wide = max(both, key=lambda m: m.estimate.high - m.estimate.low)
+    return Measured(wide.estimate, max(m.p for m in both), max(m.detectable for m in both))
+
+
+def power_line(decisions: Mapping[str, Decision]) -> str:
+    """Says what each claim of a space could have shown at 80 % power.
+
+    >>> power_line({})
+    'What could be seen, before Holm: .'
+    """
+    parts = [
+        f"{name}: {power_text(d.detectable, margin=d.margin is not None)}" for name, d in decisions.items()
+    ]
+    return f"What could be seen, before Holm: {'; '.join(parts)}."
 
 
 def as_json(decisions: Mapping[str, Decision]) -> dict[str, Any]:

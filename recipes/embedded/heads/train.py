@@ -1,6 +1,8 @@
 """Trains the sparse heads that ship with an embedded model: the TopK SAE and the NCL head.
 
     PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini
+    PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --name mini-reader --kinds sae --seeds 0,1,2 \
+        --unattacked --styles openmoji,noto,fluent-emoji-flat
 
 One head for both modalities, on the embeddings of the training drawings and of texts about them; the numbers in
 each head's config.json are of the held-out pairs (unseen images and unseen concepts together).
@@ -24,6 +26,7 @@ from embedded import losses
 from embedded.clip.train import embed
 from mmhooks.analysis.measures.mds import GROUPS, MDSResult
 from mmhooks.analysis.measures.membership import group_labels
+from mmhooks.data.families import drawing_family
 from mmhooks.data.sources.drawings import Corpus
 from mmhooks.data.splits import split_of
 from mmhooks.heads import NCL, Head, TopKSAE, TrainResult, reconstruction
@@ -31,8 +34,10 @@ from mmhooks.heads.sae.consensus import consensus
 from mmhooks.heads.training.ncl_objective import NCLObjective
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.models.provenance import weights_hash
+from mmhooks.studies.adversarial.samples import attacked_families
 from mmhooks.studies.common.encode import encode
 from mmhooks.utils.assets import ASSETS
+from mmhooks.utils.digest import digest
 from mmhooks.utils.files import atomic_path, cache_dir
 
 KINDS = ("sae", "sae-wide", "ncl")
@@ -75,7 +80,14 @@ def crossed(names: list[str], rng: random.Random) -> str:
 
 
 @torch.no_grad()
-def vectors(name: str, corpus: Path, seed: int, texts: tuple[str, ...] = TEXTS) -> Vectors:
+def vectors(
+    name: str,
+    corpus: Path,
+    seed: int,
+    texts: tuple[str, ...] = TEXTS,
+    styles: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+) -> Vectors:
     """Embeds the corpus with an embedded model, once; a second run reads the vectors from the cache.
 
     Names are only a few thousand distinct vectors: an SAE memorises them and is poor on unseen names. Other captions
@@ -83,13 +95,20 @@ def vectors(name: str, corpus: Path, seed: int, texts: tuple[str, ...] = TEXTS) 
 
     Args:
         texts: kinds to embed beside the names; the others are empty.
+        styles: of the drawings; all by default. without: families of drawings that no head may see.
     """
     model, drawings = mm.load(name), Corpus(corpus)
-    made = "-".join([weights_hash(model.model), str(len(drawings.rows)), str(seed), *texts])
-    path = cache_dir("heads") / f"{made}.safetensors"
-    held_out = [drawings.where("heldout_pictures"), drawings.where("heldout_concepts")]
+    chosen = digest(*styles, *without)[:12] if styles or without else ""
+    made = "-".join([weights_hash(model.model), str(len(drawings.rows)), str(seed), *texts, chosen])
+    path = cache_dir("heads") / f"{made.rstrip('-')}.safetensors"
+
+    def where(split: str) -> list[int]:
+        rows = [i for i in drawings.where(split) if not styles or drawings.rows[i]["style"] in styles]
+        return [i for i in rows if drawing_family(drawings.rows[i]["name"]) not in without]
+
+    held_out = [where("heldout_pictures"), where("heldout_concepts")]
     if not path.exists():
-        rows, rng = drawings.where("train"), random.Random(seed)
+        rows, rng = where("train"), random.Random(seed)
         known = sorted({drawings.rows[i]["name"] for i in rows})
         lines = {
             "captions": [losses.caption(drawings.rows[i], rng) for _ in range(2) for i in rows],
@@ -210,7 +229,9 @@ def plan_of(kind: str) -> dict[str, Any]:
     return {"features": 256, "epochs": 3, "lr": 1e-3, "texts": ("names", "captions")}
 
 
-def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> dict[str, Any]:
+def described(
+    head: Head, name: str, data: Vectors, recipe: dict[str, Any], without: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Describes a head for config.json: data, recipe, and its numbers on held-out pairs and on OpenMoji."""
     image, text, seen = data.valid_image, data.valid_text, data.seen_concepts
     return {
@@ -222,7 +243,7 @@ def described(head: Head, name: str, data: Vectors, recipe: dict[str, Any]) -> d
         "held_out_concepts": measured(head, image[seen:], text[seen:]),
         "training": measured(head, *data.pairs("names", "captions")),
         "openmoji_mds": groups(head, name),
-    }
+    } | ({"without_families": list(without)} if without else {})
 
 
 @torch.no_grad()
@@ -265,7 +286,7 @@ def in_thirds(scores: MDSResult) -> list[mm.FeatureSet]:
 
 def main(
     corpus: Annotated[Path, typer.Option(help="folder made by embedded.corpus")] = Path("runs/corpus"),
-    name: Annotated[str, typer.Option(help="embedded model: mini or mini-declip")] = "mini",
+    name: Annotated[str, typer.Option(help="embedded model: mini, mini-declip or mini-reader")] = "mini",
     kinds: Annotated[str, typer.Option(help="sae, sae-wide, ncl, or several with commas")] = "sae,ncl",
     features: Annotated[int | None, typer.Option(help="other than the plan's")] = None,
     epochs: Annotated[int | None, typer.Option(help="other than the plan's")] = None,
@@ -273,20 +294,26 @@ def main(
     seeds: Annotated[
         str, typer.Option(help="training seeds, with commas; 0 ships as KIND, others as KIND-seedS")
     ] = "0",
+    styles: Annotated[str, typer.Option(help="of the drawings, with commas; all by default")] = "",
+    unattacked: Annotated[
+        bool, typer.Option("--unattacked", help="without the families that recipes/adversarial.py attacks")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="where heads go; the package's assets by default")] = None,
 ) -> None:
     """Trains and ships heads: PYTHONPATH=recipes python -m embedded.heads.train --corpus runs/corpus --seeds 0,1,2,3,4"""
+    sets, without = tuple(filter(None, styles.split(","))), attacked_families() if unattacked else ()
     for kind in kinds.split(","):
         asked = {"features": features, "epochs": epochs, "lr": lr}
         plan = plan_of(kind) | {key: value for key, value in asked.items() if value is not None}
-        data = vectors(name, corpus, 0, tuple(text for text in plan["texts"] if text != "names"))
+        data = vectors(
+            name, corpus, 0, tuple(text for text in plan["texts"] if text != "names"), sets, without
+        )
         heads: dict[int, Head] = {}
         for seed in (int(part) for part in seeds.split(",")):
             torch.manual_seed(seed)
             heads[seed], result = train(kind, data, seed=seed, **plan)
-            heads[seed].info = described(
-                heads[seed], name, data, {"steps": result.steps, "seed": seed, **plan}
-            )
+            recipe = {"steps": result.steps, "seed": seed, **plan} | ({"styles": list(sets)} if sets else {})
+            heads[seed].info = described(heads[seed], name, data, recipe, without)
             typer.echo(
                 f"{name}/{kind} seed {seed}: {heads[seed].info['held_out']} {heads[seed].info['openmoji_mds']}"
             )

@@ -20,16 +20,20 @@ from mmhooks.analysis.attacks.judges import COMPLIANCE, PAPER, refuses
 from mmhooks.analysis.measures.mds import GROUPS
 from mmhooks.studies.adversarial import samples as made
 from mmhooks.studies.adversarial import study as adversarial
+from mmhooks.studies.adversarial.calibration import PAPER_LEFT, Trial, calibrate, nearest
 from mmhooks.studies.adversarial.cost import cost_results, untriggered_rows
-from mmhooks.studies.adversarial.defence import (
-    Defence,
+from mmhooks.studies.adversarial.defence import Defence
+from mmhooks.studies.adversarial.dictionaries import (
+    SHIPPED,
+    Dictionary,
     feature_masks,
-    find_matched_count,
+    load_dictionaries,
     smallest_group_size,
 )
-from mmhooks.studies.adversarial.evaluation import Evaluation, comparisons, rule_judge
+from mmhooks.studies.adversarial.evaluation import Evaluation, attack_results, compare, gain_left, rule_judge
+from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.paper import claims
-from mmhooks.studies.adversarial.tables import calibration_table, table8
+from mmhooks.studies.adversarial.tables import calibration_table, dictionary_table, left_in_paper, table8
 from mmhooks.studies.adversarial.victims import answer_lengths, make_judge, make_victims
 
 docs_app = typer.Typer()
@@ -137,29 +141,36 @@ def mini(pairs):
         image = model.encode_image(torch.stack([made.as_pixels(pairs.image(i), 64) for i in ids]) * 2 - 1)
         text = model.encode_text(model.tokenizer([pairs.texts[i] for i in ids]))
         found = mm.mds(*(head.encode(head.prepare(x)) for x in (image, text)), head=head.id)
-    return model, found
+    return model, Dictionary("mini/sae-wide", found, head)
 
 
-def test_the_defence_runs_every_draw_and_the_strong_one_once(mini, pairs):
-    model, found = mini
+def test_the_defence_runs_every_draw_and_the_papers_point_once(mini, pairs):
+    model, one = mini
     samples = made.make_samples(model, pairs, 6, seed=3, epsilon=0.06, steps=1, progress=False)
-    how = Defence(2, 0.004, 3, 5, progress=False)
-    runs = list(how.run(model, samples, found, repeats=2, keep=(1, 2), untouched=(0, 4)))
-    told = [(r.defence, r.draw, r.strong) for r in runs]
+    how = Defence(2, 0.004, 3, 5, paper_lr=0.001, progress=False)
+    runs = list(how.run(model, samples, one, repeats=2, keep=(1, 2), untouched=(0, 4)))
+    told = [(r.defence, r.draw, r.paper_point) for r in runs]
     first = [(d, 0, False) for d in (*GROUPS, "random", "all")]
     assert told == [*first, *((d, 1, False) for d in (*GROUPS, "random")),
                     *((d, 0, True) for d in (*GROUPS, "random"))]  # fmt: skip
     for r in runs:
         assert r.final.shape == samples.attack.shape and r.loss[-1] < r.loss[0]
-        early = r.draw == 0 and not r.strong
+        early = r.draw == 0 and not r.paper_point
         assert sorted(r.at) == ([1, 2] if early else [2])
         assert (len(r.nonsense), len(r.benign)) == ((len(samples.typed), 2) if early else (0, 0))
+        assert max(r.linf) < 2.1 * (0.001 if r.paper_point else 0.004)  # Adam's first steps are lr long
     by = {t: r for t, r in zip(told, runs, strict=True)}
     assert not torch.equal(by["TextD", 0, False].final, by["TextD", 1, False].final)  # other features
-    again = next(how.run(model, samples, found, repeats=1, keep=(), untouched=()))
+    again = next(how.run(model, samples, one, repeats=1, keep=(), untouched=()))
     assert torch.allclose(
         again.final, runs[0].final, atol=1e-6
     )  # neither extra images nor recorded steps change a sample
+    other = list(
+        replace(how, first=False, paper_lr=None).run(model, samples, one, repeats=1, keep=(), untouched=(0,))
+    )
+    assert [r.defence for r in other] == [*GROUPS, "random"] and not any(
+        len(r.nonsense) + len(r.benign) for r in other
+    )
 
 
 class BrightnessVictim:
@@ -177,52 +188,154 @@ class BrightnessVictim:
         ]
 
 
+class ScriptedVictim:
+    """What a defence leaves is what the script says for its number of features and its learning rate."""
+
+    def __init__(self, samples, monkeypatch, left):
+        self.victim, self.samples, self.asked = SimpleNamespace(name="scripted"), samples, []
+
+        def one(defence, model, s, site, name, mask, **more):
+            self.asked.append((name, int(mask.sum(1)[0]), defence.lr))
+            return SimpleNamespace(final=torch.full((1,), left(*self.asked[-1][1:])))
+
+        monkeypatch.setattr(Defence, "run_once", one)
+
+    def hits(self, what, images):
+        value = {"benign": 0.1, "unaligned": 0.9}.get(what)
+        value = 0.1 + 0.8 * float(images[0]) if value is None else value
+        return [i < round(1000 * value) for i in range(1000)]
+
+
 def test_strength_is_chosen_on_random_features_alone(mini, samples, monkeypatch):
     """The share left for each count is what the victim says; the count nearest to one half wins; no group is asked."""
-    model, found = mini
-    left = {2: 0.9, 4: 0.6, 8: 0.55, 16: 0.2, 32: 0.1}
-    asked = []
+    model, one = mini
+    left = {1: 0.95, 2: 0.9, 4: 0.6, 8: 0.55, 16: 0.2, 32: 0.1}
+    victim = ScriptedVictim(samples, monkeypatch, lambda k, lr: left[k])
+    how = calibrate(Trial(model, [victim], Options(quiet=True)), one, paper_point=False)
+    assert how["matched"] == 8 and how["tried"]["8"]["left"] == pytest.approx(0.55, abs=2e-3)
+    assert how["paper_point"] is None
+    assert victim.asked == [
+        ("random", k, 0.015) for k in (1, 2, 4, 8, 16)
+    ]  # under a quarter left: no more is tried
+    lines = calibration_table({"calibration": how, "settings": {"lr": 0.015}}).markdown().splitlines()
+    assert [line for line in lines if "←" in line] == ["| 8 random features ← | 0.015 | 54.0 | 55 |"]
 
-    def one(self, model, s, name, mask, **more):
-        asked.append((name, int(mask.sum(1)[0])))
-        return SimpleNamespace(final=torch.full((1,), left[asked[-1][1]]))
 
-    class Scripted:
-        victim, samples = SimpleNamespace(name="scripted"), None
-
-        def hits(self, what, images):
-            value = {"benign": 0.0, "unaligned": 1.0}.get(what)
-            value = float(images[0]) if value is None else value
-            return [i < round(100 * value) for i in range(100)]
-
-    Scripted.samples = samples
-    monkeypatch.setattr(Defence, "run_once", one)
-    how = find_matched_count(model, found, [Scripted()], steps=2, lr=0.02, seed=1, progress=False)
-    assert how["matched"] == 8 and how["tried"]["8"]["left"] == pytest.approx(0.55)
-    assert asked == [("random", k) for k in (2, 4, 8, 16)]  # less than a quarter is left: no more is tried
-    lines = calibration_table({"calibration": how}).markdown().splitlines()
-    assert [line for line in lines if "←" in line] == ["| 8 random features ← | 55.0 | 55 |"]
+def test_the_papers_point_is_found_by_halving_the_rate(mini, samples, monkeypatch):
+    model, one = mini
+    victim = ScriptedVictim(samples, monkeypatch, lambda k, lr: 1 / (1 + 300 * lr))
+    options = Options(quiet=True, matched=4, lr=0.016)
+    how = calibrate(Trial(model, [victim], options), one, paper_point=True)
+    weak, most = how["paper_point"], smallest_group_size(one.mds)
+    assert how["matched"] == 4 and how["rule"] == "set by --matched" and not how["tried"]
+    halved = [0.008, 0.004, 0.002, 0.001, 0.0005]  # at .001 random features leave .77, at .0005 .87
+    assert [r for _, _, r in victim.asked] == pytest.approx([*halved, 0.0005 * 2**0.5])
+    assert {k for _, k, _ in victim.asked} == {most} and weak["features"] == most
+    assert weak["lr"] == pytest.approx(0.001) and abs(weak["left"] - PAPER_LEFT) < 0.03
+    assert left_in_paper("random") == "79" and left_in_paper("benign") == ""
+    assert nearest({1: {"left": 0.5}, 2: {"left": 1.0}}, 0.75) == 1  # a tie: the first
 
 
 def test_an_attack_that_gains_nothing_halves_nothing(mini, samples):
-    model, found = mini
+    model, one = mini
     evaluation = Evaluation(BrightnessVictim(2.0), rule_judge(), samples)
-    how = find_matched_count(model, found, [evaluation], steps=1, lr=0.02, seed=1, progress=False)
+    how = calibrate(Trial(model, [evaluation], Options(quiet=True)), one, paper_point=True)
+    assert how["matched"] == smallest_group_size(one.mds) and "gains nothing" in how["rule"]
+    assert not how["tried"] and how["paper_point"] is None
+
+
+def judged(samples, **rates: float) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {c: torch.rand(3, len(samples), generator=rng) < p for c, p in rates.items()}
+
+
+def test_comparisons_pool_draws_and_hold_over_drawings_and_targets(samples):
+    many = replace(samples, base_name=tuple(map(str, range(120))), target=tuple(f"t{i % 40}" for i in range(120)),
+                   trigger=("word",) * 120)  # fmt: skip
+    hits = judged(many, benign=0.0, unaligned=1.0, ImgD=0.7, TextD=0.1, CrossD=0.5, random=0.5)
+    found = {c.name: c for c in compare(hits, many)}
+    assert len(found) == 6
+    gap = hits["TextD"].double().mean() - hits["random"].double().mean()
+    c = found["TextD − random"]
+    assert c.difference.value == pytest.approx(float(gap)) == pytest.approx(c.gain.value)  # all of it is gain
+    assert c.measured.p < 0.001 < 0.05 < found["CrossD − random"].measured.p
+    assert gain_left(hits, "random", torch.arange(120))["value"] == pytest.approx(
+        float(hits["random"].double().mean())
+    )
+    # The same judgements under four targets, of which one alone differs: no evidence about targets.
+    few = replace(many, target=tuple("abcd"[i // 30] for i in range(120)))
+    hits["TextD"][:, 30:] = hits["random"][:, 30:]
+    by = {
+        t: next(c for c in compare(hits, s) if c.name == "TextD − random")
+        for t, s in (("many", many), ("few", few))
+    }
+    assert by["few"].measured.p == 1.0 > by["many"].measured.p
     assert (
-        how["matched"] == smallest_group_size(found) and "gains nothing" in how["rule"] and not how["tried"]
+        by["few"].difference.high - by["few"].difference.low
+        > by["many"].difference.high - by["many"].difference.low
     )
 
 
-def test_comparisons_pool_draws_and_correct_for_their_number():
-    rng = torch.Generator().manual_seed(0)
-    hits = {g: torch.rand(3, 60, generator=rng) < p
-            for g, p in (("ImgD", 0.7), ("TextD", 0.1), ("CrossD", 0.5), ("random", 0.5))}  # fmt: skip
-    found = {(r["one"], r["other"]): r for r in comparisons(hits, torch.arange(60))}
-    assert len(found) == 6
-    gap = hits["TextD"].double().mean() - hits["random"].double().mean()
-    assert found["TextD", "random"]["difference"]["value"] == pytest.approx(float(gap))
-    assert found["TextD", "ImgD"]["holm"] < 0.001 < 0.05 < found["CrossD", "random"]["holm"]
-    assert all(r["holm"] >= r["p"] - 1e-12 for r in found.values())
+def test_primaries_are_corrected_over_all_victims(samples):
+    plain = replace(
+        samples, trigger=("object",) * len(samples), typed=()
+    )  # no words: the victims are asked nothing more
+    evaluations = []
+    for name, rate in (("a", 0.2), ("b", 0.5)):
+        e = Evaluation(SimpleNamespace(name=name), rule_judge(), plain)
+        hits = judged(plain, benign=0.0, unaligned=0.9, ImgD=0.5, TextD=rate, CrossD=0.5, random=0.6, all=0.1)
+        e.rates = e.target_named = {c: h.tolist() for c, h in hits.items()}
+        evaluations.append(e)
+    both, alone = attack_results(evaluations), attack_results(evaluations[:1])
+    p = min(r["p"] for v in both.values() for r in v["comparisons"])
+    assert min(r["holm"] for v in both.values() for r in v["comparisons"]) == pytest.approx(min(1.0, 12 * p))
+    for one, two in zip(alone["a"]["comparisons"], both["a"]["comparisons"], strict=True):
+        assert one["p"] == two["p"] and one["holm"] <= two["holm"]
+
+
+def test_dictionaries_are_scored_where_nothing_is_attacked(pairs, tmp_path):
+    model = mm.load("mini")
+    options = Options(model="mini", head=["train", "raw"], epochs=1, features=128, quiet=True)
+    some = pairs.select(list(range(0, len(pairs), 12)))
+    trained, raw = load_dictionaries(model, some, options, cache=tmp_path)
+    attacked = set(made.attacked_families())
+    kept = [t for t in some.texts if made.drawing_family(t) not in attacked]
+    assert 0 < len(kept) < len(some) and trained.mds.n_pairs == raw.mds.n_pairs == len(kept)
+    assert (
+        trained.unseen
+        and raw.unseen is None
+        and (trained.site, raw.site) == ("image.embed.sae.pre", "image.embed")
+    )
+    assert raw.to_json()["features"] == 256 and raw.mds.kind == "abs"
+    with trained.attached(model):
+        assert "image.embed.sae.pre" in model.sites()
+    assert "image.embed.sae.pre" not in model.sites()
+    with pytest.raises(mm.errors.MMHooksError, match="every dictionary once, got raw, raw"):
+        load_dictionaries(model, some, replace(options, head=["raw", "raw"]), cache=tmp_path)
+
+
+def test_nothing_attacked_is_in_a_family_that_dictionaries_learn_from(pairs, samples):
+    attacked = set(made.attacked_families())
+    shown = {*samples.base_name, *made.THINGS, *made.FRIENDLY_THINGS}
+    assert {made.drawing_family(name) for name in shown} <= attacked
+    learned = {made.drawing_family(pairs.texts[i]) for i in made.unattacked_rows(pairs)}
+    assert not learned & attacked and len(learned) > 1500
+    plain = SimpleNamespace(
+        texts=[f"thing {i}" for i in range(20)], splits=[None] * 20, meta=[{}] * 20, ids=range(20)
+    )
+    plain_pairs = type("P", (), {"__len__": lambda self: 20, **vars(plain)})()
+    rows = set(made.candidates(plain_pairs))
+    assert len(rows) == 4 and rows | set(made.unattacked_rows(plain_pairs)) == set(range(20))
+    assert not rows & set(made.unattacked_rows(plain_pairs))
+
+
+@pytest.mark.parametrize(
+    "name", [n for names in SHIPPED.values() for n in names if n.startswith("mini-reader/")]
+)
+def test_the_readers_dictionaries_never_saw_what_is_attacked(name):
+    head = mm.load_head(name)
+    assert set(head.info["without_families"]) == set(made.attacked_families())
+    assert head.info["model"] == "mini-reader" and head.info["recipe"]["script"].endswith("train.py")
 
 
 def test_the_cost_is_counted_by_hand(samples):
@@ -276,7 +389,8 @@ def run(tmp_path: Path, *more: str) -> dict:
 
 
 def test_the_recipe_end_to_end(tmp_path):
-    found = run(tmp_path, "--model", "mini", "--victim", "clip", "--matched", "2", "--quiet")
+    heads = ("--head", "mini/sae", "--head", "raw")
+    found = run(tmp_path, "--model", "mini", *heads, "--victim", "clip", "--matched", "2", "--quiet")
     victim = found["victims"]["zero-shot CLIP"]
     assert victim["n"] == 8 and set(victim["rates"]) == {
         "benign",
@@ -292,9 +406,19 @@ def test_the_recipe_end_to_end(tmp_path):
     for d, runs in victim["draws"].items():
         assert victim["rates"][d]["all triggers"]["value"] == pytest.approx(sum(runs) / len(runs))
     assert victim["curve"]["TextD"]["2"]["value"] == victim["draws"]["TextD"][0]
-    assert set(victim["strong"]) == {*GROUPS, "random"} and len(victim["comparisons"]) == 6
-    assert 2 == found["head"]["matched"] == found["calibration"]["matched"] < found["head"]["strong"]
-    assert all(len(r["loss"]) == 3 for r in found["defence"]) and len(found["defence"]) == 13
+    assert len(victim["comparisons"]) == 6
+    assert 2 == found["head"]["matched"] == found["calibration"]["matched"] < found["head"]["smallest"]
+    weak = found["calibration"]["paper_point"]  # 8 samples may not show any gain
+    assert set(victim["paper_point"].get("gain_left", {})) == ({*GROUPS, "random"} if weak else set())
+    assert all(len(r["loss"]) == 3 for r in found["defence"])
+    assert len(found["defence"]) == (13 if weak else 9)
+    assert list(found["dictionaries"]) == ["mini/sae", "raw"]
+    assert found["dictionaries"]["mini/sae"]["head"] == found["head"]
+    for one in found["dictionaries"].values():
+        r = one["victims"]["zero-shot CLIP"]
+        assert r["rates"]["unaligned"] == victim["rates"]["unaligned"]["all triggers"]
+        assert [c["one"] for c in r["comparisons"]][:3] == list(GROUPS) and "holm" not in r["comparisons"][0]
+    assert len(dictionary_table(found).rows) == 3
     assert set(found["cost"]["victims"]["zero-shot CLIP"]) >= {
         "before",
         "partner",

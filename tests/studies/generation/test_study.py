@@ -8,19 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
+import typer
 from PIL import Image
+from publish import generation as generation_docs
 from typer.testing import CliRunner
 
 import mmhooks as mm
 from mmhooks.analysis.measures.groups import BY_RANK, BY_SIGMA
+from mmhooks.analysis.statistics.measured import against_few_sets
+from mmhooks.analysis.statistics.primaries import Primary
 from mmhooks.errors import DataError, MMHooksError
 from mmhooks.models.embedders import image_embedder
 from mmhooks.studies.generation import cases as generation_cases
 from mmhooks.studies.generation import interpolation as study
 from mmhooks.studies.generation import settings as generation_settings
 from mmhooks.studies.generation import study as generation
-from mmhooks.studies.generation.verdicts import as_json, verdicts
+from mmhooks.studies.generation.verdicts import as_json, beyond_sets, power_line, verdicts
 from mmhooks.utils.escape import markdown
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
@@ -103,6 +108,8 @@ def test_verdicts_follow_the_papers_claim() -> None:
     other = measured({"ImgD": 0.1, "TextD": 0.1, "CrossD": 0.1}, {"ImgD": 0.1, "TextD": 0.5, "CrossD": 0.3})
     found = verdicts({"dims": other}, {"dims": random_sets(0.01)})["dims"]
     assert [d.outcome for d in found.values()] == ["opposite", "undecided", "opposite", "undecided"]
+    margin = found["TextD keeps the structure"].detectable
+    assert f"TextD keeps the structure: 80 % power for a margin of {margin:.3f}" in power_line(found)
     sentence = as_json(found)["TextD keeps the structure"]["sentence"]
     assert "not shown to stay by less than 0.050" in sentence and "80 % power for a margin of" in sentence
 
@@ -118,14 +125,42 @@ def test_sets_that_scatter_show_nothing_and_more_claims_need_more() -> None:
     assert one.detectable > 0.13 * 2.8  # the sets' scatter, not that of the prompts, decides
 
 
+def test_a_difference_must_hold_over_prompts_too() -> None:
+    """Sets that agree say nothing about other prompts; one prompt that moves far is no effect."""
+    primary = Primary("ImgD breaks the structure", "greater")
+    own = torch.cat([torch.tensor([3.0]), torch.zeros(29)])
+    sets = torch.zeros(20, 30) + 1e-3 * torch.randn(20, 1, generator=torch.Generator().manual_seed(0))
+    found, sure = beyond_sets(primary, own, sets), beyond_sets(primary, own * 0 + 0.1, sets)
+    assert against_few_sets(primary, float(own.mean()), sets.mean(1)).p < 1e-6 < 0.3 < found.p
+    assert found.estimate.low < 0 < found.estimate.value == pytest.approx(0.1, abs=1e-3)
+    assert sure.p < 1e-6 and found.detectable > 0.2 > sure.detectable
+    assert found.p == pytest.approx(float(scipy.stats.ttest_1samp(own - sets.mean(0), 0)[1]))
+
+
+def test_edits_of_fewer_prompts_are_judged_by_their_own_rows() -> None:
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 4, 3, 64, 64, generator=g)
+    judge = study.Judge(image_embedder(progress=False), images[0], images[1])
+    every, some = judge(images[2], images[0]), judge(images[2][:2], images[0][:2])
+    for measure, values in some.items():
+        assert torch.allclose(values, every[measure][:2], atol=1e-5), measure
+
+
+def test_the_prompt_shown_is_drawn_at_every_strength() -> None:
+    generation_settings.check_options(generation.Options(pairs=50, curve_pairs=9, shown=8))
+    with pytest.raises(MMHooksError, match="expected 0 to 8, the prompts drawn at every strength, got 9"):
+        generation_settings.check_options(generation.Options(pairs=50, curve_pairs=9, shown=9))
+
+
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     done = generation.run(
         generation.Options(
             limit=1500,
             pairs=3,
+            curve_pairs=2,
             seeds=1,
-            strength=[0.9],
+            strength=[0.5, 0.9],
             steps=3,
             epochs=2,
             random_sets=8,
@@ -141,12 +176,39 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert len(set(found["edited"].values())) == 1 and found["rule"] in (BY_SIGMA, BY_RANK)
         for by in found["curves"].values():
             assert by["shift"][0]["value"] == 0 and by["distortion"][0]["value"] == 0
-        assert max(by["distortion"][1]["value"] for by in found["curves"].values()) > 0.005
+            assert [row["n"] for row in by["shift"]] == [3, 2, 3]  # fewer prompts below the largest strength
+        assert max(by["distortion"][2]["value"] for by in found["curves"].values()) > 0.005
+        assert found["power"] in (tmp_path / "tables.md").read_text() and found["shown"] < 2
         assert (tmp_path / f"grid-projected-{space.lower()}.png").stat().st_size > 1000
     page = (tmp_path / "index.html").read_text()
     tables = (tmp_path / "tables.md").read_text()
     assert all(markdown(v["sentence"]) in tables for v in found["verdicts"].values())
     assert "Interpolation by modality" in page
+    fills_the_docs(tmp_path, results)
+
+
+def fills_the_docs(run: Path, results: dict) -> None:
+    """The docs page gets tables, claims and figures and nothing else; a second time changes nothing."""
+    page = run / "page" / "generation.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- results:begin -->\nstale words\n<!-- results:end -->\nafter\n")
+    app = typer.Typer()
+    app.command()(generation_docs.main)
+    told = CliRunner().invoke(app, [str(run), "--page", str(page)], catch_exceptions=False)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results:begin") and text.endswith("<!-- results:end -->\nafter\n")
+    assert "stale" not in text and text.count("| 8 random sets |") == len(results["modes"]["projected"])
+    for found in results["modes"]["projected"].values():
+        assert all(v["sentence"] in text and v["claim"] in told.output for v in found["verdicts"].values())
+        assert found["power"] in text
+    assert {f.name for f in (page.parent / "figures").iterdir()} >= {
+        "generation-grid.png",
+        "generation-curves.png",
+    }
+    CliRunner().invoke(app, [str(run), "--page", str(page)], catch_exceptions=False)
+    assert page.read_text() == text
+    page.write_text("no markers")
+    assert CliRunner().invoke(app, [str(run), "--page", str(page)]).exit_code == 2
 
 
 def tiny(kind: str, encoder: str, folder: Path) -> list[str]:
@@ -279,7 +341,7 @@ def test_the_papers_settings_run_and_are_accounted_for(
     }
     joint, own = results["modes"]["naive"]["joint"], results["modes"]["naive"]["dimensions"]
     assert (
-        joint["sizes"]["ImgD"] == 4 and joint["edited"]["ImgD"] == 4
+        joint["sizes"]["ImgD"] == 3 and joint["edited"]["ImgD"] == 3
     )  # whole groups, by the joint space's scores
     assert joint["thresholds"] != own["thresholds"]
     status = {s["option"]: s["status"] for s in results["paper"]["settings"] if s["option"]}
