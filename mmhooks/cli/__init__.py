@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mmhooks.cli.estimate import estimate
 from mmhooks.cli.human import human
 from mmhooks.cli.inspect import models, pairs, sites
 from mmhooks.cli.measure import measure
@@ -45,4 +46,5 @@ for command in (models, sites, pairs, extract, train, sweep, measure):
     app.command()(command)
 app.add_typer(store, name="store")
 app.add_typer(study, name="study")
+app.add_typer(estimate, name="estimate")
 app.add_typer(human, name="human")

@@ -126,6 +126,31 @@ def _autocast(precision: str) -> torch.dtype | None:
     return {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)
 
 
+def known_name(name: str) -> str:
+    """The name as open_clip spells it.
+
+    Raises:
+        MMHooksError: open_clip has no such model; the message names near ones.
+
+    >>> known_name("ViT-B/32")
+    'ViT-B-32'
+    """
+    from difflib import get_close_matches
+
+    import open_clip
+
+    if ":" in name:  # hf-hub:… and local-dir:…, which open_clip reads itself
+        return name
+    name, known = name.replace("/", "-"), open_clip.list_models()
+    if name not in known:
+        near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
+        raise MMHooksError(
+            f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
+            f"close matches: {', '.join(near) or 'none'}"
+        )
+    return name
+
+
 def _open_clip(
     name: str,
     pretrained: str | None,
@@ -133,24 +158,15 @@ def _open_clip(
     activation: Activation | None,
     cache_dir: str | Path | None,
 ) -> tuple[Any, Any, Any]:
-    from difflib import get_close_matches
-
     import open_clip
 
     from mmhooks.models.clip.activation import is_torchscript, quick_gelu_of, torchscript_weights
     from mmhooks.models.clip.declip import is_declip, load_declip
 
-    name = name.replace("/", "-") if not name.startswith(("hf-hub:", "local-dir:")) else name
-    known = open_clip.list_models()
+    name = known_name(name)
     if ":" in name and activation is not None:
         raise MMHooksError(
             f"activation: expected a name of open_clip's own, got {name!r}, whose configuration says it; leave it out"
-        )
-    if ":" not in name and name not in known:
-        near = get_close_matches(name, [*known, *EMBEDDED], n=4, cutoff=0.5)
-        raise MMHooksError(
-            f"no model {name!r}: embedded are {', '.join(EMBEDDED)}; open_clip knows {len(known)}, "
-            f"close matches: {', '.join(near) or 'none'}"
         )
     if ":" not in name and pretrained and is_declip(pretrained):
         if activation not in (None, "quick_gelu"):

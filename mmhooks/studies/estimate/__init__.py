@@ -1,0 +1,1 @@
+"""What a study would need on a GPU: hours and gigabytes a stage, counted on models without weights."""
