@@ -26,10 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- estimated: begin -->", "<!-- estimated: end -->"
 COMMANDS = (
-    "mmhooks estimate modality --model ViT-B-32 --data cc3m --image-embedder vit-b16-in21k",
-    "mmhooks estimate adversarial --model ViT-B-32 --data coco --victim llava-hf/llava-1.5-7b-hf",
-    "mmhooks estimate generation --pipeline stabilityai/stable-diffusion-2-base --model ViT-H-14 --data coco --steps 50 "
-    "--guidance 7.5 --dtype float16",
+    "mmhooks estimate modality --paper",
+    "mmhooks estimate adversarial --paper",
+    "mmhooks estimate generation --paper --dtype float16",
 )
 CLIP, BATCH = "ViT-B-32", 8
 

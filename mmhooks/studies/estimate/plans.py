@@ -19,7 +19,10 @@ from mmhooks.studies.modality.options import Options as ModalityOptions
 
 PAIRS = {"mini": 3_953, "coco": 5_000, "cc3m": 13_443}  # of the data sets that studies know by name
 TRIED = 4  # counts of random features that the adversarial study's calibration tries: 2, 4, 8, 16
-GRADIENT_SHARE, TYPED_SHARE = 0.2, 0.5  # of its samples: gradient attacks, and those with a written word
+GRADIENT_SHARE, TYPED_SHARE = (
+    0.2,
+    0.5,
+)  # of its samples: gradient attacks, those with a written word; --phrase: 0 and 1
 ANSWER_BATCH = 32  # requests that a LLaVA is asked at a time
 ALIGN_BATCH = 64  # pictures whose pixels are moved at a time
 LIVE_BATCH = 256  # pairs under a mask at a time
@@ -56,7 +59,7 @@ def modality_stages(o: ModalityOptions, pairs: int | None = None) -> list[Stage]
         found.append(Stage("similarity of images", "images", n, cost, o.batch, 1, o.dtype))
     # A study that lacks one kind of head trains both.
     named = all(head_source(given, kind, o.model) for given, kind in ((o.sae, "sae"), (o.ncl, "ncl")))
-    found += head_stages(width, o.features, n, o.epochs, 0 if named else o.seeds)
+    found += head_stages(width, o.features, n, o.epochs, 0 if named else o.seeds, k=o.k)
     # CLIP, DeCLIP, CLIP+NCL and CLIP+SAE run under three masks, and before and after these on one batch.
     masked_pairs = min(o.evaluate, n)
     live = (towers + 2) * (3 * masked_pairs + 2 * min(masked_pairs, LIVE_BATCH))
@@ -74,7 +77,7 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
     if o.head is None and o.model != "mini":
         found += head_stages(calls.embed_dim(o.model), o.features, n_pairs, o.epochs, 1, kinds=("sae",))
     moved, answers = adversarial_counts(o)
-    attacked = round(GRADIENT_SHARE * (samples_of(o) + calibration_of(o)))
+    attacked = round(gradient_share(o) * (samples_of(o) + calibration_of(o)))
     step = calls.pixel_gradient_cost(o.model, ALIGN_BATCH, dtype)
     found += [
         Stage("gradient attack", "images", attacked, step, ALIGN_BATCH, o.attack_steps, o.dtype),
@@ -98,7 +101,10 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
 def adversarial_counts(o: AdversarialOptions) -> tuple[int, int]:
     """Returns how many pictures the defences move, and how many answers each victim gives."""
     n, some = samples_of(o), calibration_of(o)
-    typed, untouched = round(TYPED_SHARE * n), min(o.cost, round((1 - GRADIENT_SHARE) * n))
+    typed = n if o.phrase else round(TYPED_SHARE * n)
+    untouched = min(
+        o.cost, round((1 - gradient_share(o)) * n)
+    )  # a gradient attack has no other picture as partner
     later = 4 * (o.repeats - 1) * n + 4 * n  # other draws, and one run with as many features as a group has
     recorded = len({max(1, o.steps // 4), max(1, o.steps // 2), o.steps} - {o.steps})
     moved = TRIED * some + 5 * (n + typed + untouched) + later
@@ -106,6 +112,10 @@ def adversarial_counts(o: AdversarialOptions) -> tuple[int, int]:
     baselines, controls = 2 * n + typed, 2 * typed
     answers = calibrated + baselines + 5 * (n + typed + recorded * n) + later + controls + 7 * untouched
     return moved, answers
+
+
+def gradient_share(o: AdversarialOptions) -> float:
+    return 0.0 if o.phrase else GRADIENT_SHARE
 
 
 def samples_of(o: AdversarialOptions) -> int:
@@ -139,7 +149,7 @@ def generated_images(o: GenerationOptions, modes: int) -> int:
     """Returns the images of all modes: two spaces (dimensions and SAE), four groups at every strength, the other random
     sets at the last; the unedited images, and the two of the judge."""
     strengths = len([s for s in o.strength if s > 0]) if o.strength else 5
-    n, spaces = o.pairs, 2 + bool(getattr(o, "joint", False))
+    n, spaces = o.pairs, 2 + o.joint
     some = min(getattr(o, "curve_pairs", n), n)  # prompts at the strengths below the largest
     edited = spaces * (4 * ((strengths - 1) * some + n) + (o.random_sets - 1) * n)
     return modes * (edited * o.seeds + (o.seeds + 2) * n)
@@ -181,7 +191,7 @@ def number_of_pairs(data: str, limit: int | None, given: int | None) -> int:
 
 def as_dtype(name: str) -> torch.dtype:
     found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise MMHooksError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
     return found
 
