@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import mmhooks as mm
-from mmhooks.cli import app
 from mmhooks.errors import MMHooksError
 from mmhooks.models.cost import Cost
 from mmhooks.studies.adversarial.study import Options as AdversarialOptions
@@ -152,38 +149,3 @@ def test_what_is_not_known_is_asked_for() -> None:
         stages_of("gender", None)
     with pytest.raises(MMHooksError, match="--dtype: expected float32, bfloat16 or float16, got 'int'"):
         stages_of("modality", ModalityOptions(limit=8, dtype="int"))
-
-
-# -- the command -------------------------------------------------------------------------------------------
-
-
-def estimated(*words: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["estimate", *words], env={"COLUMNS": "300"})
-    return done.exit_code, done.output
-
-
-def test_the_command_takes_the_studys_own_options() -> None:
-    code, told = estimated(
-        "--utilisation", "0.5", "--machine", "a100-40gb", "modality", "--limit", "64", "--declip", ""
-    )
-    assert code == 0 and "modality on one A100 40 GB" in told and "Hours at 50 % of the peaks" in told
-    rows = [line for line in told.splitlines() if line.startswith("| encoding, images |")]
-    assert len(rows) == 1 and "64 images" in rows[0] and "Not in these numbers: reading, decoding" in told
-    assert re.search(r"--evaluate", estimated("modality", "--help")[1])
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (
-            ["--machine", "abacus", "modality"],
-            "--machine: expected one of a100-80gb, a100-40gb, got 'abacus'",
-        ),
-        (["--low", "0.9", "modality"], "expected 0 < --low <= --utilisation"),
-        (["modality", "--data", "photos/"], "modality: --data photos/: expected a known number of pairs"),
-        (["generation", "--pipeline", "some/where", "--limit", "8"], "no configuration of 'some/where'"),
-    ],
-)
-def test_what_cannot_be_estimated_is_one_sentence(words: list[str], told: str) -> None:
-    code, output = estimated(*words)
-    assert code == 1 and told in output and "Traceback" not in output
