@@ -78,7 +78,7 @@ def analyse(
 ) -> None:
     """Say how often people find the intruder in each group, whether they agree, and how many answers would decide.
 
-    Example: mmhooks human analyse answers/*.json --key runs/human/key.json
+    Example: mmhooks human analyse answers/anna.json answers/ben.json --key runs/human/key.json
     """
     from mmhooks.models.embedders import text_embedder
     from mmhooks.studies.human.analysis import analyse, tables_of
