@@ -10,6 +10,7 @@ import torch
 
 from mmhooks.errors import MMHooksError
 from mmhooks.models.vlm.llava import ANSWER_TOKENS, MINI_TOKENS
+from mmhooks.studies.adversarial.dictionaries import TRAIN, names_of
 from mmhooks.studies.adversarial.options import Options as AdversarialOptions
 from mmhooks.studies.common.heads import head_source
 from mmhooks.studies.estimate import calls
@@ -18,7 +19,9 @@ from mmhooks.studies.generation.options import Options as GenerationOptions
 from mmhooks.studies.modality.options import Options as ModalityOptions
 
 PAIRS = {"mini": 3_953, "coco": 5_000, "cc3m": 13_443}  # of the data sets that studies know by name
-TRIED = 4  # counts of random features that the adversarial study's calibration tries: 2, 4, 8, 16
+GROUPS = 4  # of features that the adversarial study aligns on: ImgD, TextD, CrossD and random ones; all are a fifth set
+TRIED = 5  # counts of random features that its calibration tries for each dictionary: 1, 2, 4, 8, 16
+TRIED_RATES = 3  # learning rates that it tries for the paper's operating point
 GRADIENT_SHARE, TYPED_SHARE = (
     0.2,
     0.5,
@@ -74,10 +77,10 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
         as_dtype(o.dtype),
     )
     found = encoding(o.model, n_pairs, 128, o.dtype)
-    if o.head is None and o.model != "mini":
+    if TRAIN in names_of(o):
         found += head_stages(calls.embed_dim(o.model), o.features, n_pairs, o.epochs, 1, kinds=("sae",))
     moved, answers = adversarial_counts(o)
-    attacked = round(gradient_share(o) * (samples_of(o) + calibration_of(o)))
+    attacked = round(gradient_share(o) * (samples_of(o) + min(o.calibration, samples_of(o))))
     step = calls.pixel_gradient_cost(o.model, ALIGN_BATCH, dtype)
     found += [
         Stage("gradient attack", "images", attacked, step, ALIGN_BATCH, o.attack_steps, o.dtype),
@@ -99,18 +102,24 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
 
 
 def adversarial_counts(o: AdversarialOptions) -> tuple[int, int]:
-    """Returns how many pictures the defences move, and how many answers each victim gives."""
-    n, some = samples_of(o), calibration_of(o)
+    """Returns how many pictures the defences move, and how many answers each victim gives.
+
+    The first dictionary has every draw, the paper's operating point and the controls; each of the others one draw.
+    """
+    n, some = samples_of(o), min(o.calibration, samples_of(o))
+    dictionaries = len(names_of(o))
     typed = n if o.phrase else round(TYPED_SHARE * n)
     untouched = min(
         o.cost, round((1 - gradient_share(o)) * n)
     )  # a gradient attack has no other picture as partner
-    later = 4 * (o.repeats - 1) * n + 4 * n  # other draws, and one run with as many features as a group has
+    tried = (0 if o.matched else TRIED * dictionaries) + TRIED_RATES
+    other_draws = GROUPS * n * (o.repeats - 1 + dictionaries - 1)
+    paper_point = GROUPS * n
     recorded = len({max(1, o.steps // 4), max(1, o.steps // 2), o.steps} - {o.steps})
-    moved = TRIED * some + 5 * (n + typed + untouched) + later
-    calibrated = (2 + TRIED) * some
+    moved = tried * some + (GROUPS + 1) * (n + typed + untouched) + other_draws + paper_point
     baselines, controls = 2 * n + typed, 2 * typed
-    answers = calibrated + baselines + 5 * (n + typed + recorded * n) + later + controls + 7 * untouched
+    first = (GROUPS + 1) * (n + typed + recorded * n)
+    answers = (2 + tried) * some + baselines + first + other_draws + paper_point + controls + 7 * untouched
     return moved, answers
 
 
@@ -120,10 +129,6 @@ def gradient_share(o: AdversarialOptions) -> float:
 
 def samples_of(o: AdversarialOptions) -> int:
     return o.limit or o.samples
-
-
-def calibration_of(o: AdversarialOptions) -> int:
-    return 0 if o.matched is not None else min(o.calibration, samples_of(o))
 
 
 def generation_stages(o: GenerationOptions, pairs: int | None = None) -> list[Stage]:
@@ -150,7 +155,7 @@ def generated_images(o: GenerationOptions, modes: int) -> int:
     sets at the last; the unedited images, and the two of the judge."""
     strengths = len([s for s in o.strength if s > 0]) if o.strength else 5
     n, spaces = o.pairs, 2 + o.joint
-    some = min(getattr(o, "curve_pairs", n), n)  # prompts at the strengths below the largest
+    some = min(o.curve_pairs, n)  # prompts at the strengths below the largest
     edited = spaces * (4 * ((strengths - 1) * some + n) + (o.random_sets - 1) * n)
     return modes * (edited * o.seeds + (o.seeds + 2) * n)
 

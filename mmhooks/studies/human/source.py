@@ -119,6 +119,7 @@ def open_run(folder: Path, name: str, *, quiet: bool = True) -> Source:
         seen,
         {kind: head_source(given, kind, options.model) for kind, given in kinds.items()},
         n=options.features,
+        k=options.k,
         epochs=options.epochs,
         seed=options.seed,
         cache=place,

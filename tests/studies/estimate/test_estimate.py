@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +12,17 @@ import torch
 from PIL import Image
 
 import mmhooks as mm
+from mmhooks.analysis.attacks.pixels import Optimised
 from mmhooks.errors import MMHooksError
 from mmhooks.models.cost import Cost
+from mmhooks.studies.adversarial import defence
+from mmhooks.studies.adversarial.defence import Defence
+from mmhooks.studies.adversarial.dictionaries import Dictionary
+from mmhooks.studies.adversarial.evaluation import Evaluation, typographic
+from mmhooks.studies.adversarial.samples import Samples
 from mmhooks.studies.adversarial.study import Options as AdversarialOptions
 from mmhooks.studies.common.placement import Placement
+from mmhooks.studies.estimate import plans
 from mmhooks.studies.estimate.plans import adversarial_counts, generated_images, stages_of
 from mmhooks.studies.estimate.stages import MACHINES, Assumption, Machine, Stage
 from mmhooks.studies.generation import interpolation
@@ -68,7 +77,8 @@ def test_an_a100_multiplies_half_precision_sixteen_times_as_fast() -> None:
 # -- counts of the studies' own code -----------------------------------------------------------------------
 
 
-def test_the_generation_study_draws_as_many_images_as_planned() -> None:
+@pytest.mark.parametrize("curve", [1, 3, 10])
+def test_the_generation_study_draws_as_many_images_as_planned(curve: int) -> None:
     drawn: list[int] = []
 
     class Generator(interpolation.ImageGenerator):
@@ -83,11 +93,73 @@ def test_the_generation_study_draws_as_many_images_as_planned() -> None:
     sets = tuple(mm.FeatureSet([10 + i], 40) for i in range(8))
     setting = interpolation.Setting("one", "text.cond", groups, sets, 30, {}, "", torch.zeros(2, 40), None)
     case = interpolation.Case("a cat", "a dog", Image.new("RGB", (32, 32)))
-    options = GenerationOptions(pairs=2, seeds=2, random_sets=8, strength=[0.0, 0.4, 0.9], quiet=True)
+    options = GenerationOptions(
+        pairs=3, curve_pairs=curve, seeds=2, random_sets=8, strength=[0.0, 0.4, 0.9], quiet=True
+    )
     place = Placement(torch.device("cpu"), torch.float32)
     settings = [setting, replace(setting, name="two")]
-    interpolation.interpolate(Generator(), settings, [case] * 2, (0.4, 0.9), options, place)
+    interpolation.interpolate(Generator(), settings, [case] * 3, (0.4, 0.9), options, place)
     assert sum(drawn) == generated_images(options, 1) == generated_images(options, 3) // 3
+
+
+@pytest.mark.parametrize("heads, repeats", [(["raw"], 1), (["raw", "train", "other"], 3)])
+def test_the_adversarial_study_moves_and_asks_as_much_as_planned(
+    monkeypatch: pytest.MonkeyPatch, heads: list[str], repeats: int
+) -> None:
+    """All that comes after calibration, which tries as many strengths as it needs: zero here."""
+    moved, asked = [], []
+
+    def counted(model: Any, images: torch.Tensor, *_: Any, keep: Any, **__: Any) -> Optimised:
+        moved.append(n := len(images))
+        zero = torch.zeros(n)
+        return Optimised(images, torch.zeros(2, n), dict.fromkeys(keep, images), zero, zero, 5, 0.01, None)
+
+    class Victim:
+        name = "victim"
+
+        def answer(self, images: torch.Tensor, requests: list[str]) -> list[str]:
+            asked.append(len(images))
+            return ["no"] * len(requests)
+
+    class Judge:
+        name = "judge"
+
+        def successes(self, requests: list[str], *_: Any) -> list[bool]:
+            return [False] * len(requests)
+
+    monkeypatch.setattr(defence, "align", counted)
+    n, typed, plain = 20, 10, 6
+    options = AdversarialOptions(samples=n, cost=plain, head=heads, repeats=repeats, calibration=4, matched=1)
+    pixels = torch.rand(n, 3, 4, 4)
+    samples = Samples(
+        trigger=("word",) * typed + ("image",) * (n - typed), target=("a dog",) * n, partner_name=("a cat",) * n,
+        base_name=("a sun",) * n, base=pixels, attack=pixels, partner=pixels, budget={}, typed=tuple(range(typed)),
+        controls={name: pixels[:typed] for name in ("nonsense", "noise", "blank")},
+    )  # fmt: skip
+    mds = mm.mds(torch.rand(60, 24), torch.rand(60, 24).sort(dim=1).values, kind="abs")
+    first = Evaluation(Victim(), Judge(), samples)
+    first.evaluate_baselines()
+    for name in heads:
+        one, evaluation = Dictionary(name, mds), first if name == heads[0] else first.again()
+        strength = Defence(
+            options.steps,
+            options.lr,
+            1,
+            0,
+            0.01 if evaluation is first else None,
+            evaluation is first,
+            progress=False,
+        )
+        untouched = tuple(range(typed, typed + plain)) if evaluation is first else ()
+        strength_repeats = repeats if evaluation is first else 1
+        defence.run_defences(strength, None, samples, one, [evaluation], untouched, repeats=strength_repeats)
+    typographic(first, list(samples.typed))
+    shown = {"before": plain, "partner": plain} | dict.fromkeys(defence.DEFENCES, plain)
+    calibrated = plans.TRIED_RATES * options.calibration
+    assert adversarial_counts(options) == (
+        sum(moved) + calibrated,
+        sum(asked) + sum(shown.values()) + 2 * options.calibration + calibrated,
+    )
 
 
 # -- options -----------------------------------------------------------------------------------------------
@@ -149,3 +221,25 @@ def test_what_is_not_known_is_asked_for() -> None:
         stages_of("gender", None)
     with pytest.raises(MMHooksError, match="--dtype: expected float32, bfloat16 or float16, got 'int'"):
         stages_of("modality", ModalityOptions(limit=8, dtype="int"))
+
+
+# -- command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_the_options_of_the_study_need() -> None:
+    """In a process of its own: typer hands its commands another class of context than the one that it asks for."""
+    words = [
+        sys.executable,
+        "-m",
+        "mmhooks",
+        "estimate",
+        "--utilisation",
+        "0.25",
+        "modality",
+        "--limit",
+        "40",
+    ]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "encoding, images" in printed and "hours" in printed
+    wrong = subprocess.run([*words[:4], "--machine", "tpu", "modality"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "--machine: expected one of" in wrong.stderr
