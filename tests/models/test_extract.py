@@ -169,7 +169,7 @@ def test_only_the_towers_that_are_asked_run(pairs, tmp_path):
     model.preprocess = None
     store = mm.extract(model, pairs, "text.embed", tmp_path / "acts", **OPTIONS)
     assert len(store) == N
-    with pytest.raises(MMHooksError, match=r"image tower need the model's preprocess.*mm\.HookedCLIP"):
+    with pytest.raises(MMHooksError, match=r"image tower need the model's preprocess.*mm\.hook"):
         mm.extract(model, pairs, "image.embed", tmp_path / "no", **OPTIONS)
 
 
@@ -312,9 +312,9 @@ def test_a_finished_store_is_opened_without_running_the_model(model, pairs, tmp_
     before = bytes_of(tmp_path / "acts")
     calls, run = [], mm.HookedCLIP.forward
 
-    def counted(self, *inputs):
-        calls.append(len(inputs[0]))
-        return run(self, *inputs)
+    def counted(self, *, images, texts):
+        calls.append(len(images))
+        return run(self, images, texts)
 
     monkeypatch.setattr(mm.HookedCLIP, "forward", counted)
     assert len(mm.extract(model, pairs, out=tmp_path / "acts", **OPTIONS)) == N

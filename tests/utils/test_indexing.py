@@ -237,7 +237,9 @@ def _coded():
 
     codes = SparseRows(torch.ones(N, 1), torch.arange(N)[:, None], N)
     texts = tuple(f"t{i}" for i in range(N))
-    return SparseTextCode(texts, codes, torch.ones(N), torch.ones(N), torch.zeros(N), 0.1, torch.eye(N))
+    return SparseTextCode(
+        texts, codes, torch.ones(N), torch.ones(N), torch.zeros(N), 0.1, torch.eye(N), torch.zeros(N)
+    )
 
 
 def _second_order(layer):

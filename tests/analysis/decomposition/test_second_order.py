@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from open_clip.transformer import AttentionalPooler
 
 import mmhooks as mm
 from mmhooks.analysis.decomposition.neuron_effects import second_order_effects
@@ -197,7 +198,8 @@ def test_errors_say_what_exists(model, pixels):
     with pytest.raises(ShapeMismatch, match="MLP of 768 neurons"):
         second_order(model, pixels, layer=2, neurons=[900])
     model = mm.HookedCLIP(build().eval())
-    model.model.visual.attn_pool = torch.nn.Identity()
+    visual = model.model.visual
+    visual.attn_pool, visual.attn_pool_contrastive = AttentionalPooler(192, 192, n_head=6, n_queries=1), None
     with pytest.raises(NoExactSum, match="pools by attention"):
         second_order(model, pixels, layer=2)
 

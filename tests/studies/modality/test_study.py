@@ -164,7 +164,7 @@ def test_seeds_of_minis_heads_are_those_that_ship(monkeypatch: pytest.MonkeyPatc
     asked: dict[str, Any] = {}
     monkeypatch.setattr(seeds, "load_heads", lambda *a, **k: asked.update(sources=a[2], seed=k["seed"]) or {})
     given = {"sae": "mini/sae", "ncl": "mine/ncl"}
-    seeds.heads_of_seed(None, [], given, 3, n=8, epochs=1, first=10, cache=tmp_path)
+    seeds.heads_of_seed(None, [], given, 3, n=8, k=4, epochs=1, first=10, cache=tmp_path)
     assert asked == {"sources": {"sae": "mini/sae-seed3", "ncl": "mine/ncl"}, "seed": 13}
 
 
