@@ -129,7 +129,7 @@ def run(options: Options) -> Results:
         plots={"groups": groups_plot(accuracy["direct"], randoms["direct"])},
         notes=[
             f"TextSpan's heads (selection {options.selection}): "
-            "by the variance along those of their twenty texts that are of the kinds {options.kinds}. "
+            f"by the variance along those of their twenty texts that are of the kinds {options.kinds}. "
             "Contrast: by how much an attention head moves "
             "along the difference of the class texts when the background changes, animals held fixed. Number of heads: the "
             "one with the best worst group where they are chosen, by direct effects, separately in every split. Random: random "
