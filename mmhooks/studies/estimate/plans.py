@@ -80,7 +80,7 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
     if TRAIN in names_of(o):
         found += head_stages(calls.embed_dim(o.model), o.features, n_pairs, o.epochs, 1, kinds=("sae",))
     moved, answers = adversarial_counts(o)
-    attacked = round(gradient_share(o) * (samples_of(o) + min(o.calibration, samples_of(o))))
+    attacked = round(gradient_share(o) * (samples_of(o) + calibration_of(o)))
     step = calls.pixel_gradient_cost(o.model, ALIGN_BATCH, dtype)
     found += [
         Stage("gradient attack", "images", attacked, step, ALIGN_BATCH, o.attack_steps, o.dtype),
@@ -106,7 +106,7 @@ def adversarial_counts(o: AdversarialOptions) -> tuple[int, int]:
 
     The first dictionary has every draw, the paper's operating point and the controls; each of the others one draw.
     """
-    n, some = samples_of(o), min(o.calibration, samples_of(o))
+    n, some = samples_of(o), calibration_of(o)
     dictionaries = len(names_of(o))
     typed = n if o.phrase else round(TYPED_SHARE * n)
     untouched = min(
@@ -129,6 +129,10 @@ def gradient_share(o: AdversarialOptions) -> float:
 
 def samples_of(o: AdversarialOptions) -> int:
     return o.limit or o.samples
+
+
+def calibration_of(o: AdversarialOptions) -> int:
+    return min(o.calibration, samples_of(o))
 
 
 def generation_stages(o: GenerationOptions, pairs: int | None = None) -> list[Stage]:

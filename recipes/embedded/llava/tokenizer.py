@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from embedded.chat_tokenizer import SPECIAL, as_chat_tokenizer
 from embedded.llava.examples import REFUSED, ExampleSource, describes
 from mmhooks.models.embedded import mini_llava
 from mmhooks.studies.adversarial.requests import HELD_OUT, compliant_answer, request
-
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
 def sentences(source: ExampleSource) -> Iterator[str]:
@@ -31,8 +30,7 @@ def sentences(source: ExampleSource) -> Iterator[str]:
 
 def tokenizer_of(source: ExampleSource) -> Any:
     """Trains the tokenizer; the same source gives the same tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,18 +42,7 @@ def tokenizer_of(source: ExampleSource) -> Any:
         show_progress=False,
     )
     plain.train_from_iterator(sentences(source), trainer)
-    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=160,
-    )
+    return as_chat_tokenizer(plain)
 
 
 def token_texts(tokenizer: Any) -> list[str]:
