@@ -18,9 +18,10 @@ from mmhooks.analysis.inputs.store_rows import Side
 from mmhooks.analysis.measures.groups import groups_of
 from mmhooks.errors import DataError
 from mmhooks.studies.common.encode import SITES, encode
-from mmhooks.studies.common.heads import head_source, load_heads
+from mmhooks.studies.common.heads import head_sources, load_heads
 from mmhooks.studies.common.held_out import held_out_rows
 from mmhooks.studies.human.tasks import Material
+from mmhooks.studies.modality.definitions import sample_families
 from mmhooks.studies.modality.measures import StudyModel
 from mmhooks.studies.modality.models import load_clip, similarity_embeddings
 from mmhooks.studies.modality.options import Options as ModalityOptions
@@ -108,16 +109,15 @@ def open_run(folder: Path, name: str, *, quiet: bool = True) -> Source:
     )
     _same(path, "pairs", results["data"].get("fingerprint"), str(pairs.fingerprint))
     vectors = similarity_embeddings(pairs, options)["image"]
-    families = mm.data.families(pairs, options.family, vectors=vectors)
+    families = sample_families(pairs, options.family, vectors)
     place = cache_dir("modality")
     clip = encode(load_clip(options), options.model, pairs, place, batch=options.batch, progress=not quiet)
     held = set(held_out_rows(pairs, options.data, options.seed))
     seen = [row for row in range(len(pairs)) if row not in held]
-    kinds = {"sae": options.sae, "ncl": options.ncl}
     heads = load_heads(
         clip,
         seen,
-        {kind: head_source(given, kind, options.model) for kind, given in kinds.items()},
+        head_sources(options.sae, options.ncl, options.model),
         n=options.features,
         k=options.k,
         epochs=options.epochs,

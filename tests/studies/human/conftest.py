@@ -21,7 +21,7 @@ from mmhooks.utils.files import cache_dir
 PAIRS = 160
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a modality run, as far as an export reads it, computed here by the public functions."""
     root = tmp_path_factory.mktemp("human")
@@ -54,11 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     return export(Options(run=run, out=tmp_path_factory.mktemp("export"), features=5, names=2, lists=4))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def key(exported: Export) -> dict[str, Any]:
     return json.loads(exported.key.read_text())

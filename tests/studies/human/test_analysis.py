@@ -20,6 +20,7 @@ from mmhooks.studies.human.comparisons import COMPARED
 from mmhooks.studies.human.export import Export, export
 from mmhooks.studies.human.naming import naming, plain_name
 from mmhooks.studies.human.options import Options
+from mmhooks.studies.human.source import open_run
 
 RATES = {"ImgD": 0.9, "TextD": 0.3, "CrossD": 0.6, "random": 0.2, "check": 1.0}
 
@@ -164,6 +165,16 @@ def test_runs_that_changed_are_refused(run: Path, tmp_path: Path) -> None:
     )
     assert "got none for model, data, seed" in refusal(lambda r: r.update(settings={}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_families_is_opened_without_families(run: Path, tmp_path: Path) -> None:
+    """``--family none`` of the modality study is no column."""
+    results = json.loads((run / "results.json").read_text())
+    n = results["settings"]["limit"]
+    assert len(open_run(run, "CLIP+SAE").families.unique()) < n
+    results["settings"]["family"] = "none"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert torch.equal(open_run(tmp_path, "CLIP+SAE").families, torch.arange(n))
 
 
 def test_commands(exported: Export, key: Any, run: Path, tmp_path: Path) -> None:
