@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mmhooks.analysis.inputs.checks import check_finite
+from mmhooks.analysis.inputs.checks import check_finite, check_numbers, check_shapes
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import NotFinite, ShapeMismatch
 
@@ -44,6 +44,21 @@ def check_latents(latents: Latents, n_features: int, what: str = "latents", *, s
             raise ShapeMismatch(
                 f"{what}: expected sparse entries of features 0 to {n_features - 1}, got {low} to {high}"
             )
+
+
+def check_latent_pair(image: Latents, text: Latents, n_features: int, *, start: int = 0) -> None:
+    """Checks both sides of a batch of pairs as :func:`check_latents` does.
+
+    Raises:
+        ShapeMismatch: a side that is no table of numbers; sides that differ in shape; another width.
+        NotFinite: NaN or infinity in either.
+    """
+    for what, given in (("image latents", image), ("text latents", text)):
+        if not isinstance(given, SparseRows):
+            check_numbers(given, what)
+    check_shapes(tuple(image.shape), tuple(text.shape))
+    check_latents(image, n_features, "image latents", start=start)
+    check_latents(text, n_features, "text latents", start=start)
 
 
 def check_samples(

@@ -29,7 +29,7 @@ from mmhooks.analysis.measures.cknna import CKNNA
 from mmhooks.analysis.measures.density import Density, FeatureDensity
 from mmhooks.analysis.measures.embed_sim import EmbedSimResult
 from mmhooks.analysis.measures.groups import FeatureTests, differs_from_half
-from mmhooks.analysis.measures.mds import GROUPS, KINDS, MDS, Kind, MDSResult, activation
+from mmhooks.analysis.measures.mds import GROUPS, KINDS, MDS, Kind, MDSResult, activated_rows, activation
 from mmhooks.analysis.measures.modality_gap import ModalityGap, ModalityMeans, gap_of
 from mmhooks.analysis.measures.monosemanticity import (
     GroupContrast,
@@ -328,9 +328,8 @@ def _alignment(inputs: _Inputs, kind: Kind, skipped: dict[str, str]) -> dict[str
 
 
 def _activated(latents: Latents, kind: Kind) -> Latents:
-    if isinstance(latents, SparseRows):
-        return SparseRows(activation(latents.values, kind), latents.indices.long(), latents.n_features)
-    return activation(latents, kind)
+    sparse = isinstance(latents, SparseRows)
+    return activated_rows(latents, kind) if sparse else activation(latents, kind)
 
 
 def _mean_score(metric: MDS) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from mmhooks.analysis.inputs.checks import CHUNK_BYTES, check_numbers, check_shapes
-from mmhooks.analysis.inputs.sparse import Columns, Latents, check_latents, to_float32
+from mmhooks.analysis.inputs.checks import CHUNK_BYTES
+from mmhooks.analysis.inputs.sparse import Columns, Latents, check_latent_pair, to_float32
 from mmhooks.analysis.results import Records, Result
 from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.errors import ShapeMismatch, WrongHead
@@ -89,13 +89,7 @@ class Bridge(Metric):
         Raises:
             ShapeMismatch: the sides differ in shape, or have another width. NotFinite: NaN or infinity.
         """
-        start = int(self.n_pairs)
-        for side, given in (("image", image), ("text", text)):
-            if not isinstance(given, SparseRows):
-                check_numbers(given, f"{side} latents")
-        check_shapes(tuple(image.shape), tuple(text.shape))
-        check_latents(image, self.n_features, "image latents", start=start)
-        check_latents(text, self.n_features, "text latents", start=start)
+        check_latent_pair(image, text, self.n_features, start=int(self.n_pairs))
         size = max(1, CHUNK_BYTES // (8 * self.n_features))
         for begin in range(0, len(image), size):
             one, other = image[begin : begin + size], text[begin : begin + size]

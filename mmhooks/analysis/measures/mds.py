@@ -15,16 +15,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
-from mmhooks.analysis.inputs.checks import check_numbers, check_pair, check_shapes
-from mmhooks.analysis.inputs.sparse import Latents, check_latents, count, sums
-from mmhooks.analysis.inputs.store_rows import (
-    BATCH,
-    ActivationStore,
-    check_store,
-    data_id,
-    latent_rows,
-    row_batches,
-)
+from mmhooks.analysis.inputs.sparse import Latents, check_latent_pair, count, sums
+from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, paired_latents, row_batches
 from mmhooks.analysis.results import Estimate, Records, Result, correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.sparse_rows import SparseRows
@@ -143,43 +135,18 @@ def mds(
     >>> mds(image, text).R
     tensor([0.8750,    nan], dtype=torch.float64)
     """
-    if not isinstance(image_latents, (Tensor, SparseRows)):
-        check_store(image_latents)
-        return _of_store(image_latents, kind, head, data, min_fires, seed, image, text, progress)
-    if text_latents is None:
-        raise ShapeMismatch(
-            "expected image and text latents, got only image latents: give both sides, or a store"
-        )
-    for side, given in (("image", image_latents), ("text", text_latents)):
-        if not isinstance(given, SparseRows):
-            check_numbers(given, f"{side} latents")
-    if not len(image_latents):
+    sides = paired_latents(image_latents, text_latents, head=head, data=data, image=image, text=text)
+    if not len(sides):
         raise ShapeMismatch("Modality Dominance Score: expected at least one pair, got none")
-    name = head if isinstance(head, str) else head.id
-    metric = MDS(image_latents.shape[1], kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
-    if isinstance(image_latents, Tensor):
-        metric = metric.to(image_latents.device)
-    metric.update(image_latents, text_latents)
-    return metric.result()
-
-
-def _of_store(
-    store: ActivationStore,
-    kind: Kind,
-    head: str | Head,
-    data: str,
-    min_fires: int,
-    seed: int,
-    image: str | None,
-    text: str | None,
-    progress: bool,
-) -> MDSResult:
-    images, texts = latent_rows(store, "image", head, image), latent_rows(store, "text", head, text)
-    name = head.id if isinstance(head, Head) else images.site
-    data = data or data_id(store)
-    metric = MDS(images.n_features, kind=kind, head=name, data=data, min_fires=min_fires, seed=seed)
-    for _, begin, end in row_batches(len(store), BATCH, "MDS", reads=[images, texts], progress=progress):
-        metric.update(images[begin:end], texts[begin:end], start=begin)
+    metric = MDS(
+        sides.n_features, kind=kind, head=sides.head, data=sides.data, min_fires=min_fires, seed=seed
+    )
+    if not sides.reads:  # tables, which are shuffled as a whole for the control
+        metric = metric.to(sides.images.device) if isinstance(sides.images, Tensor) else metric
+        metric.update(sides.images, sides.texts)
+        return metric.result()
+    for _, begin, end in row_batches(len(sides), BATCH, "MDS", reads=sides.reads, progress=progress):
+        metric.update(sides.images[begin:end], sides.texts[begin:end], start=begin)
     return metric.result()
 
 
@@ -304,18 +271,9 @@ class MDS(Metric):
             NotFinite: NaN or infinity in either.
         """
         start = int(self.n_pairs) if start is None else start
+        check_latent_pair(image, text, self.n_features, start=start)
         if isinstance(image, SparseRows) != isinstance(text, SparseRows):
             image, text = (x.dense() if isinstance(x, SparseRows) else x for x in (image, text))
-        if isinstance(image, SparseRows) and isinstance(text, SparseRows):
-            check_shapes(image.shape, text.shape)
-            check_latents(image, self.n_features, "image latents", start=start)
-            check_latents(text, self.n_features, "text latents", start=start)
-        elif isinstance(image, Tensor) and isinstance(text, Tensor):
-            check_pair(image, text, start=start)
-            check_latents(image[:0], self.n_features)
-        else:
-            for side, given in (("image", image), ("text", text)):
-                check_numbers(given, f"{side} latents")
         if len(image) == 0:
             return
         generator = torch.Generator().manual_seed(self.seed + start)
@@ -348,7 +306,7 @@ class MDS(Metric):
 
     def _add_sparse(self, image: SparseRows, text: SparseRows, order: Tensor | None) -> None:
         n, device = self.n_features, self.counts.device
-        image, text = (_activated(x, self.kind) for x in (image, text))
+        image, text = (activated_rows(x, self.kind) for x in (image, text))
         image_counts = count(image.indices, image.active, n)
         text_counts = count(text.indices, text.active, n)
         ratio, squares, counted = _sparse_ratio(image, text)
@@ -395,7 +353,8 @@ def _ratio(a_i: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(counted, a_i / torch.where(counted, total, 1), 0), counted
 
 
-def _activated(batch: SparseRows, kind: Kind) -> SparseRows:
+def activated_rows(batch: SparseRows, kind: Kind) -> SparseRows:
+    """:func:`activation` of sparse rows, which stay sparse."""
     return SparseRows(activation(batch.values, kind), batch.indices.long(), batch.n_features)
 
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from mmhooks.analysis.inputs.checks import check_pair, check_shapes
-from mmhooks.analysis.inputs.sparse import Latents, check_latents
+from mmhooks.analysis.inputs.sparse import Latents, check_latent_pair
 from mmhooks.analysis.inputs.store_rows import (
     BATCH,
     ActivationStore,
@@ -249,12 +248,7 @@ class GroupMembership(Metric):
             ShapeMismatch: the sides differ in shape, their width is not ``n_features``, or not one family per pair.
             NotFinite: NaN or infinity in either.
         """
-        start = int(self.n_pairs)
-        if isinstance(image, Tensor) and isinstance(text, Tensor):
-            check_pair(image, text, start=start)
-        check_shapes(image.shape, text.shape)
-        for what, latents in (("image latents", image), ("text latents", text)):
-            check_latents(latents, self.n_features, what, start=start)
+        check_latent_pair(image, text, self.n_features, start=int(self.n_pairs))
         if families.shape != (len(image),) or (len(families) and int(families.min()) < 0):
             raise ShapeMismatch(
                 f"families: expected a number from 0 on for each of {len(image)} pairs, got shape {tuple(families.shape)}"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmhooks.analysis.inputs.sparse import Latents, check_latents, to_float32
+from mmhooks.analysis.inputs.sparse import Latents, check_latent_pair, to_float32
 from mmhooks.analysis.inputs.store_rows import BATCH, ActivationStore, paired_latents, row_batches
 from mmhooks.analysis.measures.samples import one_per_family
 from mmhooks.analysis.measures.top_activating import check_families
@@ -124,12 +124,10 @@ class _Sums:
         self.moments = torch.zeros(5, width, dtype=torch.float64)  # sums of a, b, a², b², a b
 
     def add(self, image: Latents, text: Latents, start: int) -> None:
-        sides = []
-        for name, given in (("image latents", image), ("text latents", text)):
-            check_latents(given, self.width, name, start=start)
-            table = given.dense() if isinstance(given, SparseRows) else given
-            sides.append(to_float32(table).cpu().double())
-        a, b = sides
+        check_latent_pair(image, text, self.width, start=start)
+        a, b = (
+            to_float32(x.dense() if isinstance(x, SparseRows) else x).cpu().double() for x in (image, text)
+        )
         fires = a > 0, b > 0
         self.counts += torch.stack([fires[0].sum(0), fires[1].sum(0), (fires[0] & fires[1]).sum(0)])
         self.moments += torch.stack(
