@@ -63,6 +63,7 @@ from .models.families import hook as hook
 from .models.hooked import HookedModel as HookedModel
 from .models.vision.model import HookedVision as HookedVision
 from .models.vlm.llava import load_llava as load_llava
+from .models.vlm.model import HookedVLM as HookedVLM
 from .models.zoo import load as load
 
 __version__: str

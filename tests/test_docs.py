@@ -19,4 +19,4 @@ def test_a_block_runs(number):
 
 
 def test_every_section_has_a_block():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5

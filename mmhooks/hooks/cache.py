@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
@@ -30,7 +30,7 @@ class ActivationCache(Mapping[str, Tensor]):
     Args:
         device, dtype: where to keep the tensors, and the type of floating-point ones; unchanged by default.
         detach: cut the graph. ``False`` keeps it, and :meth:`grad` returns the gradient after a backward pass.
-        tokens: keep only these positions, at sites with tokens.
+        tokens: keep only these positions, or this kind of tokens, at sites with tokens.
         copy: keep copies, for models that modify their activations in place.
     """
 
@@ -100,26 +100,34 @@ class ActivationCache(Mapping[str, Tensor]):
 
         return keep
 
-    def store(self, name: str, value: Tensor, axis: int | None, rows: slice | None = None) -> None:
+    def store(self, name: str, value: Tensor, axis: int | None, rows: slice | None = None) -> bool:
         """Stores ``value``, or some of its rows, under ``name``, and later its gradient if there is one.
 
+        Returns:
+            False if it holds no token of the kind that ``tokens=`` names, so that nothing was stored.
+
         Raises:
-            ShapeMismatch: a token mask that differs between rows.
+            ShapeMismatch: a token mask that differs between rows, or rows with different numbers of a kind of tokens.
         """
         value = value.detach() if self._detach else value
         chosen = None
         if self._tokens is not None and axis is not None and value.dim() >= axis + 2:
             mask = token_mask(self._tokens, value, axis, name)
-            if mask.shape[0] > 1:
+            if isinstance(self._tokens, str):
+                if not bool(mask.any()):
+                    return False
+                chosen = _chosen_by_row(mask.flatten(1), self._tokens, name)
+            elif mask.shape[0] > 1:
                 raise ShapeMismatch(
                     f"{name!r}: a cache keeps the same tokens of every row: expected a mask [L], got one [batch, L]"
                 )
-            chosen = mask.flatten().nonzero().flatten()
+            else:
+                chosen = mask.flatten().nonzero().flatten()
             self._full_shapes[name] = tuple(value.shape if rows is None else value[rows].shape)
 
         def keep(whole: Tensor) -> Tensor:
             kept = whole if rows is None else whole[rows]
-            kept = kept if chosen is None else kept.index_select(axis, chosen)  # type: ignore[arg-type]
+            kept = kept if chosen is None else _selected(kept, axis, chosen)  # type: ignore[arg-type]
             return kept.to(
                 device=self._device or kept.device, dtype=self._dtype if kept.is_floating_point() else None
             )
@@ -132,6 +140,7 @@ class ActivationCache(Mapping[str, Tensor]):
             value.retain_grad()  # so that cache[name].grad works as for any tensor
         shared = kept is value or (rows is not None and chosen is None)  # a slice of rows is a view
         self._values[name] = kept.clone() if self._copy and shared else kept
+        return True
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -241,6 +250,29 @@ class ActivationCache(Mapping[str, Tensor]):
         new._values = values
         new._gradients = {name: self._gradients[name] for name in values if name in self._gradients}
         return new
+
+
+def _chosen_by_row(mask: Bool[Tensor, "b l"], kind: str, name: str) -> Int[Tensor, "b m"]:
+    """The positions of a kind of tokens in each row.
+
+    Raises:
+        ShapeMismatch: rows hold different numbers of them.
+    """
+    counts = mask.sum(1)
+    if int(counts.min()) != int(counts.max()):
+        raise ShapeMismatch(
+            f"{name!r}: a cache keeps as many tokens of every row, got {counts.tolist()} tokens of the kind {kind!r}; run "
+            'rows apart, or keep all tokens, or "last"'
+        )
+    return mask.nonzero()[:, 1].view(len(mask), -1)
+
+
+def _selected(value: Tensor, axis: int, chosen: Int[Tensor, "*b m"]) -> Tensor:
+    """The chosen tokens of a value: the same ones of every row, or some of each."""
+    if chosen.dim() == 1:
+        return value.index_select(axis, chosen)
+    rows = zip(value, chosen, strict=True)
+    return torch.stack([row.index_select(axis - 1, positions) for row, positions in rows])
 
 
 class _HalfGradient:

@@ -1,10 +1,9 @@
 """Edits of a head's features, or of the coordinates of any site.
 
 An edit is an immutable value: create it once, use it in any number of contexts, or call it directly on a tensor.
-With ``features=None`` it acts on all features; ``at=`` selects the sites (default: the attached heads that the
-features belong to); ``tokens=`` restricts it to positions, ``steps=`` to steps of a diffusion run and ``guidance=``
-to its conditional or unconditional half. At sites with attention heads (``z``, ``q``, ``pattern``, ...) the features
-are the attention heads.
+With ``features=None`` it acts on all features; ``at=`` selects the sites (default: the attached heads that the features
+belong to); ``tokens=`` restricts it to positions or a kind of tokens, ``steps=`` to steps of a diffusion run or a generation,
+``guidance=`` to one half. At sites with attention heads (``z``, ``pattern``, ...) the features are the heads.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from mmhooks.hooks.selection import (
     check_values,
     chosen_features,
     chosen_tokens,
+    none_of_kind,
     outside_inference,
     reference,
     token_mask,
@@ -114,8 +114,7 @@ class Edit:
             index = index.to(value.device)
             part = self._changed(moved.index_select(-1, index), index, hook)
             new = moved.index_copy(-1, index, part.to(moved.dtype))
-        new = new if axis == -1 else new.movedim(-1, axis)
-        return self._at_tokens(new, value, hook)
+        return self._at_tokens(new if axis == -1 else new.movedim(-1, axis), value, hook)
 
     # -- for the splice: only some columns, or only the active features --------------------------------
 
@@ -148,20 +147,21 @@ class Edit:
 
         return self._by_half(value, hook, act)
 
-    # -- steps and halves of a diffusion run -----------------------------------------------------------
+    # -- steps, kinds of tokens, halves of a diffusion run ---------------------------------------------
 
     @property
     def limited(self) -> bool:
-        """Whether the edit is restricted to some steps or to one half of the rows."""
-        return self.steps is not None or self.guidance != "both"
+        """Whether the edit is restricted to some steps, to one half of the rows, or to a kind of tokens."""
+        return self.steps is not None or self.guidance != "both" or isinstance(self.tokens, str)
 
-    def inactive(self, where: str) -> bool:
-        """Whether the edit does not apply at the current step or to the current rows."""
-        return inactive(self.steps, self.guidance, where)
+    def inactive(self, value: Tensor, hook: Hook) -> bool:
+        """Whether the edit does not apply at the current step, to the current rows, or to any token of ``value``."""
+        away = inactive(self.steps, self.guidance, hook.name)
+        return away or none_of_kind(self.tokens, value, hook.tokens, hook.name)
 
     def _by_half(self, value: Tensor, hook: Hook, act: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Applies ``act`` to each half of a guided batch separately, as if it were the whole batch."""
-        if self.limited and self.inactive(hook.name):
+        if self.limited and self.inactive(value, hook):
             return value
         parts = halves(len(value), hook.name) if current_moment().half == "both" else None
         if parts is None:

@@ -83,6 +83,26 @@ def residual_middle(module: nn.Module, emit: Emit, want: Container[str], args: A
     return call
 
 
+def residual_addends(module: nn.Module, emit: Emit, want: Container[str], args: Any, kwargs: Any) -> Call:
+    """``attn_out``, ``resid_mid``, ``mlp_out``: what a block's two sums add to the stream, where no module gives it because
+    a bare parameter scales it."""
+    stream = args[0] if args else next(iter(kwargs.values()))
+    sums = [("attn_out", "resid_mid"), ("mlp_out", "resid_post")]
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal stream
+        if not sums or func not in _SUMS or not any(a is stream for a in args[:2]):
+            return func(*args, **kwargs)
+        addend, after = sums.pop(0)
+        terms = [a if a is stream else emit(addend, a) for a in args[:2]]
+        stream = func(*terms, *args[2:], **kwargs)
+        if after == "resid_mid":  # the other is the block's output, which has a tap of its own
+            stream = emit(after, stream)
+        return stream
+
+    return call
+
+
 def attention_scores(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
     """``q, k, v`` as they enter the scores, and ``pattern``, from the fused kernel or from ``q @ k``, softmax, ``@ v``."""
     done: list[str] = []  # those of the three calls of explicit attention that have run

@@ -59,7 +59,7 @@ class Hook:
 
     @property
     def step(self) -> int | None:
-        """The current denoising step of a diffusion run, None outside one."""
+        """The current step of a diffusion run or of a generation, None outside one."""
         return current_moment().step
 
     @property
@@ -150,11 +150,12 @@ class EditOp(Op):
         compares = bool(self.target.leaf) or self.target.site.view is not None
         object.__setattr__(self, "compares", compares)
 
-    def inactive(self) -> bool:
-        """Whether it does not apply now: it is limited to other steps of a diffusion run, or to the other half."""
-        if not self.limited or not self.act.inactive(self.hook.name):  # type: ignore[attr-defined]
+    def inactive(self, value: Tensor) -> bool:
+        """Whether it does not apply to ``value``: it is limited to other steps, to the other half of a diffusion run, or
+        to a kind of tokens of which there is none here."""
+        if not self.limited or not self.act.inactive(value, self.hook):  # type: ignore[attr-defined]
             return False
-        self.binding.hint = "its steps= or guidance= did not occur in the run"
+        self.binding.hint = "its steps=, guidance= or tokens= did not occur in the run"
         return True
 
 
@@ -244,7 +245,7 @@ def apply(op: EditOp, value: Tensor, *, flows: bool = True) -> Tensor:
     ``flows``: in grad mode a copy that was only read flows on too, so that what the function kept of it is part of
     the graph. For a head that is only read this would change the bits of the model's output, so it is turned off.
     """
-    if op.limited and op.inactive():
+    if op.limited and op.inactive(value):
         return value
     op.binding.fired = True
     if getattr(op.act, "never_writes", False):

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mmhooks.errors import NotFinite, OutOfRange, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.kinds import KINDS, tokens_of_kind
 from mmhooks.utils.indexing import as_choice, like_a_mask, refuse_mask_of_numbers
 
 # A FeatureSet, whole numbers or a bool mask as a tensor, an array or any iterable, one number, or None for all.
 Features = Any
-# Likewise without FeatureSets, or a slice; a mask is [L] or [batch, L].
+# Likewise without FeatureSets, or a slice, or a kind (hooks/kinds.py); a mask is [L] or [batch, L].
 Tokens = Any
 
 
@@ -88,19 +89,25 @@ def feature_index(features: Any) -> Int[Tensor, " m"] | None:
     return chosen_features(features).index
 
 
-ChosenTokens = slice | Tensor | tuple[int, ...]
+ChosenTokens = slice | Tensor | tuple[int, ...] | str
 
 
 def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
-    """``tokens=`` in the form that :func:`token_mask` uses at every forward: a slice, a bool mask, or positions.
+    """``tokens=`` in the form that :func:`token_mask` uses at every forward: a slice, a bool mask, positions, or a kind.
 
     Raises:
-        ShapeMismatch: floats, or a table of numbers (a mask per row must be bool).
+        ShapeMismatch: floats, a table of numbers (a mask per row must be bool), or no kind of tokens.
 
     >>> chosen_tokens(-1), chosen_tokens([True, False])
     ((-1,), tensor([ True, False]))
     """
     if tokens is None or isinstance(tokens, slice):
+        return tokens
+    if isinstance(tokens, str):
+        if tokens not in KINDS:
+            raise ShapeMismatch(
+                f"tokens: expected positions, a slice, a mask or one of the kinds {', '.join(KINDS)}, got {tokens!r}"
+            )
         return tokens
     choice = as_choice(tokens, "token positions")
     if choice.dtype != torch.bool and choice.dim() > 1:
@@ -115,7 +122,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
     """True at the selected tokens, broadcastable to ``value``.
 
     ``tokens``, from :func:`chosen_tokens`, is a slice, positions, a bool mask ``[L]``, or one ``[batch, L]`` for tokens
-    that differ between rows, such as the end of the text.
+    that differ between rows, such as the end of the text; or a kind of tokens, of which there may be none here.
 
     Raises:
         ShapeMismatch: the value has no token dimension, a position lies outside it, or none is selected.
@@ -126,6 +133,8 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
             f"tokens= at {where!r}: expected a site with a token dimension, got shape {tuple(value.shape)}; leave it out"
         )
     length = value.shape[axis]
+    if isinstance(tokens, str):
+        tokens = tokens_of_kind(tokens, length, value.device, where).mask
     if isinstance(tokens, Tensor):
         if tokens.dim() not in (1, 2) or tokens.shape[-1] != length:
             raise ShapeMismatch(
@@ -151,6 +160,13 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
     if mask.dim() == 2:
         shape[0] = mask.shape[0]
     return mask.view(shape)
+
+
+def none_of_kind(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> bool:
+    """Whether ``tokens`` is a kind, and the tokens of ``value`` are all of other kinds."""
+    if not isinstance(tokens, str) or axis is None or value.dim() < axis + 2:
+        return False
+    return not tokens_of_kind(tokens, value.shape[axis], value.device, where).any
 
 
 def _mark_positions(mask: Tensor, positions: tuple[int, ...], where: str, shape: str) -> None:

@@ -158,10 +158,10 @@ class HeadStep:
         view = self.view
         x = raw if view is None else view.show(raw)
         self._check(x)
-        if self.limited and all(op.inactive() for op in self.edits):
+        if self.limited and all(op.inactive(x) for op in self.edits):
             return raw if self.reads is None else self.reads(raw)
         for op in self.all:
-            if isinstance(op, CaptureOp) or (isinstance(op, EditOp) and not op.inactive()):
+            if isinstance(op, CaptureOp) or (isinstance(op, EditOp) and not op.inactive(x)):
                 op.binding.fired = True
         if self.detached:
             with torch.no_grad():
@@ -176,7 +176,7 @@ class HeadStep:
 
     def _only_halves(self, out: Tensor, x: Tensor) -> Tensor:
         """Without an error term every row is decoded anew; rows that no edit applies to are restored from ``x``."""
-        named = {op.act.guidance for op in self.edits if op.limited and not op.inactive()}
+        named = {op.act.guidance for op in self.edits if op.limited and not op.inactive(x)}
         parts = halves(len(x), self.site.name)
         if parts is None or "both" in named:
             return out

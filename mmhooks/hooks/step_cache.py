@@ -1,8 +1,9 @@
-"""The cache of a diffusion run: activations by site and denoising step."""
+"""The cache of a run in steps: activations by site and step of a diffusion run or of a generation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from mmhooks.utils.indexing import as_choice
 
 
 class StepCache(Mapping[str, Tensor]):
-    """What ``HookedDiffusion.run_with_cache`` returns: a read-only mapping from site name to tensor.
+    """What contexts of ``HookedDiffusion`` and ``HookedVLM`` fill: a read-only mapping from site name to tensor.
 
-    A site that runs at every denoising step gives ``[step batch ...]``, in the order of :attr:`steps`; one that
-    runs once gives ``[batch ...]``. In a guided run the batch holds the unconditional rows first, as the U-Net receives
+    A site that runs at every step gives ``[step batch ...]``, in the order of :attr:`steps`; one that
+    runs once gives ``[batch ...]``. In a generation, whose first step is the whole prompt, :meth:`sequence` joins the
+    steps of a site. In a guided run the batch holds the unconditional rows first, as the U-Net receives
     them, also at sites of the text encoder; :attr:`cond` and :attr:`uncond` are the halves.
 
     Args:
-        steps: keep only these denoising steps.
+        steps: keep only these steps.
         guidance: keep only this half.
         options: ``device, dtype, tokens, copy`` of :class:`~mmhooks.hooks.cache.ActivationCache`.
     """
@@ -33,6 +35,7 @@ class StepCache(Mapping[str, Tensor]):
             raise MMHooksError(f'guidance: expected "cond", "uncond" or "both", got {guidance!r}')
         self._asked, self._guidance, self._options = chosen_steps(steps), guidance, options
         self._parts: dict[Moment, ActivationCache] = {}
+        self._axes: dict[str, int | None] = {}  # of tokens, by site
         # Sites that ran more than once in a step: the cache holds their last value.
         self.repeated: dict[str, None] = {}
 
@@ -42,6 +45,7 @@ class StepCache(Mapping[str, Tensor]):
         """Returns the function that stores a value of ``name`` under the current step and half."""
 
         seen: set[Moment] = set()
+        self._axes[name] = axis
 
         def record(value: Tensor) -> Tensor:
             at = current_moment()
@@ -56,14 +60,16 @@ class StepCache(Mapping[str, Tensor]):
                 for half, rows in halves(len(value), name) or ():
                     if half == self._guidance:
                         chosen, at = rows, Moment(at.step, half)
+            part = self._parts.get(at)
+            part = ActivationCache(**self._options) if part is None else part
+            if not part.store(name, value, axis, chosen):
+                binding.hint = "the run held no token of the kind that tokens= names there"
+                return value
             if at in seen and not recomputes():
                 self.repeated[name] = None
             seen.add(at)
-            part = self._parts.get(at)
-            if part is None:
-                part = self._parts[at] = ActivationCache(**self._options)
+            self._parts[at] = part
             binding.fired = True
-            part.store(name, value, axis, chosen)
             return value
 
         return record
@@ -77,11 +83,11 @@ class StepCache(Mapping[str, Tensor]):
 
     @property
     def steps(self) -> list[int]:
-        """The denoising steps that were kept."""
+        """The steps that were kept."""
         return sorted({at.step for at in self._parts if at.step is not None})
 
     def at(self, step: int) -> ActivationCache:
-        """The activations of one denoising step, and of the sites that run once.
+        """The activations of one step, and of the sites that run once.
 
         Raises:
             ShapeMismatch: a bool, or anything but a whole number. UnknownSite: a step that was not kept.
@@ -119,7 +125,7 @@ class StepCache(Mapping[str, Tensor]):
         )
 
     def now(self, name: str) -> Tensor:
-        """The value at the current denoising step, with which ``mm.Patch(cache)`` patches step by step."""
+        """The value at the current step, with which ``mm.Patch(cache)`` patches step by step."""
         kept, step = self._of(name), current_moment().step
         if None in kept:
             return kept[None]
@@ -141,7 +147,45 @@ class StepCache(Mapping[str, Tensor]):
         kept = self._of(name)
         if None in kept:
             return kept[None]
-        return torch.stack([kept[step] for step in self.steps if step in kept])
+        values = [kept[step] for step in self.steps if step in kept]
+        if len({tuple(value.shape) for value in values}) > 1:
+            raise ShapeMismatch(
+                f"{name!r} has other shapes at other steps: {tuple(values[0].shape)} at the first, {tuple(values[-1].shape)} "
+                f"at the last; .sequence({name!r}) joins their tokens, .at(step)[{name!r}] gives one step"
+            )
+        return torch.stack(values)
+
+    def sequence(self, name: str) -> Tensor:
+        """A site over all tokens of a generation, prompt and new ones: ``[batch token ...]``.
+
+        Keys and values, which every step sees whole, are those of the last step. A pattern is ``[batch head query key]``,
+        zero at the keys that come later.
+
+        Raises:
+            UnknownSite: a site that was not cached.
+            MMHooksError: a site without tokens, a cache that lacks steps of the generation, or keys of which a layer sees
+                the last ones alone.
+        """
+        kept, axis = self._of(name), self._axes.get(name)
+        steps = sorted(step for step in kept if step is not None)
+        if axis is None or steps != [*range(len(steps))] or not steps:
+            raise MMHooksError(
+                f"sequence({name!r}): expected a site with tokens at all steps of a generation from the first, got "
+                f"{'one without tokens' if axis is None else f'steps {steps}'}"
+            )
+        values = [kept[step] for step in steps]
+        lengths, widths = zip(*((value.shape[axis], value.shape[-1]) for value in values), strict=True)
+        if len(steps) > 1 and _grows(lengths):
+            return values[-1]
+        is_pattern = axis == 2 and name.endswith(".pattern")
+        if any(length != 1 for length in lengths[1:]) or (is_pattern and not _grows(widths)):
+            raise MMHooksError(
+                f"sequence({name!r}): expected one new token a step, or all of them at every step, got {list(lengths)} tokens "
+                f"at {len(steps)} steps: a window over the last keys; .at(step)[{name!r}] gives one step"
+            )
+        if is_pattern:
+            values = [torch.nn.functional.pad(value, (0, widths[-1] - value.shape[-1])) for value in values]
+        return torch.cat(values, axis)
 
     def __contains__(self, name: object) -> bool:
         return any(name in part for part in self._parts.values())
@@ -188,3 +232,8 @@ class StepCache(Mapping[str, Tensor]):
         if not new._parts:
             raise MMHooksError(f"this cache holds no rows of the half {which!r}: the run had no guidance")
         return new
+
+
+def _grows(lengths: Sequence[int]) -> bool:
+    """Whether every step has one more than the step before."""
+    return all(after == before + 1 for before, after in pairwise(lengths))

@@ -1,4 +1,6 @@
-"""The state of a diffusion run: its denoising step, and the half of a guided batch that a module processes.
+"""The state of a run in steps: its step, and the half of a guided batch that a module processes.
+
+Steps are those of denoising, or of a generation: the prompt, then one for each new token.
 
 The running pipeline sets both; edits with ``steps=`` and ``guidance=``, caches and hook functions read them. With
 classifier-free guidance the U-Net receives the unconditional and then the conditional rows in one batch, while the
@@ -22,8 +24,8 @@ HALVES = ("uncond", "cond")  # their order in a batch of diffusers
 
 
 class Moment(NamedTuple):
-    """``step``: number of the denoising step, from 0. ``half``: which rows a batch holds; ``both``: the unconditional,
-    then the conditional ones."""
+    """``step``: its number, from 0. ``half``: which rows a batch holds; ``both``: the unconditional, then the conditional
+    ones."""
 
     step: int | None = None
     half: Guidance | None = None
@@ -39,7 +41,7 @@ def current_moment() -> Moment:
 
 @contextmanager
 def moment(step: int | None, half: Guidance | None) -> Iterator[None]:
-    """Sets the denoising step, and the half of the batch, for everything inside the block."""
+    """Sets the step, and the half of the batch, for everything inside the block."""
     token = _NOW.set(Moment(step, half))
     try:
         yield
@@ -80,8 +82,9 @@ def inactive(steps: Any, guidance: Guidance, where: str) -> bool:
     at = _NOW.get()
     if steps is not None and at.step is None:
         raise MMHooksError(
-            f"steps= at {where!r}, which does not run inside a denoising step (text encoders run once, before the "
-            "first step); leave steps= out, or edit 'text.cond'"
+            f"steps= at {where!r}, which does not run inside a denoising step or a step of a generation (text "
+            "encoders of pipelines and image towers run once, before the first step); leave steps= out, or in a pipeline edit "
+            "'text.cond'"
         )
     if guidance != "both" and at.half is None:
         raise MMHooksError(

@@ -40,8 +40,8 @@ def hook(model: Any, processor: Any = None, *, name: str = "", **options: Any) -
     """Hooks any model by the class that fits it; the model object itself stays as it is.
 
     Args:
-        model: a dual encoder or vision encoder of open_clip, transformers, timm or torchvision, a diffusers pipeline, a
-            model of a registered family, or any other ``torch.nn.Module``.
+        model: a dual encoder or vision encoder of open_clip, transformers, timm or torchvision, a vision-language model of
+            transformers, a diffusers pipeline, a model of a registered family, or any other ``torch.nn.Module``.
         processor: of transformers, ``AutoProcessor.from_pretrained``: its image processor becomes ``preprocess``, its
             tokenizer ``tokenizer``. For a vision encoder also a function from an image to pixels.
         name: for messages and manifests.
@@ -49,8 +49,9 @@ def hook(model: Any, processor: Any = None, *, name: str = "", **options: Any) -
 
     Returns:
         :class:`~mmhooks.models.clip.model.HookedCLIP`, :class:`~mmhooks.models.vision.model.HookedVision`,
-        :class:`~mmhooks.models.diffusion.model.HookedDiffusion`, what a registered family makes, or, with a warning, a
-        plain :class:`~mmhooks.models.hooked.HookedModel` whose sites are native module paths.
+        :class:`~mmhooks.models.vlm.model.HookedVLM`, :class:`~mmhooks.models.diffusion.model.HookedDiffusion`, what a
+        registered family makes, or, with a warning, a plain :class:`~mmhooks.models.hooked.HookedModel` whose sites are
+        native module paths.
 
     Raises:
         MMHooksError: no module and no pipeline; a processor that does not fit the model; options that its class does not
@@ -183,4 +184,18 @@ class _Vision:
         return hooked
 
 
-BUILT_IN: tuple[Family, ...] = (_Diffusion(), _Dual(), _Vision())
+class _VLM:
+    """Models that write text about images."""
+
+    def matches(self, model: Any) -> bool:
+        from mmhooks.models.vlm.parts import vlm_parts
+
+        return isinstance(model, nn.Module) and vlm_parts(model) is not None
+
+    def hook(self, model: Any, processor: Any = None, **options: Any) -> Any:
+        from mmhooks.models.vlm.model import HookedVLM
+
+        return HookedVLM(model, processor, **options)
+
+
+BUILT_IN: tuple[Family, ...] = (_Diffusion(), _VLM(), _Dual(), _Vision())

@@ -10,6 +10,8 @@ import torch
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.families import hook
 from mmhooks.models.foreign_code import no_foreign_code
+from mmhooks.models.vlm.checkpoints import load_vlm
+from mmhooks.models.vlm.parts import LAYOUTS
 from mmhooks.utils.faults import first_line
 
 
@@ -17,7 +19,7 @@ def load_transformers(
     source: str,
     *,
     pretrained: str | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str | torch.device,
     cache_dir: str | Path | None,
 ) -> Any:
@@ -26,17 +28,20 @@ def load_transformers(
     Args:
         source: a folder that ``save_pretrained`` wrote, or a name of the Hub.
         pretrained: a revision of the Hub's repository.
+        dtype: of the weights; default: fp32, of a vision-language model the checkpoint's own.
 
     Raises:
         MissingWeights: no such folder or repository, or it cannot be fetched.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     options: dict[str, Any] = {"trust_remote_code": False, "revision": pretrained or "main"}
     options |= {"cache_dir": str(cache_dir)} if cache_dir else {}
     try:
         with no_foreign_code(source):
-            model = AutoModel.from_pretrained(source, dtype=dtype, **options)
+            if AutoConfig.from_pretrained(source, **options).model_type in LAYOUTS:
+                return load_vlm(source, device=device, dtype=dtype, name=f"hf:{source}", **options)
+            model = AutoModel.from_pretrained(source, dtype=dtype or torch.float32, **options)
             processor = _processor(source, options)
     except OSError as error:
         raise MissingWeights(
@@ -60,7 +65,7 @@ def load_timm(
     source: str,
     *,
     pretrained: str | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str | torch.device,
     cache_dir: str | Path | None,
 ) -> Any:
@@ -93,4 +98,4 @@ def load_timm(
             "mm.hook(timm.create_model(...))"
         ) from error
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    return hook(model.to(device, dtype).eval(), name=f"timm:{source}", preprocess=transform)
+    return hook(model.to(device, dtype or torch.float32).eval(), name=f"timm:{source}", preprocess=transform)

@@ -50,7 +50,7 @@ def load(
     """A hooked model by name, in evaluation mode, with its tokenizer and preprocessing.
 
     Args:
-        name: ``"mini"``, ``"mini-declip"`` or ``"mini-reader"`` (embedded, no network); any name of
+        name: ``"mini"``, ``"mini-declip"``, ``"mini-reader"`` or ``"mini-llava"`` (embedded, no network); any name of
             ``open_clip.list_models()``, or open_clip's ``"hf-hub:…"``; ``"hf:…"``: a checkpoint of transformers, a folder
             that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of ``timm.list_models()``, with its weights.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
@@ -103,7 +103,17 @@ def load(
             )
         kind, _, source = name.partition(":")
         loader = load_transformers if kind == "hf" else load_timm
-        return loader(source, pretrained=pretrained, dtype=weights, device=device, cache_dir=cache_dir)
+        given = None if dtype is None else weights
+        return loader(source, pretrained=pretrained, dtype=given, device=device, cache_dir=cache_dir)
+    if name == "mini-llava":
+        from mmhooks.models.vlm.llava import load_llava
+
+        if pretrained is not None or precision != "fp32" or activation is not None:
+            raise MMHooksError(
+                f"{name!r} is embedded: it takes no pretrained=, precision= or activation=, got {pretrained!r}, {precision!r} "
+                f"and {activation!r}; dtype= converts its weights"
+            )
+        return load_llava(device=device, dtype=weights)
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32" or activation is not None:
             raise MMHooksError(

@@ -311,7 +311,7 @@ def test_never_silent(models):
             pass
     with pytest.raises((MMHooksError, TypeCheckError), match="guidance"):
         mm.Zero(at="text.cond", guidance="conditional")
-    with pytest.raises(MMHooksError, match="text encoders run once"):
+    with pytest.raises(MMHooksError, match="text encoders of pipelines and image towers run once"):
         with sd.hooks(mm.Zero(at="text.ln_final", steps=[0])):
             draw(sd.pipe)
     with pytest.raises(MMHooksError, match="where the halves of the batch are not known"):

@@ -15,6 +15,7 @@ from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning
 from mmhooks.models.clip.model import HookedCLIP
 
 from . import tiny_transformers as tiny
+from . import tiny_vlms as vlms
 from .families import FAMILIES
 
 
@@ -42,6 +43,15 @@ def test_dual_encoders(kind):
 def test_a_pipeline_and_a_network_of_timm():
     assert isinstance(mm.hook(mm.load_diffusion("mini").pipe), mm.HookedDiffusion)
     assert isinstance(mm.hook(timm.create_model("test_vit")), mm.HookedVision)
+
+
+def test_a_model_that_writes():
+    model = vlms.internvl()
+    hooked = mm.hook(model, name="mine")
+    assert type(hooked) is mm.HookedVLM and hooked.model is model and hooked.name == "mine"
+    assert isinstance(mm.load("mini-llava", dtype=torch.bfloat16), mm.HookedVLM)
+    with pytest.raises(MMHooksError, match="'mini-llava' is embedded: it takes no pretrained="):
+        mm.load("mini-llava", pretrained="openai")
 
 
 def test_a_stranger_is_hooked_plainly_and_told_so():

@@ -10,7 +10,8 @@ import torch
 import mmhooks as mm
 from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning, ShapeMismatch
 from mmhooks.models.embedded import mini, mini_llava
-from mmhooks.models.vlm.llava import ANSWER_TOKENS, MINI_TOKENS, PROMPT, load_llava
+from mmhooks.models.vlm.llava import MINI_TOKENS, load_llava
+from mmhooks.models.vlm.model import ANSWER_TOKENS, PROMPT
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -89,6 +90,8 @@ def llava_1_5(folder):
 
 def test_a_llava_1_5_checkpoint_is_loaded_by_path_with_its_own_processor(tmp_path):
     llava_1_5(tmp_path)
+    named = mm.load(f"hf:{tmp_path}", dtype=torch.bfloat16)
+    assert isinstance(named, mm.HookedVLM) and named.dtype == torch.bfloat16
     llava = load_llava(tmp_path)
     assert llava.prompt("what is this ?") == "USER: <image>\nwhat is this ? ASSISTANT:"
     assert llava.prompt("what is this ?", sees=False) == "USER: what is this ? ASSISTANT:"
@@ -186,7 +189,8 @@ def test_llava_1_5_7b_takes_14_gb_in_its_published_layout(whole, tmp_path):
                               image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
     text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                        num_attention_heads=32, max_position_embeddings=4096)  # fmt: skip
-    plan = LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, image_seq_length=576)
+    # The published plan says 32000; the copied processor's tokenizer of a few words has its image token at 4.
+    plan = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=576)
     plan.save_pretrained(tmp_path)
     publish_config(tmp_path, "float16")
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mmhooks as mm
 
 from . import tiny_transformers as tiny
+from .tiny_vlms import VLMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
@@ -131,6 +132,11 @@ def hooked(name: str) -> Any:
     return mm.hook(CASES[name].build(), name=name)
 
 
+@cache
+def hooked_vlm(name: str) -> Any:
+    return mm.hook(VLMS[name](), name=name)
+
+
 def run(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Embeddings by tower."""
     return {tower: getattr(model, f"encode_{tower}")(given) for tower, given in inputs.items()}
@@ -165,6 +171,14 @@ def table() -> str:
                 _code(others),
                 checked,
             ]
+            rows.append("| " + " | ".join(cells) + " |")
+    for name in VLMS:
+        model = hooked_vlm(name)
+        for tower in ("image", "projector", "lm"):
+            own = [s for s in model.sites() if s.startswith(f"{tower}.")]
+            leaves = block_leaves(model, tower)
+            others = _code([s.partition(".")[2] for s in own if ".blocks." not in s])
+            cells = [name, "`HookedVLM`", tower, _said(leaves) if leaves else "none", others, "walked"]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -13,6 +13,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.hooks.sites import SiteMap
 from mmhooks.models.layers.leaves import (
     LayerWeights,
+    add_addends,
     add_middle,
     add_mlp,
     add_outputs,
@@ -24,7 +25,7 @@ from mmhooks.models.layers.leaves import (
 
 # The same part under the names that the architectures give it.
 _ATTENTION = ("self_attn", "attention")
-_PROJECTION = ("out_proj", "o_proj", "proj")
+_PROJECTION = ("out_proj", "o_proj", "proj", "projection_layer")
 _VALUE = ("v_proj", "value")
 _NORM_1 = ("layer_norm1", "layernorm_before", "norm1")
 _NORM_2 = ("layer_norm2", "layernorm_after", "norm2")
@@ -45,15 +46,22 @@ def add_encoder_layer(sites: SiteMap, prefix: str, layer: Any) -> None:
     add_site(sites, f"{prefix}.resid_pre", sites.input(layer, "hidden_states"))
     add_outputs(sites, prefix, {"ln_1": child(layer, *_NORM_1)})
     add_projected_attention(sites, prefix, attn, attention_heads(attn), projection)
-    add_outputs(sites, prefix, {"attn_out": child(layer, "layer_scale1") or attn})
-    if child(layer, "message_attn") is None:  # X-CLIP appends a token to the stream before its sum
+    scaled = isinstance(getattr(layer, "lambda_1", None), nn.Parameter)  # InternVL: a scale that is no module
+    if scaled:
+        add_addends(sites, prefix, layer)
+    else:
+        add_outputs(sites, prefix, {"attn_out": child(layer, "layer_scale1") or attn})
+    if (
+        child(layer, "message_attn") is None and not scaled
+    ):  # X-CLIP appends a token to the stream before its sum
         add_middle(sites, prefix, layer)
     add_outputs(sites, prefix, {"ln_2": child(layer, *_NORM_2)})
     gate = child(mlp, "gate_proj")
     if gate is not None:
         add_site(sites, f"{prefix}.mlp.gate", sites.output(gate), layout="batch token d_mlp")
     add_mlp(sites, prefix, child(mlp, *_FIRST), child(mlp, *_LAST))
-    add_outputs(sites, prefix, {"mlp_out": child(layer, "layer_scale2") or mlp})
+    if not scaled:
+        add_outputs(sites, prefix, {"mlp_out": child(layer, "layer_scale2") or mlp})
     # First, before the hooks by which transformers records hidden states.
     add_site(sites, f"{prefix}.resid_post", sites.output(layer, first=True))
 
@@ -82,6 +90,6 @@ def encoder_weights(layer: Any) -> LayerWeights:
         projection,
         child(attn, *_VALUE),
         child(mlp, *_LAST),
-        layer_scale(layer, "layer_scale1"),
-        layer_scale(layer, "layer_scale2"),
+        layer_scale(layer, "layer_scale1", "lambda_1"),
+        layer_scale(layer, "layer_scale2", "lambda_2"),
     )

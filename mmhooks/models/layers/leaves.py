@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmhooks.hooks.attention import SCORES
-from mmhooks.hooks.intercept import Intercepted, attention_scores, residual_middle
+from mmhooks.hooks.intercept import Intercepted, attention_scores, residual_addends, residual_middle
 from mmhooks.hooks.projection import ProjectionByHead, heads_view, linear_map
 from mmhooks.hooks.sites import Site, SiteMap, View
 from mmhooks.hooks.taps import Tap
@@ -44,6 +44,14 @@ def add_mlp(sites: SiteMap, prefix: str, first: nn.Module | None, last: nn.Modul
 def add_middle(sites: SiteMap, prefix: str, block: nn.Module) -> None:
     """``resid_mid``: the first sum of a block that has the block's input as a term."""
     add_site(sites, f"{prefix}.resid_mid", Intercepted(block, ("resid_mid",), residual_middle), "resid_mid")
+
+
+def add_addends(sites: SiteMap, prefix: str, block: nn.Module) -> None:
+    """``attn_out``, ``resid_mid``, ``mlp_out`` of a block that scales what it adds by bare parameters."""
+    leaves = ("attn_out", "resid_mid", "mlp_out")
+    tap = Intercepted(block, leaves, residual_addends)
+    for leaf in leaves:
+        add_site(sites, f"{prefix}.{leaf}", tap, leaf)
 
 
 def add_attention_site(sites: SiteMap, name: str, tap: Tap, leaf: str, view: View | None = None) -> None:

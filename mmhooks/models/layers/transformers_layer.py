@@ -7,6 +7,7 @@ from typing import Any
 
 from mmhooks.hooks.sites import SiteMap
 from mmhooks.models.layers.bert_layer import add_bert_layer, is_bert_layer
+from mmhooks.models.layers.decoder_layer import add_decoder_layer, is_decoder_layer
 from mmhooks.models.layers.encoder_layer import add_encoder_layer, is_encoder_layer
 from mmhooks.models.layers.leaves import add_site
 from mmhooks.models.layers.m2m100_layer import add_m2m100_layer, is_m2m100_layer
@@ -15,6 +16,7 @@ from mmhooks.models.layers.t5_layer import add_t5_layer, is_t5_layer
 Is, Add = Callable[[Any], bool], Callable[[SiteMap, str, Any], None]
 KINDS: tuple[tuple[Is, Add], ...] = (
     (is_bert_layer, add_bert_layer),
+    (is_decoder_layer, add_decoder_layer),
     (is_m2m100_layer, add_m2m100_layer),
     (is_t5_layer, add_t5_layer),
     (is_encoder_layer, add_encoder_layer),

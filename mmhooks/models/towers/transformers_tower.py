@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.sites import Site, SiteMap
@@ -21,8 +21,27 @@ from mmhooks.models.towers.tokens import FIRST_TOKEN, PATCHES
 def add_vision_tower(sites: SiteMap, tower: str, model: Any) -> None:
     """``<tower>.patches`` to ``<tower>.pooled`` of a vision encoder.
 
-    ``ln_post`` is ``[batch d]`` where the class token is taken before the norm (CLIP), else ``[batch token d]``.
     ``pooled`` is what the encoder calls ``pooler_output``; of an encoder without a pooler, its class token.
+
+    Raises:
+        MMHooksError: no encoder of this structure.
+    """
+    add_vision_stack(sites, tower, model)
+    norm = final_norm(model)
+    assert norm is not None
+    pool = child(model, "head", "pooler")
+    first = None if pools_before_norm(model) or pool is not None else FIRST_TOKEN
+    tap = sites.output(norm if pool is None else pool)
+    sites.add(Site(f"{tower}.pooled", tap, tokens=None, layout="batch d", view=first))
+    width = getattr(child(pool, "dense"), "out_features", None) or getattr(norm, "normalized_shape", [0])[-1]
+    if width:
+        sites.widths[f"{tower}.pooled"] = width
+
+
+def add_vision_stack(sites: SiteMap, tower: str, model: Any) -> None:
+    """``<tower>.patches``, the layers and ``<tower>.ln_post`` of a vision encoder whose pooled output nobody reads.
+
+    ``ln_post`` is ``[batch d]`` where the class token is taken before the norm (CLIP), else ``[batch token d]``.
 
     Raises:
         MMHooksError: no encoder of this structure.
@@ -34,20 +53,13 @@ def add_vision_tower(sites: SiteMap, tower: str, model: Any) -> None:
             f"expected a vision encoder of transformers with patch embeddings and a final norm, got "
             f"{type(model).__name__}; hook it with mm.HookedModel(model)"
         )
-    view = PATCHES if isinstance(patches, nn.Conv2d) else None
+    view = PATCHES if _is_convolution(patches) else None
     sites.add(Site(f"{tower}.patches", sites.output(patches), layout="batch patch d", view=view))
     add_transformers_layers(sites, tower, encoder_layers(model))
     if pools_before_norm(model):
         sites.add(Site(f"{tower}.ln_post", sites.output(norm), tokens=None, layout="batch d"))
     else:
         sites.add(Site(f"{tower}.ln_post", sites.output(norm), layout="batch token d"))
-    pool = child(model, "head", "pooler")
-    first = None if pools_before_norm(model) or pool is not None else FIRST_TOKEN
-    tap = sites.output(norm if pool is None else pool)
-    sites.add(Site(f"{tower}.pooled", tap, tokens=None, layout="batch d", view=first))
-    width = getattr(child(pool, "dense"), "out_features", None) or getattr(norm, "normalized_shape", [0])[-1]
-    if width:
-        sites.widths[f"{tower}.pooled"] = width
 
 
 def add_text_tower(sites: SiteMap, tower: str, model: Any) -> None:
@@ -91,6 +103,12 @@ def encoder_layers(model: Any) -> nn.ModuleList:
         if isinstance(found, nn.ModuleList):
             return found
     raise MMHooksError(f"expected an encoder with a list of layers, got {type(model).__name__}")
+
+
+def _is_convolution(patches: Any) -> bool:
+    """Whether it gives a feature map: a convolution, or a stem in its place with a weight of its shape."""
+    weight = getattr(patches, "weight", None)
+    return isinstance(patches, nn.Conv2d) or (isinstance(weight, Tensor) and weight.dim() == 4)
 
 
 def final_norm(model: Any) -> nn.Module | None:

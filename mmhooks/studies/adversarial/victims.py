@@ -11,7 +11,8 @@ from mmhooks.analysis.attacks.chat_endpoint import Endpoint
 from mmhooks.analysis.attacks.judges import EndpointJudge, deepseek_judge
 from mmhooks.analysis.attacks.victims import EndpointVictim, LlavaVictim, ZeroShotVictim
 from mmhooks.errors import MMHooksError, MMHooksWarning
-from mmhooks.models.vlm.llava import ANSWER_TOKENS, load_llava
+from mmhooks.models.vlm.llava import load_llava
+from mmhooks.models.vlm.model import ANSWER_TOKENS
 from mmhooks.studies.adversarial.evaluation import Evaluation, rule_judge
 from mmhooks.studies.adversarial.options import Options
 from mmhooks.studies.adversarial.samples import Samples, labels, make_samples

@@ -220,7 +220,7 @@ class LlavaTrainer(Trainer):
 
     def encode(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Returns token ids, padded on the right, and which of them belong to the answer (its end included)."""
-        from mmhooks.models.vlm.llava import IMAGE_PREFIX, PROMPT
+        from mmhooks.models.vlm.model import IMAGE_PREFIX, PROMPT
 
         rows, marks = [], []
         for example in examples:

@@ -9,7 +9,7 @@ from embedded.vlm.packing import Packer
 
 from mmhooks.data.synthetic.questions import KINDS, ask
 from mmhooks.data.synthetic.scenes import COMBINATIONS, sample_scene
-from mmhooks.models.vlm.llava import IMAGE_PREFIX, PROMPT
+from mmhooks.models.vlm.model import IMAGE_PREFIX, PROMPT
 
 
 def test_packing_cuts_words_as_the_tokenizer_does_and_knows_them_all() -> None:

@@ -22,7 +22,7 @@ from mmhooks.data.synthetic import scenes
 from mmhooks.data.synthetic.questions import KINDS, Question, ask
 from mmhooks.errors import MMHooksError
 from mmhooks.models.embedded import mini_vlm
-from mmhooks.models.vlm.llava import Llava
+from mmhooks.models.vlm.model import HookedVLM
 
 PLAN = training.VlmPlan(tower_steps=2, steps=4, batch=2, blind=1, questions=4, width=64, layers=2, warmup=1)
 
@@ -155,7 +155,7 @@ def test_accuracy_is_that_of_greedy_decoding(trainer: Callable[[], training.VlmT
     ]
     projected = report.projected(llava.model, training.pixels(pictures))
     right = evaluate.right_answers(llava.model, made.packer, rows, projected)
-    speaker = Llava(llava, mini_vlm.mini_llava.processor(made.out / "tokenizer"))
+    speaker = HookedVLM(llava, mini_vlm.mini_llava.processor(made.out / "tokenizer"))
     llava.generation_config.pad_token_id, llava.generation_config.eos_token_id = 0, 2
     shown = torch.stack([torch.from_numpy(scenes.render(s, scenes.openmoji_drawing)) for s in pictures])
     shown = shown.permute(0, 3, 1, 2).float() / 255
