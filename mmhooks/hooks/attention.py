@@ -15,11 +15,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
+from mmhooks.hooks.kinds import Positions, computed_for
 from mmhooks.hooks.taps import Emit
 
 LEAVES = ("q", "k", "v", "pattern", "z", "head_out")
@@ -137,31 +138,46 @@ def attend(
     enable_gqa: bool = False,
     *,
     weights: bool = False,
+    rows: bool = True,
 ) -> tuple[Float[Tensor, "b h lq e"], Tensor | None]:
     """torch's ``scaled_dot_product_attention``, emitting ``q, k, v`` and ``pattern`` where wanted.
 
     The pattern is computed beside the fused attention and replaces it only if it was edited or gradients are needed
-    through it, so reading changes no bit of the output.
+    through it, so reading changes no bit of the output. Where it is only read, and only at some queries, it is computed
+    at these alone.
 
     Args:
         attn_mask: as torch takes it here: additive, or bool, where True keeps.
         weights: also return the pattern.
+        rows: whether the queries are the site's tokens, so that some of them can be left out.
     """
     q, k, v = (by_token(emit, want, leaf, t) for leaf, t in (("q", query), ("k", key), ("v", value)))
     pattern = None
     if weights or "pattern" in want:
-        kk, vv = k, v
-        if enable_gqa:
-            kk, vv = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         aside = not weights and want["pattern"].detached
         with torch.no_grad() if aside else nullcontext():
-            pattern = softmax_scores(q, kk, attn_mask, is_causal, scale)
-            edited = emit("pattern", pattern) if "pattern" in want else pattern
-        if weights or edited is not pattern or edited.requires_grad:
-            return F.dropout(edited, dropout_p) @ vv.to(edited.dtype), edited
+            if rows and aside and (chosen := _kept_queries(want["pattern"], q, k)) is not None:
+                with computed_for(q.shape[2]):
+                    emit("pattern", softmax_scores(q, k, attn_mask, is_causal, scale, chosen))
+                edited = pattern = None
+            else:
+                pattern = softmax_scores(q, k, attn_mask, is_causal, scale)
+                edited = emit("pattern", pattern) if "pattern" in want else pattern
+        if edited is not None and (weights or edited is not pattern or edited.requires_grad):
+            values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1) if enable_gqa else v
+            return F.dropout(edited, dropout_p) @ values.to(edited.dtype), edited
     options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
     z = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **options)
     return z, None
+
+
+def _kept_queries(program: Any, q: Float[Tensor, "b h lq e"], k: Float[Tensor, "b hk lk e"]) -> Positions:
+    """The queries whose rows of the pattern its only reader keeps; None: all of them, or more happens to it."""
+    choose = getattr(program, "rows", None)
+    if choose is None or q.shape[2] == 1 or torch.compiler.is_compiling():
+        return None
+    chosen = choose(q[..., :1].expand(*q.shape[:-1], k.shape[2]))  # a view of the pattern's shape
+    return chosen if chosen is not None and chosen.numel() else None
 
 
 def by_token(emit: Emit, want: Mapping[str, Any], leaf: str, given: Tensor) -> Tensor:
@@ -175,22 +191,49 @@ def by_token(emit: Emit, want: Mapping[str, Any], leaf: str, given: Tensor) -> T
 
 def softmax_scores(
     q: Float[Tensor, "b h lq e"],
-    k: Float[Tensor, "b h lk e"],
+    k: Float[Tensor, "b hk lk e"],
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-) -> Float[Tensor, "b h lq lk"]:
-    """The pattern of ``scaled_dot_product_attention``, with its zeros for a query that may attend to no key."""
-    scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.transpose(-1, -2)
+    rows: Positions = None,
+) -> Float[Tensor, "b h lr lk"]:
+    """The pattern of ``scaled_dot_product_attention``, with its zeros for a query that may attend to no key.
+
+    Args:
+        k: by query head, or by key head, each of which several query heads in a row share.
+        rows: only these queries; None: all.
+    """
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        queries = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+        mask = queries[..., None] >= torch.arange(k.shape[2], device=q.device)
+        mask = mask if mask.dim() == 2 else mask[:, None]
+    elif mask is not None and rows is not None and mask.dim() >= 2 and mask.shape[-2] > 1:
+        mask = _queries_of(mask[(None,) * (4 - mask.dim())], rows)
+    q = q if rows is None else _queries_of(q, rows)
+    q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    shared = q.shape[1] // k.shape[1]
+    folded = q if shared == 1 else q.unflatten(1, (-1, shared)).flatten(2, 3)  # without repeating keys
+    scores = (folded @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2])
     if mask is None:
         return scores.softmax(dim=-1)
-    keeps = mask.dtype == torch.bool
-    scores = scores.masked_fill(~mask, float("-inf")) if keeps else scores + mask
     # Softmax over no keys is NaN; left padding creates such rows.
+    if mask.dtype == torch.bool:
+        hidden = ~mask
+        lowest = torch.finfo(scores.dtype).min
+        return scores.masked_fill(hidden, lowest).softmax(dim=-1).masked_fill(hidden, 0.0)
+    scores = scores + mask
     blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+
+
+def _queries_of(
+    value: Float[Tensor, "b h lq x"] | Bool[Tensor, "b h lq x"], rows: Int[Tensor, "*b m"]
+) -> Tensor:
+    """The values of some queries: the same ones of every row of the batch, or some of each."""
+    if rows.dim() == 1:
+        return value.index_select(2, rows)
+    value = value.expand(len(rows), -1, -1, -1)
+    return value.gather(2, rows[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
 
 
 def project(

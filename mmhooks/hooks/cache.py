@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
+from mmhooks.hooks.kinds import Positions, is_kind, tokens_of_kind, whole_length
 from mmhooks.hooks.selection import Tokens, chosen_tokens, token_mask
 from mmhooks.hooks.sites import Pattern, match
 
@@ -83,6 +84,7 @@ class ActivationCache(Mapping[str, Tensor]):
                 self.store(name, value, axis)
                 return value
 
+            self.let_choose(process, name, axis)
             return process
         values = self._values
 
@@ -112,18 +114,13 @@ class ActivationCache(Mapping[str, Tensor]):
         value = value.detach() if self._detach else value
         chosen = None
         if self._tokens is not None and axis is not None and value.dim() >= axis + 2:
-            mask = token_mask(self._tokens, value, axis, name)
-            if isinstance(self._tokens, str):
-                if not bool(mask.any()):
-                    return False
-                chosen = _chosen_by_row(mask.flatten(1), self._tokens, name)
-            elif mask.shape[0] > 1:
-                raise ShapeMismatch(
-                    f"{name!r}: a cache keeps the same tokens of every row: expected a mask [L], got one [batch, L]"
-                )
-            else:
-                chosen = mask.flatten().nonzero().flatten()
-            self._full_shapes[name] = tuple(value.shape if rows is None else value[rows].shape)
+            length = whole_length()
+            if length is None:
+                length, chosen = value.shape[axis], self.positions(value, axis, name)
+            if chosen is not None and not chosen.numel():
+                return False
+            shape = (value if rows is None else value[rows]).shape
+            self._full_shapes[name] = (*shape[:axis], length, *shape[axis + 1 :])
 
         def keep(whole: Tensor) -> Tensor:
             kept = whole if rows is None else whole[rows]
@@ -141,6 +138,28 @@ class ActivationCache(Mapping[str, Tensor]):
         shared = kept is value or (rows is not None and chosen is None)  # a slice of rows is a view
         self._values[name] = kept.clone() if self._copy and shared else kept
         return True
+
+    def let_choose(self, record: Any, name: str, axis: int | None) -> None:
+        """Tells a place that can compute some tokens alone which ones ``record`` keeps: ``record.rows(value)``."""
+        if self._tokens is not None and axis is not None:
+            record.rows = lambda value: self.positions(value, axis, name)
+
+    def positions(self, value: Tensor, axis: int, name: str) -> Positions:
+        """The tokens of ``value`` that ``tokens=`` names, none if it holds none of their kind.
+
+        Raises:
+            ShapeMismatch: as :meth:`store`.
+        """
+        assert self._tokens is not None
+        if is_kind(self._tokens):
+            found = tokens_of_kind(self._tokens, value.shape[axis], value.device, name)
+            return found.positions(name) if found.any else torch.zeros(0, dtype=torch.long)
+        mask = token_mask(self._tokens, value, axis, name)
+        if mask.shape[0] > 1:
+            raise ShapeMismatch(
+                f"{name!r}: a cache keeps the same tokens of every row: expected a mask [L], got one [batch, L]"
+            )
+        return mask.flatten().nonzero().flatten()
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -250,21 +269,6 @@ class ActivationCache(Mapping[str, Tensor]):
         new._values = values
         new._gradients = {name: self._gradients[name] for name in values if name in self._gradients}
         return new
-
-
-def _chosen_by_row(mask: Bool[Tensor, "b l"], kind: str, name: str) -> Int[Tensor, "b m"]:
-    """The positions of a kind of tokens in each row.
-
-    Raises:
-        ShapeMismatch: rows hold different numbers of them.
-    """
-    counts = mask.sum(1)
-    if int(counts.min()) != int(counts.max()):
-        raise ShapeMismatch(
-            f"{name!r}: a cache keeps as many tokens of every row, got {counts.tolist()} tokens of the kind {kind!r}; run "
-            'rows apart, or keep all tokens, or "last"'
-        )
-    return mask.nonzero()[:, 1].view(len(mask), -1)
 
 
 def _selected(value: Tensor, axis: int, chosen: Int[Tensor, "*b m"]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.dispatch import outside_inference_mode
+from mmhooks.hooks.kinds import is_kind
 from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import (
     ChosenTokens,
@@ -152,7 +153,7 @@ class Edit:
     @property
     def limited(self) -> bool:
         """Whether the edit is restricted to some steps, to one half of the rows, or to a kind of tokens."""
-        return self.steps is not None or self.guidance != "both" or isinstance(self.tokens, str)
+        return self.steps is not None or self.guidance != "both" or is_kind(self.tokens)
 
     def inactive(self, value: Tensor, hook: Hook) -> bool:
         """Whether the edit does not apply at the current step, to the current rows, or to any token of ``value``."""
@@ -194,12 +195,11 @@ class Edit:
         return f"{type(self).__name__}({named})"
 
     def _reference(self, given: Any, value: Tensor, index: Tensor | None, hook: Hook) -> Tensor | float:
+        where = f"{self.label} at {hook.name!r}"
         if isinstance(given, Mapping):
             if hook.name not in given:
                 held = ", ".join(given) or "nothing"
-                raise MMHooksError(
-                    f"{self.label} at {hook.name!r}: expected a cache with this site, got {held}"
-                )
+                raise MMHooksError(f"{where}: expected a cache with this site, got {held}")
             at_step = getattr(given, "now", None)  # a cache of a diffusion run
             given = given[hook.name] if at_step is None else at_step(hook.name)
         if isinstance(given, Tensor) and given.is_inference() and not torch.is_inference_mode_enabled():
@@ -208,7 +208,7 @@ class Edit:
         whole = isinstance(given, Tensor) and given.dim() == value.dim() and len(given) == 2 * len(value)
         if whole and half in HALVES:  # given for the whole batch of a guided run
             given = given.chunk(2)[HALVES.index(half)]
-        return reference(given, value, index, self.choice.last, hook.axis, f"{self.label} at {hook.name!r}")
+        return reference(given, value, index, self.choice.last, hook.axis, where)
 
     def _each(self, name: str, value: Tensor, index: Tensor | None, hook: Hook) -> Any:
         """The edit's parameter ``name``: a number, or a table with one entry per selected feature."""

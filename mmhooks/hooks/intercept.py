@@ -103,13 +103,19 @@ def residual_addends(module: nn.Module, emit: Emit, want: Container[str], args: 
     return call
 
 
-def attention_scores(module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any) -> Call:
-    """``q, k, v`` as they enter the scores, and ``pattern``, from the fused kernel or from ``q @ k``, softmax, ``@ v``."""
+def attention_scores(
+    module: nn.Module, emit: Emit, want: Any, args: Any, kwargs: Any, heads: int | None = None
+) -> Call:
+    """``q, k, v`` as they enter the scores, and ``pattern``, from the fused kernel or from ``q @ k``, softmax, ``@ v``.
+
+    ``heads``: query heads, where the kernel may get queries in another layout than by head and token.
+    """
     done: list[str] = []  # those of the three calls of explicit attention that have run
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
-            return attend(emit, want, *args, **kwargs)[0]
+            plain = heads is None or args[0].shape[1] == heads
+            return attend(emit, want, *args, **kwargs, rows=plain)[0]
         if func in _PRODUCTS and len(args) == 2 and args[0].dim() == 4 and len(done) in (0, 2):
             left, right = args
             if done:

@@ -1,4 +1,6 @@
-"""Kinds of tokens in the sequence that a generative model is running: ``image``, ``text``, ``prompt``, ``generated``, ``last``.
+"""Kinds of tokens in the sequence that a generative model is running: ``image``, ``text``, ``prompt``, ``generated``, ``last``,
+and ``("image", i)``: the i-th unbroken run of image tokens in each row, an image, or a tile where a model parts tiles by
+other tokens (Idefics3, SmolVLM).
 
 A running :class:`~mmhooks.models.vlm.model.HookedVLM` says what its sequence holds; edits and caches with ``tokens=`` read
 it. A sequence is a prompt and the new tokens so far. A module sees its end: all of it at the prompt, one token while
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,14 +22,63 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
 
+# Of a value's tokens: the same in every row, or those of each row; None: all of them.
+Positions = Int[Tensor, " m"] | Int[Tensor, "b m"] | None
 KINDS = ("image", "text", "prompt", "generated", "last")
+Kind = str | tuple[str, int]
 
 
-class Found(NamedTuple):
+def is_kind(tokens: Any) -> TypeGuard[Kind]:
+    """Whether ``tokens=`` names a kind, known or not, rather than positions."""
+    return isinstance(tokens, str) or (
+        isinstance(tokens, tuple) and len(tokens) == 2 and isinstance(tokens[0], str)
+    )
+
+
+def known_kind(tokens: Any) -> bool:
+    """Whether there is such a kind."""
+    return tokens in KINDS or (
+        is_kind(tokens) and tokens[0] == "image" and isinstance(tokens[1], int) and tokens[1] >= 0
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
     """The tokens of one kind among those that a module sees."""
 
     mask: Bool[Tensor, "b l"]
     any: bool
+    kind: Kind
+
+    def positions(self, where: str) -> Positions:
+        """Where they are, as many in every row; None if they are all that the module sees.
+
+        A row that has ended holds no last token among new ones: there it is whatever runs last.
+
+        Raises:
+            ShapeMismatch: rows hold different numbers of them.
+        """
+        counts, positions = self._counted
+        if len(set(counts)) > 1:
+            raise ShapeMismatch(
+                f"{where!r}: a cache keeps as many tokens of every row, got {counts} tokens of the kind {self.kind!r}; run "
+                'rows apart, or keep all tokens, or "last"'
+            )
+        return positions
+
+    @cached_property
+    def _counted(self) -> tuple[list[int], Positions]:
+        """How many each row holds, and their positions where all hold as many; computed once for all sites of a step."""
+        mask = self.mask.cpu()
+        if self.kind == "last":
+            behind = torch.zeros_like(mask)
+            behind[:, -1] = ~mask.any(1)
+            mask = mask | behind
+        counts = mask.sum(1).tolist()
+        if counts == [mask.shape[1]] * len(mask) or len(set(counts)) > 1:
+            return counts, None
+        found = mask.nonzero()[:, 1].view(len(mask), -1).to(self.mask.device)
+        return counts, found[0] if bool((found == found[:1]).all()) else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +98,7 @@ class TokenSequence:
     image_id: int
     prompt: int
     generates: bool
-    _found: dict[tuple[str, int, torch.device], Found] = field(default_factory=dict, repr=False)
+    _found: dict[tuple[Kind, int, torch.device], Found] = field(default_factory=dict, repr=False)
 
     @cached_property
     def masks(self) -> dict[str, Bool[Tensor, "b t"]]:
@@ -59,12 +110,21 @@ class TokenSequence:
         kinds = (image, real & ~image, prompt, real & ~prompt, real & (behind == 1))
         return dict(zip(KINDS, kinds, strict=True))
 
+    def mask_of(self, kind: Kind) -> Bool[Tensor, "b t"]:
+        """Where the tokens of a kind are."""
+        if isinstance(kind, str):
+            return self.masks[kind]
+        image = self.masks["image"]
+        begins = image.clone()
+        begins[:, 1:] &= ~image[:, :-1]
+        return image & (begins.cumsum(1) == kind[1] + 1)
+
     def counts(self) -> str:
         """For messages."""
         held = ", ".join(f"{int(self.masks[kind].sum())} {kind}" for kind in KINDS[:4])
         return f"{held} tokens in {len(self.ids)} rows"
 
-    def find(self, kind: str, length: int, device: torch.device, where: str) -> Found:
+    def find(self, kind: Kind, length: int, device: torch.device, where: str) -> Found:
         """The tokens of one kind among the last ``length`` of the sequence.
 
         Raises:
@@ -77,13 +137,13 @@ class TokenSequence:
                     f"tokens={kind!r} at {where!r}: expected at most the {self.ids.shape[1]} tokens that this call was "
                     f"given, got {length}, as it continues an earlier one; use generate(), which knows them all"
                 )
-            whole = self.masks[kind]
+            whole = self.mask_of(kind)
             if not bool(whole.any()) and not (kind == "generated" and self.generates):
                 raise ShapeMismatch(
                     f"tokens={kind!r} at {where!r}: the batch holds none of that kind: {self.counts()}"
                 )
             mask = whole[:, whole.shape[1] - length :]
-            self._found[key] = Found(mask.to(device), bool(mask.any()))
+            self._found[key] = Found(mask.to(device), bool(mask.any()), kind)
         return self._found[key]
 
 
@@ -100,7 +160,26 @@ def running(sequence: TokenSequence | None) -> Iterator[None]:
         _NOW.reset(token)
 
 
-def tokens_of_kind(kind: str, length: int, device: torch.device, where: str) -> Found:
+# How many tokens a value stands for whose other tokens were not even computed, since no one keeps them.
+_WHOLE: ContextVar[int | None] = ContextVar("mmhooks_whole_length", default=None)
+
+
+@contextmanager
+def computed_for(length: int) -> Iterator[None]:
+    """Values that caches get inside the block hold only the tokens that they keep, of ``length``."""
+    token = _WHOLE.set(length)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def whole_length() -> int | None:
+    """The ``length`` of :func:`computed_for`; None: values hold all their tokens."""
+    return _WHOLE.get()
+
+
+def tokens_of_kind(kind: Kind, length: int, device: torch.device, where: str) -> Found:
     """The tokens of one kind among the ``length`` that the site ``where`` sees now.
 
     Raises:

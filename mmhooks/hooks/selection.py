@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmhooks.errors import NotFinite, OutOfRange, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
-from mmhooks.hooks.kinds import KINDS, tokens_of_kind
+from mmhooks.hooks.kinds import KINDS, Kind, is_kind, known_kind, tokens_of_kind
 from mmhooks.utils.indexing import as_choice, like_a_mask, refuse_mask_of_numbers
 
 # A FeatureSet, whole numbers or a bool mask as a tensor, an array or any iterable, one number, or None for all.
@@ -89,7 +89,7 @@ def feature_index(features: Any) -> Int[Tensor, " m"] | None:
     return chosen_features(features).index
 
 
-ChosenTokens = slice | Tensor | tuple[int, ...] | str
+ChosenTokens = slice | Tensor | tuple[int, ...] | Kind
 
 
 def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
@@ -103,10 +103,11 @@ def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
     """
     if tokens is None or isinstance(tokens, slice):
         return tokens
-    if isinstance(tokens, str):
-        if tokens not in KINDS:
+    if is_kind(tokens):
+        if not known_kind(tokens):
             raise ShapeMismatch(
-                f"tokens: expected positions, a slice, a mask or one of the kinds {', '.join(KINDS)}, got {tokens!r}"
+                f"tokens: expected positions, a slice, a mask or one of the kinds {', '.join(KINDS)} or ('image', i) with "
+                f"i from 0, got {tokens!r}"
             )
         return tokens
     choice = as_choice(tokens, "token positions")
@@ -133,7 +134,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
             f"tokens= at {where!r}: expected a site with a token dimension, got shape {tuple(value.shape)}; leave it out"
         )
     length = value.shape[axis]
-    if isinstance(tokens, str):
+    if is_kind(tokens):
         tokens = tokens_of_kind(tokens, length, value.device, where).mask
     if isinstance(tokens, Tensor):
         if tokens.dim() not in (1, 2) or tokens.shape[-1] != length:
@@ -154,7 +155,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
             if not range(*tokens.indices(length)):
                 raise ShapeMismatch(f"{tokens} selects none of the {length} tokens at {where!r}")
         else:
-            _mark_positions(mask, tokens, where, f"(shape {tuple(value.shape)})")
+            _mark_positions(mask, tokens, where, f"(shape {tuple(value.shape)})")  # type: ignore[arg-type]
     shape = [1] * value.dim()
     shape[axis] = length
     if mask.dim() == 2:
@@ -164,7 +165,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
 
 def none_of_kind(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> bool:
     """Whether ``tokens`` is a kind, and the tokens of ``value`` are all of other kinds."""
-    if not isinstance(tokens, str) or axis is None or value.dim() < axis + 2:
+    if not is_kind(tokens) or axis is None or value.dim() < axis + 2:
         return False
     return not tokens_of_kind(tokens, value.shape[axis], value.device, where).any
 

@@ -72,6 +72,8 @@ class StepCache(Mapping[str, Tensor]):
             binding.fired = True
             return value
 
+        if self._guidance == "both":
+            ActivationCache(**self._options).let_choose(record, name, axis)
         return record
 
     def _leaves_out(self, at: Moment) -> bool:

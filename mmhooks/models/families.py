@@ -77,13 +77,27 @@ def hook(model: Any, processor: Any = None, *, name: str = "", **options: Any) -
             "unused; leave it out, or register a family that takes it (mmhooks.models.families)"
         )
     warnings.warn(
-        f"mm.hook: {type(model).__name__} is of no known family, so its sites are its native module paths; "
+        f"mm.hook: {type(model).__name__} is of no known family{_near(model)}, so its sites are its native module paths; "
         "mm.HookedModel(model) says so without this warning, and a package can register a family for it "
         "(mmhooks.models.families)",
         MMHooksWarning,
         stacklevel=2,
     )
     return HookedModel(model, name=name)
+
+
+def _near(model: Any) -> str:
+    """What a model of no family is next to, for the warning."""
+    if hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
+        inner = type(model.get_base_model()).__name__
+        return (
+            f" (PEFT's wrapper; mm.hook(model.get_base_model()) hooks the {inner} in which its adapters are)"
+        )
+    if hasattr(getattr(model, "config", None), "vision_config") and hasattr(model, "generate"):
+        from mmhooks.models.vlm.parts import LAYOUTS
+
+        return f" (vision-language models are known of the types {', '.join(LAYOUTS)})"
+    return ""
 
 
 def registered() -> list[Family]:

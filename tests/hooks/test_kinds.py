@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -31,6 +33,22 @@ def test_a_module_sees_the_end_of_the_sequence(kind, length):
     with running(sequence()):
         found = tokens_of_kind(kind, length, CPU, "lm.tokens")
     assert torch.equal(found.mask, want) and found.any == bool(want.any())
+
+
+@pytest.mark.parametrize(("number", "want"), [(0, ["010000", "011000"]), (1, ["000110", "000010"])])
+def test_the_images_of_a_row_are_its_unbroken_runs(number, want):
+    ids = torch.tensor([[1, 5, 7, 5, 5, 8], [1, 5, 5, 7, 5, 9]])
+    held = TokenSequence(ids, ids != 0, 5, 6, generates=True)
+    whole = torch.tensor([[c == "1" for c in row] for row in want])
+    for length in (6, 3):
+        assert torch.equal(held.find(("image", number), length, CPU, "lm.tokens").mask, whole[:, -length:])
+    with running(held):
+        kept = mm.Zero(tokens=("image", number))(torch.ones(2, 6, 3)).any(-1)
+    assert torch.equal(kept, ~whole)
+    with pytest.raises(
+        ShapeMismatch, match=r"tokens=\('image', 2\) at .*: the batch holds none of that kind"
+    ):
+        held.find(("image", 2), 6, CPU, "lm.tokens")
 
 
 def test_what_is_not_there_is_told():
@@ -66,7 +84,7 @@ def test_an_edit_acts_on_the_tokens_of_its_kind():
         )
         later = torch.ones(2, 1, 3)
         assert edit(later) is later
-    with pytest.raises(
-        ShapeMismatch, match=r"one of the kinds image, text, prompt, generated, last, got 'eot'"
-    ):
-        mm.Zero(tokens="eot").chosen_tokens  # noqa: B018
+    for kind in ("eot", ("image", -1), ("text", 0)):
+        says = f"one of the kinds image, text, prompt, generated, last or .* got {re.escape(repr(kind))}"
+        with pytest.raises(ShapeMismatch, match=says):
+            mm.Zero(tokens=kind).chosen_tokens  # noqa: B018

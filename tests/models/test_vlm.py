@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import mmhooks as mm
-from mmhooks.errors import HookDidNotFire, MMHooksError, ShapeMismatch
+from mmhooks.errors import HookDidNotFire, MMHooksError, MMHooksWarning, ShapeMismatch
+from mmhooks.hooks import attention
 from mmhooks.hooks.kinds import tokens_of_kind
 
 from . import tiny_transformers as tiny
 from . import tiny_vlms as vlms
 from .tiny_vlms import NEW, generated, logits, real
+from .walk import hooked_vlm
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,12 @@ def test_a_row_that_has_ended_holds_no_more_tokens(llava):
         generated(llava, min_new_tokens=0, eos_token_id=[end])
     # Step t runs the new token t - 1; the end itself is a token.
     assert held == [[False, False], *([t - 1 <= last, True] for t in range(1, NEW))]
+    sites = ["lm.blocks.1.resid_post", "lm.blocks.1.attn.pattern"]
+    with llava.caching(sites, tokens="last") as kept, llava.caching(sites) as whole:
+        generated(llava, min_new_tokens=0, eos_token_id=[end])
+    for step in range(NEW):  # of the ended row too, what runs last
+        assert torch.equal(kept.at(step)[sites[0]], whole.at(step)[sites[0]][:, -1:])
+        assert torch.equal(kept.at(step)[sites[1]], whole.at(step)[sites[1]][:, :, -1:])
 
 
 @torch.no_grad()
@@ -223,6 +231,38 @@ def test_a_cache_keeps_the_tokens_of_a_kind_and_the_steps_that_it_is_told(llava)
         cache.sequence("image.ln_post")
 
 
+@pytest.mark.parametrize("tokens", ["last", "image", [1, -1], slice(2, 4)])
+@torch.no_grad()
+def test_patterns_are_computed_only_at_the_tokens_that_a_cache_keeps(llava, tokens, monkeypatch):
+    """Against eager attention, which returns all rows; the second row of the batch is padded in front."""
+    eager, computed = vlms.llava("eager"), []
+    scores = attention.softmax_scores
+
+    def spied(*args):
+        computed.append(scores(*args))
+        return computed[-1]
+
+    monkeypatch.setattr(attention, "softmax_scores", spied)
+    with llava.caching("lm.blocks.*.attn.pattern", tokens=tokens) as cache:
+        logits(llava)
+    theirs = eager(**vlms.inputs(eager), output_attentions=True).attentions
+    chosen = masks(llava)[tokens].nonzero()[:, 1].view(2, -1) if isinstance(tokens, str) else None
+    for n in range(3):
+        ours = cache[f"lm.blocks.{n}.attn.pattern"]
+        for row in range(2):
+            want = theirs[n][row][:, tokens if chosen is None else chosen[row]]
+            if real(llava)[row, tokens if chosen is None else chosen[row]].all():  # eager differs at padding
+                torch.testing.assert_close(ours[row], want, atol=1e-5, rtol=1e-5)
+    width = 4 if tokens == "image" else 1 if tokens == "last" else 2
+    assert [tuple(c.shape) for c in computed] == [(2, 4, width, 10)] * 3
+    assert cache.shapes["lm.blocks.0.attn.pattern"] == (2, 4, 10, 10)
+    computed.clear()
+    site = "lm.blocks.0.attn.pattern"
+    with llava.hooks(mm.Steer(direction=0.1, at=site)), llava.caching(site, tokens=tokens) as cache:
+        logits(llava)  # an edit reads every row
+    assert cache[site].shape == (2, 4, width, 10) and computed[0].shape == (2, 4, 10, 10)
+
+
 @torch.no_grad()
 def test_keys_of_a_window_are_not_joined():
     gemma = mm.hook(vlms.gemma3())
@@ -276,21 +316,6 @@ def test_a_patch_by_step_brings_the_other_run_back(llava):
     assert torch.equal(ids, clean[0]) and torch.equal(out, clean[1])
 
 
-@torch.no_grad()
-def test_adapters_are_part_of_what_sites_show():
-    peft = pytest.importorskip("peft")
-    plan = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False, r=2)
-    adapted = peft.get_peft_model(vlms.llava(), plan).eval()
-    model = mm.hook(adapted.get_base_model())
-    clean, native = generated(model), "model.language_model.layers.1.self_attn.o_proj"
-    with model.caching(["lm.blocks.1.attn.*", native]) as cache:
-        assert all(torch.equal(a, b) for a, b in zip(generated(model), clean, strict=True))
-    for step in (0, 2):
-        seen = cache.at(step)
-        total = seen["lm.blocks.1.attn.head_out"].sum(2)
-        torch.testing.assert_close(total, seen[native], atol=1e-5, rtol=1e-5)
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +326,44 @@ def test_what_would_mix_rows_or_steps_is_refused(llava):
     with pytest.raises(MMHooksError, match="prefill_chunk_size"), llava.hooks():
         generated(llava, prefill_chunk_size=4)
     assert len(generated(llava, num_beams=2)[0]) == 2  # outside a context it is the model's own affair
+
+
+@pytest.mark.parametrize("name", vlms.VLMS)
+@torch.no_grad()
+def test_images_and_image_tokens_that_do_not_match(name):
+    """As every model type of transformers counts them; one more picture than the prompt has places for."""
+    model = hooked_vlm(name)
+    inputs = vlms.inputs(model.model)
+    ids = inputs["input_ids"].clone()
+    ids[1][ids[1] == vlms.IMAGE] = 40
+    says = "image tokens: expected as many as the images give features.*got Image features and image tokens do not match"
+    with pytest.raises(ShapeMismatch, match=says):
+        model.forward(**inputs | {"input_ids": ids})
+
+
+def test_more_images_than_requests_or_places(llava):
+    mini = mm.load_llava()
+    image = mm.data.pairs("mini").image(10)
+    with pytest.raises(ShapeMismatch, match="2 images and 3 requests"):
+        mini.generate([image] * 2, ["what?"] * 3)
+    with pytest.raises(ShapeMismatch, match="image tokens: expected as many.*requests hold no image tokens"):
+        mini.generate([image], "What is in <image>?")
+
+
+@pytest.mark.parametrize("name", vlms.UNKNOWN)
+def test_a_type_without_named_sites_is_told(name):
+    model = vlms.UNKNOWN[name]()
+    says = f"{type(model).__name__} is of no known family .*of the types llava, .*, qwen3_vl.*its native module paths"
+    with pytest.warns(MMHooksWarning, match=says):
+        assert type(mm.hook(model)) is mm.HookedModel
+
+
+def test_a_wrapper_of_peft_is_told():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(vlms.llava(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    says = r"PeftModel is of no known family \(PEFT's wrapper; mm.hook\(model.get_base_model\(\)\) hooks the LlavaFor"
+    with pytest.warns(MMHooksWarning, match=says):
+        mm.hook(wrapped)
 
 
 def test_misfits(llava):
@@ -319,9 +382,10 @@ def test_mini_llava_looks_at_the_picture():
     model = mm.load_llava()
     pairs = mm.data.pairs("mini")
     images, asked = [pairs.image(10), pairs.image(500)], "What is in the picture?"
-    clean = model.generate(images, asked)
+    clean = model.generate(images, asked, max_new_tokens=6)
     with model.caching("*") as cache:
-        assert torch.equal(model.generate(images, asked).ids[0], clean.ids[0])
+        assert torch.equal(model.generate(images, asked, max_new_tokens=6).ids[0], clean.ids[0])
     assert set(cache) == set(model.sites()) and cache["image.patches"].shape == (2, 64, 192)
     with model.hooks(mm.Zero(at="lm.tokens", tokens="image")):
-        assert model.answer(images, asked)[0] == model.answer(images, asked)[1] != clean.texts[0]
+        blind = model.generate(images, asked, max_new_tokens=6).texts
+    assert blind[0] == blind[1] != clean.texts[0] != clean.texts[1]

@@ -98,6 +98,41 @@ def internvl(attention: str = "sdpa") -> Any:
     return build("InternVLForConditionalGeneration", made, attention)
 
 
+def qwen2_vl(attention: str = "sdpa") -> Any:
+    """The patches of all images in one sequence."""
+    vision = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    return _qwen("Qwen2VL", vision, attention)
+
+
+def qwen2_5_vl(attention: str = "sdpa") -> Any:
+    """Windows of 2x2 patches in all blocks but the second."""
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_heads": 4,
+              "patch_size": 4, "window_size": 8, "fullatt_block_indexes": [1]}  # fmt: skip
+    return _qwen("Qwen2_5_VL", vision, attention)
+
+
+def qwen3_vl(attention: str = "sdpa") -> Any:
+    """DeepStack: what the tower's first block gives goes to the decoder's first layer too."""
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4,
+              "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+    return _qwen("Qwen3VL", vision, attention, head_dim=8)
+
+
+def _qwen(kind: str, vision: dict[str, Any], attention: str, **options: Any) -> Any:
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = config(f"{kind}TextConfig", **TEXT, rope_parameters=turns, **options)
+    marks = {
+        "image_token_id": IMAGE,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    }
+    made = config(
+        f"{kind}Config", vision_config=config(f"{kind}VisionConfig", **vision), text_config=text, **marks
+    )
+    return build(f"{kind}ForConditionalGeneration", made, attention)
+
+
 VLMS = {
     "LLaVA 1.5": llava,
     "LLaVA-NeXT": llava_next,
@@ -108,11 +143,52 @@ VLMS = {
     "Idefics3": idefics3,
     "SmolVLM": smolvlm,
     "InternVL": internvl,
+    "Qwen2-VL": qwen2_vl,
+    "Qwen2.5-VL": qwen2_5_vl,
+    "Qwen3-VL": qwen3_vl,
     "LLaVA 1.5, eager": lambda: llava("eager"),
     "LLaVA 1.5, biases": lambda: llava(attention_bias=True, mlp_bias=True, head_dim=12),
     "Gemma 3, eager": lambda: gemma3("eager"),
     "InternVL, eager": lambda: internvl("eager"),
 }
+
+
+def blip2() -> Any:
+    queries = config("Blip2QFormerConfig", **SIZES, vocab_size=60, encoder_hidden_size=32)
+    text = {"vocab_size": 60, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 32}  # fmt: skip
+    vision = config("Blip2VisionConfig", **VISION)
+    made = config("Blip2Config", vision_config=vision, qformer_config=queries, text_config=config("OPTConfig", **text),
+                  image_token_id=IMAGE)  # fmt: skip
+    return build("Blip2ForConditionalGeneration", made)
+
+
+def mllama() -> Any:
+    vision = {**VISION, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "max_num_tiles": 2,
+              "intermediate_layers_indices": [0], "vision_output_dim": 64,
+              "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}  # fmt: skip
+    text = {**TEXT, "cross_attention_layers": [1]}
+    made = config(
+        "MllamaConfig", vision_config=config("MllamaVisionConfig", **vision),
+        text_config=config("MllamaTextConfig", **text), image_token_index=IMAGE,
+    )  # fmt: skip
+    return build("MllamaForConditionalGeneration", made)
+
+
+def llava_7b() -> Any:
+    """LLaVA 1.5 7B at its own widths, on the meta device, cut to two layers a tower."""
+    made = config("LlavaConfig")
+    made.text_config.vocab_size = 32064
+    made.vision_config.num_hidden_layers = made.text_config.num_hidden_layers = 2
+    with torch.device("meta"):
+        return build("LlavaForConditionalGeneration", made)
+
+
+# Walked at the widths of a published checkpoint too.
+REAL = {"LLaVA 1.5": llava_7b}
+
+# Types without named sites.
+UNKNOWN = {"BLIP-2": blip2, "Mllama": mllama}
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
@@ -130,6 +206,9 @@ def inputs(model: Any) -> dict[str, Tensor]:
             "pixel_values": torch.randn(2, 3, 3, 16, 16),
             "image_sizes": torch.tensor([[16, 32]] * 2),
         }
+    if kind.startswith("qwen"):
+        given["mm_token_type_ids"] = (ids == IMAGE).int()
+        return given | {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     side = 32 if kind == "internvl" else 16
     pixels = torch.randn(2, 3, side, side)
     given["pixel_values"] = pixels[:, None] if kind in ("idefics3", "smolvlm") else pixels

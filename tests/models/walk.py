@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mmhooks as mm
 
 from . import tiny_transformers as tiny
-from .tiny_vlms import VLMS
+from .tiny_vlms import REAL, VLMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 BEGIN, END = "<!-- walk: begin -->", "<!-- walk: end -->"
@@ -178,7 +178,8 @@ def table() -> str:
             own = [s for s in model.sites() if s.startswith(f"{tower}.")]
             leaves = block_leaves(model, tower)
             others = _code([s.partition(".")[2] for s in own if ".blocks." not in s])
-            cells = [name, "`HookedVLM`", tower, _said(leaves) if leaves else "none", others, "walked"]
+            checked = "walked" + (", meta" if name in REAL else "")
+            cells = [name, "`HookedVLM`", tower, _said(leaves) if leaves else "none", others, checked]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -85,7 +85,7 @@ def grouped_scores(
             packed, maps = value.shape[2] == heads, _by_key_head(groups)
         return _emit_as(emit, leaf, value, *maps) if packed else emit(leaf, value)
 
-    return attention_scores(module, shown, want, args, kwargs)
+    return attention_scores(module, shown, want, args, kwargs, heads)
 
 
 Map = Callable[[Tensor], Tensor]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks import dispatch
 from mmhooks.hooks.kinds import TokenSequence, running
 from mmhooks.hooks.shadow import Shadow
@@ -105,6 +106,28 @@ class CallsOutside(ShadowTap):
                 return call(*args, **kwargs)
 
         return wrapped
+
+
+# How models and processors of transformers say it.
+_MISMATCHES = ("image tokens do not match", "should be the same as the number of images passed")
+
+
+@contextmanager
+def matching_images(image_id: int) -> Iterator[None]:
+    """Says what to do where transformers counts other images, or features of images, than places for them in the prompt.
+
+    Raises:
+        ShapeMismatch: it does.
+    """
+    try:
+        yield
+    except ValueError as fault:
+        if not any(said in str(fault) for said in _MISMATCHES):
+            raise
+        raise ShapeMismatch(
+            f"image tokens: expected as many as the images give features (token {image_id} in input_ids), got {fault}; "
+            "requests hold no image tokens of their own, model.inputs(images, requests) adds them"
+        ) from fault
 
 
 def _real(ids: Int[Tensor, "b t"], mask: Any) -> Bool[Tensor, "b t"]:

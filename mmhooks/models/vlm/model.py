@@ -22,7 +22,7 @@ from mmhooks.hooks.step_cache import StepCache
 from mmhooks.hooks.taps import Tap
 from mmhooks.models.hooked import HookedModel
 from mmhooks.models.processing import check_parts, tokenizer_of
-from mmhooks.models.vlm.calls import CallsOutside, GenerationCalls
+from mmhooks.models.vlm.calls import CallsOutside, GenerationCalls, matching_images
 from mmhooks.models.vlm.parts import IMAGES_BY_PROMPT, LAYOUTS, vlm_parts, vlm_sites
 
 IMAGE_PREFIX = "<image>\n"
@@ -51,12 +51,12 @@ class HookedVLM(HookedModel):
     that tower's last layer change nothing; nor do those of ``image.ln_post`` there and in OneVision.
 
     In a generation, step 0 is the prompt and step t the t-th new token; image tower and projector run once, before it.
-    ``tokens=`` takes kinds too: ``"image"``, ``"text"``, ``"prompt"``, ``"generated"``, ``"last"``
+    ``tokens=`` takes kinds too: ``"image"``, ``("image", i)``, ``"text"``, ``"prompt"``, ``"generated"``, ``"last"``
     (:mod:`mmhooks.hooks.kinds`). Contexts fill a :class:`~mmhooks.hooks.step_cache.StepCache`.
 
     Args:
-        model: LLaVA 1.5, NeXT or OneVision, PaliGemma, Gemma 3, Idefics 3, SmolVLM or InternVL of transformers, the class
-            ``…ForConditionalGeneration``.
+        model: LLaVA 1.5, NeXT or OneVision, PaliGemma, Gemma 3, Idefics 3, SmolVLM, InternVL or Qwen-VL (2, 2.5, 3) of
+            transformers, the class ``…ForConditionalGeneration``.
         processor: the checkpoint's own; needed by :meth:`inputs`, :meth:`generate` and :meth:`answer`.
         name: for messages and manifests.
         answer_tokens: how long an answer may be where the call does not say.
@@ -90,8 +90,12 @@ class HookedVLM(HookedModel):
         super().__init__(model, vlm_sites(model, parts), name=name)
         self.processor, self.answer_tokens = processor, answer_tokens
         self._by_prompt = model.config.model_type in IMAGES_BY_PROMPT  # type: ignore[union-attr]
-        image_id: Any = model.config.image_token_id  # type: ignore[union-attr]
-        taps = GenerationCalls(model, image_id), CallsOutside(parts.image), CallsOutside(parts.projector)
+        self._image_id: Any = model.config.image_token_id  # type: ignore[union-attr]
+        taps = (
+            GenerationCalls(model, self._image_id),
+            CallsOutside(parts.image),
+            CallsOutside(parts.projector),
+        )
         self._calls: list[Tap] = [registry.shared(tap) for tap in taps]
 
     def _extra_taps(self) -> list[Tap]:
@@ -158,7 +162,7 @@ class HookedVLM(HookedModel):
         for begin in range(0, len(asked), batch):
             part = None if shown is None else shown[begin : begin + batch]
             inputs = self.inputs(part, asked[begin : begin + batch])
-            with torch.no_grad():
+            with torch.no_grad(), matching_images(self._image_id):
                 ids = self.model.generate(**inputs, max_new_tokens=limit, **{"do_sample": False, **options})  # type: ignore
             new = ids[:, inputs["input_ids"].shape[1] :]
             ends = torch.tensor(self.model.generation_config.eos_token_id or [], device=new.device)  # type: ignore
@@ -188,7 +192,8 @@ class HookedVLM(HookedModel):
         """What the model's forward takes for images and requests, in one batch, padded in front.
 
         Raises:
-            MMHooksError: a model without a processor. ShapeMismatch: as many images as requests are needed.
+            MMHooksError: a model without a processor.
+            ShapeMismatch: as many images as requests are needed; requests with image tokens of their own.
         """
         if self.processor is None:
             raise MMHooksError(
@@ -200,10 +205,20 @@ class HookedVLM(HookedModel):
         given = (
             {} if shown is None else {"images": [[image] for image in shown] if self._by_prompt else shown}
         )
-        made = self.processor(text=texts, **given, padding=True, padding_side="left", return_tensors="pt")
+        with matching_images(self._image_id):
+            made = self.processor(text=texts, **given, padding=True, padding_side="left", return_tensors="pt")
         # Processors also give what only training needs (labels), or what the type does not take (token_type_ids).
         taken = signature(self.model.forward).parameters.keys() - {"labels"}
         return {name: self.to_input(value) for name, value in made.items() if name in taken}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward of the model.
+
+        Raises:
+            ShapeMismatch: images with other features than the prompt has places for.
+        """
+        with matching_images(self._image_id):
+            return self.model(*args, **kwargs)
 
     # -- contexts --------------------------------------------------------------------------------------
 
