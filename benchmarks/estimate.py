@@ -29,6 +29,10 @@ COMMANDS = (
     "mmhooks estimate modality --paper",
     "mmhooks estimate adversarial --paper",
     "mmhooks estimate generation --paper --dtype float16",
+    "mmhooks estimate gender --paper",
+    "mmhooks estimate --pairs 50000 decomposition --paper --data imagenet/",
+    "mmhooks estimate segmentation --paper --data gtsegs_ijcv.mat",
+    "mmhooks estimate --pairs 5794 spurious --paper --data waterbirds/",
 )
 CLIP, BATCH = "ViT-B-32", 8
 

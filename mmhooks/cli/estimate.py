@@ -12,7 +12,7 @@ from mmhooks.cli.study import STUDIES
 from mmhooks.utils.clear_errors import clear_errors
 from mmhooks.utils.say import say_lines
 
-ESTIMATED = ("modality", "adversarial", "generation")
+ESTIMATED = ("modality", "adversarial", "generation", "gender", "decomposition", "segmentation", "spurious")
 estimate = typer.Typer(
     name="estimate",
     help="Count what a study needs on a GPU: hours and GB a stage. Its own options follow its name: mmhooks estimate "

@@ -19,21 +19,27 @@ import torch
 from mmhooks.errors import MissingWeights
 from mmhooks.utils.assets import EMBEDDED
 
-_LLAVA_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+LLAVA_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
                  "image_size": 336, "patch_size": 14, "projection_dim": 768}  # fmt: skip
-_LLAVA_TEXT = {"vocab_size": 32064, "max_position_embeddings": 4096}
+LLAVA_TEXT = {"vocab_size": 32064, "max_position_embeddings": 4096}
 LLAVA_SHAPES: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
                                  "num_attention_heads": 32},
     "llava-hf/llava-1.5-13b-hf": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
                                   "num_attention_heads": 40},
 }  # fmt: skip
-_SD2_UNET = {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20),
+SD2_UNET = {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20),
              "cross_attention_dim": 1024, "use_linear_projection": True}  # fmt: skip
-_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
              "vocab_size": 49408, "hidden_act": "gelu"}  # fmt: skip
-_SD_VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+SD_VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}  # fmt: skip
+# transformers' names and shapes of ViT-L/16 at 224 pixels: the paper's classifier of fashion images.
+CLASSIFIER_SHAPES: dict[str, dict[str, Any]] = {
+    "touchtech/fashion-images-gender-age-vit-large-patch16-224-in21k-v3": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    },
+}  # fmt: skip
 SD2_SIZES = {
     "stabilityai/stable-diffusion-2-base": 64,
     "stabilityai/stable-diffusion-2-1-base": 64,
@@ -95,9 +101,9 @@ def llava_blueprint(source: str, dtype: torch.dtype | None = None) -> Any:
         plan = hf.AutoConfig.from_pretrained(source)
         own = getattr(plan, "dtype", None) or torch.float32
     elif source in LLAVA_SHAPES:
-        text = hf.LlamaConfig(**_LLAVA_TEXT, **LLAVA_SHAPES[source])
+        text = hf.LlamaConfig(**LLAVA_TEXT, **LLAVA_SHAPES[source])
         plan = hf.LlavaConfig(
-            vision_config=hf.CLIPVisionConfig(**_LLAVA_VISION), text_config=text, image_seq_length=576
+            vision_config=hf.CLIPVisionConfig(**LLAVA_VISION), text_config=text, image_seq_length=576
         )
         own = torch.float16
     else:
@@ -107,6 +113,30 @@ def llava_blueprint(source: str, dtype: torch.dtype | None = None) -> Any:
         )
     with torch.device("meta"):
         return hf.LlavaForConditionalGeneration(plan).to(dtype or own).eval()
+
+
+def classifier_blueprint(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """An image classifier of ``transformers`` on the meta device: a folder, or a known name.
+
+    Raises:
+        MissingWeights: neither.
+
+    >>> name = "touchtech/fashion-images-gender-age-vit-large-patch16-224-in21k-v3"
+    >>> sum(p.numel() for p in classifier_blueprint(name).vit.parameters())
+    303301632
+    """
+    hf = _classes("transformers")
+    if Path(source).is_dir():
+        plan = hf.AutoConfig.from_pretrained(source)
+    elif source in CLASSIFIER_SHAPES:
+        plan = hf.ViTConfig(**CLASSIFIER_SHAPES[source])
+    else:
+        raise MissingWeights(
+            f"no configuration of the classifier {source!r}: expected a checkpoint's folder, or one of "
+            f"{', '.join(CLASSIFIER_SHAPES)}; download its config.json and give the folder"
+        )
+    with torch.device("meta"):
+        return hf.AutoModelForImageClassification.from_config(plan).to(dtype).eval()
 
 
 def painter_blueprint(source: str, dtype: torch.dtype = torch.float32) -> Painter:
@@ -134,8 +164,8 @@ def painter_blueprint(source: str, dtype: torch.dtype = torch.float32) -> Painte
             vae = autoencoders.from_config(autoencoders.load_config(folder, subfolder="vae"))
             text = hf.CLIPTextModel(hf.CLIPTextConfig.from_pretrained(folder / "text_encoder"))
         elif source in SD2_SIZES:
-            unet = denoisers(sample_size=SD2_SIZES[source], **_SD2_UNET)
-            vae, text = autoencoders(**_SD_VAE), hf.CLIPTextModel(hf.CLIPTextConfig(**_SD2_TEXT))
+            unet = denoisers(sample_size=SD2_SIZES[source], **SD2_UNET)
+            vae, text = autoencoders(**SD_VAE), hf.CLIPTextModel(hf.CLIPTextConfig(**SD2_TEXT))
         else:
             raise MissingWeights(
                 f"no configuration of {source!r}: expected mini, a pipeline's folder, or one of "

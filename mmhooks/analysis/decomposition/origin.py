@@ -87,6 +87,8 @@ def origin_of(model: HookedCLIP, tower: str, normalize: bool, data: Any = "") ->
 
 def _cached_weights_hash(module: nn.Module) -> str:
     tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_meta for t in tensors):  # a model without weights, on which costs are counted
+        return "none (meta device)"
     if any(t.is_inference() for t in tensors):  # these have no version counter that shows writes
         return weights_hash(module)
     state = (*map(id, module.modules()), *((id(t), t.data_ptr(), t._version) for t in tensors))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
 
 import torch
 
-from mmhooks.models.blueprints import Painter, clip_blueprint, llava_blueprint, painter_blueprint
+from mmhooks.models.blueprints import (
+    Painter,
+    classifier_blueprint,
+    clip_blueprint,
+    llava_blueprint,
+    painter_blueprint,
+)
+from mmhooks.models.clip.model import HookedCLIP
 from mmhooks.models.cost import Cost, cost_of
 
 META = torch.device("meta")
@@ -19,6 +26,13 @@ PROMPT_TOKENS = 48  # of a request in LLaVA's template, the picture's own tokens
 @cache
 def _clip(name: str, dtype: torch.dtype) -> Any:
     return clip_blueprint(name, dtype)
+
+
+@cache
+def _hooked(name: str, dtype: torch.dtype) -> Any:
+    return HookedCLIP(
+        clip_blueprint(name, dtype)
+    )  # a model of its own, whose hooks cost no other count anything
 
 
 @cache
@@ -72,6 +86,64 @@ def pixel_gradient_cost(name: str, batch: int, dtype: torch.dtype) -> Cost:
     model = _clip(name, dtype).requires_grad_(False)
     pixels = _pixels(model, batch, dtype).requires_grad_()
     return cost_of(lambda: model.encode_image(pixels).sum().backward(), model.visual)
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """Blocks and attention heads of an image tower, and whether its embedding is read from one token."""
+
+    depth: int
+    heads: int
+    one_token: bool
+
+
+def image_tower(name: str) -> ImageTower:
+    """Returns the shape of a CLIP's image tower."""
+    readout = _hooked(name, torch.float32).readout("image")
+    return ImageTower(len(readout.blocks), readout.n_heads, readout.positions is not None)
+
+
+def decomposition_cost(name: str, batch: int, dtype: torch.dtype, *, class_token: bool = False) -> Cost:
+    """Returns the cost of decomposing the embeddings of a batch of images into their direct contributions."""
+    from mmhooks.analysis.decomposition.contributions import decompose_batch
+
+    hooked = _hooked(name, dtype)
+    pixels = _pixels(hooked.model, batch, dtype)
+    with torch.no_grad():
+        return cost_of(lambda: decompose_batch(hooked, pixels, class_token=class_token), hooked.model.visual)
+
+
+def neuron_cost(name: str, batch: int, dtype: torch.dtype, layer: int) -> Cost:
+    """Returns the cost of the second-order effects of all neurons of a layer on a batch of images."""
+    from mmhooks.analysis.decomposition.neuron_effects import neuron_paths
+
+    hooked = _hooked(name, dtype)
+    pixels = _pixels(hooked.model, batch, dtype)
+    with torch.no_grad():
+        paths = neuron_paths(hooked, layer, None)
+        return cost_of(lambda: paths.reach(pixels), hooked.model.visual)
+
+
+def saliency_costs(name: str, batch: int, dtype: torch.dtype) -> dict[str, Cost]:
+    """Returns by method the cost of the heat maps of a batch of images, those of the backward pass included."""
+    from mmhooks.analysis.attribution.saliency import METHODS
+
+    hooked = _hooked(name, dtype)
+    pixels = _pixels(hooked.model, batch, dtype)
+    along = torch.zeros(batch, embed_dim(name), device=META)
+    with torch.enable_grad():
+        return {
+            method: cost_of(lambda run=run: run(hooked, pixels, along), hooked.model.visual)
+            for method, run in METHODS.items()
+        }
+
+
+def classifier_cost(source: str, batch: int, dtype: torch.dtype) -> Cost:
+    """Returns the cost of labelling a batch of images with an image classifier of ``transformers``."""
+    model = classifier_blueprint(source, dtype)
+    side = model.config.image_size
+    with torch.no_grad():
+        return cost_of(lambda: model(torch.zeros(batch, 3, side, side, dtype=dtype, device=META)), model)
 
 
 def head_cost(kind: Literal["sae", "ncl"], width: int, features: int, k: int) -> tuple[Cost, int]:

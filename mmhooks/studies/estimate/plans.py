@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mmhooks.errors import MMHooksError
 from mmhooks.models.vlm.llava import ANSWER_TOKENS, MINI_TOKENS
 from mmhooks.studies.adversarial.dictionaries import TRAIN, names_of
 from mmhooks.studies.adversarial.options import Options as AdversarialOptions
 from mmhooks.studies.common.heads import head_source
 from mmhooks.studies.estimate import calls
+from mmhooks.studies.estimate.parts import as_dtype, encoding, head_stages, number_of_pairs
 from mmhooks.studies.estimate.stages import Stage
+from mmhooks.studies.estimate.tower_plans import (
+    decomposition_stages,
+    gender_stages,
+    segmentation_stages,
+    spurious_stages,
+)
 from mmhooks.studies.generation.options import Options as GenerationOptions
 from mmhooks.studies.modality.options import Options as ModalityOptions
 
-PAIRS = {"mini": 3_953, "coco": 5_000, "cc3m": 13_443}  # of the data sets that studies know by name
 GROUPS = 4  # of features that the adversarial study aligns on: ImgD, TextD, CrossD and random ones; all are a fifth set
 TRIED = 5  # counts of random features that its calibration tries for each dictionary: 1, 2, 4, 8, 16
 TRIED_RATES = 3  # learning rates that it tries for the paper's operating point
@@ -29,7 +33,6 @@ GRADIENT_SHARE, TYPED_SHARE = (
 ANSWER_BATCH = 32  # requests that a LLaVA is asked at a time
 ALIGN_BATCH = 64  # pictures whose pixels are moved at a time
 LIVE_BATCH = 256  # pairs under a mask at a time
-FLOAT = 4  # bytes of a stored number
 
 
 def stages_of(study: str, options: Any, pairs: int | None = None) -> list[Stage]:
@@ -164,49 +167,12 @@ def generated_images(o: GenerationOptions, modes: int) -> int:
     return modes * (edited * o.seeds + (o.seeds + 2) * n)
 
 
-def encoding(model: str, n: int, batch: int, dtype: str) -> list[Stage]:
-    """Returns both towers over ``n`` pairs, and what the store of their embeddings takes."""
-    kind, disk = as_dtype(dtype), FLOAT * n * calls.embed_dim(model)
-    return [
-        Stage("encoding, images", "images", n, calls.image_cost(model, batch, kind), batch, 1, dtype, disk),
-        Stage("encoding, texts", "texts", n, calls.text_cost(model, batch, kind), batch, 1, dtype, disk),
-    ]
-
-
-def head_stages(
-    width: int, features: int, n: int, epochs: int, heads: int, *, kinds: tuple[str, ...] = ("sae", "ncl"), k: int = 0
-) -> list[Stage]:  # fmt: skip
-    """Returns the training of ``heads`` heads of each kind on ``n`` pairs, in fp32 as all heads are."""
-    found = []
-    for kind in kinds:
-        cost, batch = calls.head_cost(kind, width, features, k or min(32, features // 4))  # type: ignore[arg-type]
-        found.append(Stage(f"training, {kind.upper()}", "pairs", heads * epochs * n, cost, batch))
-    return found
-
-
-def number_of_pairs(data: str, limit: int | None, given: int | None) -> int:
-    """Returns how many pairs a study reads.
-
-    Raises:
-        MMHooksError: data whose size is not known without opening it.
-    """
-    known = given if given is not None else PAIRS.get(data, limit)
-    if known is None:
-        raise MMHooksError(
-            f"--data {data}: expected a known number of pairs; give --pairs before the study's name, or --limit"
-        )
-    return known if limit is None else min(known, limit)
-
-
-def as_dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise MMHooksError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
-    return found
-
-
 PLANS: dict[str, Callable[[Any, int | None], list[Stage]]] = {
     "modality": modality_stages,
     "adversarial": adversarial_stages,
     "generation": generation_stages,
+    "gender": gender_stages,
+    "decomposition": decomposition_stages,
+    "segmentation": segmentation_stages,
+    "spurious": spurious_stages,
 }

@@ -8,8 +8,8 @@ from mmhooks.report import Table
 from mmhooks.studies.estimate.stages import GB, Assumption, Machine, Stage
 
 NOT_COUNTED = (
-    "Not in these numbers: reading, decoding and resizing images, tokenisation, rankings, resampling and all other "
-    "statistics (on the CPU), loading weights, an endpoint's answers, figures."
+    "Not in these numbers: reading, decoding and resizing images, tokenisation, rankings, masks of stored latents, "
+    "resampling and all other statistics (on the CPU), loading weights, an endpoint's answers, figures."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import mmhooks as mm
 from mmhooks.analysis.attacks.pixels import Optimised
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.cost import Cost
 from mmhooks.studies.adversarial import defence
 from mmhooks.studies.adversarial.defence import Defence
@@ -22,12 +23,21 @@ from mmhooks.studies.adversarial.evaluation import Evaluation, typographic
 from mmhooks.studies.adversarial.samples import Samples
 from mmhooks.studies.adversarial.study import Options as AdversarialOptions
 from mmhooks.studies.common.placement import Placement
-from mmhooks.studies.estimate import plans
+from mmhooks.studies.decomposition import study as decomposition
+from mmhooks.studies.decomposition.options import Options as DecompositionOptions
+from mmhooks.studies.estimate import calls, plans
 from mmhooks.studies.estimate.plans import adversarial_counts, generated_images, stages_of
 from mmhooks.studies.estimate.stages import MACHINES, Assumption, Machine, Stage
+from mmhooks.studies.gender.options import Options as GenderOptions
 from mmhooks.studies.generation import interpolation
 from mmhooks.studies.generation.study import Options as GenerationOptions
 from mmhooks.studies.modality.study import Options as ModalityOptions
+from mmhooks.studies.segmentation import study as segmentation
+from mmhooks.studies.segmentation.options import Options as SegmentationOptions
+from mmhooks.studies.spurious import study as spurious
+from mmhooks.studies.spurious.options import Options as SpuriousOptions
+
+from ..tower_counts import counted_towers
 
 MACHINE = Machine("a machine", {"float32": 1e12}, 1e10, 1e10)
 
@@ -162,6 +172,62 @@ def test_the_adversarial_study_moves_and_asks_as_much_as_planned(
     )
 
 
+POOL = "# place\na beach\na forest\n# colour\nred\ngreen\nblue\n# animal\na dog\na cat\na bird\n"
+
+
+@pytest.mark.parametrize(
+    "study, options",
+    [
+        (decomposition, DecompositionOptions(limit=40, evaluate=6, layers=1, texts=2, each=1, batch=16)),
+        (segmentation, SegmentationOptions(limit=6, batch=4, classes="predicted")),
+        (spurious, SpuriousOptions(limit=12, splits=2, draws=3, direct_draws=20)),
+    ],
+    ids=["decomposition", "segmentation", "spurious"],
+)
+def test_the_towers_read_as_much_as_planned(study: Any, options: Any, tmp_path: Path) -> None:
+    if hasattr(options, "pool"):
+        (tmp_path / "pool.txt").write_text(POOL)
+        options = replace(options, pool=str(tmp_path / "pool.txt"))
+    with counted_towers() as rows:
+        study.run(replace(options, out=tmp_path / "out", quiet=True))
+    planned = stages_of(study.__name__.split(".")[-2], options)
+    read = {unit: sum(s.count * s.repeat for s in planned if s.unit == unit) for unit in rows}
+    assert rows["images"] == read["images"] > 0
+    # Classes of one name are one text: the plan counts every image's.
+    assert 0 < rows["texts"] <= read["texts"] <= rows["texts"] + options.limit
+
+
+def test_direct_ablations_need_no_live_ones() -> None:
+    live = by_name(stages_of("decomposition", DecompositionOptions(limit=40, evaluate=6)))
+    direct = by_name(stages_of("decomposition", DecompositionOptions(limit=40, evaluate=6, live=False)))
+    assert set(live) - set(direct) == {"ablations, live"} and live["contributions"] == direct["contributions"]
+
+
+def test_a_classifier_labels_all_images_before_the_limit(tmp_path: Path) -> None:
+    options = GenderOptions.of_paper(limit=100)
+    stages = by_name(stages_of("gender", options))
+    assert stages["labels by the classifier"].count == 13_443 and stages["encoding, images"].count == 100
+    labels = stages["labels by the classifier"]
+    width, layers, tokens = 1024, 24, 197
+    blocks = layers * (24 * tokens * width**2 + 4 * tokens**2 * width)  # as in every transformer
+    assert labels.cost.flops / labels.batch == pytest.approx(blocks, rel=0.01)
+    with pytest.raises(MissingWeights, match="no configuration of the classifier 'mine'"):
+        stages_of("gender", replace(options, classifier="mine"))
+
+
+def test_contributions_cost_a_forward_pass_and_their_projections() -> None:
+    """Decomposing ViT-B/32 adds the read-out of 144 attention heads and 12 MLPs at one token, and attention's values."""
+    plain = calls.image_cost("ViT-B-32", 4, torch.float32)
+    parts = calls.decomposition_cost("ViT-B-32", 4, torch.float32)
+    # Per image and block: from each head's 64 dimensions to the stream, from there to the embedding, as the MLP's.
+    least = 2 * 4 * 12 * (12 * (64 * 768 + 768 * 512) + 768 * 512)
+    assert parts.weights == plain.weights
+    assert least < parts.flops - plain.flops < 3 * least
+    saliency = calls.saliency_costs("ViT-B-32", 4, torch.float32)
+    assert saliency["gradient attention"].flops > 1.4 * saliency["raw attention"].flops > plain.flops
+    assert calls.neuron_cost("ViT-B-32", 4, torch.float32, 11 - 2).flops > plain.flops
+
+
 # -- options -----------------------------------------------------------------------------------------------
 
 
@@ -217,8 +283,8 @@ def test_what_is_not_known_is_asked_for() -> None:
         stages_of("modality", ModalityOptions(data="photos/"))
     assert stages_of("modality", ModalityOptions(data="photos/"), pairs=9)[0].count == 9
     assert stages_of("modality", ModalityOptions(data="cc3m", limit=8))[0].count == 8
-    with pytest.raises(MMHooksError, match="expected one of modality, adversarial, generation, got 'gender'"):
-        stages_of("gender", None)
+    with pytest.raises(MMHooksError, match="expected one of modality, adversarial, .*, got 'human'"):
+        stages_of("human", None)
     with pytest.raises(MMHooksError, match="--dtype: expected float32, bfloat16 or float16, got 'int'"):
         stages_of("modality", ModalityOptions(limit=8, dtype="int"))
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import mmhooks as mm
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.studies.common.encode import encode
+from mmhooks.studies.estimate.plans import stages_of
 from mmhooks.studies.gender import data as gender_data
 from mmhooks.studies.gender import drawing_styles as gender_styles
 from mmhooks.studies.gender import paper as gender_paper
@@ -28,16 +29,40 @@ from mmhooks.studies.gender.masking import MAIN
 from mmhooks.studies.gender.page import person_sentence
 from mmhooks.studies.gender.person_filter import showing_a_person
 
+from ..tower_counts import counted_towers
+
 EVIL = '<img src=x onerror="alert(1)"> a woman | b $x$'
 SMALL = gender.Options(draws=4, features=64, epochs=3, batch=64, quiet=True)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(tmp_path_factory: pytest.TempPathFactory, towers: dict[str, int]) -> Any:
     """The embedded model on 96 labelled drawings: (results, folder of its files, options)."""
     out = tmp_path_factory.mktemp("gender")
     options = replace(SMALL, limit=96, out=out)
-    return gender.run(options), out, options
+    with counted_towers() as counted:
+        found = gender.run(options)
+    towers.update(counted)
+    return found, out, options
+
+
+@pytest.fixture(scope="module")
+def towers() -> dict[str, int]:
+    """What the towers of :func:`run` read."""
+    return {}
+
+
+def test_the_towers_read_no_more_than_the_estimate_says(run: Any, towers: dict[str, int]) -> None:
+    """How many samples are judged is known only from the data: a half at the most."""
+    results, _, options = run
+    planned = stages_of("gender", options)
+    judged = results["data"]["judged"]["women"] + results["data"]["judged"]["men"]
+    words, implicit, tones = 12, 180, 2
+    for unit, texts in (("images", 0), ("texts", words + implicit + tones)):
+        read = sum(s.count for s in planned if s.unit == unit)
+        # Four settings of at most three groups, 32 samples before and after each; the pairs may lie in the cache.
+        assert 4 * judged < towers[unit] - texts <= 96 + 4 * (3 * judged + 64)
+        assert towers[unit] <= read
 
 
 def test_everything_is_written(run: Any) -> None:
