@@ -1,4 +1,4 @@
-"""Interpolation by modality in Stable Diffusion (Section 5.3 of the paper, Figures 7 and 8), with numbers.
+"""Interpolation by modality in Stable Diffusion (Section 3.3 of the paper, Figures 7 and 8), with numbers.
 
 Features of the conditioner that belong to images (ImgD), texts (TextD) or both (CrossD) are moved toward a
 reference image while a prompt is drawn. The paper's claim: TextD moves the concept and keeps the structure; ImgD

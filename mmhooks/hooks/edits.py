@@ -284,7 +284,7 @@ class Resample(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Interpolate(Edit):
-    """``f' = (1 - strength) f + strength * toward`` (seed 001, Section 5.3; strength 0 changes nothing).
+    """``f' = (1 - strength) f + strength * toward`` (seed 001, Section 3.3; strength 0 changes nothing).
 
     >>> Interpolate(toward=torch.tensor([10., 0.]), strength=0.5)(torch.zeros(1, 2))
     tensor([[5., 0.]])

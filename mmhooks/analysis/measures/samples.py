@@ -73,10 +73,14 @@ def check_kind(name: str, kind: str, known: tuple[str, ...]) -> None:
 
 
 def check_sizes(m: int, min_samples: int, n: int) -> None:
-    """Raises ShapeMismatch unless there can be a pair of samples."""
+    """Raises ShapeMismatch unless there can be a pair of samples, and a list of top samples that is long enough."""
     if m < 2 or min_samples < 2 or n < 2:
         raise ShapeMismatch(
             f"similarity: expected at least 2 of each, got m = {m}, min_samples = {min_samples} and {n} samples"
+        )
+    if min_samples > m:  # every feature would be NaN: its list of top samples holds m at the most
+        raise ShapeMismatch(
+            f"similarity: expected min_samples of at most m = {m}, got {min_samples}; lower min_samples or raise m"
         )
 
 

@@ -16,19 +16,19 @@ from mmhooks.report import Cell, Estimate, Table
 from mmhooks.studies.modality.measures import Definition, StudyModel, measured, table_numbers
 from mmhooks.studies.modality.paper import claims
 
-OURS, PAPER = "ours", "the paper's"
+OWN, PAPER = "this run's", "the paper's"  # a run with --paper has no definition of ours
 
 
-def definitions(ours: Definition) -> dict[str, Definition]:
-    """Returns the study's definition, the same without families, and what is probably the paper's.
+def definitions(own: Definition) -> dict[str, Definition]:
+    """Returns the run's own definition, the same without families, and what is probably the paper's.
 
     The paper does not say which it used. A plain top-m of ``z`` ranks by the signed value, fills lists up with zeros, has
     exactly m samples per feature and knows no families.
     """
     return {
-        OURS: ours,
-        "every pair counts": replace(ours, families=None),
-        PAPER: replace(ours, activation="raw", zeros="keep", min_samples=ours.m, families=None),
+        OWN: own,
+        "every pair counts": replace(own, families=None),
+        PAPER: replace(own, activation="raw", zeros="keep", min_samples=own.m, families=None),
     }
 
 
@@ -42,7 +42,7 @@ def sample_families(pairs: Any, family: str | None, vectors: Float[Tensor, "n d"
 def compare_definitions(
     models: Sequence[StudyModel],
     embeddings: dict[str, Tensor],
-    ours: Definition,
+    own: Definition,
     found: Mapping[str, Measures],
     *,
     seed: int,
@@ -51,13 +51,13 @@ def compare_definitions(
     """Measures every model under each definition; returns the numbers of Tables 1 and 2, and each statement's verdict.
 
     Args:
-        found: the measures under the study's own definition, by model.
+        found: the measures under the run's own definition, by model.
     """
     numbers: dict[str, Any] = {}
-    for name, definition in definitions(ours).items():
+    for name, definition in definitions(own).items():
         numbers[name] = {}
         for s in models:
-            again = found[s.name] if name == OURS else measured(s, embeddings, definition, seed)
+            again = found[s.name] if name == OWN else measured(s, embeddings, definition, seed)
             numbers[name][s.name] = table_numbers(again, seed)
             step(1)
     verdicts = {name: {c.claim: c.verdict for c in claims(table)} for name, table in numbers.items()}
@@ -73,7 +73,7 @@ def verdict_table(results: Mapping[str, Any]) -> Table:
     names = list(verdicts)
     rows: list[list[str | Cell]] = [
         [claim, *(WORDS[verdicts[name][claim]] if claim in verdicts[name] else "—" for name in names)]
-        for claim in verdicts[OURS]
+        for claim in verdicts[OWN]
     ]
     tally = [sum(v == "same" for v in verdicts[name].values()) for name in names]
     rows.append(["Statements that hold", *(str(t) for t in tally)])
@@ -81,11 +81,11 @@ def verdict_table(results: Mapping[str, Any]) -> Table:
         ["Statement of the paper", *names],
         rows,
         "Definitions decide verdicts",
-        "The same statements under other definitions, after the same correction. Every pair counts: near-duplicates of one "
-        "drawing may fill a list of top samples, and intervals are over features alone. The paper's, as far as it can be told: "
-        "in addition, raw CLIP's coordinates are ranked by their signed value instead of their size (whose MDS has no mean, so "
-        "that raw CLIP's groups are arbitrary), lists are filled up with samples that do not activate the feature, and all lists "
-        "are full. `--activation`, `--zeros`, `--min-samples` and `--family` change one at a time.",
+        "The same statements under other definitions than this run's, after the same correction. Every pair counts: "
+        "near-duplicates of one drawing may fill a list of top samples, and intervals are over features alone. The paper's, as "
+        "far as it can be told: in addition, raw CLIP's coordinates are ranked by their signed value instead of their size "
+        "(whose MDS has no mean, so that raw CLIP's groups are arbitrary), lists are filled up with samples that do not activate "
+        "the feature, and all lists are full. `--activation`, `--zeros`, `--min-samples` and `--family` change one at a time.",
         text_columns=tuple(range(len(names) + 1)),
     )
 

@@ -15,6 +15,7 @@ import mmhooks as mm
 from mmhooks.analysis.measures.all_measures import Measures
 from mmhooks.analysis.measures.mds import GROUPS, Kind, MDSResult
 from mmhooks.analysis.measures.monosemanticity import textual_monosemanticity, visual_monosemanticity
+from mmhooks.analysis.measures.samples import check_sizes
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap, bootstrap_difference, bootstrap_spread
 from mmhooks.analysis.statistics.jackknife import GROUPS as GROUPS_LEFT_OUT
@@ -57,6 +58,9 @@ class Definition:
         zeros: whether a top list leaves out samples with activation 0 or is filled up with them.
         min_samples: samples that must activate a feature; m for full lists only.
         families: the family of each pair; None: every pair counts.
+
+    Raises:
+        ShapeMismatch: ``m`` and ``min_samples`` leave no list of top samples.
     """
 
     m: int
@@ -64,6 +68,9 @@ class Definition:
     zeros: Literal["drop", "keep"] = "drop"
     min_samples: int = 2
     families: Int[Tensor, " n"] | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self.m, self.min_samples, self.m)
 
 
 def measured(s: StudyModel, embeddings: dict[str, Tensor], definition: Definition, seed: int) -> Measures:

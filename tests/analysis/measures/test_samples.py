@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import mmhooks as mm
+from mmhooks.analysis.measures.embed_sim import EmbedSim
 from mmhooks.analysis.measures.samples import random_samples
+from mmhooks.analysis.measures.win_rate import WinRate
 from mmhooks.errors import NotFinite, ShapeMismatch
+from mmhooks.studies.modality.measures import Definition
 
 from .conftest import FEATURES, M, N
 from .loops import cos, mean, naive_top
@@ -64,6 +67,22 @@ def test_bad_input_is_named(data):
         mm.embed_sim(latents, x, m=1)
     with pytest.raises(NotFinite, match="latents"):
         mm.top_activating(latents / 0)
+
+
+def test_more_samples_than_a_list_holds_are_refused(data):
+    """Such a number left every feature NaN without a word."""
+    latents, x = data
+    wrong = {"m": 5, "min_samples": 6}
+    message = "min_samples of at most m = 5, got 6; lower min_samples or raise m"
+    for measure in (mm.embed_sim, mm.win_rate):
+        with pytest.raises(ShapeMismatch, match=message):
+            measure(latents, x, **wrong)
+        assert measure(latents, x, m=5, min_samples=5).values.isfinite().any()
+    for metric in (EmbedSim, WinRate):
+        with pytest.raises(ShapeMismatch, match=message):
+            metric(FEATURES, x.shape[1], pool=20, **wrong)
+    with pytest.raises(ShapeMismatch, match=message):
+        Definition(**wrong)  # of the modality study: before its encoders run
 
 
 def test_results_are_written_as_json(data, tmp_path):

@@ -131,13 +131,13 @@ def test_pairing_and_definitions_are_reported_for_every_model(run: Any) -> None:
                 f for f, name in zip(flags, names, strict=True) if name
             )
     compared = results["definitions"]
-    assert list(compared["verdicts"]) == ["ours", "every pair counts", "the paper's"]
-    assert compared["verdicts"]["ours"] == {c["claim"]: c["verdict"] for c in results["claims"]}
+    assert list(compared["verdicts"]) == ["this run's", "every pair counts", "the paper's"]
+    assert compared["verdicts"]["this run's"] == {c["claim"]: c["verdict"] for c in results["claims"]}
     for key in ("embed_sim", "win_rate", "monosemanticity"):
         for side in ("image", "text"):
-            ours = compared["numbers"]["ours"]["CLIP+SAE"][key][side]
+            ours = compared["numbers"]["this run's"]["CLIP+SAE"][key][side]
             assert ours == {k: results["models"]["CLIP+SAE"][key][side][k] for k in ours}
-    assert compared["numbers"]["the paper's"]["CLIP"] != compared["numbers"]["ours"]["CLIP"]
+    assert compared["numbers"]["the paper's"]["CLIP"] != compared["numbers"]["this run's"]["CLIP"]
     text = (out / "tables.md").read_text()
     assert "Definitions decide verdicts" in text and "Which features are cross-modal by the pairing" in text
 
