@@ -9,12 +9,12 @@ from typing import Any
 
 from mmhooks.utils.files import write_text
 
-SLOT = re.compile(r"(<!-- results:begin[^>]*-->\n).*?(<!-- results:end -->)", re.S)
 
-
-def fill(page: Path, block: str) -> bool:
-    """Writes ``block`` between the markers; returns False and writes nothing unless the page has exactly one pair."""
-    filled, count = SLOT.subn(lambda m: f"{m[1]}\n{block}\n\n{m[2]}", page.read_text(encoding="utf-8"))
+def fill(page: Path, block: str, slot: str = "results") -> bool:
+    """Writes ``block`` between the markers of ``slot``; returns False and writes nothing unless the page has exactly one
+    pair of them."""
+    markers = re.compile(rf"(<!-- {slot}:begin[^>]*-->\n).*?(<!-- {slot}:end -->)", re.S)
+    filled, count = markers.subn(lambda m: f"{m[1]}\n{block}\n\n{m[2]}", page.read_text(encoding="utf-8"))
     if count != 1:
         return False
     write_text(page, filled)

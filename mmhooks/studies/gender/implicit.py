@@ -7,6 +7,7 @@ anybody. The list was fixed before the first run; each keyword is a family of it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from mmhooks.errors import DataError
 from mmhooks.models.clip.embed_texts import embed_texts
 from mmhooks.studies.gender.discrimination import Arm
+from mmhooks.studies.gender.masking import SIDES, Inputs
 from mmhooks.studies.gender.samples import gender_of_words
 
 KEYWORDS: tuple[tuple[str, ...], tuple[str, ...]] = (
@@ -47,3 +49,19 @@ def implicit_arm(model: Any, head: Any) -> Arm:
     """Returns the implicit texts, embedded by the model's text tower, ready to be masked by ``head``."""
     texts, labels, keywords = implicit_texts()
     return Arm.of("implicit texts", "text", head, embed_texts(model, texts), torch.tensor(labels), keywords)
+
+
+def all_arms(model: Any, head: Any, inputs: Inputs, families: Sequence[str]) -> list[Arm]:
+    """Returns what is separated: judged images, their texts, which mostly name the gender, and the implicit texts."""
+    judged = [
+        Arm.of(
+            f"{side}s",
+            side,
+            head,
+            inputs.encoded.vectors(side, inputs.judged.rows),
+            inputs.judged.y,
+            families,
+        )
+        for side in SIDES
+    ]
+    return [*judged, implicit_arm(model, head)]

@@ -42,10 +42,10 @@ def run(options: Options) -> Results:
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.gender.audit import audit, skin_tone_masking
     from mmhooks.studies.gender.data import describe_data, load_people, split, template_of
-    from mmhooks.studies.gender.discrimination import Arm, discrimination
+    from mmhooks.studies.gender.discrimination import discrimination
     from mmhooks.studies.gender.features import imgd_shares, strongest_features
     from mmhooks.studies.gender.groups import group_sizes, score_groups, settings_of
-    from mmhooks.studies.gender.implicit import implicit_arm
+    from mmhooks.studies.gender.implicit import all_arms
     from mmhooks.studies.gender.masking import (
         MAIN,
         Inputs,
@@ -68,6 +68,7 @@ def run(options: Options) -> Results:
         with timer.step("pairs and labels"):
             pairs, people = load_people(options, timer.bar)
             words = label_words(options.words)
+            named = dict(zip(CLASSES, words, strict=True))
         with timer.step("encoders"):
             model = mm.load(
                 options.model, pretrained=options.pretrained, device=place.device, dtype=place.dtype
@@ -101,19 +102,7 @@ def run(options: Options) -> Results:
         false_discovery(masking)
         main = settings[0]
         with timer.step("separation and drift"):
-            families = [s.family for s in judged]
-            arms = [
-                Arm.of(
-                    name,
-                    side,
-                    main.head,
-                    encoded.vectors(side, inputs.judged.rows),
-                    inputs.judged.y,
-                    families,
-                )
-                for name, side in (("images", "image"), ("texts", "text"))
-            ]
-            arms.append(implicit_arm(model, main.head))
+            arms = all_arms(model, main.head, inputs, [s.family for s in judged])
             separated = discrimination(arms, main.mds, inputs.labels, seed=seed, draws=options.draws)
         with timer.step("features, Figure 5, audit"):
             everyone = Split.of([s for s in people if s.label is not None])
@@ -129,11 +118,7 @@ def run(options: Options) -> Results:
                 "settings": as_settings(options) | {"command": as_command("gender", options)},
                 "paper": paper_account(options),
                 "data": describe_data(pairs, options, people, fit, judged) | {"person_filter": filtered},
-                "prompts": {
-                    "template": template,
-                    "words": dict(zip(CLASSES, words, strict=True)),
-                    "scale": scale,
-                },
+                "prompts": {"template": template, "words": named, "scale": scale},
                 "groups": group_sizes(heads, groups),
                 "masking": masking,
                 "live": live,
