@@ -62,6 +62,14 @@ class Estimate:
         numbers = {k: (math.nan if d.get(k) is None else d[k]) for k in ("value", "low", "high")}
         return cls(**numbers, n=d.get("n"), level=d.get("level", 0.95))
 
+    def columns(self, value: str = "value", n: str = "n") -> dict[str, Any]:
+        """Returns the columns of a table's row: the value under a name of its own, its interval, and what it counts.
+
+        >>> Estimate(.2, .1, .3, 9).columns("IoU", "images")
+        {'IoU': 0.2, 'low': 0.1, 'high': 0.3, 'images': 9}
+        """
+        return {value: self.value, "low": self.low, "high": self.high, n: self.n}
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
 

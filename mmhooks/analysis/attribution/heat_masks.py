@@ -58,10 +58,8 @@ class HeatOverlap(Result):
     chance: float
 
     def table(self) -> Records:
-        row = {"threshold": self.threshold, "n": self.iou.n, "IoU": self.iou.value, "low": self.iou.low}
-        return Records(
-            [row | {"high": self.iou.high, "area": self.area, "IoU of the whole image": self.chance}]
-        )
+        row = {"threshold": self.threshold, **self.iou.columns("IoU")}
+        return Records([row | {"area": self.area, "IoU of the whole image": self.chance}])
 
 
 def heat_overlap(

@@ -32,7 +32,7 @@ class PointingGame(Result):
     energy: float
 
     def table(self) -> Records:
-        row = {"n": self.rate.n, "hits": self.rate.value, "low": self.rate.low, "high": self.rate.high}
+        row = self.rate.columns("hits")
         return Records([row | {"chance": self.chance, "centre": self.centre.value, "energy": self.energy}])
 
 

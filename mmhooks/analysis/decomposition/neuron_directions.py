@@ -101,10 +101,8 @@ def neuron_directions(
         batch_size: images at a time, whose effects ``[images, neurons, d]`` are in memory.
 
     Raises:
-        ShapeMismatch: a layer or neuron does not exist, or has no attention after it, or ``top_k`` is below 1.
-        NoExactSum: no module of a block maps to its values alone (timm's), or the tower pools by attention.
-        DataError: there are fewer than two images, an iterator was given, which can be read only once, or the images
-            differ when read again.
+        ShapeMismatch: ``top_k`` is below 1.
+        DataError: there are fewer than two images. Also the errors of ``mm.second_order``, which reads images likewise.
 
     >>> import mmhooks as mm
     >>> found = neuron_directions(mm.load("mini"), torch.randn(4, 3, 64, 64), layer=3, neurons=[0, 1], top_k=3)

@@ -56,10 +56,7 @@ class OrthogonalTextCode(Result):
     def table(self) -> Records:
         rows = {"cosine": self.cosine, "texts": (self.codes.values != 0).sum(1).float()}
         estimates = {name: bootstrap(values) for name, values in rows.items()}
-        return Records(
-            {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            for k, e in estimates.items()
-        )
+        return Records({"measure": k} | e.columns() for k, e in estimates.items())
 
 
 @torch.no_grad()

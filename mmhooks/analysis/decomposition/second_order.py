@@ -87,15 +87,12 @@ def second_order(
     Args:
         images: pixels, a list of batches of them, or pairs; read twice, for the mean and for the distances from it.
             Memory does not depend on their number.
-        layer: of the MLP; negative from the end. The last one has no attention after it.
-        neurons: integers, or a bool mask of the MLP's width; default all.
+        layer, neurons: as in :func:`~mmhooks.analysis.decomposition.neuron_effects.second_order_effects`.
         top: number of most significant images to keep per neuron.
 
     Raises:
-        ShapeMismatch: a layer or neuron does not exist, or has no attention after it.
-        NoExactSum: no module of a block maps to its values alone (timm's), or the tower pools by attention.
-        DataError: there is no image, an iterator was given, which can be read only once, or the images differ when
-            read again.
+        DataError: an iterator was given, which can be read only once, or the images differ when read again. Also the
+            errors of ``second_order_effects``.
 
     >>> import mmhooks as mm
     >>> found = second_order(mm.load("mini"), torch.randn(4, 3, 64, 64), layer=3, neurons=[0, 1], top=2)

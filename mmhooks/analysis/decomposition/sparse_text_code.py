@@ -138,9 +138,7 @@ class SparseTextCode(Result):
 
     def table(self) -> Records:
         rows: dict[str, Estimate] = {"cosine": bootstrap(self.cosine), "L0": bootstrap(self.l0)}
-        return Records(
-            {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in rows.items()
-        )
+        return Records({"measure": k} | e.columns() for k, e in rows.items())
 
 
 @torch.no_grad()

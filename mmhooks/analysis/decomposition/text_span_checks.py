@@ -205,10 +205,7 @@ class ReconstructionAccuracy(Result):
 
     def table(self) -> Records:
         rows = {**{f"{k} texts": e for k, e in self.by_texts.items()}, "all of each head": self.full}
-        return Records(
-            {"heads rebuilt from": k, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n}
-            for k, e in rows.items()
-        )
+        return Records({"heads rebuilt from": k} | e.columns("accuracy") for k, e in rows.items())
 
 
 @torch.no_grad()

@@ -203,8 +203,7 @@ class Classified(Result):
     def table(self) -> Records:
         rows = {"all": (self.accuracy, self.probability), **self.by_class}
         return Records(
-            {"class": name, "n": a.n, "accuracy": a.value, "low": a.low, "high": a.high, "mean p": p.value}
-            for name, (a, p) in rows.items()
+            {"class": name, **a.columns("accuracy"), "mean p": p.value} for name, (a, p) in rows.items()
         )
 
 

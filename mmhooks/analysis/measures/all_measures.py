@@ -443,4 +443,4 @@ class Measures(Result):
 
 
 def _row(measure: str, side: str, e: Estimate, over: str) -> dict[str, Any]:
-    return {"measure": measure, "side": side, "value": e.value, "low": e.low, "high": e.high, "n": e.n, "over": over}  # fmt: skip
+    return {"measure": measure, "side": side, **e.columns(), "over": over}

@@ -118,10 +118,7 @@ class Density(Result):
         return edges, torch.bincount(place, minlength=steps).tolist()
 
     def table(self) -> Records:
-        e = self.l0
-        return Records(
-            [{"L0": e.value, "low": e.low, "high": e.high, "dead": self.dead, "samples": self.n_samples}]
-        )
+        return Records([self.l0.columns("L0", "samples") | {"dead": self.dead, "samples": self.n_samples}])
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class EmbedSimResult(Result):
         gap = self.s_plus - self.s_minus
         forms = {"primary": gap / abs(self.s_minus), "difference": gap, "paper": self.paper}
         return Records(
-            {"form": name, "EmbedSim": e.value, "low": e.low, "high": e.high, "features": e.n, "m": self.m,
+            {"form": name, **e.columns("EmbedSim", "features"), "m": self.m,
              "S-": self.s_minus, "excluded pairs": self.excluded if name == "paper" else 0}
             for name, e in ((name, bootstrap(values, seed=self.seed)) for name, values in forms.items())
         )  # fmt: skip

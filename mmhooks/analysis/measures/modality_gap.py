@@ -111,9 +111,7 @@ class ModalityGap(Result):
 
     def table(self) -> Records:
         rows = {"modality gap": self.gap, "cosine of pairs": self.pair_cosine}
-        return Records(
-            {"measure": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in rows.items()
-        )
+        return Records({"measure": k} | e.columns() for k, e in rows.items())
 
 
 @torch.no_grad()

@@ -90,10 +90,7 @@ class MonosemanticityResult(Result):
     n_samples: int = field(default=0)
 
     def table(self) -> Records:
-        e = self.estimate
-        return Records(
-            [{"MS": e.value, "low": e.low, "high": e.high, "features": e.n, "samples": self.n_samples}]
-        )
+        return Records([self.estimate.columns("MS", "features") | {"samples": self.n_samples}])
 
 
 def visual_monosemanticity(

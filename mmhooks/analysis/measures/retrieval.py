@@ -33,15 +33,7 @@ class RetrievalResult(Result):
     def table(self) -> Records:
         directions = {"image to text": self.image_to_text, "text to image": self.text_to_image}
         return Records(
-            {
-                "direction": name,
-                "k": k,
-                "R@k": e.value,
-                "low": e.low,
-                "high": e.high,
-                "chance": self.chance[k],
-                "n": e.n,
-            }
+            {"direction": name, "k": k, **e.columns("R@k"), "chance": self.chance[k]}
             for name, rates in directions.items()
             for k, e in rates.items()
         )

@@ -58,14 +58,10 @@ class Stability(Result):
         return self.values > self.above
 
     def table(self) -> Records:
-        e = self.mean
         row = {
             "by": self.by,
-            "similarity": e.value,
-            "low": e.low,
-            "high": e.high,
+            **self.mean.columns("similarity", "features"),
             "chance": self.chance,
-            "features": e.n,
             f"above {self.above}": self.matched.value,
             "by chance": self.matched_by_chance,
             "above 0.9": float((self.values > 0.9).float().mean()),

@@ -74,19 +74,7 @@ class WinRateResult(Result):
     seed: int
 
     def table(self) -> Records:
-        e = self.estimate
-        return Records(
-            [
-                {
-                    "form": self.kind,
-                    "WinRate": e.value,
-                    "low": e.low,
-                    "high": e.high,
-                    "features": e.n,
-                    "m": self.m,
-                }
-            ]
-        )
+        return Records([{"form": self.kind, **self.estimate.columns("WinRate", "features"), "m": self.m}])
 
 
 @torch.no_grad()

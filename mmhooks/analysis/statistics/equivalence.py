@@ -59,10 +59,7 @@ class ClusteredMean(Result):
         return float(t.sf(away / self.error, self.df))
 
     def table(self) -> Records:
-        m, p = self.mean, self.p()
-        return Records(
-            [{"mean": m.value, "low": m.low, "high": m.high, "n": m.n, "clusters": self.df + 1, "p": p}]
-        )
+        return Records([self.mean.columns("mean") | {"clusters": self.df + 1, "p": self.p()}])
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,7 @@ class PairedTest(Result):
     exact: bool
 
     def table(self) -> Records:
-        d = self.difference
-        return Records(
-            [{"difference": d.value, "low": d.low, "high": d.high, "p": self.p, "n": d.n, "clusters": self.clusters}]
-        )  # fmt: skip
+        return Records([self.difference.columns("difference") | {"p": self.p, "clusters": self.clusters}])
 
 
 def resampled_sums(
