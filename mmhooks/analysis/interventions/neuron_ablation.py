@@ -24,7 +24,8 @@ from mmhooks.analysis.decomposition.origin import origin_of
 from mmhooks.analysis.interventions.ablation_accuracy import labelled_batches
 from mmhooks.analysis.interventions.mean_ablation import site_means
 from mmhooks.analysis.results import Estimate, Records, Result
-from mmhooks.analysis.statistics.intervals import bootstrap, wilson
+from mmhooks.analysis.statistics.intervals import bootstrap, paired_rates, wilson
+from mmhooks.analysis.statistics.power import detectable_mean
 from mmhooks.errors import DataError, ShapeMismatch
 from mmhooks.hooks.edits import Mean
 from mmhooks.models.clip.inputs import Model, Vectors, check_directions, check_model
@@ -46,17 +47,29 @@ class NeuronAblation(Result):
     Attributes:
         before: with all effects. without: all of them at their mean; only those longer than the neuron's threshold on
             this image (significant); only the others (insignificant); or what lies off each neuron's direction.
+        change: of each of these, its accuracy minus that before, over the same images.
+        detectable: the smallest change that these images show with 80 % power, by the error of ``change``.
     """
 
     layer: int
     n_neurons: int
     before: Estimate
     without: dict[str, Estimate]
+    change: dict[str, Estimate]
+    detectable: dict[str, float]
 
     def table(self) -> Records:
         rows = {"nothing": self.before, **self.without}
+        changes = {"nothing": "–"} | {
+            k: f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for k, e in self.change.items()
+        }
         return Records(
-            {"ablated": k, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n}
+            {
+                "ablated": k,
+                **e.columns("accuracy"),
+                "change": changes[k],
+                "detectable": self.detectable.get(k, "–"),
+            }
             for k, e in rows.items()
         )
 
@@ -97,8 +110,7 @@ def ablate_neurons(
     device = model.device
     along, mean, threshold = (x.to(device).float() for x in (along, found.mean, found.threshold))
     classifier = unit_rows(classes.to(device).float(), dim=1)
-    hits: dict[str, int] = dict.fromkeys(("nothing", *KINDS), 0)
-    n = 0
+    right: dict[str, list[Tensor]] = {kind: [] for kind in ("nothing", *KINDS)}
     batched = labelled_batches(model, inputs, labels, batch_size, len(classes))
     for pixels, own in track(batched, None, "ablating neurons", show=progress):
         reached = paths.reach(pixels)
@@ -116,15 +128,23 @@ def ablate_neurons(
         }
         for kind, part in removed.items():
             guessed = ((embedding - part) @ classifier.T).argmax(1).cpu()
-            hits[kind] += int(guessed.eq(own.cpu()).sum())
-        n += len(own)
-    if not n:
+            right[kind].append(guessed.eq(own.cpu()))
+    if not right["nothing"]:
         raise DataError("ablate_neurons: expected at least one image with its label, got none")
+    hits = {kind: torch.cat(parts) for kind, parts in right.items()}
+    rates = {kind: wilson(int(own.sum()), len(own)) for kind, own in hits.items()}
+    changes = {kind: paired_rates(hits[kind], hits["nothing"]) for kind in KINDS}
     return NeuronAblation(
         layer=found.layer,
         n_neurons=len(found.neurons),
-        before=wilson(hits["nothing"], n),
-        without={kind: wilson(hits[kind], n) for kind in KINDS},
+        before=rates["nothing"],
+        without={kind: rates[kind] for kind in KINDS},
+        change={kind: change for kind, (change, _) in changes.items()},
+        detectable={
+            kind: detectable_mean(error, change.n - 1)
+            for kind, (change, error) in changes.items()
+            if change.n
+        },
     )
 
 
@@ -158,10 +178,7 @@ class AblationPrediction(Result):
             "cosine with second-order effects": self.cosine,
         }
         estimates = {name: bootstrap(values) for name, values in rows.items()}
-        return Records(
-            {"predicted by": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            for k, e in estimates.items()
-        )
+        return Records({"predicted by": k} | e.columns() for k, e in estimates.items())
 
 
 @torch.no_grad()

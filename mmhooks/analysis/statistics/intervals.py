@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mmhooks.analysis.results import Estimate
@@ -130,3 +130,35 @@ def wilson(hits: int, n: int, *, level: float = 0.95) -> Estimate:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, level)
+
+
+def paired_rates(
+    after: Bool[Tensor, " n"], before: Bool[Tensor, " n2"], *, level: float = 0.95
+) -> tuple[Estimate, float]:
+    """Computes the difference of two rates over the same samples, and its standard error.
+
+    Half a sample is added to each of the four cells, so that samples that agree everywhere do not give an interval of
+    width 0. Samples must be independent; families are for
+    :func:`~mmhooks.analysis.statistics.resampling.paired_test`.
+
+    Source: Agresti, Min 2005 ("Simple improved confidence intervals for comparing matched proportions").
+
+    Raises:
+        ShapeMismatch: there is no sample.
+
+    >>> right = torch.arange(100) < 40
+    >>> change, error = paired_rates(right, right)
+    >>> change.value, round(change.high, 3), round(error, 4)
+    (0.0, 0.019, 0.0098)
+    """
+    if not len(after) or len(after) != len(before):
+        raise ShapeMismatch(
+            f"expected the same samples twice, at least one, got {len(after)} and {len(before)}"
+        )
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    n = len(after) + 2
+    centre = (gained - lost) / n
+    error = math.sqrt(max(0.0, (gained + lost + 1) - (gained - lost) ** 2 / n)) / n
+    half = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64))) * error
+    value = (gained - lost) / len(after)
+    return Estimate(value, max(-1.0, centre - half), min(1.0, centre + half), len(after), level), error

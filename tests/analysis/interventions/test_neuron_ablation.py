@@ -65,6 +65,9 @@ def test_accuracies_equal_the_public_code(model, pixels, found, rebuilt):
     for kind, embeddings in expected.items():
         right = (torch.from_numpy(embeddings).float() @ unit.T).argmax(1) == labels
         assert got.without[kind].value == pytest.approx(float(right.float().mean())), kind
+        assert got.change[kind].value == pytest.approx(got.without[kind].value - got.before.value), kind
+        # Twelve images see no change of less than a fifth, and no width is 0 where none changes.
+        assert 0.2 < got.detectable[kind] < 1 and got.change[kind].low < got.change[kind].high
     loader = [(pixels[12:18], labels[:6]), (pixels[18:], labels[6:])]
     again = mm.ablate_neurons(model, loader, None, classes, found, directions=along if rebuilt else None)
     assert again == got and got.before.n == 12 and got.table()[0]["ablated"] == "nothing"
