@@ -118,8 +118,8 @@ def inputs(model: Any, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 3, 32, 32), tokens
 
 
-def processor(model_type: str = "clip", side: int = 32, words: int = 60) -> Any:
-    """A processor of CLIP's kind with a tokenizer of whole words, saved and loaded like a real one."""
+def processor(model_type: str = "clip", side: int = 32, words: int = 60, length: int = 12) -> Any:
+    """A processor of CLIP's kind with a tokenizer of single letters, saved and loaded like a real one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -139,12 +139,25 @@ def processor(model_type: str = "clip", side: int = 32, words: int = 60) -> Any:
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", vocabulary["</s>"])]
     )  # type: ignore
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=12
+        tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=length
     )  # fmt: skip
     size = {"height": side, "width": side}
     if model_type == "siglip":
         return SiglipProcessor(SiglipImageProcessor(size=size), tokenizer)
     return CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size), tokenizer)
+
+
+def checkpoint(folder: Any, model_type: str = "clip") -> str:
+    """Saves a CLIP or SigLIP that reads texts of up to 64 letters, with its processor; its name for ``mm.load``."""
+    text, vision = {**SIZES, "vocab_size": 60, "max_position_embeddings": 64}, {**SIZES, **IMAGES}
+    if model_type == "siglip":
+        made = config("SiglipConfig", text_config={**text, "projection_size": 32}, vision_config=vision)
+    else:
+        text |= {**ENDS, "eos_token_id": 59}
+        made = config("CLIPConfig", text_config=text, vision_config=vision, projection_dim=24)
+    build("SiglipModel" if model_type == "siglip" else "CLIPModel", made).save_pretrained(folder)
+    processor(model_type, length=64).save_pretrained(folder)
+    return f"hf:{folder}"
 
 
 def out_projection(attn: nn.Module) -> nn.Linear:
@@ -195,6 +208,20 @@ def clip_vision_projected(attention: str = "sdpa") -> Any:
 
 def siglip_vision(attention: str = "sdpa") -> Any:
     return build("SiglipVisionModel", config("SiglipVisionConfig", **SIZES, **IMAGES), attention)
+
+
+def vjepa2(kind: str = "VJEPA2Model", attention: str = "sdpa") -> Any:
+    made = config(
+        "VJEPA2Config", **{k: v for k, v in SIZES.items() if k != "intermediate_size"}, crop_size=32, patch_size=8,
+        frames_per_clip=4, mlp_ratio=2, pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+        pred_num_mask_tokens=2, num_pooler_layers=1, num_labels=5,
+    )  # fmt: skip
+    return build(kind, made, attention)
+
+
+def videomae(kind: str = "VideoMAEModel", attention: str = "sdpa", **options: Any) -> Any:
+    made = config("VideoMAEConfig", **SIZES, **IMAGES, num_frames=4, num_labels=5, **options)
+    return build(kind, made, attention)
 
 
 VISION = {

@@ -32,6 +32,8 @@ def pixel_scale(model: Any) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 
 
     steps = getattr(model.preprocess, "transforms", [])
     found = next(((s.mean, s.std) for s in steps if type(s).__name__ == "Normalize"), None)
+    if found is None:  # of a processor of transformers
+        found = getattr(model.preprocess, "scale", None)
     if found is None and model.preprocess is mini.preprocess:
         found = mini.MEAN, mini.STD
     if found is None:

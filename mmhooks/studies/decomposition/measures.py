@@ -28,6 +28,7 @@ from mmhooks.analysis.interventions.mean_ablation import (
 from mmhooks.analysis.results import correlation
 from mmhooks.analysis.statistics.intervals import bootstrap
 from mmhooks.data.families import families
+from mmhooks.errors import NoExactSum
 from mmhooks.models.clip.embed_texts import embed_texts
 from mmhooks.studies.common.held_out import sample_rows
 from mmhooks.studies.decomposition.options import Options
@@ -184,9 +185,22 @@ def strongest_neurons(
     texts: Sequence[str],
     options: Options,
 ) -> dict[str, Any]:
-    """Returns the neurons of a layer with the largest effect through later attention heads, described by texts."""
+    """Returns the neurons of a layer with the largest effect through later attention heads, described by texts.
+
+    Of a tower that pools by attention (SigLIP) there are none, and ``why`` says so: their effects are no exact sum.
+    """
     rows = sample_rows(seen, 512, options.seed)
-    found = second_order(model, pairs.select(rows), layer=layer, batch_size=options.batch)
+    try:
+        found = second_order(model, pairs.select(rows), layer=layer, batch_size=options.batch)
+    except NoExactSum as fault:
+        return {
+            "layer": layer,
+            "n_samples": 0,
+            "reference": None,
+            "mean_rank1": None,
+            "strongest": [],
+            "why": str(fault),
+        }
     strong = found.strongest(options.each)
     code = mm.sparse_text_code(
         found.direction[strong], pool, texts, mean=torch.zeros(found.direction.shape[1]), penalty=0.1

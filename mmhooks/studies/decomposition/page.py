@@ -138,6 +138,8 @@ def neuron_table(results: Mapping[str, Any]) -> Table:
         [str(r["neuron"]), percent(r["size"], 2), percent(r["rank1"]), "; ".join(t for t, _ in r["texts"])]
         for r in n["strongest"]
     ]
+    if "why" in n:
+        return Table(["Neuron"], [], "Neurons through later attention heads", f"Not computed. {n['why']}.")
     return Table(
         ["Neuron", "Size", "Rank 1", "Texts"], rows, f"Neurons of block {n['layer']} through later attention heads",
         f"Size: root mean square of the second-order effect over that of embeddings, {n['n_samples']:,} images. Rank 1: "
