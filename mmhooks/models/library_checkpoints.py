@@ -10,7 +10,7 @@ import torch
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.families import hook
 from mmhooks.models.foreign_code import no_foreign_code
-from mmhooks.models.vlm.checkpoints import load_vlm
+from mmhooks.models.vlm.checkpoints import load_vlm, prepare
 from mmhooks.models.vlm.parts import LAYOUTS
 from mmhooks.utils.faults import first_line
 
@@ -27,22 +27,29 @@ def load_transformers(
 
     Args:
         source: a folder that ``save_pretrained`` wrote, or a name of the Hub.
-        pretrained: a revision of the Hub's repository.
+        pretrained: a revision of the Hub's repository; "": random weights of the architecture that its ``config.json`` says.
         dtype: of the weights; default: fp32, of a vision-language model the checkpoint's own.
 
     Raises:
         MissingWeights: no such folder or repository, or it cannot be fetched.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     options: dict[str, Any] = {"trust_remote_code": False, "revision": pretrained or "main"}
     options |= {"cache_dir": str(cache_dir)} if cache_dir else {}
     try:
         with no_foreign_code(source):
-            if AutoConfig.from_pretrained(source, **options).model_type in LAYOUTS:
+            plan = AutoConfig.from_pretrained(source, **options)
+            known = plan.model_type in LAYOUTS
+            if pretrained == "":
+                kind = AutoModelForImageTextToText if known else AutoModel
+                model = kind.from_config(plan, dtype=dtype or torch.float32)
+            elif known:
                 return load_vlm(source, device=device, dtype=dtype, name=f"hf:{source}", **options)
-            model = AutoModel.from_pretrained(source, dtype=dtype or torch.float32, **options)
+            else:
+                model = AutoModel.from_pretrained(source, dtype=dtype or torch.float32, **options)
             processor = _processor(source, options)
+            processor = prepare(processor) if known else processor
     except OSError as error:
         raise MissingWeights(
             f"hf:{source}: expected a folder that save_pretrained wrote or a Hub name that can be fetched, got "
@@ -73,7 +80,7 @@ def load_timm(
 
     Args:
         source: a name of ``timm.list_models()``, with or without a tag, or timm's ``hf-hub:…`` and ``local-dir:…``.
-        pretrained: a checkpoint file; None: the weights that timm knows for this name.
+        pretrained: a checkpoint file; None: the weights that timm knows for this name; "": random ones.
 
     Raises:
         MMHooksError: no such name; the message names near ones.
@@ -87,7 +94,9 @@ def load_timm(
     if ":" not in source and not timm.is_model(source):
         near = get_close_matches(source, timm.list_models(), n=4, cutoff=0.5)
         raise MMHooksError(f"timm has no model {source!r}; close matches: {', '.join(near) or 'none'}")
-    weights: dict[str, Any] = {"checkpoint_path": pretrained} if pretrained else {"pretrained": True}
+    weights: dict[str, Any] = (
+        {"checkpoint_path": pretrained} if pretrained else {"pretrained": pretrained is None}
+    )
     weights |= {"cache_dir": str(cache_dir)} if cache_dir else {}
     try:
         model = timm.create_model(source, **weights)

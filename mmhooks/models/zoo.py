@@ -56,6 +56,8 @@ def load(
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint, one of DeCLIP's own included (:mod:`mmhooks.models.clip.declip`: its embedding width, activation,
             tokenizer and preprocessing come with it). None or "" gives random weights, which open_clip itself warns about.
+            For ``"hf:…"`` a revision of the Hub's repository, for ``"timm:…"`` a checkpoint file; None: the published weights;
+            "": random weights of that architecture.
         precision: open_clip's: ``"fp32"``; ``"bf16"``, ``"fp16"`` (weights of linear and convolution layers);
             ``"pure_bf16"``, ``"pure_fp16"`` (all weights); ``"amp"``, ``"amp_bf16"`` (weights in fp32, run under
             ``torch.autocast``, which is how ``encode_image`` and ``encode_text`` of the hooked model run then).
@@ -84,7 +86,6 @@ def load(
     from mmhooks.models.embedded.mini import load_embedded
     from mmhooks.models.load_options import plain_dtype, take_dtype
 
-    pretrained = pretrained or None  # a command line cannot say None, but --pretrained ""
     weights = plain_dtype(take_dtype(dtype, {}), "a CLIP")
     if dtype is not None and precision != "fp32":
         raise MMHooksError(
@@ -105,6 +106,7 @@ def load(
         loader = load_transformers if kind == "hf" else load_timm
         given = None if dtype is None else weights
         return loader(source, pretrained=pretrained, dtype=given, device=device, cache_dir=cache_dir)
+    pretrained = pretrained or None  # a command line cannot say None, but --pretrained ""
     if name == "mini-llava":
         from mmhooks.models.vlm.llava import load_llava
 

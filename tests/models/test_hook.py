@@ -213,3 +213,18 @@ def test_a_vision_model_and_a_checkpoint_of_timm(tmp_path):
 def test_names_that_lead_nowhere(name, options, error, says):
     with pytest.raises(error, match=says):
         mm.load(name, **options)
+
+
+def test_random_weights_of_a_checkpoints_architecture(tmp_path):
+    """As for open_clip's names, pretrained="" loads no weights."""
+    saved = mm.load(tiny.checkpoint(tmp_path))
+    made = [mm.load(f"hf:{tmp_path}", pretrained="") for _ in range(2)]
+    shapes = [{k: v.shape for k, v in m.model.state_dict().items()} for m in (saved, *made)]
+    assert shapes[0] == shapes[1] and not made[0].model.training and made[0].tokenizer is not None
+    key = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    first, second, third = (m.model.state_dict()[key] for m in (saved, *made))
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    assert mm.load(f"hf:{tmp_path}", pretrained="", dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert type(mm.load("timm:test_vit", pretrained="")) is mm.HookedVision  # no network
+    with pytest.raises(MissingWeights, match="hf:nowhere/at-all: expected a folder"):
+        mm.load("hf:nowhere/at-all", pretrained="")
