@@ -18,7 +18,7 @@ from torch import nn
 
 from mmhooks.errors import MMHooksError, MMHooksWarning
 from mmhooks.models.hooked import HookedModel
-from mmhooks.models.processing import check_parts, preprocess_of, tokenizer_of
+from mmhooks.models.processing import check_parts, tokenizer_of
 
 GROUP = "mmhooks.families"
 
@@ -180,7 +180,7 @@ class _Dual:
 
 
 class _Vision:
-    """Encoders of images alone."""
+    """Encoders of images or of videos alone."""
 
     def matches(self, model: Any) -> bool:
         from mmhooks.models.vision.encoders import vision_encoder_of
@@ -192,7 +192,7 @@ class _Vision:
 
         hooked = HookedVision(model, **options)
         if processor is not None:
-            made = preprocess_of(processor, hooked.image_size)
+            made = hooked.family.preprocess_of(model, processor)
             check_parts(processor, preprocess=made)
             hooked.preprocess = hooked.preprocess or made
         return hooked

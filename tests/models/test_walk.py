@@ -116,8 +116,12 @@ def test_real_widths(name):
     case = CASES[name]
     model = mm.hook(case.real())
     config = model.model.config
-    side = getattr(config, "vision_config", config).image_size
+    vision = getattr(config, "vision_config", config)
+    side = getattr(vision, "crop_size", None) or vision.image_size
+    frames = getattr(vision, "frames_per_clip", None) or getattr(vision, "num_frames", None)
     inputs = {"image": torch.empty(1, 3, side, side, device="meta")}
+    if frames:
+        inputs = {"video": torch.empty(1, frames, 3, side, side, device="meta")}
     if "text" in case.inputs(hooked(name).model):
         inputs["text"] = torch.zeros(1, 16, dtype=torch.long, device="meta")
     with model.caching("*") as cache:

@@ -51,6 +51,10 @@ def videos(model: Any) -> dict[str, Tensor]:
     return {"video": pixels.view(2, 2, 3, 32, 32), "text": tokens[:2]}
 
 
+def clips(model: Any) -> dict[str, Tensor]:
+    return {"video": torch.randn(2, 4, 3, 32, 32, generator=torch.manual_seed(1))}
+
+
 def pixels_of(side: int) -> Callable[[Any], dict[str, Tensor]]:
     def inputs(model: Any) -> dict[str, Tensor]:
         torch.manual_seed(1)
@@ -119,6 +123,11 @@ CASES: dict[str, Case] = {
     "CLIP's image tower": Case(tiny.clip_vision, pixels_of(32), real("CLIPVisionModel", "CLIPVisionConfig")),
     "CLIP's image tower, projected": Case(tiny.clip_vision_projected, pixels_of(32)),
     "SigLIP's image tower": Case(tiny.siglip_vision, pixels_of(32), real("SiglipVisionModel", "SiglipVisionConfig")),
+    "V-JEPA 2": Case(tiny.vjepa2, clips, real("VJEPA2Model", "VJEPA2Config")),
+    "V-JEPA 2 with a classifier": Case(lambda: tiny.vjepa2("VJEPA2ForVideoClassification"), clips),
+    "VideoMAE": Case(tiny.videomae, clips, real("VideoMAEModel", "VideoMAEConfig")),
+    "VideoMAE, eager": Case(lambda: tiny.videomae(attention="eager", use_mean_pooling=False), clips),
+    "VideoMAE with a classifier": Case(lambda: tiny.videomae("VideoMAEForVideoClassification"), clips),
     "timm ViT": Case(network("test_vit"), pixels_of(160)),
     "timm ViT, no classifier": Case(network("test_vit3", num_classes=0), pixels_of(160)),
     "timm EVA, DINOv3": Case(eva, pixels_of(32)),

@@ -12,6 +12,7 @@ from mmhooks.models.layers.encoder_layer import add_encoder_layer, is_encoder_la
 from mmhooks.models.layers.leaves import add_site
 from mmhooks.models.layers.m2m100_layer import add_m2m100_layer, is_m2m100_layer
 from mmhooks.models.layers.t5_layer import add_t5_layer, is_t5_layer
+from mmhooks.models.layers.videomae_layer import add_videomae_layer, is_videomae_layer
 
 Is, Add = Callable[[Any], bool], Callable[[SiteMap, str, Any], None]
 KINDS: tuple[tuple[Is, Add], ...] = (
@@ -19,6 +20,7 @@ KINDS: tuple[tuple[Is, Add], ...] = (
     (is_decoder_layer, add_decoder_layer),
     (is_m2m100_layer, add_m2m100_layer),
     (is_t5_layer, add_t5_layer),
+    (is_videomae_layer, add_videomae_layer),
     (is_encoder_layer, add_encoder_layer),
 )
 

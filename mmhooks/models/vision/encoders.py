@@ -1,14 +1,15 @@
-"""Where the towers of vision encoders are: timm's networks, transformers' vision models, torchvision's ViT."""
+"""Where the towers of vision encoders are: timm's networks, transformers' vision and video models, torchvision's ViT."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.leaves import child
 from mmhooks.models.layers.torchvision_block import add_torchvision_block
+from mmhooks.models.processing import preprocess_of
 from mmhooks.models.towers.timm_trunk import add_timm_trunk
 from mmhooks.models.towers.tokens import PATCHES
 from mmhooks.models.towers.transformers_tower import (
@@ -17,11 +18,19 @@ from mmhooks.models.towers.transformers_tower import (
     add_vision_tower,
     final_norm,
 )
+from mmhooks.models.vision.video_encoders import TransformersVideo
 
 
 @runtime_checkable
 class VisionEncoder(Protocol):
-    """A family of encoders; it holds no model, and its methods take one."""
+    """A family of encoders; it holds no model, and its methods take one.
+
+    Attributes:
+        medium: the tower's name: "image" or "video".
+    """
+
+    @property
+    def medium(self) -> str: ...
 
     def matches(self, model: Any) -> bool:
         """Whether a model is of this family."""
@@ -33,8 +42,35 @@ class VisionEncoder(Protocol):
         """Height and width of the images that it reads; None if it accepts several."""
         ...
 
+    def encode(self, model: nn.Module, inputs: Tensor) -> Any:
+        """One run of the model's own code that passes ``<medium>.embed``."""
+        ...
 
-class Timm:
+    def preprocess_of(self, model: nn.Module, processor: Any) -> Any:
+        """The function from an image or a video to the model's input, of a processor of transformers; None: it has none.
+
+        Raises:
+            MMHooksError: the processor is another model's.
+        """
+        ...
+
+
+class _Images:
+    """What families of image encoders have in common."""
+
+    medium = "image"
+
+    def encode(self, model: nn.Module, inputs: Tensor) -> Any:
+        return model(inputs)
+
+    def preprocess_of(self, model: nn.Module, processor: Any) -> Any:
+        return preprocess_of(processor, self.image_size(model))
+
+    def image_size(self, model: Any) -> tuple[int, int] | None:
+        raise NotImplementedError
+
+
+class Timm(_Images):
     """timm's networks. ``image.embed`` is what the classifier reads, with or without a classifier."""
 
     def matches(self, model: Any) -> bool:
@@ -53,7 +89,7 @@ class Timm:
         return tuple(embed.img_size) if getattr(embed, "strict_img_size", False) else None  # type: ignore
 
 
-class TransformersVision:
+class TransformersVision(_Images):
     """transformers' vision models, with or without a projection or a classifier behind them.
 
     ``image.embed`` is the projection's output where there is one (``CLIPVisionModelWithProjection``), else the encoder's
@@ -81,7 +117,7 @@ class TransformersVision:
         return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
 
 
-class Torchvision:
+class Torchvision(_Images):
     """torchvision's VisionTransformer."""
 
     def matches(self, model: Any) -> bool:
@@ -103,7 +139,7 @@ class Torchvision:
         return model.image_size, model.image_size
 
 
-FAMILIES: tuple[VisionEncoder, ...] = (TransformersVision(), Timm(), Torchvision())
+FAMILIES: tuple[VisionEncoder, ...] = (TransformersVideo(), TransformersVision(), Timm(), Torchvision())
 
 
 def vision_encoder_of(model: Any) -> VisionEncoder | None:

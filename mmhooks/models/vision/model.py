@@ -1,4 +1,4 @@
-"""HookedVision: an encoder of images alone, unconverted."""
+"""HookedVision: an encoder of images or of videos alone, unconverted."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from mmhooks.models.vision.encoders import vision_encoder_of
 
 
 class HookedVision(HookedModel):
-    """A vision encoder with named sites ``image.*``, hooks and heads.
+    """A vision encoder with named sites ``image.*``, or ``video.*``, hooks and heads.
 
     ``image.embed`` is the model's own pooled output: what its classifier reads (timm, torchvision), its
     ``pooler_output`` or its projection (transformers).
 
     Args:
         model: a network of timm, a vision model of transformers (ViT, DINOv2, DINOv3, CLIP's, SigLIP's) or torchvision's
-            ViT, with or without a classifier; available unchanged at ``.model``.
-        preprocess: an image to pixels ``[3 h w]``.
+            ViT, or a video model of transformers (V-JEPA 2, VideoMAE), with or without a classifier; available unchanged at
+            ``.model``.
+        preprocess: an image to pixels ``[3 h w]``, a video to ``[frame 3 h w]``.
         name: for messages and manifests.
 
     Raises:
@@ -55,19 +56,31 @@ class HookedVision(HookedModel):
         """Height and width of the images that the model reads; None if it accepts several."""
         return self.family.image_size(self.model)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
+    def forward(self, images: Float[Tensor, "b ..."]) -> Any:
         """The model's own forward."""
         return self.model(images)
 
     def encode_image(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """What flows at ``image.embed`` in a run of the model, after the edits of open contexts."""
-        with self.caching("image.embed", detach=False, strict=False) as cache:
-            self.forward(pixels)
-        return cache["image.embed"]
+        return self._encode("image", pixels)
+
+    def encode_video(self, frames: Float[Tensor, "b f c h w"]) -> Float[Tensor, "b d"]:
+        """What flows at ``video.embed`` in a run of the encoder, of V-JEPA 2 without its predictor."""
+        return self._encode("video", frames)
+
+    def _encode(self, medium: str, inputs: Tensor) -> Tensor:
+        if medium != self.family.medium:
+            raise MMHooksError(
+                f"expected an input of the tower {self.family.medium} of {type(self.model).__name__}, got one of {medium}; call "
+                f"encode_{self.family.medium}"
+            )
+        with self.caching(f"{medium}.embed", detach=False, strict=False) as cache:
+            self.family.encode(self.model, inputs)
+        return cache[f"{medium}.embed"]
 
     def run_with_cache(
         self,
-        images: Float[Tensor, "b c h w"],
+        images: Float[Tensor, "b ..."],
         sites: Pattern | Sequence[Pattern] = "*",
         *,
         device: torch.device | str | None = None,
