@@ -34,6 +34,7 @@ from .analysis.measures.stability import stability as stability
 from .analysis.measures.sweep import sweep as sweep
 from .analysis.measures.top_activating import top_activating as top_activating
 from .analysis.measures.win_rate import win_rate as win_rate
+from .analysis.verification.verify import verify as verify
 from .data.store import Store as Store
 from .heads.hub import load_head as load_head
 from .heads.ncl import NCL as NCL

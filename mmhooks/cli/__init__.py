@@ -14,6 +14,7 @@ from mmhooks.cli.store import extract, store
 from mmhooks.cli.study import study
 from mmhooks.cli.sweep import sweep
 from mmhooks.cli.train import train
+from mmhooks.cli.verify import verify
 
 app = typer.Typer(
     name="mmhooks",
@@ -42,7 +43,7 @@ def main(
     """Hooked-model interpretability for multimodal models: sites, heads, edits, measures."""
 
 
-for command in (models, sites, pairs, extract, train, sweep, measure):
+for command in (models, sites, pairs, extract, train, sweep, measure, verify):
     app.command()(command)
 app.add_typer(store, name="store")
 app.add_typer(study, name="study")
