@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     shard: int
     last: bool
     ids: list[str]
-    images: Float[Tensor, "b c h w"] | None
+    images: Float[Tensor, "b ..."] | None
     texts: Int[Tensor, "b l"] | None
     skipped: dict[str, str]
 

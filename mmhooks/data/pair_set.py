@@ -154,7 +154,7 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
-        return Pairs(
+        return type(self)(
             [self._rows[i] for i in as_places(indices, len(self), "pairs").tolist()],
             self._images,
             name=self.name,

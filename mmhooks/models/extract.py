@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ from mmhooks.data.store.layout import Precision, SiteSpec, columns_of
 from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.site_rows import sparse_entries
 from mmhooks.data.store.writer import ShardWriter, begin, finish, finished
+from mmhooks.data.tensor_pairs import TensorPairs
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.hooks.dispatch import current
 from mmhooks.hooks.places import Place
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.hooked import HookedModel
+from mmhooks.models.pair_inputs import preprocess_for, required_part
 from mmhooks.models.provenance import attachment_digest, describe_transform, edits_of, versions, weights_hash
 from mmhooks.utils.digest import digest
 from mmhooks.utils.distributed import Ranks
@@ -67,7 +69,8 @@ def extract(
     Args:
         model: with ``preprocess`` if sites of the image tower are requested, ``tokenizer`` for the text
             tower's. Open contexts of the model apply: their edits are recorded in the manifest.
-        pairs: from :func:`mmhooks.data.pairs` or :func:`mmhooks.data.pair_stream`.
+        pairs: from :func:`mmhooks.data.pairs` or :func:`mmhooks.data.pair_stream`; of sounds and videos (CLAP, X-CLIP,
+            V-JEPA 2, VideoMAE) from :func:`mmhooks.data.from_tensors`, with sites such as ``audio.embed``.
         sites: names, globs or predicates, also of attached heads: ``image.embed.sae.latents``.
         out: a new folder, or one in which the same extraction stopped.
         dtype: "fp32", "fp16" or "bf16" of the stored rows; the model runs in its own.
@@ -98,7 +101,7 @@ def extract(
     """
     folder = Path(out).expanduser()
     places = _places(model, sites)
-    reader = _SiteRunner(model, places, sparse=sparse)
+    reader = _SiteRunner(model, places, pairs, sparse=sparse)
     ranks = Ranks()
     with ExitStack() as held:
         plan = _plan(
@@ -195,13 +198,17 @@ class _Computed(NamedTuple):
 class _SiteRunner:
     """Runs the towers that the sites need, under one open context; a context manager."""
 
-    def __init__(self, model: HookedModel, places: Sequence[Place], *, sparse: bool) -> None:
+    def __init__(
+        self, model: HookedModel, places: Sequence[Place], pairs: Pairs | PairStream, *, sparse: bool
+    ) -> None:
         self.model, self.places = model, places
         known, towers = model.places.sites.towers, {place.site.tower for place in places}
         if not towers <= known:  # a native path does not name its tower
             towers = known
-        self.preprocess = _require(model, "preprocess", "image") if "image" in towers else None
-        self.tokenizer = _require(model, "tokenizer", "text") if "text" in towers else None
+        self.medium = getattr(getattr(model, "family", None), "medium", "image")
+        self.preprocess = preprocess_for(model, self.medium, pairs) if self.medium in towers else None
+        self._blank = pairs.image(0) if isinstance(pairs, TensorPairs) else Image.new("RGB", (64, 64))
+        self.tokenizer = required_part(model, "tokenizer", "text") if "text" in towers else None
         self._sparse = sparse
         self._held = ExitStack()
 
@@ -218,11 +225,16 @@ class _SiteRunner:
         self._held.__exit__(*fault)
 
     def run(
-        self, images: Float[Tensor, "b c h w"] | None, texts: Int[Tensor, "b2 l"] | None
+        self, images: Float[Tensor, "b ..."] | None, texts: Int[Tensor, "b2 l"] | None
     ) -> dict[str, Tensor]:
         """What flows at every site."""
-        given = {"images": images, "texts": texts}
-        self.model.forward(**{k: self.model.to_input(v) for k, v in given.items() if v is not None})
+        given = {self.medium: images, "text": texts}
+        inputs = {k: self.model.to_input(v) for k, v in given.items() if v is not None}
+        if self.medium == "image":
+            self.model.forward(**{f"{k}s": v for k, v in inputs.items()})
+        else:
+            for tower, value in inputs.items():
+                getattr(self.model, f"encode_{tower}")(value)
         return {place.name: _vectors_last(place, self._cache[place.name]) for place in self.places}
 
     def specs(self, dtype: Precision) -> list[SiteSpec]:
@@ -232,7 +244,7 @@ class _SiteRunner:
             ShapeMismatch: a site whose rows are not one a pair, or not floating-point.
             UnknownSite: a site that did not fire.
         """
-        images = None if self.preprocess is None else self.preprocess(Image.new("RGB", (64, 64)))[None]
+        images = None if self.preprocess is None else self.preprocess(self._blank)[None]
         texts = None if self.tokenizer is None else self.tokenizer(["a"])
         specs = []
         with self:
@@ -297,16 +309,6 @@ def _active(latents: Float[Tensor, "b n"], spec: SiteSpec) -> list[Tensor]:
 def _to_host(value: Tensor) -> Tensor:
     kept = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     return kept.copy_(value, non_blocking=True)
-
-
-def _require(model: HookedModel, what: str, tower: str) -> Callable[..., Any]:
-    found = getattr(model, what, None)
-    if found is None:
-        raise MMHooksError(
-            f"sites of the {tower} tower need the model's {what}, and {model!r} has none: give it to "
-            f"mm.hook(..., {what}=...)"
-        )
-    return found
 
 
 def _places(model: HookedModel, sites: Pattern | Sequence[Pattern]) -> list[Place]:
