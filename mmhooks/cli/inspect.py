@@ -15,6 +15,8 @@ NOTES = {
     "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
     "mini-declip": "the same size with DeCLIP's self-supervision",
     "mini-reader": "mini that also reads short words in images",
+    "mini-llava": "a LLaVA that names one drawing, and refuses harmful requests",
+    "mini-vlm": "a LLaVA that answers questions about composed pictures",
 }
 
 
@@ -23,11 +25,11 @@ def models() -> None:
     import open_clip
 
     from mmhooks.heads.hub import embedded_heads, load_head
-    from mmhooks.utils.assets import EMBEDDED
+    from mmhooks.utils.assets import EMBEDDED, EMBEDDED_VLMS
 
     with clear_errors():
         say("embedded (no network):")
-        for name in EMBEDDED:
+        for name in (*EMBEDDED, *EMBEDDED_VLMS):
             say(f"  {name:<18} {NOTES[name]}")
         for name in embedded_heads():
             head = load_head(name)

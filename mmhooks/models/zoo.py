@@ -8,13 +8,14 @@ from warnings import catch_warnings, filterwarnings
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.foreign_code import no_foreign_code
-from mmhooks.utils.assets import EMBEDDED
+from mmhooks.utils.assets import EMBEDDED, EMBEDDED_VLMS
 
 if TYPE_CHECKING:
     import torch
 
     from mmhooks.models.clip.activation import Activation
     from mmhooks.models.clip.model import HookedCLIP
+    from mmhooks.models.vlm.model import HookedVLM
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 
@@ -26,6 +27,13 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
 ) -> HookedCLIP: ...
+@overload
+def load(
+    name: Literal["mini-llava", "mini-vlm"],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> HookedVLM: ...
 @overload
 def load(
     name: str,
@@ -50,9 +58,10 @@ def load(
     """A hooked model by name, in evaluation mode, with its tokenizer and preprocessing.
 
     Args:
-        name: ``"mini"``, ``"mini-declip"``, ``"mini-reader"`` or ``"mini-llava"`` (embedded, no network); any name of
-            ``open_clip.list_models()``, or open_clip's ``"hf-hub:…"``; ``"hf:…"``: a checkpoint of transformers, a folder
-            that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of ``timm.list_models()``, with its weights.
+        name: ``"mini"``, ``"mini-declip"``, ``"mini-reader"``, ``"mini-llava"`` or ``"mini-vlm"`` (embedded, no network);
+            any name of ``open_clip.list_models()``, or open_clip's ``"hf-hub:…"``; ``"hf:…"``: a checkpoint of
+            transformers, a folder that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of
+            ``timm.list_models()``, with its weights.
         pretrained: for open_clip names, a tag of ``open_clip.list_pretrained()`` or the path of a local
             checkpoint, one of DeCLIP's own included (:mod:`mmhooks.models.clip.declip`: its embedding width, activation,
             tokenizer and preprocessing come with it). None or "" gives random weights, which open_clip itself warns about.
@@ -70,8 +79,9 @@ def load(
         cache_dir: where downloads are kept.
 
     Returns:
-        A :class:`~mmhooks.models.clip.model.HookedCLIP`; for ``"hf:…"`` and ``"timm:…"`` whichever class
-        :func:`mmhooks.hook` picks.
+        A :class:`~mmhooks.models.clip.model.HookedCLIP`; for ``"mini-llava"`` and ``"mini-vlm"`` a
+        :class:`~mmhooks.models.vlm.model.HookedVLM`; for ``"hf:…"`` and ``"timm:…"`` whichever class :func:`mmhooks.hook`
+        picks.
 
     Raises:
         MissingWeights: the tag cannot be fetched or the file is not there.
@@ -107,7 +117,7 @@ def load(
         given = None if dtype is None else weights
         return loader(source, pretrained=pretrained, dtype=given, device=device, cache_dir=cache_dir)
     pretrained = pretrained or None  # a command line cannot say None, but --pretrained ""
-    if name == "mini-llava":
+    if name in EMBEDDED_VLMS:
         from mmhooks.models.vlm.llava import load_llava
 
         if pretrained is not None or precision != "fp32" or activation is not None:
@@ -115,7 +125,7 @@ def load(
                 f"{name!r} is embedded: it takes no pretrained=, precision= or activation=, got {pretrained!r}, {precision!r} "
                 f"and {activation!r}; dtype= converts its weights"
             )
-        return load_llava(device=device, dtype=weights)
+        return load_llava(name, device=device, dtype=weights)
     if name in EMBEDDED:
         if pretrained is not None or precision != "fp32" or activation is not None:
             raise MMHooksError(

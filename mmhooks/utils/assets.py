@@ -11,13 +11,16 @@ from mmhooks.errors import DamagedFile, MissingWeights
 from mmhooks.utils.files import sha256_of, write_text
 
 EMBEDDED = ("mini", "mini-declip", "mini-reader")
+EMBEDDED_VLMS = ("mini-llava", "mini-vlm")
 
 
 def card(name: str) -> dict[str, Any]:
     """The card of an embedded model: data, licences, recipe, seed, held-out retrieval."""
     path = ASSETS / name / "card.json"
     if not path.is_file():
-        raise MissingWeights(f"no card of {name!r}: embedded models are {', '.join(EMBEDDED)}")
+        raise MissingWeights(
+            f"no card of {name!r}: embedded models are {', '.join((*EMBEDDED, *EMBEDDED_VLMS))}"
+        )
     return json.loads(asset(path).read_text(encoding="utf-8"))
 
 

@@ -8,6 +8,7 @@ Refuses a run in which some kind of question is answered no better with the righ
 from __future__ import annotations
 
 import json
+import random
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,13 @@ from safetensors.torch import save_file
 
 from embedded.vlm import requests
 from embedded.vlm.report import PICTURES, load_run, not_looked_at, picture_scores, request_scores
+from embedded.vlm.train import VlmTrainer, pixels
 from mmhooks.data.sources import openmoji
-from mmhooks.data.synthetic.scenes import TAUGHT, UNSEEN, WORDS
+from mmhooks.data.synthetic.questions import KINDS, ask
+from mmhooks.data.synthetic.scenes import TAUGHT, UNSEEN, UNSEEN_FONTS, WORDS, sample_scene
 from mmhooks.errors import MMHooksError
+from mmhooks.models.embedded import mini_llava
+from mmhooks.models.vlm.model import HookedVLM
 from mmhooks.utils.assets import ASSETS, write_digests
 from mmhooks.utils.files import write_text
 
@@ -71,6 +76,31 @@ def draw_curve(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+@torch.no_grad()
+def draw_answers(trainer: VlmTrainer, model: Any, path: Path, n: int = 15) -> None:
+    """Draws pictures with a question of each kind in turn and the answer, red where it is wrong; none is chosen by hand."""
+    import matplotlib.pyplot as plt
+
+    rng, made = random.Random("gallery"), []
+    while len(made) < n:
+        scene = sample_scene(rng, fonts=UNSEEN_FONTS)
+        question = ask(KINDS[len(made) % len(KINDS)], scene, rng)
+        if question is not None:
+            made.append((scene, question))
+    images = pixels([scene for scene, _ in made])
+    speaker = HookedVLM(model, mini_llava.processor(trainer.out / "tokenizer"))
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    said = speaker.answer(images / 2 + 0.5, [question.text for _, question in made], max_new_tokens=4)
+    figure, grid = plt.subplots(-(-n // 5), 5, figsize=(10, 2.4 * -(-n // 5)), layout="constrained")
+    for axes, (_, question), picture, answer in zip(grid.flat, made, images, said, strict=True):
+        axes.imshow(picture.permute(1, 2, 0) / 2 + 0.5)
+        right = answer == question.answer
+        axes.set_title(f"{question.text}\n{answer}", fontsize=8, color="black" if right else "firebrick")
+        axes.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(
     run: Annotated[Path, typer.Option(help="folder of a run of embedded.vlm.train")] = Path("runs/vlm"),
     assets: Annotated[Path, typer.Option(help="where the folder mini-vlm goes")] = ASSETS,
@@ -111,6 +141,7 @@ def main(
     write_digests(assets)
     rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     figures.mkdir(parents=True, exist_ok=True)
+    draw_answers(trainer, llava, figures / f"{NAME}-answers.png")
     draw_curve([row for row in rows if "answers" in row], figures / f"{NAME}-curve.png")
 
 
