@@ -32,7 +32,7 @@ def load_llava(
             ``device_map=``.
         dtype: of the weights. Default: the checkpoint's own, as ``"auto"`` of transformers (the type that its
             configuration names, else that of its first weights); the published LLaVA-1.5-7b is fp16: 14 GB, where fp32
-            takes 28. The embedded: fp32. ``torch_dtype=`` is the same option by its older name. Half precision saves memory;
+            takes 28. Embedded models: fp32. ``torch_dtype=`` is the same option by its older name. Half precision saves memory;
             a CPU without arithmetic of its own for it reads prompts several times slower than in fp32.
         options: of ``from_pretrained`` (``revision``, ``cache_dir``, ``local_files_only``, ``quantization_config``, ...).
             ``device_map={"": "cuda"}`` reads weights straight to where they run, ``device_map="auto"`` spreads them over
