@@ -78,12 +78,14 @@ def edit_checks(subject: Subject, names: Sequence[str], clean: Mapping[str, Tens
         ):
             edited = subject.run()
         own = [output for output in edited if subject.concerned(name, output)]
-        acts = any(not torch.equal(edited[output], clean[output]) for output in own)
-        yield Check(
-            "an edit acts downstream", name, "changed", "changed" if acts else "unchanged", None, acts
-        )
+        if own:
+            acts = any(not torch.equal(edited[output], clean[output]) for output in own)
+            yield Check(
+                "an edit acts downstream", name, "changed", "changed" if acts else "unchanged", None, acts
+            )
         for output in edited.keys() - set(own):
-            yield equal_bits("an edit leaves other towers alone", name, edited[output], clean[output])
+            what = "an edit leaves alone what does not read its site"
+            yield equal_bits(what, name, edited[output], clean[output])
         for site in watched:
             yield equal_bits("an edit leaves its block's input alone", name, cache[site], inputs[site])
 

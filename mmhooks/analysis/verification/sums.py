@@ -68,6 +68,8 @@ def _attention(prefix: str, cache: Mapping[str, Tensor], owner: Any) -> Iterator
             q.shape[-1] ** -0.5,
         )
         scores = scale * torch.einsum("...qhe,...khe->...hqk", q.float(), keys)
+        cap = getattr(owner, "attn_logit_softcapping", None)  # Gemma 2
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
         # What the model masks is read off its pattern; everything else must follow from q and k.
         scores = scores.masked_fill(pattern == 0, float("-inf"))
         want = torch.nan_to_num(scores.softmax(-1)).to(pattern.dtype)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import pipelines
 from models import tiny_transformers as tiny
+from models.tiny_vlms import VLMS, inputs
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -172,6 +173,23 @@ def test_a_pipeline() -> None:
     assert not found.failed and found.inputs["prompt"].endswith("without guidance")
     places = {check.place for check in found.checks if check.what == "an edit acts downstream"}
     assert "text.cond" in places and pipelines.PATTERN in places
+
+
+@pytest.mark.parametrize("name", ["LLaVA 1.5", "PaliGemma 2", "Qwen2-VL"])
+def test_a_vision_language_model(name: str) -> None:
+    """Grouped queries, capped scores, an image tower that is left before its last layer."""
+    model = mm.hook(VLMS[name]())
+    found = mm.verify(model, inputs=inputs(model.model))
+    assert not found.failed, found.failed[:3]
+    acting = {check.place for check in found.checks if check.what == "an edit acts downstream"}
+    leaves = "an edit leaves alone what does not read its site"
+    idle = {check.place for check in found.checks if check.what == leaves}
+    assert acting | idle == set(model.sites()) and not acting & idle
+    last = {site for site in model.sites() if site.startswith(("image.blocks.2.", "image.ln_post"))}
+    assert idle == (last if name == "LLaVA 1.5" else set())
+    assert {"softmax of q · k = pattern", "resid_mid + mlp_out = resid_post"} <= {
+        check.what for check in found.checks if check.place.startswith("lm.")
+    }
 
 
 @pytest.mark.parametrize("fault", [OSError("no route to host"), None])
