@@ -64,12 +64,10 @@ def chosen_steps(steps: Any) -> tuple[int, ...] | range | None:
     choice = as_choice(steps, "steps")
     if choice.dtype == torch.bool:
         raise ShapeMismatch(
-            "steps: expected numbers of denoising steps, counted from 0, got a mask; pass mask.nonzero()"
+            "steps: expected numbers of steps, counted from 0, got a mask; pass mask.nonzero()"
         )
     if choice.numel() and int(choice.min()) < 0:
-        raise OutOfRange(
-            f"steps: expected numbers of denoising steps, counted from 0, got {int(choice.min())}"
-        )
+        raise OutOfRange(f"steps: expected numbers of steps, counted from 0, got {int(choice.min())}")
     return steps if isinstance(steps, range) else tuple(sorted(set(choice.flatten().tolist())))
 
 

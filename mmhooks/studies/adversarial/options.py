@@ -13,7 +13,9 @@ from mmhooks.studies.common.options import Device, Dtype, Epochs, Features, Out,
 from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
 
-Model = Annotated[str, typer.Option(help="mini-reader, mini, or any open_clip name.")]
+Model = Annotated[
+    str, typer.Option(help="mini-reader, mini, any open_clip name, or hf:NAME of transformers.")
+]
 Data = Annotated[str, typer.Option(help="Benign images: mini, a folder/ with metadata.csv, coco, …")]
 Victims = Annotated[
     list[str] | None,

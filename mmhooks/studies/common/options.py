@@ -27,10 +27,11 @@ else:
 OptionsT = TypeVar("OptionsT", bound=DataclassInstance)
 Value = str | int | float | bool | list[str] | list[float] | None
 
-Model = Annotated[str, typer.Option(help="mini, or any open_clip name.")]
-VitModel = Annotated[str, typer.Option(help="mini, or any open_clip name of a ViT.")]
+Model = Annotated[str, typer.Option(help="mini, any open_clip name, or hf:NAME of transformers.")]
+VitModel = Annotated[str, typer.Option(help="mini, any open_clip name of a ViT, or hf:NAME of transformers.")]
 Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip's tag, or a checkpoint file; '' for random weights.")
+    str | None,
+    typer.Option(help="open_clip's tag, a checkpoint file, or a revision of hf:NAME; '' for random weights."),
 ]
 PairData = Annotated[str, typer.Option(help="mini, a folder/ with metadata.csv, coco, cc3m, …")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable images and count them.")]

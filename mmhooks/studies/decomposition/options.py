@@ -22,7 +22,7 @@ from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
 from mmhooks.studies.decomposition.preset import PAPER
 
-Model = Annotated[str, typer.Option(help="mini, or any open_clip name with a ViT.")]
+Model = Annotated[str, typer.Option(help="mini, any open_clip name of a ViT, or hf:NAME of transformers.")]
 Pretrained = Annotated[
     str | None, typer.Option(help="open_clip's tag, or a checkpoint file; none or '': random weights.")
 ]

@@ -55,16 +55,9 @@ def run(options: Options) -> Results:
     splits = load_splits(model.preprocess, options)
     pool = mm.data.text_pool(options.pool)
     embedded = embed_texts(model, pool.texts)
+    n = len(splits)
     trials = [
-        trial(
-            model,
-            split,
-            pool,
-            embedded,
-            options,
-            seed=options.seed + i,
-            title=f"split {i + 1} of {len(splits)}",
-        )
+        trial(model, split, pool, embedded, options, seed=options.seed + i, title=f"split {i + 1} of {n}")
         for i, split in enumerate(splits)
     ]
     groups = torch.cat([split.judge.groups for split in splits])
