@@ -15,7 +15,8 @@ from mmhooks.analysis.statistics.controls import size_matched
 from mmhooks.errors import MMHooksError
 from mmhooks.models.diffusion.conditioner import conditioner_sides, joint_sides
 from mmhooks.models.diffusion.fitted_projection import fit_text_projection
-from mmhooks.models.diffusion.references import Mode
+from mmhooks.models.diffusion.joint_directions import JointDirections
+from mmhooks.models.diffusion.references import Mode, text_projection
 from mmhooks.studies.generation.interpolation import Case, Setting
 from mmhooks.studies.generation.options import Options
 
@@ -113,14 +114,23 @@ def settings_of(
     scored: dict[str, Any] = {}  # spaces whose scores are not of the edited space
     if options.joint and mode != "unclip":  # unclip edits the joint space itself
         scored[JOINT] = joint_sides(pairs, clip, progress=progress)
-        if (joint := scored[JOINT][0].shape[1]) == width:
+        if (joint := scored[JOINT][0].shape[1]) == width:  # indices carry over, probably as in the paper
             spaces.append((JOINT, None, toward))
+        elif mode == "projected":
+            along = JointDirections(text_projection(sd, clip) if projection is None else projection).to(
+                sd.device
+            )
+            spaces.append((JOINT, along, along.encode(toward.float())))
         else:
             impossible[f"{mode}, {JOINT}"] = (
-                f"expected as many dimensions as the conditioner's {width}, so that indices carry over, got {joint}"
+                f"expected as many dimensions as the conditioner's {width}, so that indices carry over, got {joint}; mode "
+                "projected edits them as directions"
             )
     for space, scorer, target in spaces:
-        result = conditioner_mds(scored.get(space, sides), head=scorer, data=pairs.name)
+        # Joint dimensions are scored where they lie, by the embeddings themselves.
+        result = conditioner_mds(
+            scored.get(space, sides), head=None if space in scored else scorer, data=pairs.name
+        )
         try:
             groups, rule = groups_of(result)
         except MMHooksError as error:

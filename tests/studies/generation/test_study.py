@@ -48,6 +48,24 @@ def test_cases_are_of_different_texts_that_the_pipeline_draws() -> None:
         generation_cases.choose_cases(_Pairs(), None, 3, "{}", seed=0)
 
 
+def test_joint_dimensions_are_directions_where_the_widths_differ() -> None:
+    """mini-sd conditions on 192 dimensions, CLIP's joint space has 256: indices do not carry over, directions do."""
+    sd, clip = mm.load_diffusion("mini"), mm.load("mini")
+    pairs = mm.data.pairs("mini", limit=60, seed=0)
+    cases = generation_cases.choose_cases(pairs, None, 2, "{}", seed=0)
+    options = generation.Options(joint=True, epochs=1, random_sets=8, quiet=True)
+    found, _ = generation_settings.settings_of(sd, clip, pairs, cases, "projected", options)
+    (joint,) = [one for one in found if one.name == "joint"]
+    assert (joint.head.d_in, joint.head.n_features) == (192, 256) and joint.toward.shape == (2, 1, 256)
+    assert len(joint.mds.R) == 256 and joint.mds.groups[0].head == ""  # scored in the joint space itself
+    draw = study.ImageGenerator(sd, 2, 3.0, 2)
+    prompts = [case.prompt for case in cases]
+    with joint.attached(sd):
+        plain = draw(prompts, 0)
+        moved = draw(prompts, 0, lambda rows: joint.edit(joint.groups["TextD"], 0.9, rows))
+    assert not torch.equal(plain, moved) and torch.equal(plain, draw(prompts, 0))
+
+
 def test_groups_are_cut_to_one_size_and_matched() -> None:
     alive = mm.FeatureSet(range(50), 60)
     groups = {"ImgD": mm.FeatureSet(range(5), 60), "TextD": mm.FeatureSet(range(5, 12), 60),
