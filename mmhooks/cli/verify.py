@@ -79,9 +79,9 @@ def _show(report: Verification) -> None:
         model["dtype"],
         model["device"],
     )
-    table = Table(title=rich_text(" · ".join(map(str, said))), title_justify="left")
+    grid = Table(title=rich_text(" · ".join(map(str, said))), title_justify="left")
     for column in ("", "check", "places", "largest difference"):
-        table.add_column(column)
+        grid.add_column(column)
     kinds: dict[str, list[Any]] = {}
     for check in report.checks:
         kinds.setdefault(check.what, []).append(check)
@@ -90,8 +90,8 @@ def _show(report: Verification) -> None:
         unknown = [check for check in checks if check.passed is None]
         mark = "failed" if bad else "?" if len(unknown) == len(checks) else "ok"
         numbers = [check.got for check in checks if isinstance(check.got, float)]
-        table.add_row(mark, rich_text(what), str(len(checks)), f"{max(numbers):.1e}" if numbers else "")
-    console.print(table)
+        grid.add_row(mark, rich_text(what), str(len(checks)), f"{max(numbers):.1e}" if numbers else "")
+    console.print(grid)
     for check in report.failed[:20]:
         say(
             f"failed: {check.what} at {check.place or 'the model'}: expected {check.expected}, got {check.got}"

@@ -158,7 +158,7 @@ class Edit:
     def inactive(self, value: Tensor, hook: Hook) -> bool:
         """Whether the edit does not apply at the current step, to the current rows, or to any token of ``value``."""
         away = inactive(self.steps, self.guidance, hook.name)
-        return away or none_of_kind(self.tokens, value, hook.tokens, hook.name)
+        return away or none_of_kind(self.chosen_tokens, value, hook.tokens, hook.name)
 
     def _by_half(self, value: Tensor, hook: Hook, act: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Applies ``act`` to each half of a guided batch separately, as if it were the whole batch."""

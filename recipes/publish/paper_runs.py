@@ -85,7 +85,8 @@ def random_llava(folder: Path) -> None:
     from mmhooks.models.blueprints import LLAVA_SHAPES, LLAVA_TEXT, LLAVA_VISION
     from mmhooks.models.vlm.llava import load_llava
 
-    mini, hf = load_llava(), import_module("transformers")
+    mini: Any = load_llava()
+    hf = import_module("transformers")
     torch.manual_seed(0)
     text = hf.LlamaConfig(
         **LLAVA_TEXT | LLAVA_SHAPES["llava-hf/llava-1.5-7b-hf"] | {"num_hidden_layers": 2}, pad_token_id=0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmhooks.analysis.verification.check import Check
+from mmhooks.data.sources.images import open_image
 from mmhooks.errors import DataError, MissingWeights
 from mmhooks.models.clip.embed_texts import embed_texts
 from mmhooks.models.clip.model import HookedCLIP
@@ -101,9 +101,8 @@ def published_checks(
 def _checked(model: HookedCLIP, known: Published, path: Path | None, fetch: Callable[[str], bytes]) -> Check:
     try:
         content = fetch(known.picture["url"]) if path is None else path.read_bytes()
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except Exception as fault:  # of the network, the disk and Pillow
+        image = open_image(content)
+    except Exception as fault:  # of the network, the disk and the decoder
         name = known.picture["name"]
         note = f"{name} cannot be read ({type(fault).__name__}: {fault}); download it and give --picture .../{name}"
         return Check(known.what, name, known.values, None, known.tolerance, None, note)

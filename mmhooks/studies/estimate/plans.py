@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from mmhooks.errors import MMHooksError
-from mmhooks.models.vlm.llava import ANSWER_TOKENS, MINI_TOKENS
+from mmhooks.models.vlm.llava import MINI_TOKENS
+from mmhooks.models.vlm.model import ANSWER_TOKENS
 from mmhooks.studies.adversarial.dictionaries import TRAIN, names_of
 from mmhooks.studies.adversarial.options import Options as AdversarialOptions
 from mmhooks.studies.common.heads import head_source

@@ -456,7 +456,7 @@ def fills_the_docs(run: Path, victim: dict) -> None:
 
 def test_a_missing_victim_is_reported_first(tmp_path):
     result = CliRunner().invoke(adversarial.app, ["--victim", str(tmp_path / "none"), "--out", str(tmp_path)])
-    assert result.exit_code == 1 and "no LLaVA checkpoint" in result.output
+    assert result.exit_code == 1 and "no checkpoint of a vision-language model" in result.output
 
 
 def test_an_endpoint_without_an_address_is_one_sentence(tmp_path):
