@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Shaped
@@ -20,10 +20,12 @@ from mmhooks.hooks.program import EditOp, GradOp
 from mmhooks.hooks.recompute import Recomputed, can_checkpoint, checkpointed
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, SiteList, SiteMap
+from mmhooks.hooks.step_cache import StepCache
 from mmhooks.hooks.taps import Tap
 from mmhooks.models.placement import device_of, input_dtype
 
 Hooks = Iterable[tuple[Pattern, HookFn]]
+AnyCache = TypeVar("AnyCache", ActivationCache, StepCache)
 if TYPE_CHECKING:
     AnyModule = nn.Module
 else:
@@ -235,10 +237,16 @@ class HookedModel:
         Values are those that flow on, after the edits of all open contexts, whichever is the outer one. A site that
         runs several times keeps its last value; closing warns of that, with ``strict``.
         """
-        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         cache = ActivationCache(
             device=device, dtype=dtype, detach=detach, tokens=tokens, copy=self._writes_inplace
         )
+        return self._filling(cache, sites, detach=detach, strict=strict)
+
+    def _filling(
+        self, cache: AnyCache, sites: Pattern | Sequence[Pattern], *, detach: bool, strict: bool
+    ) -> CacheContext[AnyCache]:
+        """The context in which ``cache`` gets the values at ``sites``."""
+        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
 
         def plan() -> Planned:
             return merge_plans(

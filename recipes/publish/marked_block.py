@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from mmhooks.utils.files import write_text
 
 
-def fill(page: Path, block: str, slot: str = "results") -> bool:
-    """Writes ``block`` between the markers of ``slot``; returns False and writes nothing unless the page has exactly one
-    pair of them."""
+def fill(page: Path, block: str, slot: str = "results") -> None:
+    """Writes ``block`` between the markers of ``slot``.
+
+    Raises:
+        typer.BadParameter: the page has no pair of them, or several; nothing is written.
+    """
     markers = re.compile(rf"(<!-- {slot}:begin[^>]*-->\n).*?(<!-- {slot}:end -->)", re.S)
     filled, count = markers.subn(lambda m: f"{m[1]}\n{block}\n\n{m[2]}", page.read_text(encoding="utf-8"))
     if count != 1:
-        return False
+        raise typer.BadParameter(f"{page}: expected one pair of {slot} markers, got {count}")
     write_text(page, filled)
-    return True
 
 
 def command(results: Mapping[str, Any]) -> str:

@@ -49,8 +49,7 @@ def _rate(row: Mapping[str, float]) -> Cell:
 
 def main(page: Annotated[Path, typer.Option(help="Where the two markers are.")] = PAGE) -> None:
     """Fills the page from the card; a second call changes nothing."""
-    if not fill(page, block(card("mini-vlm")["exams"])):
-        raise SystemExit(f"{page} must hold one pair of results markers")
+    fill(page, block(card("mini-vlm")["exams"]))
 
 
 if __name__ == "__main__":

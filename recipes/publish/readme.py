@@ -86,8 +86,7 @@ def main(
         p.parent.name: json.loads(p.read_text())
         for p in sorted((ROOT / "mmhooks/assets").glob("*/card.json"))
     }
-    if not fill(page, block(results, cards)):
-        raise SystemExit(f"{page} must hold one pair of results markers")
+    fill(page, block(results, cards))
     image = page.parent / "img"
     image.mkdir(parents=True, exist_ok=True)
     for name in ("summary", "fig1_mds"):

@@ -14,7 +14,6 @@ from torch import nn
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.hooks.context import CacheContext
 from mmhooks.hooks.dispatch import registry
-from mmhooks.hooks.places import merge_plans
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern, Site, SiteMap
 from mmhooks.hooks.step_cache import StepCache
@@ -157,7 +156,6 @@ class HookedDiffusion(HookedModel):
             steps: keep only these denoising steps: 50 steps of all patterns of SD at 512 px are 15 GB.
             guidance: keep only this half.
         """
-        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         cache = StepCache(
             steps=steps,
             guidance=guidance,
@@ -167,13 +165,7 @@ class HookedDiffusion(HookedModel):
             tokens=tokens,
             copy=self._writes_inplace,
         )
-
-        def plan() -> Any:
-            return merge_plans(
-                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
-            )
-
-        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
+        return self._filling(cache, sites, detach=detach, strict=strict)
 
     def run_with_cache(
         self,

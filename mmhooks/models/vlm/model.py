@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mmhooks.errors import MMHooksError, MMHooksWarning, ShapeMismatch
 from mmhooks.hooks.context import CacheContext
 from mmhooks.hooks.dispatch import registry
-from mmhooks.hooks.places import merge_plans
 from mmhooks.hooks.selection import Tokens
 from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.step_cache import StepCache
@@ -242,16 +241,9 @@ class HookedVLM(HookedModel):
             steps: keep only these steps of a generation.
             tokens: keep only these positions, or the tokens of this kind.
         """
-        patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)
         options = {"device": device, "dtype": dtype, "detach": detach, "tokens": tokens}
         cache = StepCache(steps=steps, copy=self._writes_inplace, **options)
-
-        def plan() -> Any:
-            return merge_plans(
-                [self.places.plan_capture(p, cache.recorder, detached=detach) for p in patterns]
-            )
-
-        return CacheContext(cache, self.shapes, plan, strict=strict, extra_taps=self._extra_taps)
+        return self._filling(cache, sites, detach=detach, strict=strict)
 
     def run_with_cache(
         self,

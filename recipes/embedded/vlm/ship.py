@@ -26,7 +26,7 @@ from mmhooks.data.sources import openmoji
 from mmhooks.data.synthetic.questions import KINDS, ask
 from mmhooks.data.synthetic.scenes import TAUGHT, UNSEEN, UNSEEN_FONTS, WORDS, sample_scene
 from mmhooks.errors import MMHooksError
-from mmhooks.models.embedded import mini_llava
+from mmhooks.models.embedded import mini_vlm
 from mmhooks.models.vlm.model import HookedVLM
 from mmhooks.utils.assets import ASSETS, write_digests
 from mmhooks.utils.files import write_text
@@ -77,7 +77,7 @@ def draw_curve(rows: list[dict], path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_answers(model: Any, shipped: Path, path: Path, n: int = 15) -> None:
+def draw_answers(shipped: Path, path: Path, n: int = 15) -> None:
     """Draws pictures with a question of each kind in turn and the answer, red where it is wrong; none is chosen by hand."""
     import matplotlib.pyplot as plt
 
@@ -88,8 +88,7 @@ def draw_answers(model: Any, shipped: Path, path: Path, n: int = 15) -> None:
         if question is not None:
             made.append((scene, question))
     images = pixels([scene for scene, _ in made])
-    speaker = HookedVLM(model, mini_llava.processor(shipped))
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    speaker = HookedVLM(*mini_vlm.load_from(shipped))
     said = speaker.answer(images / 2 + 0.5, [question.text for _, question in made], max_new_tokens=4)
     figure, grid = plt.subplots(-(-n // 5), 5, figsize=(10, 2.4 * -(-n // 5)), layout="constrained")
     for axes, (_, question), picture, answer in zip(grid.flat, made, images, said, strict=True):
@@ -141,7 +140,7 @@ def main(
     write_digests(assets)
     rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     figures.mkdir(parents=True, exist_ok=True)
-    draw_answers(llava, assets / NAME, figures / f"{NAME}-answers.png")
+    draw_answers(assets / NAME, figures / f"{NAME}-answers.png")
     draw_curve([row for row in rows if "answers" in row], figures / f"{NAME}-curve.png")
 
 
