@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
-from mmhooks.hooks.kinds import Positions, is_kind, tokens_of_kind, whole_length
+from mmhooks.hooks.kinds import Positions, check_kind, is_kind, tokens_of_kind, whole_length
+from mmhooks.hooks.program import Hook
 from mmhooks.hooks.selection import Tokens, chosen_tokens, token_mask
 from mmhooks.hooks.sites import Pattern, match
 
@@ -63,12 +64,12 @@ class ActivationCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
-        """Returns the function that stores a value under ``name``, marks ``binding`` as fired and returns the value.
+    def recorder(self, hook: Hook, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """Returns the function that stores a value of a site, marks ``binding`` as fired and returns the value.
 
-        ``axis`` is the site's token dimension, None if it has none. A cache that stores values unchanged gets a minimal
-        function, since it runs at every capture.
+        A cache that stores values unchanged gets a minimal function, since it runs at every capture.
         """
+        name = hook.name
         runs = 0  # 0, 1, or 2 for more; per recorder: two patterns that match one site have two recorders
         repeated = self.repeated
         if not self._plain:
@@ -81,10 +82,10 @@ class ActivationCache(Mapping[str, Tensor]):
                 elif runs == 1 and not recomputes():
                     runs = 2
                     repeated[name] = None
-                self.store(name, value, axis)
+                self.store(hook, value)
                 return value
 
-            self.let_choose(process, name, axis)
+            self.let_choose(process, hook)
             return process
         values = self._values
 
@@ -102,8 +103,8 @@ class ActivationCache(Mapping[str, Tensor]):
 
         return keep
 
-    def store(self, name: str, value: Tensor, axis: int | None, rows: slice | None = None) -> bool:
-        """Stores ``value``, or some of its rows, under ``name``, and later its gradient if there is one.
+    def store(self, hook: Hook, value: Tensor, rows: slice | None = None) -> bool:
+        """Stores ``value``, or some of its rows, under the site's name, and later its gradient if there is one.
 
         Returns:
             False if it holds no token of the kind that ``tokens=`` names, so that nothing was stored.
@@ -111,12 +112,15 @@ class ActivationCache(Mapping[str, Tensor]):
         Raises:
             ShapeMismatch: a token mask that differs between rows, or rows with different numbers of a kind of tokens.
         """
+        name, axis = hook.name, hook.tokens
         value = value.detach() if self._detach else value
         chosen = None
+        if axis is None and hook.kinds is not None and is_kind(self._tokens):  # a feature map: all patches
+            check_kind(hook.kinds, self._tokens, name)
         if self._tokens is not None and axis is not None and value.dim() >= axis + 2:
             length = whole_length()
             if length is None:
-                length, chosen = value.shape[axis], self.positions(value, axis, name)
+                length, chosen = value.shape[axis], self.positions(value, hook)
             if chosen is not None and not chosen.numel():
                 return False
             shape = (value if rows is None else value[rows]).shape
@@ -139,20 +143,21 @@ class ActivationCache(Mapping[str, Tensor]):
         self._values[name] = kept.clone() if self._copy and shared else kept
         return True
 
-    def let_choose(self, record: Any, name: str, axis: int | None) -> None:
+    def let_choose(self, record: Any, hook: Hook) -> None:
         """Tells a place that can compute some tokens alone which ones ``record`` keeps: ``record.rows(value)``."""
-        if self._tokens is not None and axis is not None:
-            record.rows = lambda value: self.positions(value, axis, name)
+        if self._tokens is not None and hook.tokens is not None:
+            record.rows = lambda value: self.positions(value, hook)
 
-    def positions(self, value: Tensor, axis: int, name: str) -> Positions:
+    def positions(self, value: Tensor, hook: Hook) -> Positions:
         """The tokens of ``value`` that ``tokens=`` names, none if it holds none of their kind.
 
         Raises:
             ShapeMismatch: as :meth:`store`.
         """
-        assert self._tokens is not None
+        name, axis = hook.name, hook.tokens
+        assert self._tokens is not None and axis is not None
         if is_kind(self._tokens):
-            found = tokens_of_kind(self._tokens, value.shape[axis], value.device, name)
+            found = tokens_of_kind(self._tokens, value.shape[axis], value.device, name, hook.kinds)
             return found.positions(name) if found.any else torch.zeros(0, dtype=torch.long)
         mask = token_mask(self._tokens, value, axis, name)
         if mask.shape[0] > 1:

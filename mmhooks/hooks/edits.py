@@ -158,7 +158,7 @@ class Edit:
     def inactive(self, value: Tensor, hook: Hook) -> bool:
         """Whether the edit does not apply at the current step, to the current rows, or to any token of ``value``."""
         away = inactive(self.steps, self.guidance, hook.name)
-        return away or none_of_kind(self.chosen_tokens, value, hook.tokens, hook.name)
+        return away or none_of_kind(self.chosen_tokens, value, hook.tokens, hook.name, hook.kinds)
 
     def _by_half(self, value: Tensor, hook: Hook, act: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Applies ``act`` to each half of a guided batch separately, as if it were the whole batch."""
@@ -179,7 +179,7 @@ class Edit:
     def _at_tokens(self, new: Tensor, old: Tensor, hook: Hook) -> Tensor:
         if self.chosen_tokens is None:
             return new
-        return torch.where(token_mask(self.chosen_tokens, old, hook.tokens, hook.name), new, old)
+        return torch.where(token_mask(self.chosen_tokens, old, hook.tokens, hook.name, hook.kinds), new, old)
 
     def check_width(self, width: int, value: Tensor, hook: Hook) -> None:
         """Raises ShapeMismatch unless the selection fits a site of ``width`` features."""

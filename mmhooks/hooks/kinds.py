@@ -1,6 +1,6 @@
-"""Kinds of tokens in the sequence that a generative model is running: ``image``, ``text``, ``prompt``, ``generated``, ``last``,
-and ``("image", i)``: the i-th unbroken run of image tokens in each row, an image, or a tile where a model parts tiles by
-other tokens (Idefics3, SmolVLM).
+"""Kinds of tokens, and those of the sequence that a generative model is running: ``image``, ``text``, ``prompt``,
+``generated``, ``last``, and ``("image", i)``: the i-th unbroken run of image tokens in each row, an image, or a tile where a
+model parts tiles by other tokens (Idefics3, SmolVLM).
 
 A running :class:`~mmhooks.models.vlm.model.HookedVLM` says what its sequence holds; edits and caches with ``tokens=`` read
 it. A sequence is a prompt and the new tokens so far. A module sees its end: all of it at the prompt, one token while
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,6 +25,7 @@ from mmhooks.errors import MMHooksError, ShapeMismatch
 # Of a value's tokens: the same in every row, or those of each row; None: all of them.
 Positions = Int[Tensor, " m"] | Int[Tensor, "b m"] | None
 KINDS = ("image", "text", "prompt", "generated", "last")
+ENCODER_KINDS = ("cls", "patch", "register", "eot")  # beside "text": hooks/encoder_kinds.py
 Kind = str | tuple[str, int]
 
 
@@ -36,8 +37,8 @@ def is_kind(tokens: Any) -> TypeGuard[Kind]:
 
 
 def known_kind(tokens: Any) -> bool:
-    """Whether there is such a kind."""
-    return tokens in KINDS or (
+    """Whether there is such a kind in some model."""
+    return tokens in (*KINDS, *ENCODER_KINDS) or (
         is_kind(tokens) and tokens[0] == "image" and isinstance(tokens[1], int) and tokens[1] >= 0
     )
 
@@ -49,6 +50,7 @@ class Found:
     mask: Bool[Tensor, "b l"]
     any: bool
     kind: Kind
+    single: str = "last"  # a kind of which every row holds one, for messages
 
     def positions(self, where: str) -> Positions:
         """Where they are, as many in every row; None if they are all that the module sees.
@@ -62,7 +64,7 @@ class Found:
         if len(set(counts)) > 1:
             raise ShapeMismatch(
                 f"{where!r}: a cache keeps as many tokens of every row, got {counts} tokens of the kind {self.kind!r}; run "
-                'rows apart, or keep all tokens, or "last"'
+                f'rows apart, or keep all tokens, or "{self.single}"'
             )
         return positions
 
@@ -79,6 +81,24 @@ class Found:
             return counts, None
         found = mask.nonzero()[:, 1].view(len(mask), -1).to(self.mask.device)
         return counts, found[0] if bool((found == found[:1]).all()) else found
+
+
+@runtime_checkable
+class HeldKinds(Protocol):
+    """What tells the kinds of tokens at a site of an encoder (hooks/encoder_kinds.py)."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    def find(self, kind: Kind, length: int, device: torch.device, where: str) -> Found: ...
+
+
+def check_kind(held: HeldKinds, kind: Kind, where: str) -> None:
+    """Raises ShapeMismatch if the site ``where`` has no tokens of a kind."""
+    if kind not in held.kinds:
+        raise ShapeMismatch(
+            f"tokens={kind!r} at {where!r}: expected one of the kinds of tokens there, {', '.join(held.kinds)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +150,10 @@ class TokenSequence:
         Raises:
             ShapeMismatch: the batch holds none, and none can follow; or earlier tokens are not known.
         """
+        if (kind if isinstance(kind, str) else kind[0]) not in KINDS:
+            raise ShapeMismatch(
+                f"tokens={kind!r} at {where!r}: expected one of the kinds of tokens there, {', '.join(KINDS)} or ('image', i)"
+            )
         key = (kind, length, device)
         if key not in self._found:
             if length > self.ids.shape[1]:
@@ -179,17 +203,24 @@ def whole_length() -> int | None:
     return _WHOLE.get()
 
 
-def tokens_of_kind(kind: Kind, length: int, device: torch.device, where: str) -> Found:
+def tokens_of_kind(
+    kind: Kind, length: int, device: torch.device, where: str, held: HeldKinds | None = None
+) -> Found:
     """The tokens of one kind among the ``length`` that the site ``where`` sees now.
+
+    Args:
+        held: what tells them, at a site of an encoder; else the sequence that runs.
 
     Raises:
         MMHooksError: no sequence is known there.
         ShapeMismatch: as :meth:`TokenSequence.find`.
     """
+    if held is not None:
+        return held.find(kind, length, device, where)
     sequence = _NOW.get()
     if sequence is None:
         raise MMHooksError(
             f"tokens={kind!r} at {where!r}: kinds of tokens are known in the language model of a HookedVLM whose call gets "
-            "input_ids; elsewhere give positions, a slice or a mask"
+            "input_ids, and at sites of towers of images and texts (docs/sites.md); elsewhere give positions, a slice or a mask"
         )
     return sequence.find(kind, length, device, where)

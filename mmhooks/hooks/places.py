@@ -11,6 +11,7 @@ from torch import Tensor
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
 from mmhooks.hooks.edits import At, Edit, Zero
 from mmhooks.hooks.features import FeatureSet
+from mmhooks.hooks.kinds import check_kind, is_kind
 from mmhooks.hooks.program import Binding, CaptureOp, EditOp, GradOp, Hook, Op
 from mmhooks.hooks.sites import Pattern, Site, SiteMap, describe, match
 from mmhooks.hooks.splice import HEAD_PARTS, Attachment, HeadSite, check_splice
@@ -191,6 +192,8 @@ class Places:
         _ = (
             edit.chosen_tokens
         )  # invalid tokens raise on entry, and compiled code finds the positions already read
+        if is_kind(edit.tokens) and place.site.kinds is not None:
+            check_kind(place.site.kinds, edit.tokens, place.name)
         if isinstance(place, HeadSite):
             check_splice(place.attachment, place.leaf)
             if place.leaf in ("pre", "latents"):
@@ -210,13 +213,15 @@ class Places:
     def plan_capture(
         self,
         pattern: Pattern,
-        recorder: Callable[[str, Binding, int | None], Callable[[Tensor], Tensor]],
+        recorder: Callable[[Hook, Binding], Callable[[Tensor], Tensor]],
         *,
         detached: bool,
     ) -> Planned:
         places = self.find(pattern)
         binding = Binding(f"cache of {describe(pattern)!r}", tuple(p.name for p in places))
-        return [CaptureOp(p, recorder(p.name, binding, p.site.tokens), binding, detached) for p in places], [
+        hooks = [Hook(p.name, tokens=p.site.tokens, kinds=p.site.kinds) for p in places]
+        records = [recorder(hook, binding) for hook in hooks]
+        return [CaptureOp(p, record, binding, detached) for p, record in zip(places, records, strict=True)], [
             binding
         ]
 

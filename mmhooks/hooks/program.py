@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
+from mmhooks.hooks.kinds import HeldKinds
 from mmhooks.hooks.steps import Guidance, current_moment
 
 
@@ -43,11 +44,13 @@ class Hook:
         name: the site.
         axis: the dimension that features select.
         tokens: the dimension of the tokens, or None.
+        kinds: what tells the kinds of tokens there, at a site of an encoder.
     """
 
     name: str
     axis: int = -1
     tokens: int | None = 1
+    kinds: HeldKinds | None = None
 
     def layer(self) -> int:
         """The layer number in the site's name, like TransformerLens's HookPoint.layer().
@@ -102,6 +105,8 @@ class TargetSite(Protocol):
     @property
     def tokens(self) -> int | None: ...
     @property
+    def kinds(self) -> HeldKinds | None: ...
+    @property
     def view(self) -> TargetView | None: ...
 
 
@@ -133,7 +138,7 @@ class Op:
     def __post_init__(self) -> None:
         site = self.target.site
         axis = site.axis if site is self.target else -1  # inside a head, features are the last dimension
-        object.__setattr__(self, "hook", Hook(self.target.name, axis, site.tokens))
+        object.__setattr__(self, "hook", Hook(self.target.name, axis, site.tokens, site.kinds))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mmhooks.errors import NotFinite, OutOfRange, ShapeMismatch
 from mmhooks.hooks.features import FeatureSet
-from mmhooks.hooks.kinds import KINDS, Kind, is_kind, known_kind, tokens_of_kind
+from mmhooks.hooks.kinds import (
+    ENCODER_KINDS,
+    KINDS,
+    HeldKinds,
+    Kind,
+    check_kind,
+    is_kind,
+    known_kind,
+    tokens_of_kind,
+)
 from mmhooks.utils.indexing import as_choice, like_a_mask, refuse_mask_of_numbers
 
 # A FeatureSet, whole numbers or a bool mask as a tensor, an array or any iterable, one number, or None for all.
@@ -106,8 +115,8 @@ def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
     if is_kind(tokens):
         if not known_kind(tokens):
             raise ShapeMismatch(
-                f"tokens: expected positions, a slice, a mask or one of the kinds {', '.join(KINDS)} or ('image', i) with "
-                f"i from 0, got {tokens!r}"
+                f"tokens: expected positions, a slice, a mask or one of the kinds {', '.join(KINDS + ENCODER_KINDS)} or "
+                f"('image', i) with i from 0, got {tokens!r}"
             )
         return tokens
     choice = as_choice(tokens, "token positions")
@@ -119,15 +128,21 @@ def chosen_tokens(tokens: Tokens) -> ChosenTokens | None:
     return choice if choice.dtype == torch.bool else tuple(choice.reshape(-1).tolist())
 
 
-def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str) -> Bool[Tensor, "..."]:
+def token_mask(
+    tokens: ChosenTokens, value: Tensor, axis: int | None, where: str, held: HeldKinds | None = None
+) -> Bool[Tensor, "..."]:
     """True at the selected tokens, broadcastable to ``value``.
 
     ``tokens``, from :func:`chosen_tokens`, is a slice, positions, a bool mask ``[L]``, or one ``[batch, L]`` for tokens
     that differ between rows, such as the end of the text; or a kind of tokens, of which there may be none here.
+    ``held`` tells the kinds at a site of an encoder.
 
     Raises:
         ShapeMismatch: the value has no token dimension, a position lies outside it, or none is selected.
     """
+    if axis is None and held is not None and is_kind(tokens):  # a feature map: every place is a patch
+        check_kind(held, tokens, where)
+        return torch.ones([1] * value.dim(), dtype=torch.bool, device=value.device)
     # Pooled vectors [b, d] and their features have no tokens; the feature axis is never the token axis.
     if axis is None or value.dim() < axis + 2:
         raise ShapeMismatch(
@@ -135,7 +150,7 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
         )
     length = value.shape[axis]
     if is_kind(tokens):
-        tokens = tokens_of_kind(tokens, length, value.device, where).mask
+        tokens = tokens_of_kind(tokens, length, value.device, where, held).mask
     if isinstance(tokens, Tensor):
         if tokens.dim() not in (1, 2) or tokens.shape[-1] != length:
             raise ShapeMismatch(
@@ -157,15 +172,18 @@ def token_mask(tokens: ChosenTokens, value: Tensor, axis: int | None, where: str
         else:
             _mark_positions(mask, tokens, where, f"(shape {tuple(value.shape)})")  # type: ignore[arg-type]
     shape = [1] * value.dim()
-    shape[axis] = length
     if mask.dim() == 2:
         shape[0] = mask.shape[0]
+    shape[axis] = length  # the first dimension itself where the patches of all images are one sequence
     return mask.view(shape)
 
 
-def none_of_kind(tokens: Tokens, value: Tensor, axis: int | None, where: str) -> bool:
-    """Whether ``tokens`` is a kind, and the tokens of ``value`` are all of other kinds."""
-    if not is_kind(tokens) or axis is None or value.dim() < axis + 2:
+def none_of_kind(
+    tokens: Tokens, value: Tensor, axis: int | None, where: str, held: HeldKinds | None = None
+) -> bool:
+    """Whether ``tokens`` is a kind, and the tokens of ``value`` are all of other kinds; never in an encoder, which sees all
+    of its tokens at once."""
+    if not is_kind(tokens) or held is not None or axis is None or value.dim() < axis + 2:
         return False
     return not tokens_of_kind(tokens, value.shape[axis], value.device, where).any
 

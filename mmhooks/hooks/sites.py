@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.dispatch import registry
+from mmhooks.hooks.encoder_kinds import EncoderTokens, ImageTokens
 from mmhooks.hooks.taps import ModuleInput, ModuleOutput, Tap
 
 _WILD = frozenset("*?[")
@@ -39,6 +40,7 @@ class Site:
         axis: the dimension that an edit's features index: the last, the channels of a map, or the attention heads.
         tokens: the token dimension, None if there is none; used if the tensor has enough dimensions.
         layout: names of the dimensions, for the docs.
+        kinds: what tells the kinds of tokens, in towers of encoders; :meth:`SiteMap.add` sets it.
         view: set if the site is another layout of the tap's tensor.
         width: the dimension of the vectors that a head reads: the last, or the channels of a map.
         beside: sites of other modules that receive the same tensor from outside, such as a ControlNet its
@@ -54,6 +56,7 @@ class Site:
     view: View | None = None
     width: int = -1
     beside: tuple[Site, ...] = ()
+    kinds: EncoderTokens | None = None
 
     @property
     def site(self) -> Site:
@@ -120,6 +123,9 @@ class SiteMap:
     canonical: dict[str, Site] = field(default_factory=dict)
     towers: set[str] = field(default_factory=set)
     widths: dict[str, int] = field(default_factory=dict)  # of sites whose width hooks/widths.py cannot infer
+    tokens: dict[str, EncoderTokens] = field(
+        default_factory=dict
+    )  # of encoders, by tower; recorded before its sites
     _native: dict[str, Site] | None = None
     _parents: dict[nn.Module, tuple[nn.Module, str]] = field(default_factory=dict)
 
@@ -141,10 +147,23 @@ class SiteMap:
         """The tap of a module's first input."""
         return registry.shared(ModuleInput(module, keyword))
 
-    def add(self, site: Site) -> None:
-        """Adds a canonical site, with the process-wide tap of its place."""
+    def add(self, site: Site, *, kinds: bool = True) -> None:
+        """Adds a canonical site, with the process-wide tap of its place.
+
+        ``kinds=False``: its tokens are not those of the tower, such as the queries of a pooling.
+        """
         self.towers.add(site.tower)
-        self.canonical[site.name] = replace(site, tap=registry.shared(site.tap))
+        held = self._kinds_at(site) if kinds else None
+        self.canonical[site.name] = replace(site, tap=registry.shared(site.tap), kinds=held)
+
+    def _kinds_at(self, site: Site) -> EncoderTokens | None:
+        """What tells the kinds of tokens at a site: patches alone in feature maps and before other tokens join them."""
+        if site.is_map:
+            return ImageTokens() if site.tower == "image" else None
+        held = self.tokens.get(site.tower)
+        if held is None or site.tokens is None:
+            return None
+        return ImageTokens() if "patch" in site.layout.split() else held
 
     # -- finding ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.cache import ActivationCache, recomputes
-from mmhooks.hooks.program import Binding
+from mmhooks.hooks.program import Binding, Hook
 from mmhooks.hooks.steps import HALVES, Guidance, Moment, chosen_steps, current_moment, halves
 from mmhooks.utils.indexing import as_choice
 
@@ -41,11 +41,12 @@ class StepCache(Mapping[str, Tensor]):
 
     # -- filling ---------------------------------------------------------------------------------------
 
-    def recorder(self, name: str, binding: Binding, axis: int | None = 1) -> Callable[[Tensor], Tensor]:
-        """Returns the function that stores a value of ``name`` under the current step and half."""
+    def recorder(self, hook: Hook, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """Returns the function that stores a value of a site under the current step and half."""
 
+        name = hook.name
         seen: set[Moment] = set()
-        self._axes[name] = axis
+        self._axes[name] = hook.tokens
 
         def record(value: Tensor) -> Tensor:
             at = current_moment()
@@ -62,7 +63,7 @@ class StepCache(Mapping[str, Tensor]):
                         chosen, at = rows, Moment(at.step, half)
             part = self._parts.get(at)
             part = ActivationCache(**self._options) if part is None else part
-            if not part.store(name, value, axis, chosen):
+            if not part.store(hook, value, chosen):
                 binding.hint = "the run held no token of the kind that tokens= names there"
                 return value
             if at in seen and not recomputes():
@@ -73,7 +74,7 @@ class StepCache(Mapping[str, Tensor]):
             return value
 
         if self._guidance == "both":
-            ActivationCache(**self._options).let_choose(record, name, axis)
+            ActivationCache(**self._options).let_choose(record, hook)
         return record
 
     def _leaves_out(self, at: Moment) -> bool:

@@ -55,6 +55,9 @@ def test_what_is_not_there_is_told():
     says = "the batch holds none of that kind: 0 image, 9 text, 8 prompt, 1 generated tokens in 2 rows"
     with running(sequence(image=6)), pytest.raises(ShapeMismatch, match=says):
         tokens_of_kind("image", 1, CPU, "lm.tokens")
+    says = "expected one of the kinds of tokens there, image, text, prompt, generated, last"
+    with running(sequence()), pytest.raises(ShapeMismatch, match=says):
+        tokens_of_kind("patch", 5, CPU, "lm.tokens")
     with (
         running(sequence()),
         pytest.raises(ShapeMismatch, match="at most the 5 tokens that this call was given, got 6"),
@@ -84,7 +87,7 @@ def test_an_edit_acts_on_the_tokens_of_its_kind():
         )
         later = torch.ones(2, 1, 3)
         assert edit(later) is later
-    for kind in ("eot", ("image", -1), ("text", 0)):
-        says = f"one of the kinds image, text, prompt, generated, last or .* got {re.escape(repr(kind))}"
+    for kind in ("end", ("image", -1), ("text", 0)):
+        says = f"one of the kinds image, text, prompt, generated, last, cls, .* got {re.escape(repr(kind))}"
         with pytest.raises(ShapeMismatch, match=says):
             mm.Zero(tokens=kind).chosen_tokens  # noqa: B018

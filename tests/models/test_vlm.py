@@ -156,13 +156,13 @@ def test_kinds_that_are_not_there_are_told(llava):
     with pytest.raises(ShapeMismatch, match="one of the kinds image, text"):
         mm.Zero(at=at, tokens="images").chosen_tokens  # noqa: B018
     with (
-        pytest.raises(MMHooksError, match="known in the language model"),
+        pytest.raises(ShapeMismatch, match="expected one of the kinds of tokens there, cls, patch"),
         llava.hooks(mm.Zero(at="image.blocks.0.resid_post", tokens="image")),
     ):
         logits(llava)
     clip = mm.load("mini")
     with (
-        pytest.raises(MMHooksError, match="known in the language model"),
+        pytest.raises(ShapeMismatch, match="expected one of the kinds of tokens there, cls, patch"),
         clip.hooks(mm.Zero(at="image.blocks.0.resid_post", tokens="last")),
     ):
         clip.encode_image(torch.zeros(1, 3, 64, 64))

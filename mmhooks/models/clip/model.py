@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
 from mmhooks.hooks.cache import ActivationCache
+from mmhooks.hooks.encoder_kinds import running_texts
 from mmhooks.hooks.sites import Pattern
 from mmhooks.models.clip.dual_encoder import DualEncoder, OpenCLIP
 from mmhooks.models.clip.other_media import Align, Clap, XClip
@@ -141,7 +142,7 @@ class HookedCLIP(HookedModel):
                 f"{tower}; call encode_{self.family.medium}"
             )
         autocast = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-        with autocast:
+        with autocast, running_texts(inputs) if tower == "text" else nullcontext():
             return self.family.encode(self.model, tower, inputs, normalize)
 
     def forward(

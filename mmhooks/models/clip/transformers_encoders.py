@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmhooks.errors import ShapeMismatch
+from mmhooks.hooks.encoder_kinds import TextTokens
 from mmhooks.hooks.sites import SiteMap
 from mmhooks.models.clip.readout import Readout
 from mmhooks.models.clip.transformers_readout import clip_text_readout, vision_readout
 from mmhooks.models.processing import preprocess_of
+from mmhooks.models.towers.tokens import SIGLIP_END
 from mmhooks.models.towers.transformers_tower import (
     add_embed_as_pooled,
     add_projection,
@@ -74,6 +76,7 @@ class TransformersCLIP:
         add_projection(sites, "image", model.visual_projection)
 
     def _add_text(self, sites: SiteMap, model: Any) -> None:
+        sites.tokens["text"] = _text_tokens(model.config.text_config)
         add_text_tower(sites, "text", model.text_model)
         add_projection(sites, "text", model.text_projection)
 
@@ -94,6 +97,7 @@ class TransformersSigLIP(TransformersCLIP):
         add_embed_as_pooled(sites, "image")
 
     def _add_text(self, sites: SiteMap, model: Any) -> None:
+        sites.tokens["text"] = TextTokens(SIGLIP_END, pad=0)
         add_text_tower(sites, "text", model.text_model)
         add_projection(sites, "text", model.text_model.head)
 
@@ -116,6 +120,15 @@ class TransformersSigLIP2(TransformersSigLIP):
         return pooler_output(
             model.get_image_features(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shape)
         )
+
+
+def _text_tokens(text_config: Any) -> TextTokens:
+    """Where texts end: at CLIP's end token (the highest for configurations that say 2, as they did before transformers 4.33),
+    or in front of the padding that is masked."""
+    if text_config.model_type in _CAUSAL:
+        eos = text_config.eos_token_id
+        return TextTokens("highest" if eos == 2 else eos)
+    return TextTokens(pad=text_config.pad_token_id)
 
 
 def reads_a_mask(text_config: Any) -> bool:

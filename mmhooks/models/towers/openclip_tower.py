@@ -6,23 +6,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmhooks.hooks.encoder_kinds import ImageTokens, TextTokens
 from mmhooks.hooks.parameter_product import ParameterProduct
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.feature_map_block import add_feature_map_block, map_site
 from mmhooks.models.layers.openclip_block import add_openclip_block
 from mmhooks.models.layers.transformers_layer import add_transformers_layers
-from mmhooks.models.towers.tokens import PATCHES
+from mmhooks.models.towers.tokens import PATCHES, SIGLIP_END
 
 
 def add_openclip_vit(sites: SiteMap, visual: Any) -> None:
     """``image.patches`` to ``image.pooled`` of a VisionTransformer."""
+    sites.tokens["image"] = ImageTokens(cls=1)
     # The convolution gives [b d h w]; patches are shown as tokens.
     sites.add(Site("image.patches", sites.output(visual.conv1), layout="batch patch d", view=PATCHES))
     for n, block in enumerate(visual.transformer.resblocks):
         add_openclip_block(sites, f"image.blocks.{n}", block)
     pooled_norm = getattr(visual, "final_ln_after_pool", False) and visual.attn_pool is None
     layout, tokens = ("batch d", None) if pooled_norm else ("batch token d", 1)
-    sites.add(Site("image.ln_post", sites.output(visual.ln_post), tokens=tokens, layout=layout))
+    post = Site("image.ln_post", sites.output(visual.ln_post), tokens=tokens, layout=layout)
+    sites.add(post, kinds=visual.attn_pool is None)  # CoCa norms what the queries of its pooling got
     if isinstance(visual.proj, Tensor):  # a parameter, or what a parametrisation computes
         sites.add(Site("image.pooled", ParameterProduct(visual, "proj"), "in", tokens=None, layout="batch d"))
     else:
@@ -41,6 +44,7 @@ def add_openclip_resnet(sites: SiteMap, visual: Any) -> None:
 
 def add_openclip_text(sites: SiteMap, owner: Any, tower: Any = None) -> None:
     """open_clip's text transformer, at the root of ``CLIP`` or in ``CustomTextCLIP.text``."""
+    sites.tokens["text"] = _text_tokens(owner)
     sites.add(Site("text.tokens", sites.output(owner.token_embedding), layout="batch token d"))
     for n, block in enumerate(owner.transformer.resblocks):
         add_openclip_block(sites, f"text.blocks.{n}", block)
@@ -62,8 +66,19 @@ def add_openclip_text(sites: SiteMap, owner: Any, tower: Any = None) -> None:
         sites.add(Site("text.embed", *embed, tokens=None, layout="batch d"))
 
 
+def _text_tokens(owner: Any) -> TextTokens:
+    """Where texts end: the pooled token where that is the end, else what its tokenizers write."""
+    pool = getattr(owner, "pool_type", None) or getattr(owner, "text_pool_type", "argmax")
+    eos = getattr(owner, "eos_id", None) or getattr(owner, "text_eos_id", None)
+    class_token = getattr(owner, "cls_emb", None) is not None
+    # Pooled at the last position: SigLIP, whose end is 1, with which SigLIP 1 pads too; CLIPA writes no end and pads with 0.
+    end = {"argmax": "highest", "eos": eos}.get(pool, SIGLIP_END)
+    return TextTokens(end, pad=0, cls=class_token)
+
+
 def add_wrapped_text(sites: SiteMap, text: Any) -> None:
     """open_clip's wrapper around a text encoder of transformers."""
+    sites.tokens["text"] = TextTokens(pad=text.config.pad_token_id)
     transformer = text.transformer
     sites.add(Site("text.tokens", sites.output(transformer.get_input_embeddings()), layout="batch token d"))
     encoder = getattr(transformer, "encoder", transformer)

@@ -6,13 +6,21 @@ from typing import Any
 
 from torch import nn
 
+from mmhooks.hooks.encoder_kinds import ImageTokens
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.feature_map_block import add_feature_map_block, map_site
 from mmhooks.models.layers.timm_block import add_timm_block
 
+# Class tokens and registers in front of the patches in all blocks; CaiT and XCiT, say, add them behind the blocks.
+_IN_FRONT = {"VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos"}
+
 
 def add_timm_trunk(sites: SiteMap, tower: str, trunk: Any) -> None:
     """``<tower>.patches``, its blocks, and ``<tower>.ln_post`` where the network is a stack of blocks over tokens."""
+    front = getattr(trunk, "num_prefix_tokens", None)
+    if front is not None and _IN_FRONT & {kind.__name__ for kind in type(trunk).__mro__}:
+        registers = 0 if getattr(trunk, "reg_token", None) is None else trunk.reg_token.shape[1]
+        sites.tokens[tower] = ImageTokens(cls=front - registers, registers=registers)
     blocks = getattr(trunk, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and hasattr(trunk, "patch_embed"):
         sites.add(Site(f"{tower}.patches", sites.output(trunk.patch_embed), layout="batch patch d"))

@@ -26,4 +26,5 @@ def _with_first(raw: Tensor, new: Tensor) -> Tensor:
 
 
 PATCHES = View(_as_tokens, _as_map)  # [b d h w] as [b patch d]
+SIGLIP_END = 1  # of texts: </s> of SigLIP, <eos> of SigLIP 2
 FIRST_TOKEN = View(_first, _with_first)  # [b t d] as [b d]

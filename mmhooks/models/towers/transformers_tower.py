@@ -12,10 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
+from mmhooks.hooks.encoder_kinds import ImageTokens
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.leaves import child
 from mmhooks.models.layers.transformers_layer import add_transformers_layers
 from mmhooks.models.towers.tokens import FIRST_TOKEN, PATCHES
+
+_CLASS_TOKENS = ("class_embedding", "cls_token", "distillation_token")
 
 
 def add_vision_tower(sites: SiteMap, tower: str, model: Any) -> None:
@@ -53,13 +56,25 @@ def add_vision_stack(sites: SiteMap, tower: str, model: Any) -> None:
             f"expected a vision encoder of transformers with patch embeddings and a final norm, got "
             f"{type(model).__name__}; hook it with mm.HookedModel(model)"
         )
+    layers = encoder_layers(model)
+    # X-CLIP's attention sees a message beside the tokens of a frame.
+    if child(layers[0], "message_attn") is None:
+        sites.tokens[tower] = _image_tokens(embeddings)
     view = PATCHES if _is_convolution(patches) else None
     sites.add(Site(f"{tower}.patches", sites.output(patches), layout="batch patch d", view=view))
-    add_transformers_layers(sites, tower, encoder_layers(model))
+    add_transformers_layers(sites, tower, layers)
     if pools_before_norm(model):
         sites.add(Site(f"{tower}.ln_post", sites.output(norm), tokens=None, layout="batch d"))
     else:
         sites.add(Site(f"{tower}.ln_post", sites.output(norm), layout="batch token d"))
+
+
+def _image_tokens(embeddings: Any) -> ImageTokens:
+    """Class tokens, then registers, then patches: the order of all encoders with these parameters."""
+    found = {name: getattr(embeddings, name, None) for name in (*_CLASS_TOKENS, "register_tokens")}
+    registers = found.pop("register_tokens")
+    classes = sum(isinstance(token, nn.Parameter) for token in found.values())
+    return ImageTokens(cls=classes, registers=0 if registers is None else registers.shape[-2])
 
 
 def add_text_tower(sites: SiteMap, tower: str, model: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mmhooks.hooks.encoder_kinds import ImageTokens
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.leaves import child
 from mmhooks.models.layers.torchvision_block import add_torchvision_block
@@ -125,6 +126,7 @@ class Torchvision(_Images):
 
     def sites(self, model: Any) -> SiteMap:
         sites = SiteMap(model)
+        sites.tokens["image"] = ImageTokens(cls=1)
         tap = sites.output(model.conv_proj)
         sites.add(Site("image.patches", tap, layout="batch patch d", view=PATCHES))
         for n, block in enumerate(model.encoder.layers):

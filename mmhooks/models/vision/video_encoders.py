@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmhooks.hooks.encoder_kinds import ImageTokens
 from mmhooks.hooks.sites import Site, SiteMap, View
 from mmhooks.models.layers.leaves import child
 from mmhooks.models.layers.transformers_layer import add_transformers_layers
@@ -41,6 +42,7 @@ class TransformersVideo:
 
     def sites(self, model: Any) -> SiteMap:
         sites, inner = SiteMap(model), _encoder(model)
+        sites.tokens["video"] = ImageTokens()  # tubes of all frames, no class token
         sites.add(
             Site("video.patches", sites.output(inner.embeddings.patch_embeddings), layout="batch patch d")
         )

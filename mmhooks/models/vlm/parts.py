@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mmhooks.hooks.encoder_kinds import ImageTokens
 from mmhooks.hooks.sites import Site, SiteMap
 from mmhooks.models.layers.leaves import add_site
 from mmhooks.models.layers.packed_block import add_packed, add_packed_block
@@ -87,6 +88,7 @@ def add_packed_tower(sites: SiteMap, parts: Parts) -> None:
     ``projector.deepstack.N``: what Qwen3-VL adds to the stream behind the decoder's layer N, at image tokens.
     """
     tower: Any = parts.image
+    sites.tokens["image"] = ImageTokens()
     add_packed(sites, "image.patches", sites.output(tower.patch_embed))
     for n, block in enumerate(tower.blocks):
         add_packed_block(sites, f"image.blocks.{n}", block)
