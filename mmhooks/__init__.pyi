@@ -44,6 +44,7 @@ from .heads.sae.matryoshka import MatryoshkaSAE as MatryoshkaSAE
 from .heads.sae.relu import ReLUSAE as ReLUSAE
 from .heads.sae.topk import TopKSAE as TopKSAE
 from .heads.training.train import train_head as train_head
+from .heads.transcoder import Transcoder as Transcoder
 from .hooks.cache import ActivationCache as ActivationCache
 from .hooks.edits import Clamp as Clamp
 from .hooks.edits import Interpolate as Interpolate

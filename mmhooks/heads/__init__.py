@@ -2,7 +2,7 @@
 
 from mmhooks.heads.base import Head, load_head_dir
 from mmhooks.heads.ncl import NCL
-from mmhooks.heads.reconstruction import Reconstruction, reconstruction
+from mmhooks.heads.reconstruction import Reconstruction, prediction, reconstruction
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
@@ -10,6 +10,7 @@ from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
 from mmhooks.heads.sae.relu import ReLUSAE
 from mmhooks.heads.sae.topk import TopKSAE
 from mmhooks.heads.training.train import TrainResult, train_head
+from mmhooks.heads.transcoder import Transcoder
 
 __all__ = [
     "NCL",
@@ -22,7 +23,9 @@ __all__ = [
     "Reconstruction",
     "TopKSAE",
     "TrainResult",
+    "Transcoder",
     "load_head_dir",
+    "prediction",
     "reconstruction",
     "train_head",
 ]

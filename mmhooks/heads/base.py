@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import warnings
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -21,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmhooks.errors import DamagedFile, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
+from mmhooks.heads.fields import faults_of_fields
 from mmhooks.heads.files import CONFIG, FORMAT, WEIGHTS, check_about, read_head_files, write_head
 from mmhooks.heads.weights import check_finite_rows, check_fit, load_strictly
 from mmhooks.utils.faults import first_line
@@ -47,6 +46,8 @@ class Head(nn.Module):
     """
 
     kind: ClassVar[str] = ""
+    reconstructs: ClassVar[bool] = True
+    """Whether ``decode(encode(x))`` is meant to be ``x``; false for a head that predicts another site."""
     has_decoder: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -172,6 +173,14 @@ class Head(nn.Module):
             raise ShapeMismatch(
                 f"head {self.name!r}: expected vectors of width {self.d_in}, got shape "
                 f"{tuple(x.shape)}; attach it where it was trained, or load the head of this site"
+            )
+
+    def check_reconstructs(self, what: str) -> None:
+        """Raises for a head that predicts another site than it reads, whose prediction ``what`` would compare with its input."""
+        if not self.reconstructs:
+            raise MMHooksError(
+                f"{what}: expected a head that reconstructs what it reads, got {self.name!r} ({self.kind}), which predicts "
+                "another site; use mmhooks.heads.reconstruction.prediction(head, x, y)"
             )
 
     def check_features(self, f: Tensor) -> None:
@@ -363,8 +372,7 @@ def build_without_weights(kind: str, config: dict[str, Any], where: str | Path, 
     Raises:
         DamagedFile: ``config`` does not fit a head of this kind.
     """
-    faults = [f"{name} must be {_FIELDS[name][0]}, got {value!r}" for name, value in config.items()
-              if name in _FIELDS and not _FIELDS[name][1](value)]  # fmt: skip
+    faults = faults_of_fields(config)
     known = {
         p for c in KINDS[kind].__mro__ if c is not object for p in inspect.signature(c.__init__).parameters
     }
@@ -377,20 +385,3 @@ def build_without_weights(kind: str, config: dict[str, Any], where: str | Path, 
         except Exception as error:
             faults = [first_line(error)]
     raise DamagedFile(f"{where} does not describe a {kind} head: {'; '.join(sorted(faults))}")
-
-
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_list_of_levels(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(_is_positive_int(v) for v in value))
-
-
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("d_in", "n_features", "k", "hidden"), ("a whole number from 1 on", _is_positive_int)),
-    **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _is_list_of_levels)),
-    "normalize_input": ('true, false or "layer_norm"', lambda v: isinstance(v, bool) or v == "layer_norm"),
-    "decoder": ("true or false", lambda v: isinstance(v, bool)),
-    "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),
-}

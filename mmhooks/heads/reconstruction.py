@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmhooks.errors import MMHooksError
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.heads.vectors import Rows
 from mmhooks.utils.files import write_text
@@ -119,6 +119,7 @@ def reconstruction(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int
     >>> reconstruction(sae, torch.randn(100, 8)).l0 <= 4
     True
     """
+    head.check_reconstructs("reconstruction")
     n = sum(len(part) for part in x)
     if n < 2:
         raise MMHooksError(f"expected at least 2 vectors, got {n}")
@@ -128,6 +129,41 @@ def reconstruction(head: Head, *x: Rows, batch_size: int = 4096, rare_below: int
         rows = head.prepare(raw.to(device).float())
         f = head.encode(rows)
         found = sums(rows, f, head.decode(f) if head.has_decoder else None)
+        total = found if total is None else add(total, found)
+    assert total is not None
+    return reconstruction_of(head, total, rare_below)
+
+
+@torch.no_grad()
+def prediction(
+    head: Head, x: Rows, y: Rows, *, batch_size: int = 4096, rare_below: int = 5
+) -> Reconstruction:
+    """How well a transcoder predicts the vectors ``y`` of the second site from those of the first: FVU, cosine, L0, dead.
+
+    Raises:
+        MMHooksError: a head that reconstructs its input, or fewer than two rows. ShapeMismatch: unequal numbers of rows.
+
+    >>> from mmhooks.heads import Transcoder
+    >>> x = torch.randn(100, 8)
+    >>> prediction(Transcoder(8, 32, k=4), x, 2 * x).l0 <= 4
+    True
+    """
+    if head.reconstructs:
+        raise MMHooksError(
+            f"prediction: expected a transcoder, got {head.name!r} ({head.kind}), which reconstructs its input; use "
+            "reconstruction(head, x)"
+        )
+    if len(x) != len(y):
+        raise ShapeMismatch(f"prediction: expected one row of y per row of x, got {len(x)} and {len(y)}")
+    if len(x) < 2:
+        raise MMHooksError(f"expected at least 2 vectors, got {len(x)}")
+    device = next(head.parameters()).device
+    total: Sums | None = None
+    for begin in range(0, len(x), batch_size):
+        rows = head.prepare(x[begin : begin + batch_size].to(device).float())
+        target = y[begin : begin + batch_size].to(device).float()
+        f = head.encode(rows)
+        found = sums(target, f, head.predict(f, rows))  # type: ignore[operator]
         total = found if total is None else add(total, found)
     assert total is not None
     return reconstruction_of(head, total, rare_below)

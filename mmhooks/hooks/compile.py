@@ -7,8 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from mmhooks.hooks.between_sites import MapStep
 from mmhooks.hooks.program import Capture, CaptureOp, EditOp, FunctionStep, GradOp, GradStep, Op, Program
 from mmhooks.hooks.splice import HeadSite, HeadStep
+
+Parts = tuple[list[Any], list[Any]]
+
+
+def taps_of(op: Op) -> list[Any]:
+    """The taps that an operation needs: its site's, and those of the sites that its head reads."""
+    sources = op.target.sources if isinstance(op.target, HeadSite) else ()
+    return [op.target.site.tap, *(source.tap for source in sources)]
 
 
 def compile_programs(ops: list[Op]) -> dict[Any, Any]:
@@ -17,18 +26,27 @@ def compile_programs(ops: list[Op]) -> dict[Any, Any]:
     for op in ops:
         site = op.target.site
         places.setdefault((site.tap, site.leaf), []).append(op)
+    parts = {place: _parts(here) for place, here in places.items()}
+    for steps, _ in [*parts.values()]:
+        for step in steps:
+            if isinstance(step, MapStep):
+                for feed in step.feeds():
+                    source = feed.inbox.source
+                    parts.setdefault((source.tap, source.leaf), ([], []))[1].append(feed)
     table: dict[Any, Any] = {}
-    for (tap, leaf), here in places.items():
+    for (tap, leaf), (steps, captures) in parts.items():
+        program = _lone_capture(steps, captures) or Program(steps, captures)
         if tap.leaves:
-            table.setdefault(tap, {})[leaf] = _program(here)
+            table.setdefault(tap, {})[leaf] = program
         else:
-            table[tap] = _program(here)
+            table[tap] = program
     return table
 
 
-def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
+def _parts(ops: list[Op]) -> Parts:
+    """The steps of a place and what records the value that flows on after them."""
     steps: list[Any] = []
-    captures: list[Capture] = []
+    captures: list[Any] = []
     grads: dict[str, list[GradOp]] = {}
     head_reads: list[Op] = []
     for op in ops:
@@ -46,7 +64,12 @@ def _program(ops: list[Op]) -> Program | Callable[[Tensor], Tensor]:
     for step in steps:
         if isinstance(step, HeadStep):
             step.seal()
-    return _lone_capture(steps, captures) or Program(steps, captures)
+    return steps, captures
+
+
+def _new_step(op: Op) -> HeadStep:
+    assert isinstance(op.target, HeadSite)
+    return MapStep(op) if op.target.sources else HeadStep(op)
 
 
 def _add_edit(steps: list[Any], op: EditOp) -> None:
@@ -57,7 +80,7 @@ def _add_edit(steps: list[Any], op: EditOp) -> None:
     elif isinstance(last, HeadStep) and last.fits(op.target):
         last.add(op)
     else:
-        steps.append(HeadStep(op))
+        steps.append(_new_step(op))
 
 
 def _add_head_read(steps: list[Any], op: Op) -> None:
@@ -66,17 +89,19 @@ def _add_head_read(steps: list[Any], op: Op) -> None:
         (step for step in reversed(steps) if isinstance(step, HeadStep) and step.fits(op.target)), None
     )
     if run is None:
-        steps.append(HeadStep(op))
+        steps.append(_new_step(op))
     else:
         run.add(op)
 
 
-def _lone_capture(steps: Sequence[Any], captures: list[Capture]) -> Callable[[Tensor], Tensor] | None:
+def _lone_capture(steps: Sequence[Any], captures: list[Any]) -> Callable[[Tensor], Tensor] | None:
     """For the most common program, a single cache at a site, the cache's own function, without any wrapper.
 
     When checkpointing recomputes a block, it stores the same value a second time.
     """
-    if steps or len(captures) != 1 or not captures[0].detached or captures[0].view is not None:
+    if steps or len(captures) != 1 or not isinstance(captures[0], Capture):
+        return None
+    if not captures[0].detached or captures[0].view is not None:
         return None
     record = captures[0].record
     record.detached = True  # type: ignore[attr-defined]

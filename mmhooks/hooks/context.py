@@ -11,7 +11,8 @@ from weakref import ref
 
 from mmhooks.errors import HookDidNotFire, MMHooksError, MMHooksWarning
 from mmhooks.hooks import dispatch
-from mmhooks.hooks.compile import compile_programs
+from mmhooks.hooks.between_sites import forget_inboxes
+from mmhooks.hooks.compile import compile_programs, taps_of
 from mmhooks.hooks.program import Binding, Op
 from mmhooks.hooks.taps import Tap
 
@@ -54,7 +55,7 @@ class HookContext:
             # Tensors created by a plan may be needed in grad mode later, even if the context opens in inference mode.
             with dispatch.outside_inference_mode():
                 ops, bindings = self._plan()
-            taps = (*extra_taps, *(op.target.site.tap for op in ops))
+            taps = (*extra_taps, *(tap for op in ops for tap in taps_of(op)))
             self._opened = opened = dispatch.OpenContext(ops, bindings, taps)
             # Not __del__, which would also run for closed contexts: Python swallows a Ctrl-C raised in it.
             opened.watch = ref(self, partial(_close_dropped, opened))
@@ -101,6 +102,7 @@ def _end(opened: dispatch.OpenContext) -> None:
         dispatch.close_context(opened)
     finally:
         dispatch.registry.release(opened)
+    forget_inboxes()
     opened.watch = None
 
 

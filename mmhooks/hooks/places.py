@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
+from mmhooks.hooks.between_sites import MapLike
 from mmhooks.hooks.edits import At, Edit, Zero
 from mmhooks.hooks.features import FeatureSet
 from mmhooks.hooks.kinds import check_kind, is_kind
@@ -46,28 +47,45 @@ class Places:
             raise MMHooksError(
                 f"{type(head).__name__} is not a head: missing {', '.join(missing)}; see mmhooks.hooks.splice.HeadLike"
             )
+        if isinstance(head, MapLike):
+            return self._attach_between(head, at, name, error_term=error_term, splice=splice, shapes=shapes)
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
         widths = known_widths(self.sites)
         for site in sites:
-            if site.name in shapes and shapes[site.name][site.width] != head.d_in:
-                raise ShapeMismatch(
-                    f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries shape "
-                    f"{shapes[site.name]}; attach it at a site of width {head.d_in}"
-                )
-            width = widths.get(site.name)
-            if width is not None and width != head.d_in:
-                raise ShapeMismatch(
-                    f"head {name!r} reads vectors of width {head.d_in}, site {site.name!r} carries width {width}; "
-                    f"attach it at a site of width {head.d_in}"
-                )
-        taken = [f"{site.name}.{name}" for site in sites if f"{site.name}.{name}" in self.attachments]
+            _check_width(site, head.d_in, f"{name!r} reads", widths, shapes)
+        return self._add([Attachment(head, name, site, error_term, splice) for site in sites])
+
+    def _attach_between(
+        self,
+        head: Any,
+        at: Sequence[Pattern],
+        name: str,
+        *,
+        error_term: bool,
+        splice: bool,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """Attaches a head that reads the first of two sites and writes the second."""
+        found = [self.sites.find(pattern) for pattern in at]
+        if len(found) != 2 or any(len(sites) != 1 for sites in found) or found[0] == found[1]:
+            raise MMHooksError(
+                f"head {name!r} maps one site to another: expected at=(the site that it reads, the site that it writes), got "
+                f"{[site.name for sites in found for site in sites]}; for an MLP these are often ln_2 and mlp_out of a block"
+            )
+        source, target, widths = found[0][0], found[1][0], known_widths(self.sites)
+        _check_width(source, head.d_in, f"{name!r} reads", widths, shapes)
+        _check_width(target, head.d_out, f"{name!r} writes", widths, shapes)
+        return self._add([Attachment(head, name, target, error_term, splice, (source,))])
+
+    def _add(self, attachments: Sequence[Attachment]) -> list[str]:
+        keys = {f"{a.site.name}.{a.name}": a for a in attachments}
+        taken = [key for key in keys if key in self.attachments]
         if taken:
             raise MMHooksError(
                 f"{taken[0]!r} is already attached; detach it first, or attach with another name="
             )
-        for site in sites:
-            self.attachments[f"{site.name}.{name}"] = Attachment(head, name, site, error_term, splice)
-        return [f"{site.name}.{name}" for site in sites]
+        self.attachments |= keys
+        return list(keys)
 
     def detach(self, what: Any) -> None:
         """Detaches by head object, head name, or ``site.name``."""
@@ -224,6 +242,22 @@ class Places:
         return [CaptureOp(p, record, binding, detached) for p, record in zip(places, records, strict=True)], [
             binding
         ]
+
+
+def _check_width(
+    site: Site, expected: int, what: str, widths: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises if a site is known to carry vectors of another width, from a run or from the architecture."""
+    shape = shapes.get(site.name)
+    known = {f"shape {shape}": shape[site.width]} if shape else {}
+    if site.name in widths:
+        known[f"width {widths[site.name]}"] = widths[site.name]
+    for carried, width in known.items():
+        if width != expected:
+            raise ShapeMismatch(
+                f"head {what} vectors of width {expected}, site {site.name!r} carries {carried}; "
+                f"attach it at a site of width {expected}"
+            )
 
 
 def merge_plans(parts: Iterable[Planned]) -> Planned:

@@ -228,7 +228,7 @@ class Program:
 
     __slots__ = ("captures", "detached", "steps")
 
-    def __init__(self, steps: list[Any], captures: list[Capture]) -> None:
+    def __init__(self, steps: list[Any], captures: list[Any]) -> None:
         self.steps, self.captures = tuple(steps), tuple(captures)
         self.detached = all(part.detached for part in (*steps, *captures))
 

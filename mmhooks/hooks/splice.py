@@ -8,6 +8,9 @@ With features ``f = enc(x)`` edited to ``f'``, the splice replaces ``x`` by
 where ``s = 1``. For a head with ``normalize_input``, ``f = enc(x / |x|)`` and ``s = |x|``; with ``"layer_norm"``,
 ``f = enc((x - mean) / s)`` with the standard deviation ``s``, and ``dec`` adds the mean at the end. Because the decoder
 is linear this equals ``dec(f') + (x - dec(f))``, without either decode.
+
+A head that reads one site and writes another, such as a transcoder, is spliced in by
+:mod:`mmhooks.hooks.between_sites`.
 """
 
 from __future__ import annotations
@@ -55,13 +58,18 @@ class HeadLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A head at a site. ``splice=False``: edits change only the head's latents, not the model's output."""
+    """A head at a site. ``splice=False``: edits change only the head's latents, not the model's output.
+
+    Attributes:
+        sources: the sites that the head reads, if they are not just ``site``.
+    """
 
     head: Any
     name: str
     site: Site
     error_term: bool = True
     splice: bool = True
+    sources: tuple[Site, ...] = ()
 
     @cached_property
     def beside(self) -> tuple[Attachment, ...]:
@@ -85,6 +93,11 @@ class HeadSite:
     @property
     def tower(self) -> str:
         return self.site.tower
+
+    @property
+    def sources(self) -> tuple[Site, ...]:
+        """The sites that the head reads, if they are not just this one."""
+        return self.attachment.sources
 
     @property
     def beside(self) -> tuple[HeadSite, ...]:
@@ -139,7 +152,7 @@ class HeadStep:
         self.limited = bool(edits) and all(op.limited for op in edits)
         self.reads: HeadStep | None = None  # the step without its edits, for when all of them are inactive
         if self.limited and reads:
-            self.reads = HeadStep(reads[0])
+            self.reads = type(self)(reads[0])
             for op in reads[1:]:
                 self.reads.add(op)
             self.reads.seal()
@@ -183,6 +196,7 @@ class HeadStep:
         return torch.cat([out[rows] if half in named else x[rows] for half, rows in parts])
 
     def _check(self, x: Tensor) -> None:
+        """Checks the width and device of the vectors that the head reads and writes."""
         head = self.head
         if x.shape[-1] != head.d_in:
             raise ShapeMismatch(
@@ -195,6 +209,14 @@ class HeadStep:
                 f"head {self.attachment.name!r} is on {weight.device}, site {self.site.name!r} carries {describe_tensor(x)}; "
                 f"move it with head.to({str(x.device)!r})"
             )
+
+    def _input(self, x: Tensor) -> Tensor:
+        """The vectors that the head reads, for the site's own ``x``."""
+        return x
+
+    def _decode(self, f: Tensor, unit: Tensor) -> Tensor:
+        """The vectors that the head makes of the features ``f`` of ``unit``."""
+        return self.head.decode(f)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The head's input, scale ``s`` (None: 1) and shift (None: 0), in its dtype unless autocast is on."""
@@ -212,7 +234,7 @@ class HeadStep:
 
     def _active(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Applies edits that keep zeros at zero, computing only the active features."""
-        unit, scale, _ = self._prepared(x)
+        unit, scale, _ = self._prepared(self._input(x))
         values, indices = self.bare.encode_topk(unit)
         new = values
         for op in self.ops["latents"]:
@@ -225,14 +247,14 @@ class HeadStep:
             where = rows.detach().nonzero()
             if len(where) == 0:
                 return x
-            delta = _gather_rows(rows, indices.reshape(rows.shape), where, self.head.W_dec).view(unit.shape)
+            delta = _gather_rows(rows, indices.reshape(rows.shape), where, self.head.W_dec)
+            delta = delta.view(*unit.shape[:-1], -1)
         return x + (delta if scale is None else delta * scale).to(x.dtype)
 
     # -- all features ----------------------------------------------------------------------------------
 
     def _run(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        head = self.head
-        unit, scale, shift = self._prepared(x)
+        unit, scale, shift = self._prepared(self._input(x))
         before, after = self._encode(unit)
         after, change = self._latents(before, after)
         recon_ops, error_ops = self.ops["recon"], self.ops["error"]
@@ -240,8 +262,8 @@ class HeadStep:
         back = scaled if shift is None else (lambda t: t * scale + shift)
         whole = not self.attachment.error_term and bool(self.edits)
         if recon_ops or error_ops or (whole and self.attachment.splice):
-            recon = back(head.decode(after)).to(x.dtype)
-            error = x - (recon if after is before else back(head.decode(before)).to(x.dtype))
+            recon = back(self._decode(after, unit)).to(x.dtype)
+            error = x - (recon if after is before else back(self._decode(before, unit)).to(x.dtype))
             recon_after = self._edit_and_read(recon_ops, recon)
             error_after = self._edit_and_read(error_ops, error)
         else:

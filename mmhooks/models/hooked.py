@@ -151,7 +151,8 @@ class HookedModel:
 
         Args:
             head: anything with the interface of :class:`~mmhooks.hooks.splice.HeadLike`.
-            at: sites, by name, glob or predicate.
+            at: sites, by name, glob or predicate. A head that maps one site to another, such as a transcoder: the site that
+                it reads and the site that it writes, whose places are then ``<site written>.<name>.latents``.
             name: default: the head's own.
             error_term: edited output is ``x + (f' - f) W_dec``; ``False``: ``dec(f')``.
             splice: ``False`` leaves the model's flow alone; edits show in the head's latents only (the one

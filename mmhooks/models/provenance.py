@@ -49,6 +49,7 @@ def versions() -> dict[str, str]:
 def attachment_digest(attachment: Attachment, *, key: str | None = None) -> str:
     """Of a head as it is attached: its content, site and options."""
     where = (attachment.site.name, attachment.name, attachment.error_term, attachment.splice)
+    where += tuple(source.name for source in attachment.sources)
     return digest(attachment.head, where, what=f"head {attachment.name}", key=key)
 
 
@@ -139,5 +140,8 @@ def _feature_set(features: Any) -> Any:
 
 @content_of("mmhooks.models.hooked.HookedModel")
 def _hooked_model(hooked: Any) -> Any:
-    heads = {k: (a.head, a.error_term, a.splice) for k, a in hooked.places.attachments.items()}
+    heads = {
+        k: (a.head, a.error_term, a.splice, *(s.name for s in a.sources))
+        for k, a in hooked.places.attachments.items()
+    }
     return hooked.model, getattr(hooked, "preprocess", None), getattr(hooked, "tokenizer", None), heads

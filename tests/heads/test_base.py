@@ -17,6 +17,7 @@ from mmhooks.heads import (
     MatryoshkaSAE,
     ReLUSAE,
     TopKSAE,
+    Transcoder,
     load_head_dir,
 )
 from mmhooks.heads.base import KINDS
@@ -41,6 +42,8 @@ HEADS = {
     "nested K": lambda: MatryoshkaSAE(16, 48, 5, ks=(2, 5)),
     "jumprelu": lambda: JumpReLUSAE(16, 48, threshold=0.2),
     "relu": lambda: ReLUSAE(16, 48),
+    "transcoder": lambda: Transcoder(16, 48, 5),
+    "transcoder with skip": lambda: Transcoder(16, 48, 5, skip=True),
     "ncl": lambda: NCL(16, 48, hidden=20),
     "ncl with decoder": decodable,
 }
@@ -48,7 +51,7 @@ HEADS = {
 
 def test_every_kind_is_tested_here() -> None:
     assert {make().kind for make in HEADS.values()} == set(KINDS)
-    assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu", "ncl"}
+    assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu", "ncl", "transcoder"}
 
 
 @pytest.fixture(params=HEADS)
@@ -99,10 +102,13 @@ def test_wrong_width_names_both_numbers(head: Head) -> None:
 
 def test_prepare_normalises_and_refuses_what_is_no_number(head: Head) -> None:
     x = torch.randn(5, 16) * 7
-    torch.testing.assert_close(head.prepare(x).norm(dim=-1), torch.ones(5))
+    lengths = torch.ones(5) if head.normalize_input else x.norm(dim=-1)
+    torch.testing.assert_close(head.prepare(x).norm(dim=-1), lengths)
     x[3, 2] = float("nan")
     with pytest.raises(NotFinite, match="1 of 5 rows, the first is row 3"):
         head.prepare(x)
+    if not head.normalize_input:
+        return
     with pytest.raises(NotFinite, match="unit norm, got 2 of 4 that are all zero"):
         head.prepare(torch.cat([torch.zeros(2, 16), torch.ones(2, 16)]))
 
@@ -186,7 +192,9 @@ def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
 
     meta = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(meta | {"kind": "topkk"}))
-    with pytest.raises(MMHooksError, match=r"expected a kind of head among .*ncl, relu, topk, got 'topkk'"):
+    with pytest.raises(
+        MMHooksError, match=r"expected a kind of head among .*ncl, relu, topk, transcoder, got 'topkk'"
+    ):
         load_head_dir(path)
 
 

@@ -53,6 +53,7 @@ class Masked:
 
     @torch.no_grad()
     def __init__(self, head: Head, x: Float[Tensor, "n d"]) -> None:
+        head.check_reconstructs("masked classification")
         self.head, self.x = head, x
         self.latents: Float[Tensor, "n k"] = head.encode(head.prepare(x))
         _, self._scale, self._shift = head.scaled(x)

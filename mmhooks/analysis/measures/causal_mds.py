@@ -130,6 +130,7 @@ class _Side:
     def of(cls, x: Tensor, head: Head | None) -> _Side:
         if head is None:
             return cls(x.double(), x.double(), torch.eye(x.shape[1], dtype=torch.float64))
+        head.check_reconstructs("causal MDS")
         device = next((p.device for p in head.parameters()), torch.device("cpu"))
         f = head.encode(head.prepare(x.float().to(device)))
         f = (f.dense() if isinstance(f, SparseRows) else f).cpu().double()

@@ -208,6 +208,7 @@ def fidelity(
     >>> found.image.l0.value <= 4, found.text.retrieval.candidates
     (True, 100)
     """
+    head.check_reconstructs("fidelity")
     for what, given in (("image", image), ("text", text)):
         if not isinstance(given, (str, Path, ActivationStore)) and (given is not None or what == "image"):
             check_numbers(given, f"{what} vectors")

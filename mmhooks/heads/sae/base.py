@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +38,16 @@ def firing(f: Float[Tensor, "b n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "
     """Features active for any row, and the mean number of active features per row."""
     active = f.detach() > 0
     return active.any(dim=0), active.sum(dim=1).float().mean()
+
+
+def firing_at(
+    values: Float[Tensor, "b k"], indices: Int[Tensor, "b k"], n: int
+) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
+    """:func:`firing` of ``n`` features given by values and indices."""
+    active = values.detach() > 0
+    fired = torch.zeros(n, dtype=torch.bool, device=values.device)
+    fired[indices[active]] = True
+    return fired, active.sum(dim=1).float().mean()
 
 
 class SAE(Head):

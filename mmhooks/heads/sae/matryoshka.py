@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.sae import topk_kernels as sparse
-from mmhooks.heads.sae.base import TrainingPass
+from mmhooks.heads.sae.base import TrainingPass, firing_at
 from mmhooks.heads.sae.topk import TopKSAE
 
 
@@ -99,7 +99,7 @@ class MatryoshkaSAE(TopKSAE):
         else:
             written = [self._dense(part, indices, level) for level, part in enumerate(parts)]
         recons = [total + self.b_pre for total in accumulate(written)]
-        return TrainingPass(recons, *self.firing_at(values, indices))
+        return TrainingPass(recons, *firing_at(values, indices, self.n_features))
 
     def _dense(
         self, part: Float[Tensor, "b k"], indices: Int[Tensor, "b k"], level: int

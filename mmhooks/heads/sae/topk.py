@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.sae import topk_kernels as sparse
-from mmhooks.heads.sae.base import SAE, TrainingPass
+from mmhooks.heads.sae.base import SAE, TrainingPass, firing_at
 
 
 class TopKSAE(SAE):
@@ -56,13 +56,4 @@ class TopKSAE(SAE):
             return super().training_pass(x)
         values, selection = sparse.encode(x - self.b_pre, self.W_enc, self.b_enc, self.k)
         recon = sparse.decode(values, selection, self.W_dec) + self.b_pre
-        return TrainingPass([recon], *self.firing_at(values, selection.indices))
-
-    def firing_at(
-        self, values: Float[Tensor, "b k"], indices: Int[Tensor, "b k"]
-    ) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
-        """:func:`firing` of features given by values and indices."""
-        active = values.detach() > 0
-        fired = torch.zeros(self.n_features, dtype=torch.bool, device=values.device)
-        fired[indices[active]] = True
-        return fired, active.sum(dim=1).float().mean()
+        return TrainingPass([recon], *firing_at(values, selection.indices, self.n_features))

@@ -1,13 +1,26 @@
-"""Resampling: dead features restart at badly reconstructed vectors (Bricken et al. 2023, "Neuron resampling")."""
+"""Dead features: what the strongest of them would write (AuxK, Gao et al. 2024, A.2), and resampling, which restarts them at
+badly reconstructed vectors (Bricken et al. 2023, "Neuron resampling")."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmhooks.heads.linalg import to_unit
 from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.transcoder import Transcoder
+
+
+def strongest_dead(
+    head: SAE | Transcoder, x: Float[Tensor, "b d"], dead: Bool[Tensor, " n"], k: int
+) -> Float[Tensor, "b e"]:
+    """What the ``k`` dead features with the largest pre-activations of each row write, with its graph."""
+    rows = dead.nonzero().squeeze(1)
+    pre = F.linear(x - head.b_pre, head.W_enc[rows], head.b_enc[rows])
+    values, chosen = pre.topk(min(k, len(rows)), dim=-1, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, chosen, values.relu()) @ head.W_dec[rows]
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.linalg import geometric_median, mean_row, project_out_, to_unit, to_unit_, total_variance
@@ -22,7 +21,7 @@ from mmhooks.heads.sae.modality_centres import KEY, shifted
 from mmhooks.heads.sae.relu import ReLUSAE
 from mmhooks.heads.training.clusters import cluster_directions
 from mmhooks.heads.training.objective import Objective, StepLoss
-from mmhooks.heads.training.resample import resample
+from mmhooks.heads.training.resample import resample, strongest_dead
 from mmhooks.heads.vectors import Rows, Vectors
 
 
@@ -183,11 +182,7 @@ class SAEObjective(Objective):
         self, head: SAE, x: Float[Tensor, "b d"], error: Float[Tensor, "b d"], dead: Bool[Tensor, " n"]
     ) -> Float[Tensor, ""]:
         """AuxK: ``|e - e'|^2 / |e|^2`` with ``e'`` reconstructed by the strongest dead features only."""
-        rows = dead.nonzero().squeeze(1)
-        pre = F.linear(x - head.b_pre, head.W_enc[rows], head.b_enc[rows])
-        k = min(self.aux_k or max(1, head.d_in // 2), len(rows))
-        values, chosen = pre.topk(k, dim=-1, sorted=False)
-        guess = torch.zeros_like(pre).scatter(-1, chosen, values.relu()) @ head.W_dec[rows]
+        guess = strongest_dead(head, x, dead, self.aux_k or max(1, head.d_in // 2))
         return (error - guess).square().sum() / self.across(error.square().sum()).clamp_min(1e-30)
 
     @torch.no_grad()

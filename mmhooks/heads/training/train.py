@@ -29,6 +29,8 @@ from mmhooks.heads.training.progress import training_bar
 from mmhooks.heads.training.run import Run
 from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.heads.training.schedule import Schedule, lr_factor
+from mmhooks.heads.training.transcoder_objective import TranscoderObjective
+from mmhooks.heads.transcoder import Transcoder
 from mmhooks.heads.vectors import SITES, as_vectors, training_rows
 
 START = 65_536  # number of pairs used for data-dependent initialisation
@@ -229,6 +231,8 @@ def default_objective(head: Head) -> Objective:
         return NCLObjective()
     if isinstance(head, SAE):
         return SAEObjective()
+    if isinstance(head, Transcoder):
+        return TranscoderObjective()
     raise MMHooksError(f"there is no default objective for a {type(head).__name__}: pass objective=")
 
 
