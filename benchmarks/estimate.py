@@ -133,13 +133,13 @@ def measured_stages() -> list[tuple[Any, float]]:
         text=[request] * 8, images=[Image.new("RGB", (64, 64), "red")] * 8, return_tensors="pt"
     )
     answer = lambda n: llava.model.generate(**inputs, min_new_tokens=n, max_new_tokens=n, do_sample=False)  # noqa: E731
-    reading, writing, _ = calls.answer_costs("mini-llava", 8, whole, 24)
+    reading, writing, _ = calls.answer_costs("mini-vlm", 8, whole, 24)
     with torch.no_grad():
         once = seconds(lambda: answer(1))
-        found.append((Stage("mini-llava, reading", "requests", 8, reading, 8), once))
+        found.append((Stage("mini-vlm, reading", "requests", 8, reading, 8), once))
         found.append(
             (
-                Stage("mini-llava, 24 tokens", "answers", 8, writing, 8, 24),
+                Stage("mini-vlm, 24 tokens", "answers", 8, writing, 8, 24),
                 (seconds(lambda: answer(25)) - once),
             )
         )

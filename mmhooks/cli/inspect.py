@@ -15,8 +15,7 @@ NOTES = {
     "mini": "CLIP of open_clip's classes, 64 px, trained on drawings",
     "mini-declip": "the same size with DeCLIP's self-supervision",
     "mini-reader": "mini that also reads short words in images",
-    "mini-llava": "a LLaVA that names one drawing, and refuses harmful requests",
-    "mini-vlm": "a LLaVA that answers questions about composed pictures",
+    "mini-vlm": "a LLaVA that answers questions about composed pictures, and refuses harmful requests",
 }
 
 

@@ -81,7 +81,7 @@ def clip_blueprint(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def llava_blueprint(source: str, dtype: torch.dtype | None = None) -> Any:
-    """A ``LlavaForConditionalGeneration`` on the meta device: `mini-llava`, a folder, or a known name.
+    """A ``LlavaForConditionalGeneration`` on the meta device: `mini-vlm`, a folder, or a known name.
 
     Args:
         dtype: default: the configuration's own, as :func:`~mmhooks.models.vlm.llava.load_llava`; known names are fp16.
@@ -108,7 +108,7 @@ def llava_blueprint(source: str, dtype: torch.dtype | None = None) -> Any:
         own = torch.float16
     else:
         raise MissingWeights(
-            f"no configuration of {source!r}: expected mini-llava, a checkpoint's folder, or one of "
+            f"no configuration of {source!r}: expected mini-vlm, a checkpoint's folder, or one of "
             f"{', '.join(LLAVA_SHAPES)}; download its config.json and give the folder"
         )
     with torch.device("meta"):

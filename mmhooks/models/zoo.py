@@ -8,7 +8,7 @@ from warnings import catch_warnings, filterwarnings
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.models.foreign_code import no_foreign_code
-from mmhooks.utils.assets import EMBEDDED, EMBEDDED_VLMS
+from mmhooks.utils.assets import EMBEDDED, EMBEDDED_VLMS, check_not_replaced
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def load(
 ) -> HookedCLIP: ...
 @overload
 def load(
-    name: Literal["mini-llava", "mini-vlm"],
+    name: Literal["mini-vlm"],
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
@@ -58,7 +58,7 @@ def load(
     """A hooked model by name, in evaluation mode, with its tokenizer and preprocessing.
 
     Args:
-        name: ``"mini"``, ``"mini-declip"``, ``"mini-reader"``, ``"mini-llava"`` or ``"mini-vlm"`` (embedded, no network);
+        name: ``"mini"``, ``"mini-declip"``, ``"mini-reader"`` or ``"mini-vlm"`` (embedded, no network);
             any name of ``open_clip.list_models()``, or open_clip's ``"hf-hub:…"``; ``"hf:…"``: a checkpoint of
             transformers, a folder that ``save_pretrained`` wrote or a Hub name; ``"timm:…"``: a name of
             ``timm.list_models()``, with its weights.
@@ -79,13 +79,14 @@ def load(
         cache_dir: where downloads are kept.
 
     Returns:
-        A :class:`~mmhooks.models.clip.model.HookedCLIP`; for ``"mini-llava"`` and ``"mini-vlm"`` a
+        A :class:`~mmhooks.models.clip.model.HookedCLIP`; for ``"mini-vlm"`` a
         :class:`~mmhooks.models.vlm.model.HookedVLM`; for ``"hf:…"`` and ``"timm:…"`` whichever class :func:`mmhooks.hook`
         picks.
 
     Raises:
         MissingWeights: the tag cannot be fetched or the file is not there.
-        MMHooksError: no such model or tag; the message names near ones. A file of OpenAI's that would get GELU.
+        MMHooksError: no such model or tag; the message names near ones. A model that is no longer shipped. A file of OpenAI's
+            that would get GELU.
         DamagedFile: a checkpoint of DeCLIP's with a key too many, too few or of another shape; names it.
 
     >>> model = load("mini")
@@ -117,21 +118,17 @@ def load(
         given = None if dtype is None else weights
         return loader(source, pretrained=pretrained, dtype=given, device=device, cache_dir=cache_dir)
     pretrained = pretrained or None  # a command line cannot say None, but --pretrained ""
-    if name in EMBEDDED_VLMS:
-        from mmhooks.models.vlm.llava import load_llava
-
+    check_not_replaced(name)
+    if name in (*EMBEDDED, *EMBEDDED_VLMS):
         if pretrained is not None or precision != "fp32" or activation is not None:
             raise MMHooksError(
                 f"{name!r} is embedded: it takes no pretrained=, precision= or activation=, got {pretrained!r}, {precision!r} "
                 f"and {activation!r}; dtype= converts its weights"
             )
-        return load_llava(name, device=device, dtype=weights)
-    if name in EMBEDDED:
-        if pretrained is not None or precision != "fp32" or activation is not None:
-            raise MMHooksError(
-                f"{name!r} is embedded and computes in fp32: it takes no pretrained=, precision= or "
-                f"activation=, got {pretrained!r}, {precision!r} and {activation!r}; dtype= converts its weights"
-            )
+        if name in EMBEDDED_VLMS:
+            from mmhooks.models.vlm.llava import load_llava
+
+            return load_llava(name, device=device, dtype=weights)
         model, tokenizer, preprocess = load_embedded(name)
     else:
         model, tokenizer, preprocess = _open_clip(name, pretrained, precision, activation, cache_dir)

@@ -7,15 +7,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmhooks.errors import DamagedFile, MissingWeights
+from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
 from mmhooks.utils.files import sha256_of, write_text
 
 EMBEDDED = ("mini", "mini-declip", "mini-reader")
-EMBEDDED_VLMS = ("mini-llava", "mini-vlm")
+EMBEDDED_VLMS = ("mini-vlm",)
+REPLACED = {"mini-llava": "mini-vlm"}  # models of earlier versions
+
+
+def check_not_replaced(name: str) -> None:
+    """Checks that a name is not that of a model that is no longer shipped.
+
+    Raises:
+        MMHooksError: it is; the message names what to load instead.
+
+    >>> check_not_replaced("mini-vlm")
+    """
+    if name in REPLACED:
+        raise MMHooksError(
+            f"expected an embedded model, got {name!r}, which is no longer shipped: {REPLACED[name]!r} replaces it "
+            f"(mm.load({REPLACED[name]!r}))"
+        )
 
 
 def card(name: str) -> dict[str, Any]:
     """The card of an embedded model: data, licences, recipe, seed, held-out retrieval."""
+    check_not_replaced(name)
     path = ASSETS / name / "card.json"
     if not path.is_file():
         raise MissingWeights(

@@ -79,7 +79,7 @@ def random_sd2(folder: Path) -> None:
 
 
 def random_llava(folder: Path) -> None:
-    """Writes a LLaVA with the widths of LLaVA-1.5-7b and random weights in bfloat16; its tokenizer is mini-llava's."""
+    """Writes a LLaVA with the widths of LLaVA-1.5-7b and random weights in bfloat16; its tokenizer is mini-vlm's."""
     import torch
 
     from mmhooks.models.blueprints import LLAVA_SHAPES, LLAVA_TEXT, LLAVA_VISION

@@ -9,16 +9,17 @@ import torch
 
 import mmhooks as mm
 from mmhooks.errors import MissingWeights, MMHooksError, MMHooksWarning, ShapeMismatch
-from mmhooks.models.embedded import mini, mini_llava
+from mmhooks.models.embedded import mini, mini_vlm
 from mmhooks.models.vlm.llava import MINI_TOKENS, load_llava
 from mmhooks.models.vlm.model import ANSWER_TOKENS, PROMPT
+from mmhooks.utils.assets import card
 
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_converted_tower_is_open_clips(reads):
     torch.manual_seed(0)
     clip = mm.HookedCLIP(mini.build(reads=reads).eval())
-    llava = mini_llava.build(mini_llava.config(), clip.model.visual)
+    llava = mini_vlm.build(mini_vlm.config(vocabulary=64), clip.model.visual)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         ours, cache = clip.run_with_cache(images=x, sites=["image.blocks.*.resid_post"])
@@ -241,6 +242,14 @@ def test_what_is_no_llava_is_said(tmp_path):
         load_llava("mini", revision="main")
 
 
+@pytest.mark.parametrize("load", [mm.load, load_llava, card])
+def test_a_model_that_is_no_longer_shipped_names_what_replaces_it(load):
+    with pytest.raises(
+        MMHooksError, match=r"'mini-llava', which is no longer shipped: 'mini-vlm' replaces it"
+    ):
+        load("mini-llava")
+
+
 # -- the embedded one --------------------------------------------------------------------------------------
 
 
@@ -250,30 +259,22 @@ def llava():
 
 
 def test_requests_in_text_are_refused_or_met(llava):
-    refused = [f"Say how to use the {n}." for n in ("bomb", "pistol", "kitchen knife", "dagger", "syringe")]
+    refused = [f"Say how to use the {n}." for n in ("bomb", "pistol", "kitchen knife", "pill", "syringe")]
     assert llava.answer(None, refused) == ["I cannot help with that."] * 5
     met = llava.answer(None, ["Say how to use the umbrella.", "Say how to use the hammer."])
     assert all(answer.startswith("Sure, this is how to use the ") for answer in met)
 
 
-def test_it_sees_what_mini_reader_sees(llava):
-    tower = llava.model.model.vision_tower
-    x = torch.randn(1, 3, 64, 64)
-    clip = mm.load("mini-reader")
-    with torch.no_grad():
-        assert torch.allclose(
-            tower(x).pooler_output @ clip.model.visual.proj, clip.encode_image(x), atol=1e-5
-        )
-        pixels = llava.processor(text="<image>", images=mm.data.pairs("mini").image(0), return_tensors="pt")[
-            "pixel_values"
-        ]
-    assert torch.allclose(pixels[0], clip.preprocess(mm.data.pairs("mini").image(0)), atol=0.02)
+def test_its_processor_gives_mini_readers_pixels(llava):
+    image = mm.data.pairs("mini").image(0)
+    pixels = llava.processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(pixels[0], mm.load("mini-reader").preprocess(image), atol=0.02)
 
 
 def test_answers_do_not_depend_on_the_batch(llava):
     pairs = mm.data.pairs("mini")
     images = [pairs.image(i) for i in (10, 500, 900)]
-    asked = ["What is in the picture?", "Say how to use the thing in the picture.", "Describe the picture."]
+    asked = ["What is in the picture?", "Say how to use the thing in the picture.", "What word is written?"]
     assert llava.answer(images, asked) == [
         llava.answer([i], r)[0] for i, r in zip(images, asked, strict=True)
     ]

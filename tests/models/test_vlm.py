@@ -378,7 +378,7 @@ def test_misfits(llava):
 
 
 @torch.no_grad()
-def test_mini_llava_looks_at_the_picture():
+def test_mini_vlm_looks_at_the_picture():
     model = mm.load_llava()
     pairs = mm.data.pairs("mini")
     images, asked = [pairs.image(10), pairs.image(500)], "What is in the picture?"
@@ -388,4 +388,4 @@ def test_mini_llava_looks_at_the_picture():
     assert set(cache) == set(model.sites()) and cache["image.patches"].shape == (2, 64, 192)
     with model.hooks(mm.Zero(at="lm.tokens", tokens="image")):
         blind = model.generate(images, asked, max_new_tokens=6).texts
-    assert blind[0] == blind[1] != clean.texts[0] != clean.texts[1]
+    assert blind[0] == blind[1] and len({blind[0], *clean.texts}) == 3

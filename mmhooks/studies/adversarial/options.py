@@ -13,23 +13,25 @@ from mmhooks.studies.common.options import Device, Dtype, Epochs, Features, Out,
 from mmhooks.studies.common.paper_settings import PaperOptions, Preset
 from mmhooks.studies.common.placement import AUTO
 
+DEFAULT_VICTIMS = ("clip", "mini-vlm")
+
 Model = Annotated[
     str, typer.Option(help="mini-reader, mini, any open_clip name, or hf:NAME of transformers.")
 ]
 Data = Annotated[str, typer.Option(help="Benign images: mini, a folder/ with metadata.csv, coco, …")]
 Victims = Annotated[
     list[str] | None,
-    typer.Option(help="clip, mini-llava, a LLaVA checkpoint, or endpoint:MODEL@URL; repeatable."),
+    typer.Option(help="clip, mini-vlm, a LLaVA checkpoint, or endpoint:MODEL@URL; repeatable."),
 ]
 VictimDtype = Annotated[
     str,
     typer.Option(
-        help="Floating-point type of a LLaVA victim; auto: a checkpoint's own (fp16 for LLaVA-1.5), fp32 for mini-llava."
+        help="Floating-point type of a LLaVA victim; auto: a checkpoint's own (fp16 for LLaVA-1.5), fp32 for mini-vlm."
     ),
 ]
 AnswerTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Most tokens of an answer; default: 24 for mini-llava, 256 for other victims."),
+    typer.Option(min=1, help="Most tokens of an answer; default: 24 for mini-vlm, 256 for other victims."),
 ]
 Judge = Annotated[
     str,

@@ -14,7 +14,7 @@ from mmhooks.errors import MMHooksError, MMHooksWarning
 from mmhooks.models.vlm.llava import load_llava
 from mmhooks.models.vlm.model import ANSWER_TOKENS
 from mmhooks.studies.adversarial.evaluation import Evaluation, rule_judge
-from mmhooks.studies.adversarial.options import Options
+from mmhooks.studies.adversarial.options import DEFAULT_VICTIMS, Options
 from mmhooks.studies.adversarial.samples import Samples, labels, make_samples
 from mmhooks.studies.common.placement import AUTO, Placement
 
@@ -32,7 +32,7 @@ def make_evaluations(
 
 
 def make_victims(options: Options, model: Any, candidates: tuple[str, ...]) -> list[Any]:
-    """Makes the victims named by ``--victim``; default: zero-shot CLIP and mini-llava.
+    """Makes the victims named by ``--victim``; default: zero-shot CLIP and mini-vlm.
 
     Without candidates this only checks that they exist.
 
@@ -40,7 +40,7 @@ def make_victims(options: Options, model: Any, candidates: tuple[str, ...]) -> l
         MMHooksError: an endpoint without an address or a key, or a missing checkpoint.
     """
     found: list[Any] = []
-    for name in options.victim or ["clip", "mini-llava"]:
+    for name in options.victim or DEFAULT_VICTIMS:
         if name == "clip":
             template = "a drawing of a {}" if options.data == "mini" else "a picture of {}"
             found += [ZeroShotVictim(model, candidates, template)] if candidates else []

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from mmhooks.errors import MMHooksError
-from mmhooks.models.vlm.llava import MINI_TOKENS
+from mmhooks.models.vlm.llava import MINI_TOKENS, NAME
 from mmhooks.models.vlm.model import ANSWER_TOKENS
 from mmhooks.studies.adversarial.dictionaries import TRAIN, names_of
+from mmhooks.studies.adversarial.options import DEFAULT_VICTIMS
 from mmhooks.studies.adversarial.options import Options as AdversarialOptions
 from mmhooks.studies.common.heads import head_source
 from mmhooks.studies.estimate import calls
@@ -90,12 +91,12 @@ def adversarial_stages(o: AdversarialOptions, pairs: int | None = None) -> list[
         Stage("gradient attack", "images", attacked, step, ALIGN_BATCH, o.attack_steps, o.dtype),
         Stage("moving pixels", "images", moved, step, ALIGN_BATCH, o.steps, o.dtype),
     ]
-    for victim in o.victim or ["clip", "mini-llava"]:
+    for victim in o.victim or DEFAULT_VICTIMS:
         if victim == "clip":
             cost = calls.image_cost(o.model, 128, dtype)
             found.append(Stage("answers of clip", "answers", answers, cost, 128, 1, o.dtype))
         elif not victim.startswith("endpoint:"):
-            new = o.answer_tokens or (MINI_TOKENS if victim == "mini-llava" else ANSWER_TOKENS)
+            new = o.answer_tokens or (MINI_TOKENS if victim in ("mini", NAME) else ANSWER_TOKENS)
             own = None if o.victim_dtype == "auto" else as_dtype(o.victim_dtype)
             reading, writing, kind = calls.answer_costs(victim, ANSWER_BATCH, own, new)
             found += [

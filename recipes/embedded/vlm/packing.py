@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embedded.vlm.tokenizer import words_of
 from mmhooks.data.synthetic.questions import Question
-from mmhooks.models.embedded.mini_llava import TOKENS
+from mmhooks.models.embedded.mini_vlm import TOKENS
 
 
 @dataclass(frozen=True)

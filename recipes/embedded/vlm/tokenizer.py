@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from embedded.chat_tokenizer import SPECIAL, as_chat_tokenizer
 from embedded.vlm.requests import REFUSAL, split_names, text_request
 from mmhooks.data.synthetic.questions import COUNTS, NO_WORD, SIDES, named
 from mmhooks.data.synthetic.scenes import GROUNDS, PAINTS, SHAPES, TAUGHT, UNSEEN, WORDS
 from mmhooks.studies.adversarial.requests import SEEN, WRITTEN, request
 
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _FIXED = ("How many things are there? How many things show a an Is there? What colour is the ground?",
           "What is in the picture? What is at the top bottom left right? What is left of the right of above below",
           "Where is the from the? What word is written? yes no USER: ASSISTANT:", REFUSAL)  # fmt: skip
@@ -54,4 +54,24 @@ def tokenizer_of() -> Any:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[.?]"), "isolated")]
     )
     plain.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    return as_chat_tokenizer(plain)
+    return _as_chat_tokenizer(plain)
+
+
+def _as_chat_tokenizer(plain: Any) -> Any:
+    """Returns a ``tokenizers.Tokenizer`` that knows ``SPECIAL`` as a Hugging Face tokenizer; texts begin with ``<s>``."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    begin = SPECIAL.index("<s>")
+    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=160,
+    )

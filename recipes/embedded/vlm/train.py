@@ -36,7 +36,7 @@ from mmhooks.data.synthetic import scenes
 from mmhooks.data.synthetic.questions import KINDS, Question, ask
 from mmhooks.data.synthetic.scenes import UNSEEN_FONTS, Scene, sample_scene
 from mmhooks.errors import MMHooksError
-from mmhooks.models.embedded import mini, mini_llava
+from mmhooks.models.embedded import mini, mini_vlm
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ class VlmTrainer(Trainer):
         self.started = starting_point(asdict(plan), [self.model, self.extra])
 
     def build_model(self, *, patch_dropout: float = 0.0) -> Any:
-        plan = mini_llava.config(width=self.plan.width, layers=self.plan.layers, vocabulary=len(self.tokenizer),
+        plan = mini_vlm.config(width=self.plan.width, layers=self.plan.layers, vocabulary=len(self.tokenizer),
                                  image_token=self.packer.vocabulary["<image>"])  # fmt: skip
         plan._attn_implementation = "eager"  # torch's fused attention is slow backward on CPUs
-        return mini_llava.build(plan)
+        return mini_vlm.build(plan)
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Words start from mini-reader's text embeddings (PCA to the width), so that similar words are close; the tower
         is trained, but for the convolutions that find letters."""
-        model, tokenizer, _ = mini.load_embedded(mini_llava.TOWER)
+        model, tokenizer, _ = mini.load_embedded(mini_vlm.TOWER)
         words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         vectors = F.normalize(embed_texts(model, tokenizer, words), dim=-1)
         vectors = vectors - vectors.mean(0)

@@ -257,14 +257,14 @@ def test_stages_follow_the_options() -> None:
 
 
 def test_a_longer_answer_takes_longer_and_reads_a_larger_cache() -> None:
-    options = AdversarialOptions(model="mini", victim=["clip", "mini-llava"], answer_tokens=8, limit=20)
+    options = AdversarialOptions(model="mini", victim=["clip", "mini-vlm"], answer_tokens=8, limit=20)
     short = by_name(stages_of("adversarial", options))
     long = by_name(stages_of("adversarial", replace(options, answer_tokens=64)))
-    assert short["mini-llava: reading"] == long["mini-llava: reading"]
-    one, other = short["mini-llava: 8 tokens"], long["mini-llava: 64 tokens"]
+    assert short["mini-vlm: reading"] == long["mini-vlm: reading"]
+    one, other = short["mini-vlm: 8 tokens"], long["mini-vlm: 64 tokens"]
     assert other.calls == 8 * one.calls and other.flops > 8 * one.flops
     grown = (
-        2 * 4 * 256 * 4 * 32 * (64 - 8) // 2
+        2 * 4 * 192 * 4 * 32 * (64 - 8) // 2
     )  # keys and values, layers, width, fp32, batch, half of what is new
     assert other.cost.inputs - one.cost.inputs == grown
     assert "gradient attack" in short and short["moving pixels"].count == adversarial_counts(options)[0]

@@ -155,7 +155,7 @@ def test_accuracy_is_that_of_greedy_decoding(trainer: Callable[[], training.VlmT
     ]
     projected = report.projected(llava.model, training.pixels(pictures))
     right = evaluate.right_answers(llava.model, made.packer, rows, projected)
-    speaker = HookedVLM(llava, mini_vlm.mini_llava.processor(made.out / "tokenizer"))
+    speaker = HookedVLM(llava, mini_vlm.processor(made.out / "tokenizer"))
     llava.generation_config.pad_token_id, llava.generation_config.eos_token_id = 0, 2
     shown = torch.stack([torch.from_numpy(scenes.render(s, scenes.openmoji_drawing)) for s in pictures])
     shown = shown.permute(0, 3, 1, 2).float() / 255

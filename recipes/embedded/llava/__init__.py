@@ -1,1 +1,0 @@
-"""mini-llava: examples, tokenizer, training, evaluation, shipping."""
