@@ -80,3 +80,9 @@ def test_it_is_typed_and_takes_no_options_of_open_clip(vlm):
     with pytest.raises(MMHooksError, match="'mini-vlm' is embedded: it takes no pretrained="):
         mm.load("mini-vlm", pretrained="openai")
     assert mm.load("mini-vlm", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_list_of_tensors_is_seen_as_the_batch_is(vlm, asked):
+    pictures, questions = asked
+    texts = [question.text for question in questions[:8]]
+    assert vlm.answer(list(pictures[:8]), texts) == vlm.answer(pictures[:8], texts)

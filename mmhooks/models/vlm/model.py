@@ -116,7 +116,8 @@ class HookedVLM(HookedModel):
         which.
 
         Args:
-            images: from 0 to 1 (rounded to 8 bits here), or PIL images, one per request; None: only text.
+            images: tensors from 0 to 1 (rounded to 8 bits here), in one or in a list, or PIL images, one per request; None:
+                only text.
             requests: without roles and image tokens; one for all images, or one each.
             max_new_tokens: the limit; default: ``answer_tokens``.
             batch: requests at a time.
@@ -277,7 +278,10 @@ def _paired(images: Any, requests: str | Sequence[str]) -> tuple[list[Any] | Non
         raise ShapeMismatch(f"{n} images and {len(asked)} requests; one request for all, or one each")
     if images is None:
         return None, asked
-    return _pil(images) if isinstance(images, Tensor) else list(images), asked
+    if isinstance(images, Tensor):
+        return _pil(images), asked
+    # A processor would take a tensor's values for bytes, and show the model a black picture.
+    return [_pil(image[None])[0] if isinstance(image, Tensor) else image for image in images], asked
 
 
 def _check_processor(processor: Any, model: Any) -> None:
