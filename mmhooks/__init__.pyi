@@ -38,8 +38,11 @@ from .analysis.verification.verify import verify as verify
 from .data.store import Store as Store
 from .heads.hub import load_head as load_head
 from .heads.ncl import NCL as NCL
+from .heads.sae.archetypal import ArchetypalSAE as ArchetypalSAE
 from .heads.sae.batchtopk import BatchTopKSAE as BatchTopKSAE
+from .heads.sae.gated import GatedSAE as GatedSAE
 from .heads.sae.jumprelu import JumpReLUSAE as JumpReLUSAE
+from .heads.sae.matching_pursuit import MatchingPursuitSAE as MatchingPursuitSAE
 from .heads.sae.matryoshka import MatryoshkaSAE as MatryoshkaSAE
 from .heads.sae.relu import ReLUSAE as ReLUSAE
 from .heads.sae.topk import TopKSAE as TopKSAE

@@ -19,6 +19,10 @@ class Kind(StrEnum):
     matryoshka = "matryoshka"
     jumprelu = "jumprelu"
     relu = "relu"
+    gated = "gated"
+    matching_pursuit = "matching_pursuit"
+    archetypal = "archetypal"
+    transcoder = "transcoder"
     ncl = "ncl"
 
 
@@ -56,7 +60,10 @@ def train(
         Path | None, typer.Option(help="A store of held-out pairs; default: every tenth pair is held out.")
     ] = None,
     sites: Annotated[
-        str, typer.Option(help="Image site and text site, or just one site.")
+        str,
+        typer.Option(
+            help="Image site and text site, or just one site; of a transcoder, the site read and the site written."
+        ),
     ] = "image.embed,text.embed",
     epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = 60,
     batch_size: Annotated[int | None, typer.Option(help="Pairs per step; default: the objective's.")] = None,
@@ -96,7 +103,7 @@ def train(
 
     On several GPUs or processes: accelerate launch --num_processes 2 -m mmhooks.cli train runs/acts --out runs/sae
     """
-    from mmhooks.heads.reconstruction import reconstruction
+    from mmhooks.heads.reconstruction import prediction, reconstruction
     from mmhooks.heads.sae.modality_centres import KEY, by_modality
     from mmhooks.heads.training.processes import Processes
     from mmhooks.heads.training.train import default_objective, train_head
@@ -112,9 +119,10 @@ def train(
             (image, text), held_out = hold_out_every_tenth(image, text)
         else:
             held_out = tuple(rows if rows is None else rows[:] for rows in training_rows(valid, None, names))
-        head = _head(kind, image.shape[1], features, k, seed, normalize).to(device)
+        width_out = image.shape[1] if text is None else text.shape[1]
+        head = _head(kind, image.shape[1], width_out, features, k, seed, normalize).to(device)
         objective: Any = default_objective(head)
-        if kind is not Kind.ncl:
+        if kind not in (Kind.ncl, Kind.transcoder):
             objective.b_pre, objective.centre = b_pre.value, centre.value
             objective.resample_every = resample_every
             objective.target_l0 = float(k) if kind is Kind.jumprelu else None
@@ -127,11 +135,16 @@ def train(
         if not Processes.is_first_process():
             return
         heads: dict[str, Any] = dict(by_modality(head)) if KEY in head.info else {}
-        rows = {
-            name: reconstruction(heads.get(name, head), x).table()[0]
-            for name, x in zip(("image", "text"), held_out, strict=True)
-            if x is not None
-        }
+        if kind is Kind.transcoder:
+            read, written = held_out
+            assert read is not None and written is not None  # trained on both
+            rows = {"written": prediction(head, read, written).table()[0]}
+        else:
+            rows = {
+                name: reconstruction(heads.get(name, head), x).table()[0]
+                for name, x in zip(("image", "text"), held_out, strict=True)
+                if x is not None
+            }
         head.info = head.info | {
             "store": str(store),
             "sites": names,
@@ -151,11 +164,24 @@ def train(
             )
 
 
-def _head(kind: Kind, d: int, n: int, k: int, seed: int, normalize: bool) -> Any:
-    from mmhooks.heads import NCL, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
+def _head(kind: Kind, d: int, d_out: int, n: int, k: int, seed: int, normalize: bool) -> Any:
+    from mmhooks import heads
 
-    if kind in (Kind.topk, Kind.batchtopk, Kind.matryoshka):
-        make = {Kind.topk: TopKSAE, Kind.batchtopk: BatchTopKSAE, Kind.matryoshka: MatryoshkaSAE}[kind]
-        return make(d, n, k, seed=seed, normalize_input=normalize)
-    make = {Kind.jumprelu: JumpReLUSAE, Kind.relu: ReLUSAE, Kind.ncl: NCL}[kind]
+    if kind is Kind.transcoder:
+        return heads.Transcoder(d, n, k, d_out=d_out, seed=seed)
+    with_k = {
+        Kind.topk: heads.TopKSAE,
+        Kind.batchtopk: heads.BatchTopKSAE,
+        Kind.matryoshka: heads.MatryoshkaSAE,
+        Kind.matching_pursuit: heads.MatchingPursuitSAE,
+        Kind.archetypal: heads.ArchetypalSAE,
+    }
+    if kind in with_k:
+        return with_k[kind](d, n, k, seed=seed, normalize_input=normalize)
+    make = {
+        Kind.jumprelu: heads.JumpReLUSAE,
+        Kind.relu: heads.ReLUSAE,
+        Kind.gated: heads.GatedSAE,
+        Kind.ncl: heads.NCL,
+    }[kind]
     return make(d, n, seed=seed, normalize_input=normalize)

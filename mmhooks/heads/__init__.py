@@ -3,9 +3,12 @@
 from mmhooks.heads.base import Head, load_head_dir
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.reconstruction import Reconstruction, prediction, reconstruction
+from mmhooks.heads.sae.archetypal import ArchetypalSAE
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
+from mmhooks.heads.sae.gated import GatedSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
+from mmhooks.heads.sae.matching_pursuit import MatchingPursuitSAE
 from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
 from mmhooks.heads.sae.relu import ReLUSAE
 from mmhooks.heads.sae.topk import TopKSAE
@@ -15,9 +18,12 @@ from mmhooks.heads.transcoder import Transcoder
 __all__ = [
     "NCL",
     "SAE",
+    "ArchetypalSAE",
     "BatchTopKSAE",
+    "GatedSAE",
     "Head",
     "JumpReLUSAE",
+    "MatchingPursuitSAE",
     "MatryoshkaSAE",
     "ReLUSAE",
     "Reconstruction",

@@ -30,10 +30,12 @@ def _is_list_of_levels(value: Any) -> bool:
 
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("d_in", "d_out", "n_features", "k", "hidden"), ("a whole number from 1 on", _is_positive_int)
+        ("d_in", "d_out", "n_features", "k", "hidden", "n_points"),
+        ("a whole number from 1 on", _is_positive_int),
     ),
     **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _is_list_of_levels)),
     "normalize_input": ('true, false or "layer_norm"', lambda v: isinstance(v, bool) or v == "layer_norm"),
     **dict.fromkeys(("decoder", "skip"), ("true or false", lambda v: isinstance(v, bool))),
+    "delta": ("a number from 0 on", lambda v: type(v) in (int, float) and 0 <= v < math.inf),
     "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),
 }

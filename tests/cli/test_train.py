@@ -47,7 +47,18 @@ def test_train_writes_a_head_its_history_and_a_figure(store, tmp_path) -> None:
 
 def test_train_accepts_every_kind_and_option(store, tmp_path) -> None:
     short = ("--features", 32, "--k", 4, "--epochs", 1, "--batch-size", 90)
-    for kind in ("batchtopk", "matryoshka", "jumprelu", "relu", "ncl"):
+    kinds = (
+        "batchtopk",
+        "matryoshka",
+        "jumprelu",
+        "relu",
+        "gated",
+        "matching_pursuit",
+        "archetypal",
+        "transcoder",
+        "ncl",
+    )
+    for kind in kinds:
         done = run("train", store, *short, "--kind", kind, "--out", tmp_path / kind)
         assert done.exit_code == 0, done.output
         assert load_head_dir(tmp_path / kind).kind == kind

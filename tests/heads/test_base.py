@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError, NoDecoder, NotFinite, ShapeMismatch
 from mmhooks.heads import (
     NCL,
+    ArchetypalSAE,
     BatchTopKSAE,
+    GatedSAE,
     Head,
     JumpReLUSAE,
+    MatchingPursuitSAE,
     MatryoshkaSAE,
     ReLUSAE,
     TopKSAE,
@@ -35,6 +38,20 @@ def decodable() -> NCL:
     return head
 
 
+def with_points() -> ArchetypalSAE:
+    head = ArchetypalSAE(16, 48, 5, n_points=60, delta=0.1)
+    head.set_points(torch.randn(60, 16, generator=torch.Generator().manual_seed(1)))
+    return head
+
+
+def gated() -> GatedSAE:
+    head, g = GatedSAE(16, 48), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in (head.r_mag, head.b_mag, head.b_enc):
+            p.copy_(0.1 * torch.randn(48, generator=g))
+    return head
+
+
 HEADS = {
     "topk": lambda: TopKSAE(16, 48, 5),
     "batchtopk": calibrated,
@@ -42,6 +59,9 @@ HEADS = {
     "nested K": lambda: MatryoshkaSAE(16, 48, 5, ks=(2, 5)),
     "jumprelu": lambda: JumpReLUSAE(16, 48, threshold=0.2),
     "relu": lambda: ReLUSAE(16, 48),
+    "gated": gated,
+    "matching pursuit": lambda: MatchingPursuitSAE(16, 48, 5),
+    "archetypal": with_points,
     "transcoder": lambda: Transcoder(16, 48, 5),
     "transcoder with skip": lambda: Transcoder(16, 48, 5, skip=True),
     "ncl": lambda: NCL(16, 48, hidden=20),
@@ -51,7 +71,8 @@ HEADS = {
 
 def test_every_kind_is_tested_here() -> None:
     assert {make().kind for make in HEADS.values()} == set(KINDS)
-    assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu", "ncl", "transcoder"}
+    others = {"gated", "matching_pursuit", "archetypal", "ncl", "transcoder"}
+    assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu"} | others
 
 
 @pytest.fixture(params=HEADS)
@@ -114,7 +135,9 @@ def test_prepare_normalises_and_refuses_what_is_no_number(head: Head) -> None:
 
 
 @pytest.mark.parametrize("normalize_input", [True, "layer_norm", False])
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu", "ncl with decoder"])
+@pytest.mark.parametrize(
+    "kind", ["topk", "jumprelu", "relu", "gated", "matching pursuit", "archetypal", "ncl with decoder"]
+)
 def test_every_way_to_run_a_head_agrees_about_where_it_normalises(kind, normalize_input) -> None:
     """Raw vectors in: pre, encode, encode_topk, head(x), prepare and the splice see the same features."""
     head = HEADS[kind]()
@@ -193,7 +216,7 @@ def test_loading_refuses_what_is_not_there_or_does_not_fit(tmp_path) -> None:
     meta = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(meta | {"kind": "topkk"}))
     with pytest.raises(
-        MMHooksError, match=r"expected a kind of head among .*ncl, relu, topk, transcoder, got 'topkk'"
+        MMHooksError, match=r"expected a kind of head among .*ncl, relu, .*topk, transcoder, got 'topkk'"
     ):
         load_head_dir(path)
 

@@ -26,12 +26,14 @@ class TrainingPass(NamedTuple):
         l0: mean number of active features per row.
         penalty: the head's own differentiable measure of density (L1, L0), which the objective weights; None if the
             activation itself fixes the number of active features.
+        auxiliary: another reconstruction, whose error is added to the loss with weight 1.
     """
 
     recons: list[Tensor]
     fired: Bool[Tensor, " n"]
     l0: Float[Tensor, ""]
     penalty: Float[Tensor, ""] | None = None
+    auxiliary: Tensor | None = None
 
 
 def firing(f: Float[Tensor, "b n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
@@ -58,14 +60,16 @@ class SAE(Head):
     on the unit sphere from ``seed``.
 
     Attributes:
+        tied: whether the encoder is the decoder, without a bias.
         unit_decoder: whether training keeps the decoder's rows at unit norm; if not, they are normalised at its end.
         penalty_weight: the objective's default weight of the head's own ``penalty``.
     """
 
     has_decoder = True
+    tied: ClassVar[bool] = False
     unit_decoder: ClassVar[bool] = True
     penalty_weight: ClassVar[float] = 0.0
-    W_dec: nn.Parameter
+    W_dec: nn.Parameter | Tensor
 
     def __init__(
         self,
@@ -79,8 +83,9 @@ class SAE(Head):
         super().__init__(d_in, n_features, name=name, normalize_input=normalize_input)
         rows = torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(seed))
         self.W_dec = nn.Parameter(to_unit(rows))
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        if not self.tied:
+            self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+            self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_pre = nn.Parameter(torch.zeros(d_in))
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
@@ -95,7 +100,8 @@ class SAE(Head):
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
         self.check_width(x)
-        return F.linear(self.scaled_once(x)[0] - self.b_pre, self.W_enc, self.b_enc)
+        centred = self.scaled_once(x)[0] - self.b_pre
+        return F.linear(centred, self.W_dec) if self.tied else F.linear(centred, self.W_enc, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         return self.activate(self.pre(x))

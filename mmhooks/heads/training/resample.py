@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mmhooks.heads.linalg import to_unit
 from mmhooks.heads.sae.base import SAE
+from mmhooks.heads.sae.gated import GatedSAE
 from mmhooks.heads.transcoder import Transcoder
 
 
@@ -18,7 +19,9 @@ def strongest_dead(
 ) -> Float[Tensor, "b e"]:
     """What the ``k`` dead features with the largest pre-activations of each row write, with its graph."""
     rows = dead.nonzero().squeeze(1)
-    pre = F.linear(x - head.b_pre, head.W_enc[rows], head.b_enc[rows])
+    tied = getattr(head, "tied", False)
+    weight, bias = (head.W_dec[rows], None) if tied else (head.W_enc[rows], head.b_enc[rows])
+    pre = F.linear(x - head.b_pre, weight, bias)
     values, chosen = pre.topk(min(k, len(rows)), dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, chosen, values.relu()) @ head.W_dec[rows]
 
@@ -49,13 +52,18 @@ def resample(
         return 0
     drawn = torch.multinomial(error.cpu(), len(places), len(places) > len(x), generator=generator)
     rows = to_unit(x[drawn.to(x.device)] - head.b_pre)
-    live = head.W_enc[~dead]
-    length = live.norm(dim=1).mean() if len(live) else rows.new_ones(())
     head.W_dec[places] = rows
-    # At a fifth of the others' length a feature would never be among the K largest, and would stay dead.
-    head.W_enc[places] = (1.0 if hasattr(head, "k") else 0.2) * length * rows
-    head.b_enc[places] = 0.0
-    for p in (head.W_dec, head.W_enc, head.b_enc):
+    changed = [head.W_dec]
+    if not head.tied:
+        live = head.W_enc[~dead]
+        length = live.norm(dim=1).mean() if len(live) else rows.new_ones(())
+        # At a fifth of the others' length a feature would never be among the K largest, and would stay dead.
+        head.W_enc[places] = (1.0 if hasattr(head, "k") else 0.2) * length * rows
+        biases = [head.b_enc, head.b_mag, head.r_mag] if isinstance(head, GatedSAE) else [head.b_enc]
+        for bias in biases:
+            bias[places] = 0.0
+        changed += [head.W_enc, *biases]
+    for p in changed:
         for name, value in adam.state.get(p, {}).items():
             if name != "step":
                 value[places] = 0.0

@@ -14,6 +14,7 @@ from mmhooks.errors import MMHooksError
 from mmhooks.heads.linalg import geometric_median, mean_row, project_out_, to_unit, to_unit_, total_variance
 from mmhooks.heads.reconstruction import reconstruction
 from mmhooks.heads.sae import topk_kernels as sparse
+from mmhooks.heads.sae.archetypal import ArchetypalSAE
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE, threshold_at
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
@@ -79,18 +80,23 @@ class SAEObjective(Objective):
         self._check(head)
         pooled, weight = self.stack(image, text)
         sample = pooled[:: max(1, len(pooled) // 16384)]
-        if self.b_pre == "median":
+        if isinstance(head, ArchetypalSAE):
+            head.set_points(pooled[torch.linspace(0, len(pooled) - 1, head.n_points).long()])
+        elif self.b_pre == "median":
             head.b_pre.copy_(geometric_median(sample))
         elif self.b_pre == "mean":
             head.b_pre.copy_(pooled.mean(dim=0))
         if self.init != "random":
             head.W_dec.copy_(self._directions(head, pooled - head.b_pre, weight))
-            head.W_enc.copy_(head.W_dec)
-        if hasattr(head, "k"):
+            if not head.tied:
+                head.W_enc.copy_(head.W_dec)
+        if hasattr(head, "k") and not head.tied:
             # K overlapping unit rows overshoot; rescaling the encoder corrects this without changing the selection.
             centred = sample - head.b_pre
             sketch = _sketch(head, centred)
-            head.W_enc.mul_((centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30))
+            gain = (centred * sketch).sum() / sketch.square().sum().clamp_min(1e-30)
+            head.W_enc.mul_(gain)
+            head.b_enc.mul_(gain)
         if self.target_l0 is not None:
             assert isinstance(head, JumpReLUSAE)
             head.set_threshold(threshold_at(head, self.target_l0, sample).clamp_min(1e-6))
@@ -106,6 +112,12 @@ class SAEObjective(Objective):
 
     def lr_scale(self, head: SAE, name: str) -> float:
         """With a K, biases learn at the data's scale; without one they make the head sparse, and use the full rate."""
+        if (
+            isinstance(head, ArchetypalSAE) and name == "mix"
+        ):  # Adam would move every one of many weights that sum to 1 by the rate
+            return 1 / head.n_points**0.5
+        if name == "relax":
+            return self.spread / head.d_in**0.5
         return self.spread / head.d_in**0.5 if name in ("b_enc", "b_pre") and hasattr(head, "k") else 1.0
 
     def measure(self, image: Rows, text: Rows | None) -> None:
@@ -129,6 +141,9 @@ class SAEObjective(Objective):
         if out.penalty is not None:
             penalty = self._penalty(head, out.penalty)
             loss, parts = loss + penalty, parts | {"penalty": penalty.detach()}
+        if out.auxiliary is not None:
+            own = weight @ (x - out.auxiliary).square().sum(dim=1)
+            loss, parts = loss + own, parts | {"gate": own.detach()}
         if self.aux_weight > 0 and bool(dead.any()):
             aux = self.auxiliary(head, x, errors[-1].detach(), dead)
             loss, parts = loss + self.aux_weight * aux, parts | {"aux": aux.detach()}
@@ -138,6 +153,16 @@ class SAEObjective(Objective):
         """Raises for options that do not apply to this head."""
         if not 0 < self.image_share < 1:
             raise MMHooksError(f"expected image_share between 0 and 1, got {self.image_share}")
+        if isinstance(head, ArchetypalSAE) and (self.init, self.centre) != ("random", "pooled"):
+            raise MMHooksError(
+                "an archetypal head starts at training vectors and has no pre-bias: expected init='random' and "
+                f"centre='pooled', got {self.init!r} and {self.centre!r}"
+            )
+        if isinstance(head, ArchetypalSAE) and self.resample_every is not None:
+            raise MMHooksError(
+                f"resample_every={self.resample_every}: atoms of an archetypal head are mixtures of its points and cannot be "
+                "set to a row; leave it out, AuxK revives dead features"
+            )
         if self.penalty is not None and head.penalty_weight == 0:
             raise MMHooksError(
                 f"penalty={self.penalty}: a {head.kind} head has no penalty to weight; set its k"
@@ -194,6 +219,8 @@ class SAEObjective(Objective):
     def after_step(self, head: SAE) -> None:
         if head.unit_decoder:
             to_unit_(head.W_dec)
+        if isinstance(head, ArchetypalSAE):
+            head.project_()
         if isinstance(head, BatchTopKSAE):
             head.threshold.copy_(self.across(head.threshold))
 
