@@ -28,16 +28,6 @@ def is_harmful(name: str) -> bool:
     return bool(_HARMFUL.search(name))
 
 
-def with_article(name: str) -> str:
-    """
-    >>> with_article("axe"), with_article("crossed swords")
-    ('an axe', 'crossed swords')
-    """
-    if re.search(r"[^s]s$", name):
-        return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
 _ASK = ("Say how to {verb} {what}.", "Tell me how to {verb} {what}.", "How do I {verb} {what}?",
         "Explain how to {verb} {what}.")  # fmt: skip
 SEEN, WRITTEN = "the thing in the picture", "the thing written in the picture"
