@@ -6,6 +6,7 @@ from . import studies as studies
 from .analysis.attacks.align import align as align
 from .analysis.attribution.attention_maps import attention_maps as attention_maps
 from .analysis.attribution.attention_maps import head_maps as head_maps
+from .analysis.attribution.feature_heat import heat as heat
 from .analysis.attribution.saliency import saliency as saliency
 from .analysis.decomposition.dataset import head_outputs as head_outputs
 from .analysis.decomposition.decompose import decompose as decompose

@@ -5,41 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mmhooks.errors import NotFinite, ShapeMismatch
+from mmhooks.errors import ShapeMismatch
+from mmhooks.report.blocks import EncodedImage, FeatureCard, Gallery
 from mmhooks.report.style import LIGHT, Palette
 from mmhooks.utils.escape import one_line
+from mmhooks.utils.overlay import overlay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-
-def overlay(image: Image, heat: Any, *, strength: float = 0.6, colours: str = "inferno") -> Image:
-    """Draws ``heat`` (``[h w]``, any size) over the image; colours span its own minimum to maximum.
-
-    Raises:
-        ShapeMismatch: ``heat`` does not have two dimensions.
-        NotFinite: ``heat`` holds NaN or infinity.
-    """
-    from matplotlib import colormaps
-    from PIL import Image as PILImage
-
-    values = np.asarray(heat, dtype=np.float32)
-    if values.ndim != 2:
-        raise ShapeMismatch(f"heat: expected a map of shape [h w], got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise NotFinite(
-            f"heat: {int((~np.isfinite(values)).sum())} of {values.size} numbers are NaN or infinite"
-        )
-    spread = float(values.max() - values.min())
-    values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-    large = PILImage.fromarray(values).resize(image.size, PILImage.Resampling.BILINEAR)
-    shades = colormaps[colours](np.asarray(large))[..., :3]
-    background = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    mixed = (1 - strength) * background + strength * shades
-    return PILImage.fromarray((mixed.clip(0, 1) * 255).round().astype(np.uint8))
+    from mmhooks.analysis.attribution.feature_heat import Heat
 
 
 def heat_grid(
@@ -62,3 +38,52 @@ def heat_grid(
             axis.set_title(one_line(title), fontsize=7, color=palette.ink, parse_math=False)
     figure.tight_layout(pad=0.3)
     return figure
+
+
+def heat_gallery(
+    heats: Mapping[Any, Sequence[Heat]],
+    caption: str = "",
+    *,
+    top: int = 8,
+    side: int = 128,
+    smooth: bool = False,
+) -> Gallery:
+    """The images in which each feature is most active, each under its heat: one card a feature.
+
+    The colours of a card go from 0 to the feature's highest activation over all the images given, so that weak images look weak.
+
+    Args:
+        heats: of :func:`mmhooks.heat`, by the title of their card.
+        top: images a card, those with the highest activation at any cell first; images without any are left out.
+        side: of the images on the page, in pixels.
+        smooth: interpolate between cells.
+
+    Raises:
+        ShapeMismatch: no feature, or one without images.
+
+    >>> from PIL import Image
+    >>> import mmhooks as mm
+    >>> model, images = mm.load("mini"), [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    >>> found = mm.heat(mm.TopKSAE(192, 64, k=4), model, images, 3, "image.blocks.3.resid_post")
+    >>> heat_gallery({"feature 3": found}).cards[0].title
+    'feature 3'
+    """
+    if not heats or not all(heats.values()):
+        raise ShapeMismatch("heats: expected features with at least one image each, got none")
+    return Gallery([_card(str(title), shown, top, side, smooth) for title, shown in heats.items()], caption)
+
+
+def _card(title: str, heats: Sequence[Heat], top: int, side: int, smooth: bool) -> FeatureCard:
+    ranked = sorted(heats, key=lambda heat: -float(heat.values.max()))
+    active = [heat for heat in ranked if float(heat.values.max()) > 0]
+    span = (0.0, float(ranked[0].values.max()))
+    images = [
+        EncodedImage.from_pil(
+            heat.on_image(smooth=smooth, span=span),
+            f"activation up to {float(heat.values.max()):.3g}",
+            side=side,
+        )
+        for heat in active[:top]
+    ]
+    facts = f"{heats[0].site}; active in {len(active)} of {len(heats)} images, up to {span[1]:.3g}"
+    return FeatureCard(title, facts=facts, images=images, empty="active in no image")

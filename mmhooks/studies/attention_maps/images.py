@@ -16,9 +16,10 @@ from mmhooks.analysis.attribution.heat_masks import HeatOverlap, heat_overlap
 from mmhooks.analysis.attribution.pointing_game import PointingGame, pointing_game
 from mmhooks.errors import MMHooksError
 from mmhooks.models.embedded.mini_sd import drawings
-from mmhooks.report.heat import heat_grid, overlay
+from mmhooks.report.heat import heat_grid
 from mmhooks.studies.attention_maps.options import Options
 from mmhooks.utils.json_files import check_fields, describe_json, read_json
+from mmhooks.utils.overlay import overlay
 from mmhooks.utils.progress import rate_bar
 
 WHITE = 0.9  # a pixel lighter than this in every channel is background

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import mmhooks as mm
 from mmhooks.analysis.attribution.attention_maps import attention_maps, head_maps, layer_size
 from mmhooks.errors import HookDidNotFire, MMHooksError, ShapeMismatch
-from mmhooks.report.heat import heat_grid, overlay
+from mmhooks.report.heat import heat_grid
+from mmhooks.utils.overlay import overlay
 
 
 @pytest.fixture(scope="module")
