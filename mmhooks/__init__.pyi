@@ -37,6 +37,7 @@ from .analysis.measures.top_activating import top_activating as top_activating
 from .analysis.measures.win_rate import win_rate as win_rate
 from .analysis.verification.verify import verify as verify
 from .data.store import Store as Store
+from .heads.crosscoder import Crosscoder as Crosscoder
 from .heads.hub import load_head as load_head
 from .heads.ncl import NCL as NCL
 from .heads.sae.archetypal import ArchetypalSAE as ArchetypalSAE
@@ -49,6 +50,7 @@ from .heads.sae.relu import ReLUSAE as ReLUSAE
 from .heads.sae.topk import TopKSAE as TopKSAE
 from .heads.training.train import train_head as train_head
 from .heads.transcoder import Transcoder as Transcoder
+from .hooks.across_sites import given_run as given_run
 from .hooks.cache import ActivationCache as ActivationCache
 from .hooks.edits import Clamp as Clamp
 from .hooks.edits import Interpolate as Interpolate

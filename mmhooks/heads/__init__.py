@@ -1,6 +1,7 @@
 """Sparse heads: SAEs and the non-negative contrastive head, their training and file formats."""
 
 from mmhooks.heads.base import Head, load_head_dir
+from mmhooks.heads.crosscoder import Crosscoder
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.reconstruction import Reconstruction, prediction, reconstruction
 from mmhooks.heads.sae.archetypal import ArchetypalSAE
@@ -20,6 +21,7 @@ __all__ = [
     "SAE",
     "ArchetypalSAE",
     "BatchTopKSAE",
+    "Crosscoder",
     "GatedSAE",
     "Head",
     "JumpReLUSAE",

@@ -41,6 +41,11 @@ class Inbox:
     def __init__(self, source: Site, target: Site) -> None:
         self.source, self.target = source, target
 
+    @property
+    def holds(self) -> bool:
+        """Whether a value was put since the last :meth:`clear`."""
+        return self in _HELD.get()
+
     def put(self, value: Tensor) -> None:
         _HELD.set({**_HELD.get(), self: (value, _version(value))})
 

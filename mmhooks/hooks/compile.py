@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmhooks.hooks.across_sites import Collector, CrossStep
 from mmhooks.hooks.between_sites import MapStep
 from mmhooks.hooks.program import Capture, CaptureOp, EditOp, FunctionStep, GradOp, GradStep, Op, Program
 from mmhooks.hooks.splice import HeadSite, HeadStep
@@ -26,13 +27,12 @@ def compile_programs(ops: list[Op]) -> dict[Any, Any]:
     for op in ops:
         site = op.target.site
         places.setdefault((site.tap, site.leaf), []).append(op)
-    parts = {place: _parts(here) for place, here in places.items()}
-    for steps, _ in [*parts.values()]:
-        for step in steps:
-            if isinstance(step, MapStep):
-                for feed in step.feeds():
-                    source = feed.inbox.source
-                    parts.setdefault((source.tap, source.leaf), ([], []))[1].append(feed)
+    collectors: dict[Any, Collector] = {}
+    parts = {place: _parts(here, collectors) for place, here in places.items()}
+    steps = [step for steps, _ in parts.values() for step in steps if isinstance(step, MapStep)]
+    for feed in (feed for reader in (*steps, *collectors.values()) for feed in reader.feeds()):
+        source = feed.inbox.source
+        parts.setdefault((source.tap, source.leaf), ([], []))[1].append(feed)
     table: dict[Any, Any] = {}
     for (tap, leaf), (steps, captures) in parts.items():
         program = _lone_capture(steps, captures) or Program(steps, captures)
@@ -43,8 +43,9 @@ def compile_programs(ops: list[Op]) -> dict[Any, Any]:
     return table
 
 
-def _parts(ops: list[Op]) -> Parts:
-    """The steps of a place and what records the value that flows on after them."""
+def _parts(ops: list[Op], collectors: dict[Any, Collector]) -> Parts:
+    """The steps of a place and what records the value that flows on after them; reads that need other places too go to
+    ``collectors``."""
     steps: list[Any] = []
     captures: list[Any] = []
     grads: dict[str, list[GradOp]] = {}
@@ -59,7 +60,7 @@ def _parts(ops: list[Op]) -> Parts:
         elif isinstance(op, CaptureOp):
             captures.append(Capture(op))
     for op in head_reads:
-        _add_head_read(steps, op)
+        _add_head_read(steps, op, collectors)
     steps.extend(GradStep(ops) for ops in grads.values())
     for step in steps:
         if isinstance(step, HeadStep):
@@ -69,7 +70,8 @@ def _parts(ops: list[Op]) -> Parts:
 
 def _new_step(op: Op) -> HeadStep:
     assert isinstance(op.target, HeadSite)
-    return MapStep(op) if op.target.sources else HeadStep(op)
+    sources = len(op.target.sources)
+    return HeadStep(op) if not sources else MapStep(op) if sources == 1 else CrossStep(op)
 
 
 def _add_edit(steps: list[Any], op: EditOp) -> None:
@@ -83,15 +85,19 @@ def _add_edit(steps: list[Any], op: EditOp) -> None:
         steps.append(_new_step(op))
 
 
-def _add_head_read(steps: list[Any], op: Op) -> None:
+def _add_head_read(steps: list[Any], op: Op, collectors: dict[Any, Collector]) -> None:
     """Reads of a head use its last run at this place, or a separate run if there is none."""
     run = next(
         (step for step in reversed(steps) if isinstance(step, HeadStep) and step.fits(op.target)), None
     )
-    if run is None:
-        steps.append(_new_step(op))
-    else:
+    if run is not None:
         run.add(op)
+    elif isinstance(op.target, HeadSite) and len(op.target.sources) > 1:
+        attachment = op.target.attachment
+        key = (attachment.name, id(attachment.head), attachment.sources)
+        collectors.setdefault(key, Collector(attachment)).ops.append(op)
+    else:
+        steps.append(_new_step(op))
 
 
 def _lone_capture(steps: Sequence[Any], captures: list[Any]) -> Callable[[Tensor], Tensor] | None:

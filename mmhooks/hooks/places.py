@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite, WrongHead
+from mmhooks.hooks.across_sites import CrossLike, check_cross_edit, check_cross_gradient
 from mmhooks.hooks.between_sites import MapLike
 from mmhooks.hooks.edits import At, Edit, Zero
 from mmhooks.hooks.features import FeatureSet
@@ -49,6 +50,8 @@ class Places:
             )
         if isinstance(head, MapLike):
             return self._attach_between(head, at, name, error_term=error_term, splice=splice, shapes=shapes)
+        if isinstance(head, CrossLike):
+            return self._attach_across(head, at, name, error_term=error_term, splice=splice, shapes=shapes)
         sites = list(dict.fromkeys(site for pattern in at for site in self.sites.find(pattern)))
         widths = known_widths(self.sites)
         for site in sites:
@@ -76,6 +79,28 @@ class Places:
         _check_width(source, head.d_in, f"{name!r} reads", widths, shapes)
         _check_width(target, head.d_out, f"{name!r} writes", widths, shapes)
         return self._add([Attachment(head, name, target, error_term, splice, (source,))])
+
+    def _attach_across(
+        self,
+        head: Any,
+        at: Sequence[Pattern],
+        name: str,
+        *,
+        error_term: bool,
+        splice: bool,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """Attaches a head that reads and writes several sites at once, in the order of its widths."""
+        sites = tuple(site for pattern in at for site in self.sites.find(pattern))
+        if len(sites) != len(head.widths) or len(set(sites)) != len(sites):
+            raise MMHooksError(
+                f"head {name!r} reads {len(head.widths)} sites together: expected as many in at=, in their order, got "
+                f"{[site.name for site in sites]}"
+            )
+        widths = known_widths(self.sites)
+        for site, width in zip(sites, head.widths, strict=True):
+            _check_width(site, width, f"{name!r} reads", widths, shapes)
+        return self._add([Attachment(head, name, site, error_term, splice, sites) for site in sites])
 
     def _add(self, attachments: Sequence[Attachment]) -> list[str]:
         keys = {f"{a.site.name}.{a.name}": a for a in attachments}
@@ -214,6 +239,7 @@ class Places:
             check_kind(place.site.kinds, edit.tokens, place.name)
         if isinstance(place, HeadSite):
             check_splice(place.attachment, place.leaf)
+            check_cross_edit(place.attachment, place.leaf)
             if place.leaf in ("pre", "latents"):
                 edit.check_width(place.attachment.head.n_features, torch.empty(0), Hook(place.name))
 
@@ -222,6 +248,9 @@ class Places:
         for place in places:
             if isinstance(place, HeadSite) and kind is EditOp:
                 check_splice(place.attachment, place.leaf)
+                check_cross_edit(place.attachment, place.leaf)
+            elif isinstance(place, HeadSite):
+                check_cross_gradient(place.attachment, place.leaf)
         name = getattr(fn, "__name__", type(fn).__name__)
         label = f"{'backward ' if kind is GradOp else ''}hook {name!r} on {describe(pattern)!r}"
         binding = Binding(label, tuple(p.name for p in places))

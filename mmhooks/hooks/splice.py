@@ -73,8 +73,8 @@ class Attachment:
 
     @cached_property
     def beside(self) -> tuple[Attachment, ...]:
-        """The same head at the other sites that edits of its site must reach."""
-        return tuple(replace(self, site=site) for site in self.site.beside)
+        """The same head at the other sites that edits of its site must reach; none for heads between sites."""
+        return () if self.sources else tuple(replace(self, site=site) for site in self.site.beside)
 
     def sites(self) -> list[HeadSite]:
         leaves = LEAVES if self.head.has_decoder else LEAVES[:2]

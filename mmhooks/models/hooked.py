@@ -152,7 +152,8 @@ class HookedModel:
         Args:
             head: anything with the interface of :class:`~mmhooks.hooks.splice.HeadLike`.
             at: sites, by name, glob or predicate. A head that maps one site to another, such as a transcoder: the site that
-                it reads and the site that it writes, whose places are then ``<site written>.<name>.latents``.
+                it reads and the site that it writes, whose places are then ``<site written>.<name>.latents``. A crosscoder: all
+                its sites, in their order; edits of it need :class:`mmhooks.given_run`.
             name: default: the head's own.
             error_term: edited output is ``x + (f' - f) W_dec``; ``False``: ``dec(f')``.
             splice: ``False`` leaves the model's flow alone; edits show in the head's latents only (the one

@@ -13,6 +13,7 @@ from mmhooks.heads import (
     NCL,
     ArchetypalSAE,
     BatchTopKSAE,
+    Crosscoder,
     GatedSAE,
     Head,
     JumpReLUSAE,
@@ -62,6 +63,7 @@ HEADS = {
     "gated": gated,
     "matching pursuit": lambda: MatchingPursuitSAE(16, 48, 5),
     "archetypal": with_points,
+    "crosscoder": lambda: Crosscoder(16, 48, 5, widths=(6, 10)),
     "transcoder": lambda: Transcoder(16, 48, 5),
     "transcoder with skip": lambda: Transcoder(16, 48, 5, skip=True),
     "ncl": lambda: NCL(16, 48, hidden=20),
@@ -71,7 +73,7 @@ HEADS = {
 
 def test_every_kind_is_tested_here() -> None:
     assert {make().kind for make in HEADS.values()} == set(KINDS)
-    others = {"gated", "matching_pursuit", "archetypal", "ncl", "transcoder"}
+    others = {"crosscoder", "gated", "matching_pursuit", "archetypal", "ncl", "transcoder"}
     assert set(KINDS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu"} | others
 
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
+from mmhooks.heads.crosscoder import Crosscoder
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.training.checkpoint import clear_leftovers, fingerprint
+from mmhooks.heads.training.crosscoder_objective import CrosscoderObjective
 from mmhooks.heads.training.ncl_objective import NCLObjective
 from mmhooks.heads.training.objective import Objective
 from mmhooks.heads.training.processes import Processes
@@ -229,6 +231,8 @@ def default_objective(head: Head) -> Objective:
     """The default objective for the head's kind."""
     if isinstance(head, NCL):
         return NCLObjective()
+    if isinstance(head, Crosscoder):
+        return CrosscoderObjective()
     if isinstance(head, SAE):
         return SAEObjective()
     if isinstance(head, Transcoder):
