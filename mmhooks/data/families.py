@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmhooks.data.pair_set import Pairs
 from mmhooks.data.splits import concept_key
 from mmhooks.errors import DataError, NotFinite, OutOfRange
 from mmhooks.utils.indexing import number_labels
@@ -29,7 +30,7 @@ def families(
 
     Read from ``column`` of the pairs' ``meta`` if it is given; for drawings (whose ``meta`` has code points) from their
     names, without skin tone, gender and direction; otherwise near-duplicates among ``vectors``, usually embeddings of
-    the images by another model (:func:`near_duplicates`). Without any of these every pair is its own family.
+    the images by another model (:func:`near_duplicates`). Without any of these, captions of one image are a family.
 
     Raises:
         DataError: a pair has no such column.
@@ -50,7 +51,9 @@ def families(
         return number_labels([meta[column] for meta in pairs.meta])
     if all("codepoints" in meta for meta in pairs.meta):
         return number_labels([drawing_family(text) for text in pairs.texts])
-    return torch.arange(len(pairs)) if vectors is None else near_duplicates(vectors)
+    if vectors is not None:
+        return near_duplicates(vectors)
+    return torch.tensor(pairs.image_numbers) if isinstance(pairs, Pairs) else torch.arange(len(pairs))
 
 
 def drawing_family(name: str) -> str:

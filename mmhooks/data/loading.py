@@ -94,6 +94,11 @@ class Decoder:
         preprocess: Callable[[Any], Tensor] | None,
         tokenizer: Callable[[list[str]], Tensor] | None,
     ) -> None:
+        if tokenizer is not None and not source.has_texts:
+            raise DataError(
+                f"{source.name}: expected pairs with texts for sites of the text tower, got images without; extract sites "
+                "of the image tower only, or give captions to them"
+            )
         self._pairs = source if isinstance(source, Pairs) else None
         self._name, self._on_error = source.name, getattr(source, "on_error", "raise")
         self._preprocess, self._tokenizer = preprocess, tokenizer
@@ -122,7 +127,7 @@ class Decoder:
                 key, text, image = pair.id, pair.text, pair.image
             else:
                 assert self._pairs is not None
-                key, text = self._pairs.ids[row], self._pairs.texts[row]
+                key, text = self._pairs.ids[row], self._pairs.texts[row] if self._pairs.has_texts else ""
                 image = None if self._preprocess is None else self._pairs.image(row)  # opened only if needed
             ids.append(key)
             texts.append(text)

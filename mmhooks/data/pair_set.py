@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol, overload, runtime_checkable
 
@@ -18,13 +19,18 @@ from mmhooks.utils.indexing import as_place, as_places, one_place
 
 @dataclass(frozen=True)
 class Row:
-    """Everything about a pair but its pixels, which its source opens by ``image_key``, a number or a path."""
+    """Everything about a pair but its pixels, which its source opens by ``image_key``, a number or a path.
+
+    Rows of one ``image_key`` show one image. ``split_by``: what a split is hashed from, if it is not the text: the first
+    caption of the image, so that all its captions are in one split.
+    """
 
     id: str
     text: str
     image_key: int | str
     split: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    split_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
 
     Attributes:
         name: the source, as passed to :func:`mmhooks.data.pairs`.
-        ids, texts: of all pairs, in order.
+        ids: of all pairs, in order.
+        has_texts: whether pairs have texts; images alone (``captions="none"``) have none.
         licence, attribution: of the images and texts; shown in reports.
         fingerprint: a short hash of ids, texts and pixels.
         skipped: file or row of every pair that was left out, and why (``on_error="skip"``).
@@ -72,7 +79,9 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
         licence: str = "",
         attribution: str = "",
         skipped: Mapping[str, str] | None = None,
+        has_texts: bool = True,
     ) -> None:
+        self.has_texts = has_texts
         self._rows = tuple(rows)
         self._images = images
         self._content = content
@@ -82,9 +91,8 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
             raise DataError(
                 f"{name}: expected at least one usable pair, got none ({len(self.skipped)} skipped)"
             )
-        check_rows(self._rows, name)
+        check_rows(self._rows, name, has_texts=has_texts)
         self.ids: list[str] = [row.id for row in self._rows]
-        self.texts: list[str] = [row.text for row in self._rows]
         self.fingerprint: str = _fingerprint(content, self._rows)
 
     def __len__(self) -> int:
@@ -120,6 +128,29 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
         """All images as a sequence that decodes each on access."""
         return _LazyImages(self)
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """The texts of all pairs, in order.
+
+        Raises:
+            DataError: images without texts.
+        """
+        if not self.has_texts:
+            raise DataError(
+                f"{self.name}: expected pairs with texts, got {len(self)} images without; give captions to them, or use "
+                "what needs images alone (sites of the image tower)"
+            )
+        return [row.text for row in self._rows]
+
+    @property
+    def image_numbers(self) -> list[int]:
+        """For every pair the number of its image, in order of first appearance; captions of one image share it.
+
+        >>> mm.retrieval(images, texts, images=torch.tensor(pairs.image_numbers))   # doctest: +SKIP
+        """
+        known: dict[int | str, int] = {}
+        return [known.setdefault(row.image_key, len(known)) for row in self._rows]
+
     @property
     def meta(self) -> list[Mapping[str, Any]]:
         return [row.meta for row in self._rows]
@@ -127,7 +158,7 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
     @property
     def splits(self) -> list[str]:
         """The split of every pair: given by the source, or by a hash of the text (:mod:`mmhooks.data.splits`)."""
-        return [row.split or split_of(self.name, row.text) for row in self._rows]
+        return [row.split or split_of(self.name, row.split_by or row.text or row.id) for row in self._rows]
 
     def split(self, name: str) -> Pairs:
         """The pairs of one split: "train", "heldout_pictures", "heldout_concepts", or one named by the source.
@@ -162,6 +193,7 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
             licence=self.licence,
             attribution=self.attribution,
             skipped=self.skipped,
+            has_texts=self.has_texts,
         )
 
     def _open(self, index: Any) -> Image.Image:
@@ -193,8 +225,8 @@ class _LazyImages(Sequence[Image.Image]):
         return self._pairs.image(place)
 
 
-def check_rows(rows: Sequence[Row], name: str) -> None:
-    """Raises DataError for a duplicate id or an empty text, naming the first one."""
+def check_rows(rows: Sequence[Row], name: str, *, has_texts: bool = True) -> None:
+    """Raises DataError for a duplicate id, or an empty text where there are texts, naming the first one."""
     counts = Counter(row.id for row in rows)
     twice = [key for key, n in counts.items() if n > 1]
     if twice:
@@ -203,7 +235,7 @@ def check_rows(rows: Sequence[Row], name: str) -> None:
             f"({counts[twice[0]]} times)"
         )
     empty = [row.id for row in rows if not row.text.strip()]
-    if empty:
+    if empty and has_texts:
         raise DataError(
             f"{name}: expected non-empty texts, got {len(empty)} empty ones, the first is that of {empty[0]!r}; "
             'on_error="skip" leaves them out'

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from mmhooks.data.pair_set import Pair
 from mmhooks.data.seen_ids import SeenIds
+from mmhooks.data.sources.caption_choice import Captions, check_choice, chosen_texts
 from mmhooks.data.sources.captions import captions_in
 from mmhooks.data.sources.hub import describe_skipped, file_state
 from mmhooks.data.sources.images import open_image, rgb
@@ -32,9 +33,13 @@ from mmhooks.errors import DataError
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read, with its image still encoded; ``fault``: why it cannot be used, if that is known already."""
+    """A pair as read, with its image still encoded; ``fault``: why it cannot be used, if that is known already.
+
+    ``captions``: all of its image, of which ``text`` is one.
+    """
 
     id: str
+    text: str = ""
     captions: tuple[str, ...] = ()
     image: Any = None
     root: DataRoot = field(default_factory=DataRoot)
@@ -52,7 +57,7 @@ class RawRow:
             image = rgb(open_image(data))
         except DataError as fault:
             return f"its image cannot be read: {fault}"
-        return Pair(self.id, image, self.captions[0], {"captions": list(self.captions)})
+        return Pair(self.id, image, self.text, {"captions": list(self.captions)})
 
 
 class PairStream:
@@ -63,6 +68,7 @@ class PairStream:
         fingerprint: of the request and of what :func:`~mmhooks.data.sources.hub.file_state` reads of local files (names,
             sizes, times, first and last megabyte); the rows are not read for it.
         on_error: "raise" or "skip", for rows that cannot be used.
+        has_texts: as in :class:`~mmhooks.data.Pairs`.
         skipped: why each skipped row was left out, as of the last iteration over this object. (Rows that
             ``mm.extract`` leaves out are listed in the store.)
     """
@@ -78,10 +84,14 @@ class PairStream:
         licence: str,
         attribution: str,
         on_error: str,
+        captions: Captions = "first",
+        seed: int = 0,
     ) -> None:
         self._opened, self._columns, self._limit = opened, columns, limit
         self.name, self.fingerprint, self.on_error = name, fingerprint, on_error
         self.licence, self.attribution = licence, attribution
+        self._captions: Captions = captions
+        self._seed, self.has_texts = seed, captions != "none"
         self.skipped: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -108,12 +118,18 @@ class PairStream:
             raise DataError(f"{self.name}: none of its rows can be used{describe_skipped(self.skipped)}")
 
     def raw(self, *, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[RawRow]:
-        """The rows of one of ``world`` processes, still encoded, after skipping the first ``skip`` of them.
+        """The pairs of one of ``world`` processes, still encoded, after skipping the first ``skip`` of them.
 
         Whole files are assigned to a process if their number allows, else every ``world``-th row
         (``datasets.distributed.split_dataset_by_node``). Without an id column, rows are named by their number; a row
         whose id has occurred before in this call is reported as faulty.
         """
+        if self._captions == "all":  # how many pairs a row makes is known only after reading it
+            return islice(self._expanded(rank, world, 0), skip, None)
+        return self._expanded(rank, world, skip)
+
+    def _expanded(self, rank: int, world: int, skip: int) -> Iterator[RawRow]:
+        """The pairs that the rows make, after skipping the first ``skip`` rows."""
         rows = self._opened.rows if self._limit is None else self._opened.rows.take(self._limit)
         if world > 1:
             from datasets.distributed import split_dataset_by_node
@@ -133,11 +149,13 @@ class PairStream:
                         raise DataError("its id is a duplicate")
                 if FAULT in row:
                     raise DataError(row[FAULT])
-                captions = captions_in(row, self._columns.text)
+                captions = captions_in(row, self._columns.text) if self._columns.text is not None else []
             except DataError as fault:
                 yield RawRow(key, fault=str(fault))
             else:
-                yield RawRow(key, tuple(captions), row.get(self._columns.image), self._opened.root)
+                image = row.get(self._columns.image)
+                for name, text in chosen_texts(key, captions, self._captions, self._seed):
+                    yield RawRow(name, text, tuple(captions), image, self._opened.root)
 
 
 def pair_stream(
@@ -148,6 +166,8 @@ def pair_stream(
     on_error: str = "raise",
     image_column: str | None = None,
     text_column: str | None = None,
+    captions: Captions = "first",
+    seed: int = 0,
     allow_outside: bool = False,
 ) -> PairStream:
     """Pairs of any image-text data set that ``datasets`` can stream; nothing is stored on disk.
@@ -156,8 +176,7 @@ def pair_stream(
     files with image bytes, any data set of the Hub. ``mm.extract`` reads both.
 
     Args:
-        source, split, image_column, text_column, allow_outside: as in :func:`~mmhooks.data.pairs`; also a glob of
-            local files, ``"laion/*.tar"``.
+        source, split, image_column, text_column, captions, seed, allow_outside: as in :func:`~mmhooks.data.pairs`.
         limit: stop after this many rows.
         on_error: "raise" at the first row that cannot be used, or "skip" it and continue.
 
@@ -172,11 +191,12 @@ def pair_stream(
         raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}")
+    check_choice(captions)
     name = str(source)
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
     opened = open_rows(path, wanted, name, allow_outside=allow_outside)
-    columns = columns_of(opened, known, image_column, text_column, name)
+    columns = columns_of(opened, known, image_column, text_column, name, texts=captions != "none")
     request = [
         path,
         wanted,
@@ -186,6 +206,8 @@ def pair_stream(
         allow_outside,
         file_state(Path(path).expanduser()),
     ]
+    if captions != "first":  # stores of first captions keep their identity
+        request += [captions, seed]
     return PairStream(
         opened,
         columns,
@@ -195,4 +217,6 @@ def pair_stream(
         licence=known.licence if known else "see the data set's card",
         attribution=known.attribution if known else name,
         on_error=on_error,
+        captions=captions,
+        seed=seed,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mmhooks.data.pair_set import Pairs, Row
+from mmhooks.data.sources.caption_choice import Captions, chosen_texts
 from mmhooks.data.sources.captions import captions_in
 from mmhooks.data.sources.images import image_fault, open_image
 from mmhooks.data.sources.opening import (
@@ -34,7 +35,7 @@ from mmhooks.utils.progress import track
 
 BATCH = 64
 EDGE = 2**20
-_LAYOUT = 2  # version of the cached files and the meaning of their rows; other versions are not read
+_LAYOUT = 3  # version of the cached files and the meaning of their rows; other versions are not read
 
 
 def stream(
@@ -46,6 +47,8 @@ def stream(
     image_column: str | None = None,
     text_column: str | None = None,
     meta_columns: Sequence[str] = (),
+    captions: Captions = "first",
+    seed: int = 0,
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
@@ -53,15 +56,15 @@ def stream(
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
     request = [_LAYOUT, path, wanted, limit, on_error, image_column, text_column, allow_outside]
-    request += [file_state(Path(path).expanduser()), list(meta_columns)]
+    request += [file_state(Path(path).expanduser()), list(meta_columns), captions == "none"]
     key = blake2b(json.dumps(request).encode(), digest_size=10).hexdigest()
     stored = cache_dir("pairs") / f"{''.join(c if c.isalnum() else '_' for c in name)[-40:]}-{key}.arrow"
     if not stored.exists():
         opened = open_rows(path, wanted, name, allow_outside=allow_outside)
-        columns = columns_of(opened, known, image_column, text_column, name)
+        columns = columns_of(opened, known, image_column, text_column, name, texts=captions != "none")
         describe = _meta_encoder(opened.columns, meta_columns, name)
         _write_cache_file(stored, _UsableRows(opened, columns, describe, name, on_error), limit, progress)
-    return _read_cache_file(stored, name, known)
+    return _read_cache_file(stored, name, known, captions, seed)
 
 
 def file_state(place: Path) -> list[Any]:
@@ -147,7 +150,7 @@ class _UsableRows:
             key = id_of(row, self._columns.id)
         if key in self._seen:
             raise DataError("its id is a duplicate")
-        captions = captions_in(row, self._columns.text)
+        captions = captions_in(row, self._columns.text) if self._columns.text is not None else []
         data = encoded(row.get(self._columns.image), self._opened.root)
         fault = image_fault(data)
         if fault is not None:
@@ -196,7 +199,7 @@ def describe_skipped(skipped: Mapping[str, str]) -> str:
     return f" ({len(skipped)} skipped, the first is {key}: {why})"
 
 
-def _read_cache_file(stored: Path, name: str, known: Source | None) -> Pairs:
+def _read_cache_file(stored: Path, name: str, known: Source | None, captions: Captions, seed: int) -> Pairs:
     with reading_cache_file(stored):
         images = _EncodedImages(stored)
         about = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
@@ -204,16 +207,21 @@ def _read_cache_file(stored: Path, name: str, known: Source | None) -> Pairs:
         table = images.table.drop_columns(["image"]).to_pydict()
         if len(table["id"]) != about["rows"]:
             raise ValueError(f"{len(table['id'])} rows, expected {about['rows']}")
-        # The first caption is the text; all of them are in meta.
+        columns = zip(table["id"], table["captions"], table["meta"], strict=True)
         rows = [
-            Row(key, captions[0], i, meta={**json.loads(meta), "captions": captions})
-            for i, (key, captions, meta) in enumerate(
-                zip(table["id"], table["captions"], table["meta"], strict=True)
+            Row(
+                key,
+                text,
+                i,
+                meta={**json.loads(meta), "captions": known_texts},
+                split_by=next(iter(known_texts), ""),
             )
+            for i, (image, known_texts, meta) in enumerate(columns)
+            for key, text in chosen_texts(image, known_texts, captions, seed)
         ]
         content, skipped = str(about["content"]), dict(about["skipped"])
     return Pairs(
-        rows, images, name=name, content=content, skipped=skipped,
+        rows, images, name=name, content=content, skipped=skipped, has_texts=captions != "none",
         licence=known.licence if known else "see the data set's card",
         attribution=known.attribution if known else name,
     )  # fmt: skip

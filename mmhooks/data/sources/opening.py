@@ -67,10 +67,10 @@ class OpenDataset:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of image, texts and id (None: rows are numbered)."""
+    """The columns of image, texts (None: not read) and id (None: rows are numbered)."""
 
     image: str
-    text: str
+    text: str | None
     id: str | None
 
 
@@ -236,9 +236,18 @@ def choose_split(splits: Sequence[str], split: str | None, name: str) -> str:
 
 
 def columns_of(
-    opened: OpenDataset, known: Source | None, image: str | None, text: str | None, name: str
+    opened: OpenDataset,
+    known: Source | None,
+    image: str | None,
+    text: str | None,
+    name: str,
+    *,
+    texts: bool = True,
 ) -> Columns:
     """The columns of image, texts and id: as given, as known for this data set, or inferred by type and name.
+
+    Args:
+        texts: False where images are read alone.
 
     Raises:
         DataError: no such column.
@@ -251,13 +260,16 @@ def columns_of(
     image = image or next((c for c in IMAGE_COLUMNS if c in columns), None)
     text = text or (known.text if known else None) or next((c for c in TEXT_COLUMNS if c in columns), None)
     key = known.id if known else next((c for c in ID_COLUMNS if c in columns), None)
-    fitting = {"image": image in columns, "text": text is not None and base_column(text, columns) is not None}
+    text = text if texts else None
+    named = text is not None and base_column(text, columns) is not None
+    fitting = {"image": image in columns, "text": named or not texts}
     missing = [what for what, fits in fitting.items() if not fits]
-    if missing or image is None or text is None:
+    if missing or image is None:
         shown = ", ".join(c for c in columns if not c.startswith("__"))
         raise DataError(
             f"{name} has columns {shown}; no {' and no '.join(missing)} column among them: name it "
             "with image_column= or text_column= (or a part of one as column.key)"
+            + ('; captions="none" reads the images alone' if missing == ["text"] else "")
         )
     return Columns(image, text, key if key in columns else None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmhooks.data.pair_set import Pairs
+from mmhooks.data.sources.caption_choice import Captions, check_choice
 from mmhooks.data.splits import choose
 from mmhooks.errors import DataError
 
@@ -23,6 +24,7 @@ def pairs(
     image_column: str | None = None,
     text_column: str | None = None,
     meta_columns: Sequence[str] = (),
+    captions: Captions = "first",
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
@@ -34,7 +36,7 @@ def pairs(
             (Parquet, Arrow, image folder, WebDataset); ``"coco"``, ``"cc3m"``; or any data set's name on the Hub.
         split: for ``mini`` and folders "train", "heldout_pictures" or "heldout_concepts"; for data sets one of their
             own splits (default: validation if there is one).
-        limit: at most this many pairs: a random subset by ``seed``, in the source's order; of a data set the first
+        limit: at most this many images: a random subset by ``seed``, in the source's order; of a data set the first
             ones, so that no more than these are downloaded.
         on_error: "raise" reports the first pair that cannot be used; "skip" leaves such pairs out and lists
             them in ``.skipped``.
@@ -43,6 +45,8 @@ def pairs(
             per line).
         meta_columns: columns of a data set to keep in ``meta`` as text (class names instead of numbers);
             for a folder all columns are kept.
+        captions: where an image has several: its "first", "all" (one pair each, a family; ids end in ``#0``, ``#1``), a
+            "random" one (by ``seed`` and the image's id), or "none", for images alone. All are in ``meta["captions"]``.
         allow_outside: also read files outside the data set's folder, which a table or row may refer to by ``../``, an
             absolute path, a link or a URL. Set it only if you trust the author of the data set.
 
@@ -58,6 +62,7 @@ def pairs(
         raise DataError(f"limit must be at least 1, got {limit}")
     if on_error not in ("raise", "skip"):
         raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
+    check_choice(captions)
     place = Path(source).expanduser()
     if str(source) == "mini":
         from mmhooks.data.sources.openmoji import openmoji
@@ -86,6 +91,8 @@ def pairs(
             image_column=image_column,
             text_column=text_column,
             meta_columns=meta_columns,
+            captions=captions,
+            seed=seed,
             allow_outside=allow_outside,
             progress=progress,
         )

@@ -93,3 +93,52 @@ def test_a_row_of_zeros_finds_nothing_and_is_found_by_nobody():
     assert found.image_ranks.tolist() == [0, 3, 3, 0]
     assert found.text_ranks.tolist() == [0, 3, 3, 0]
     assert found.image_to_text[3].value == 0.5
+
+
+def naive_multi_caption_ranks(image_of, image, text):
+    """COCO's task by loops: images counted once, the best of an image's captions decides."""
+    first = {number: row for row, number in reversed(list(enumerate(image_of)))}
+    score = {
+        (number, j): float(cosine_similarity(image[row], text[j], dim=0))
+        for number, row in first.items()
+        for j in range(len(text))
+    }
+    forward = []
+    for number in sorted(first):
+        best = max(score[number, j] for j in range(len(text)) if image_of[j] == number)
+        forward.append(sum(score[number, j] >= best and image_of[j] != number for j in range(len(text))))
+    backward = [
+        sum(score[number, j] >= score[image_of[j], j] and number != image_of[j] for number in first)
+        for j in range(len(text))
+    ]
+    return forward, backward
+
+
+@pytest.mark.parametrize("image_of", [[i // 5 for i in range(40)], [2, 0, 2, 1, 1, 2, 3, 0], list(range(9))])
+def test_every_caption_of_an_image_is_right_and_an_image_counts_once(image_of):
+    torch.manual_seed(1)
+    image = torch.randn(max(image_of) + 1, 5)[torch.tensor(image_of)]
+    text = image + 2 * torch.randn(len(image_of), 5)
+    found = mm.retrieval(image, text, ks=(1, 2, 3), images=torch.tensor(image_of))
+    forward, backward = naive_multi_caption_ranks(image_of, image, text)
+    assert found.image_ranks.tolist() == forward and found.text_ranks.tolist() == backward
+    m, n = max(image_of) + 1, len(image_of)
+    assert found.image_to_text[1].n == m and found.text_to_image[1].n == n == found.n
+    for k in (1, 2, 3):
+        assert found.text_to_image_chance[k] == pytest.approx(k / m)
+        draws = list(itertools.combinations(image_of, k))
+        expected = sum(i in draw for i in range(m) for draw in draws) / len(draws) / m
+        assert found.chance[k] == pytest.approx(expected)
+    chances = [row["chance"] for row in found.table() if row["direction"] == "text to image"]
+    assert chances == [found.text_to_image_chance[k] for k in (1, 2, 3)]
+
+
+def test_rows_of_one_image_must_agree():
+    image = torch.eye(4)
+    numbers = torch.tensor([0, 0, 1, 2])
+    with pytest.raises(ShapeMismatch, match=r"got row 1 of image 0 at a distance of 1\.41 from row 0"):
+        mm.retrieval(image, image, images=numbers)
+    with pytest.raises(ShapeMismatch, match="got both"):
+        mm.retrieval(image, image, images=numbers, same=numbers)
+    with pytest.raises(ShapeMismatch, match="3 labels"):
+        mm.retrieval(image, image, images=numbers[:3])
