@@ -36,6 +36,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("widths", "ks"), ("null or a list of whole numbers", _is_list_of_levels)),
     "normalize_input": ('true, false or "layer_norm"', lambda v: isinstance(v, bool) or v == "layer_norm"),
     **dict.fromkeys(("decoder", "skip"), ("true or false", lambda v: isinstance(v, bool))),
+    "activation": ("topk, relu or jumprelu", lambda v: v in ("topk", "relu", "jumprelu")),
     "delta": ("a number from 0 on", lambda v: type(v) in (int, float) and 0 <= v < math.inf),
     "bandwidth": ("a number above zero", lambda v: type(v) in (int, float) and 0 < v < math.inf),
 }

@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmhooks.errors import ShapeMismatch
+from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.heads.linalg import to_unit
 from mmhooks.heads.sae import topk_kernels as sparse
@@ -30,6 +30,8 @@ class Transcoder(Head):
     Args:
         d_in, d_out: widths of the site that is read and of the one that is written (default: the same).
         skip: whether an affine map of the input is added, so that features need only carry what is not linear.
+        activation: "topk", the kind that is trained here; "relu" and "jumprelu" (a threshold for every feature, in the
+            buffer ``thresholds``) are read from files of other libraries.
 
     Attributes:
         sites: the site that it reads and the one that it writes, where known.
@@ -44,6 +46,7 @@ class Transcoder(Head):
     kind = "transcoder"
     has_decoder = True
     reconstructs = False
+    thresholds: Tensor
 
     def __init__(
         self,
@@ -53,14 +56,18 @@ class Transcoder(Head):
         *,
         d_out: int | None = None,
         skip: bool = False,
+        activation: Literal["topk", "relu", "jumprelu"] = "topk",
         name: str | None = "transcoder",
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, n_features, name=name, normalize_input=False)
         d_out = d_in if d_out is None else d_out
-        if d_out < 1 or not 1 <= k <= n_features:
+        if activation not in ("topk", "relu", "jumprelu"):
+            raise MMHooksError(f"activation: expected topk, relu or jumprelu, got {activation!r}")
+        if d_out < 1 or (activation == "topk" and not 1 <= k <= n_features):
             raise ShapeMismatch(f"expected d_out >= 1 and k in 1..{n_features}, got {d_out} and {k}")
-        self.d_out, self.k, self.skip = d_out, k, skip
+        self.d_out, self.skip, self.activation = d_out, skip, activation
+        self.k = k if activation == "topk" else n_features
         generator = torch.Generator().manual_seed(seed)
         self.W_enc = nn.Parameter(to_unit(torch.randn(n_features, d_in, generator=generator)))
         self.W_dec = nn.Parameter(to_unit(torch.randn(n_features, d_out, generator=generator)))
@@ -69,10 +76,13 @@ class Transcoder(Head):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if skip:
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
+        if activation == "jumprelu":
+            self.register_buffer("thresholds", torch.zeros(n_features))
 
     def config(self) -> dict[str, Any]:
         shape = {"d_in": self.d_in, "d_out": self.d_out, "n_features": self.n_features}
-        return shape | {"k": self.k, "skip": self.skip}
+        active = {"k": self.k} if self.activation == "topk" else {"activation": self.activation}
+        return shape | active | {"skip": self.skip}
 
     def pre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
         """``(x - b_pre) W_enc^T + b_enc``, before any selection."""
@@ -80,7 +90,11 @@ class Transcoder(Head):
         return F.linear(x - self.b_pre, self.W_enc, self.b_enc)
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-        """The ``k`` largest pre-activations, clipped at zero."""
+        """The ``k`` largest pre-activations, clipped at zero; or all that are positive, or above their thresholds."""
+        if self.activation == "relu":
+            return pre.relu()
+        if self.activation == "jumprelu":
+            return torch.where(pre > self.thresholds, pre, 0).relu()
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
@@ -89,8 +103,8 @@ class Transcoder(Head):
 
     def encode_topk(self, x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
         """The same features as :meth:`encode` in sparse form: values and feature indices; value 0 is not active."""
-        values, indices = self.pre(x).topk(self.k, dim=-1, sorted=False)
-        return values.relu(), indices
+        values, indices = self.encode(x).topk(self.k, dim=-1, sorted=False)
+        return values, indices
 
     def decode(self, f: Float[Tensor, "*b n"]) -> Float[Tensor, "*b e"]:
         """``f W_dec + b_dec``: what the features write, without the skip connection."""

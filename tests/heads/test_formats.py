@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError, NotFinite
-from mmhooks.heads import NCL, SAE
+from mmhooks.heads import NCL, Head
 from mmhooks.heads.formats import FORMATS, load_saelens, read_head, save_saelens
 
 D, N, K = 6, 20, 3
@@ -30,7 +30,7 @@ def topk(z: Tensor, k: int) -> Tensor:
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
 
-def same(head: SAE, f: Tensor, recon: Tensor, x: Tensor = X) -> None:
+def same(head: Head, f: Tensor, recon: Tensor, x: Tensor = X) -> None:
     torch.testing.assert_close(head.encode(x).detach(), f, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head(x).detach(), recon, atol=1e-5, rtol=1e-5)
 
@@ -176,7 +176,7 @@ def test_layer_normed_inputs_alone_and_in_the_graph(tmp_path, library) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"architecture": "gated"}, "topk.*'gated', which is not supported"),
+        ({"architecture": "temporal"}, "topk.*'temporal', which is not supported"),
         ({"normalize_activations": "expected_average_only_in"}, "statistics that are not in the file"),
         ({"d_sae": 21}, r"d_sae = 21, W_enc is \[6, 20\]"),
         ({"k": None}, "expected k in cfg.json, got none"),
@@ -294,7 +294,6 @@ def test_sparsify(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("cfg", "match"),
     [
-        ({"transcode": True}, "transcoder"),
         ({"skip_connection": True}, "skip connection"),
         ({"activation": "groupmax"}, "'groupmax' is not topk"),
     ],

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError
 from mmhooks.heads.base import Head, build_without_weights
+from mmhooks.heads.formats import transcoders
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, scaling_of, take_tensors
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE, from_log
+from mmhooks.heads.transcoder import Transcoder
 from mmhooks.heads.weights import load_strictly
 from mmhooks.utils.files import atomic_path, make_folder, write_text
 
@@ -26,7 +28,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
 # SAELens's architecture -> our kind. The last two are training checkpoints, which apply a threshold at inference.
 ARCHITECTURES = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu",
-                 "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # fmt: skip
+                 "gated": "gated", "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # fmt: skip
 VERSION = "6.54.12"  # whose layout is written; without a version SAELens assumes a file from before 6.0
 NORMALIZED = {True: "constant_norm_rescale", False: "none", "layer_norm": "layer_norm"}
 WRITTEN = {
@@ -57,10 +59,13 @@ def load_saelens(
     >>> torch.allclose(load_saelens(folder)(x), sae(x), atol=1e-6)
     True
     """
-    return read(Path(path), Options(name=name, normalize_input=normalize_input))
+    head = read(Path(path), Options(name=name, normalize_input=normalize_input))
+    if not isinstance(head, SAE):
+        raise MMHooksError(f"{path}: expected an SAE, got a transcoder; mmhooks.load_head reads both")
+    return head
 
 
-def read(path: Path, options: Options) -> SAE:
+def read(path: Path, options: Options) -> SAE | Transcoder:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise MissingWeights(
@@ -69,17 +74,21 @@ def read(path: Path, options: Options) -> SAE:
     cfg, where = _upgrade_config(read_json(path / CONFIG)), path / WEIGHTS
     _check_types(cfg, path / CONFIG)
     architecture = cfg["architecture"]
-    if architecture not in ARCHITECTURES:
+    if architecture not in ARCHITECTURES and architecture not in transcoders.ARCHITECTURES:
         raise MMHooksError(
-            f"{path / CONFIG}: expected an architecture among {', '.join(ARCHITECTURES)}, got {architecture!r}, which is "
-            "not supported"
+            f"{path / CONFIG}: expected an architecture among {', '.join((*ARCHITECTURES, *transcoders.ARCHITECTURES))}, got "
+            f"{architecture!r}, which is not supported"
         )
     state = read_tensors(where)
+    if architecture in transcoders.ARCHITECTURES:
+        return transcoders.read_saelens(cfg, state, options, where)
     ours = (cfg.get("metadata") or {}).get("mmhooks")
     if isinstance(ours, dict):
         return _read_own(ours, state, options, where, cfg)
     if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
         del state["scaling_factor"]  # from before 6.0, without effect
+    if architecture == "gated":
+        state = _gate_first(state, where)
     kind, extra, config, state = _activation(ARCHITECTURES[architecture], cfg, state, options, where)
     weights = take_tensors(state, NAMES, where)
     affine = Affine.of(weights | {"W_enc": weights["W_enc"].T}, where)
@@ -91,6 +100,8 @@ def read(path: Path, options: Options) -> SAE:
     if cfg.get("rescale_acts_by_decoder_norm"):
         affine = affine.row_norms_folded()
     if not cfg.get("apply_b_dec_to_input", True):
+        if kind == "gated":  # the magnitudes' bias is shifted by their own weights
+            extra["b_mag"] = extra["b_mag"] + extra["r_mag"].exp() * (affine.W_enc @ affine.b_pre)
         affine = affine.encoder_unshifted()
     affine, options = scaling_of(cfg.get("normalize_activations"), affine, options, path / CONFIG)
     return affine.build(
@@ -142,6 +153,8 @@ def _activation(
         if threshold is None:
             raise MMHooksError(f"{where}: missing topk_threshold: without it a BatchTopK SAE cannot be used")
         return kind, {"threshold": threshold}, {"k": max(1, round(cfg.get("k") or 1))}, state
+    if kind == "gated":
+        return kind, {name: state.pop(name).float() for name in ("r_mag", "b_mag")}, {}, state
     if kind == "jumprelu":
         if "log_threshold" in state:  # training checkpoints from before 6.0
             log_threshold = state.pop("log_threshold").float()
@@ -151,6 +164,16 @@ def _activation(
             raise MMHooksError(f"{where}: missing threshold, which a jumprelu SAE needs")
         return kind, {"threshold_log": from_log(log_threshold)}, {}, state
     return kind, {}, {}, state
+
+
+def _gate_first(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """A gated SAE's tensors with the gate's bias as ``b_enc``."""
+    missing = [name for name in ("b_gate", "r_mag", "b_mag") if name not in state]
+    if missing:
+        raise MMHooksError(f"{where}: missing {', '.join(missing)}, which a gated SAE needs")
+    if "b_enc" in state:
+        raise MMHooksError(f"{where}: unexpected b_enc, which a gated SAE has not")
+    return {"b_enc" if name == "b_gate" else name: value for name, value in state.items()}
 
 
 def _read_own(

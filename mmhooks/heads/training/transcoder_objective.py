@@ -67,6 +67,10 @@ class TranscoderObjective(Objective):
     @torch.no_grad()
     def start(self, head: Transcoder, image: Tensor, text: Tensor | None) -> None:
         assert text is not None  # checked by measure()
+        if head.activation != "topk":
+            raise MMHooksError(
+                f"expected a transcoder with a k to train, got one with {head.activation}, which nothing here makes sparse"
+            )
         x, y = image, text
         head.b_pre.copy_(x.mean(dim=0))
         head.b_dec.copy_(y.mean(dim=0))
