@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mmhooks as mm
 from mmhooks.errors import DamagedFile, MissingWeights, MMHooksError, NotFinite
-from mmhooks.heads import NCL, Head
+from mmhooks.heads import NCL, SAE, Head
 from mmhooks.heads.formats import FORMATS, load_saelens, read_head, save_saelens
 
 D, N, K = 6, 20, 3
