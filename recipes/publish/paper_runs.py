@@ -49,7 +49,7 @@ RUNS = (
              "CLIP ViT-B/32"),
     PaperRun("gender", "--pretrained= --data mini --labels codepoints --confidence 0 --person 0 --limit 48 --epochs 2 --draws 4",
              "CLIP ViT-B/32"),
-    PaperRun("adversarial", "--pretrained= --data mini --victim {here}/llava --judge rules --limit 4 --calibration 2 "
+    PaperRun("adversarial", "--pretrained= --data mini --victim {here}/llava --judge rules --limit 8 --calibration 4 "
              "--repeats 1 --answer-tokens 2 --steps 2",
              "CLIP ViT-B/32; LLaVA-1.5-7b's widths with 2 of 32 layers, 4 of 24 vision layers, images of 112 px"),
     PaperRun("generation", "--pretrained= --pipeline {here}/sd2 --data mini --limit 16 --pairs 2 --curve-pairs 1 --random-sets 8 "
