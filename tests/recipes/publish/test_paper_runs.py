@@ -17,5 +17,5 @@ def test_every_option_is_one_that_the_study_takes(run: PaperRun):
 
 def test_an_option_out_of_its_range_is_seen():
     command = typer.main.get_command(import_module("mmhooks.studies.adversarial.study").app)
-    with pytest.raises(Exception, match="--limit"):
+    with pytest.raises(Exception, match="greater than or equal to 8"):
         command.make_context("adversarial", ["--paper", "--limit", "4"])
