@@ -137,7 +137,7 @@ def block(here: Path) -> str:
     return Table(
         columns, rows, "--paper at full size, random weights",
         "A run with seconds ended and wrote its results, tables and page; no number in them means anything. –: not run here. One "
-        "thread of a machine that did much other work at once, so seconds are an upper bound.",
+        "thread; the other core did other work.",
         text_columns=(0, 1, 2),
     ).markdown()  # fmt: skip
 

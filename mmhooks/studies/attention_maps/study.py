@@ -42,6 +42,7 @@ def run(options: Options) -> Results:
         save_images,
         verdict_sentence,
     )
+    from mmhooks.studies.common.run import environment
     from mmhooks.studies.common.write import write_results
     from mmhooks.utils.escape import markdown
     from mmhooks.utils.files import write_text
@@ -63,7 +64,7 @@ def run(options: Options) -> Results:
         "prompts": prompts,
         "words": words,
         "command": as_command("attention_maps", options),
-        "seconds": time.perf_counter() - start,
+        "environment": environment(start),
     }
     lines = [
         f"{len(drawn)} images of {markdown(options.pipeline)}, {options.steps} steps, guidance {options.guidance}."
@@ -81,7 +82,7 @@ def run(options: Options) -> Results:
     write_text(page, "\n".join(["# Attention maps", "", *lines, "", "![heat](heat.png)", ""]))
     written = write_results(out, results, [page, *paths])
     say_lines("\n".join(lines))
-    say(f"{page}, {results['seconds']:.0f} s")
+    say(f"{page}, {results['environment']['seconds']:.0f} s")
     return written
 
 

@@ -240,4 +240,4 @@ def report(results: Mapping[str, Any], out: Path) -> None:
         say(f"{mode}: not possible here: {why}")
     if results["paper"] is not None:
         say(f"{results['paper']['paper']}: {paper_sentence(results['paper'])}")
-    say(f"{out / 'index.html'}, {results['seconds']:.0f} s")
+    say(f"{out / 'index.html'}, {results['environment']['seconds']:.0f} s")

@@ -39,6 +39,7 @@ def run(options: Options) -> Results:
     import mmhooks as mm
     from mmhooks.errors import MMHooksError
     from mmhooks.studies.common.paper_report import paper_account
+    from mmhooks.studies.common.run import environment
     from mmhooks.studies.common.write import write_results
     from mmhooks.studies.generation.cases import make_cases
     from mmhooks.studies.generation.interpolation import (
@@ -98,7 +99,7 @@ def run(options: Options) -> Results:
         "chosen": options.shown is None,
         "impossible": impossible,
         "modes": {mode: numbers_of(found) for mode, found in modes.items()},
-        "seconds": time.perf_counter() - start,
+        "environment": environment(start),
     }
     out = Path(options.out)
     written = write_results(out, results)
