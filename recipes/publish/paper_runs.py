@@ -1,7 +1,7 @@
 """Runs every study with ``--paper`` on its full-size architecture with random weights, and writes what that took into
 docs/paper-settings.md.
 
-    PYTHONPATH=recipes python -m publish.paper_runs runs/paper      # half an hour or more on one core
+    PYTHONPATH=recipes python -m publish.paper_runs runs/paper      # about 16 minutes on one core
 
 A study whose results are there already is not run again. Where no library builds a model without weights by its name
 (Stable Diffusion 2, LLaVA 1.5), a checkpoint with random weights is written first: the widths of the published model,
