@@ -37,7 +37,8 @@ def block(results: Mapping[str, Any]) -> str:
     sets = found[0][2]["random_sets"]["n"]
     lines = [
         f"`{command(results)}`: {len(results['cases'])} prompts, {results['seeds']} image of each, {results['steps']} steps; "
-        f"{sets} random sets a space. {results['environment']['seconds']:.0f} s. The {sum(len(f['verdicts']) for _, _, f in found)} claims "
+        f"{sets} random sets a space. {results['environment']['seconds']:.0f} s. "
+        f"The {sum(len(f['verdicts']) for _, _, f in found)} claims "
         "are decided together (Holm); a difference must hold over random sets and over prompts."
     ]
     for mode, space, numbers in found:
