@@ -20,7 +20,7 @@ from mmhooks.models.hooked import HookedModel
 from mmhooks.models.pair_inputs import required_part
 from mmhooks.models.pixel_map import PixelMap, pixel_map
 from mmhooks.models.vision.model import HookedVision
-from mmhooks.utils.indexing import one_index
+from mmhooks.utils.indexing import as_choice, as_indices
 from mmhooks.utils.modes import evaluating
 from mmhooks.utils.overlay import overlay
 
@@ -124,15 +124,35 @@ def heat(
     *,
     batch: int = 32,
 ) -> list[Heat]: ...
+@overload
+def heat(
+    head: Head | str,
+    model: HookedModel,
+    image: Image.Image,
+    feature: Sequence[int],
+    site: str | None = None,
+    *,
+    batch: int = 32,
+) -> dict[int, Heat]: ...
+@overload
+def heat(
+    head: Head | str,
+    model: HookedModel,
+    image: Sequence[Image.Image],
+    feature: Sequence[int],
+    site: str | None = None,
+    *,
+    batch: int = 32,
+) -> dict[int, list[Heat]]: ...
 def heat(
     head: Head | str,
     model: HookedModel,
     image: Any,
-    feature: int,
+    feature: Any,
     site: str | None = None,
     *,
     batch: int = 32,
-) -> Heat | list[Heat]:
+) -> Heat | list[Heat] | dict[int, Heat] | dict[int, list[Heat]]:
     """The activation of a head's feature at each patch of an image, with the place of each patch in the original image.
 
     Open contexts of the model apply. A feature that is active nowhere gives a grid of zeros.
@@ -141,9 +161,12 @@ def heat(
         head: the head, or the name of an attached one.
         model: with ``preprocess``, through which the image goes.
         image: a PIL image of any size, or several.
-        feature: its number.
+        feature: its number, or several: they share one pass of the model.
         site: a site with patches or a feature map, such as ``image.blocks.3.resid_post``; by default where the head is attached.
         batch: images at a time.
+
+    Returns:
+        The heat of the image, a list for several images; for several features a dict of these by number.
 
     Raises:
         MMHooksError: a model without an image tower of its own or without ``preprocess``, a head that is attached nowhere or at
@@ -166,21 +189,31 @@ def heat(
     wrong = next((one for one in images if not isinstance(one, Image.Image)), None)
     if wrong is not None or not images:
         raise MMHooksError(f"heat: expected PIL images, got {type(wrong).__name__ if images else 'none'}")
-    number = one_index(feature, reader.head.n_features, f"features of head {reader.head.name!r}")
+    what = f"features of head {reader.head.name!r}"
+    one_feature = as_choice(feature, what).dim() == 0
+    numbers = list(dict.fromkeys(as_indices(feature, reader.head.n_features, what).tolist()))
+    if not numbers:
+        raise ShapeMismatch(f"{what}: expected at least one, got none")
     preprocess = required_part(model, "preprocess", "image")
     maps: dict[tuple[int, int], PixelMap] = {}
-    found = []
+    found: dict[int, list[Heat]] = {number: [] for number in numbers}
     for begin in range(0, len(images), batch):
         part = images[begin : begin + batch]
         pixels = torch.stack([preprocess(one) for one in part])
-        grids = _activations(model, reader, pixels, number)
-        for one, values in zip(part, grids, strict=True):
+        grids = _activations(model, reader, pixels, numbers)
+        for one, grid in zip(part, grids, strict=True):
             if one.size not in maps:
                 maps[one.size] = pixel_map(preprocess, one.size)
             shape = (pixels.shape[2], pixels.shape[3])
-            down, across = _cells(model, reader.site, maps[one.size], values, shape)
-            found.append(Heat(values, down, across, one, number, reader.site.name, reader.head.name))
-    return found[0] if isinstance(image, Image.Image) else found
+            down, across = _cells(model, reader.site, maps[one.size], grid[..., 0], shape)
+            for number, values in zip(numbers, grid.unbind(-1), strict=True):
+                found[number].append(
+                    Heat(values, down, across, one, number, reader.site.name, reader.head.name)
+                )
+    if isinstance(image, Image.Image):
+        single = {number: heats[0] for number, heats in found.items()}
+        return single[numbers[0]] if one_feature else single
+    return found[numbers[0]] if one_feature else found
 
 
 class _Reader(NamedTuple):
@@ -224,8 +257,8 @@ def _reader(head: Head | str, model: HookedModel, site: str | None) -> _Reader:
 
 @torch.no_grad()
 def _activations(
-    model: HookedCLIP | HookedVision, reader: _Reader, pixels: Float[Tensor, "b 3 h w"], feature: int
-) -> Float[Tensor, "b rows columns"]:
+    model: HookedCLIP | HookedVision, reader: _Reader, pixels: Float[Tensor, "b 3 h w"], features: list[int]
+) -> Float[Tensor, "b rows columns m"]:
     head, site = reader
     with evaluating(model.model), model.caching(site.name, strict=False) as cache:
         model.encode_image(model.to_input(pixels))
@@ -245,7 +278,7 @@ def _activations(
         vectors = vectors[:, patches.to(vectors.device)].unflatten(1, (rows, columns))
     weight = next(iter(head.parameters()), vectors)
     with evaluating(head):
-        return head.encode(vectors.to(weight.device, weight.dtype))[..., feature].float().cpu()
+        return head.encode(vectors.to(weight.device, weight.dtype))[..., features].float().cpu()
 
 
 def _cells(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmhooks.analysis.attribution.feature_heat import Heat
+from mmhooks.analysis.results import Estimate, Records, Result
+from mmhooks.analysis.statistics.intervals import bootstrap, wilson
 from mmhooks.errors import ShapeMismatch
 
 
@@ -51,6 +56,56 @@ def pointing_hit(heat: Heat, mask: Bool[Tensor, "h w"]) -> bool:
     row, column = int(y // 1), int(x // 1)
     on_image = 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1]
     return on_image and bool(mask[row, column])
+
+
+@dataclass(frozen=True)
+class HeatOnObjects(Result):
+    """How well a feature's heat fits objects, over the images in which it is active.
+
+    Attributes:
+        share: mean over images of the share of activation inside the mask, with its bootstrap interval.
+        chance: the same for a feature that is equally active everywhere.
+        hits: how often the middle of the strongest cell lies on the object, with its Wilson interval.
+        images: all that were given, active or not.
+    """
+
+    share: Estimate
+    chance: float
+    hits: Estimate
+    images: int
+
+    def table(self) -> Records:
+        row = {**self.share.columns("share inside"), "chance": self.chance, **self.hits.columns("hits")}
+        return Records([row | {"images": self.images}])
+
+
+def heat_on_objects(heats: Sequence[Heat], masks: Sequence[Tensor], *, seed: int = 0) -> HeatOnObjects:
+    """:func:`inside_mask` and :func:`pointing_hit` over many images of any size, those left out in which the feature is silent.
+
+    Args:
+        heats: one feature's, of :func:`mmhooks.heat`.
+        masks: one bool mask an image, in its pixels.
+        seed: of the bootstrap.
+
+    Raises:
+        ShapeMismatch: other numbers of heats and masks, masks of another size than their image, or no image in which the
+            feature is active.
+    """
+    if len(heats) != len(masks):
+        raise ShapeMismatch(f"expected one mask for each heat, got {len(heats)} heats and {len(masks)} masks")
+    active = [(heat, mask) for heat, mask in zip(heats, masks, strict=True) if float(heat.values.max()) > 0]
+    if not active:
+        raise ShapeMismatch(
+            f"expected a feature that is active in an image, got one that is silent in all {len(heats)}"
+        )
+    even = [replace(heat, values=torch.ones_like(heat.values)) for heat, _ in active]
+    chance = [inside_mask(heat, mask) for heat, (_, mask) in zip(even, active, strict=True)]
+    return HeatOnObjects(
+        share=bootstrap(torch.tensor([inside_mask(heat, mask) for heat, mask in active]), seed=seed),
+        chance=sum(chance) / len(chance),
+        hits=wilson(sum(pointing_hit(heat, mask) for heat, mask in active), len(active)),
+        images=len(heats),
+    )
 
 
 def _check(heat: Heat, mask: Tensor) -> None:

@@ -10,7 +10,7 @@ from torchvision import transforms as T
 
 import mmhooks as mm
 from mmhooks.analysis.attribution.feature_heat import Heat
-from mmhooks.analysis.attribution.heat_inside import inside_mask, pointing_hit
+from mmhooks.analysis.attribution.heat_inside import heat_on_objects, inside_mask, pointing_hit
 from mmhooks.analysis.attribution.pointing_game import pointing_game
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.report.blocks import Gallery
@@ -236,6 +236,25 @@ def test_inside_a_mask_by_hand():
             measure(dead, mask)
 
 
+def test_over_many_images():
+    edges = torch.tensor([[0.0, 2.0], [2.0, 4.0]])
+    grids = torch.tensor([[[4.0, 0.0], [0.0, 0.0]], [[1.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    image, mask = Image.new("RGB", (4, 4)), torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2, :2] = True
+    heats = [Heat(values, edges, edges, image, 0, SITE, "sae") for values in grids]
+    found = heat_on_objects(heats, [mask] * 3)
+    assert found.share.value == pytest.approx((1 + 0.25) / 2) and found.share.n == 2
+    assert found.hits.value == 0.5 and found.hits.n == 2
+    assert found.chance == 0.25 and found.images == 3
+    assert found.share.low == 0.25 and found.share.high == 1
+    (row,) = found.table()
+    assert row["chance"] == 0.25 and row["images"] == 3
+    with pytest.raises(ShapeMismatch, match="one mask for each heat, got 3 heats and 2 masks"):
+        heat_on_objects(heats, [mask] * 2)
+    with pytest.raises(ShapeMismatch, match="got one that is silent in all 1"):
+        heat_on_objects(heats[2:], [mask])
+
+
 def test_several_images_and_an_attached_head():
     model, head = mm.HookedVision(vit(), open_clip(48)), redness(32)
     images = [scene((96 + 24 * n, 96), (40, 30, 70, 60))[0] for n in range(3)]
@@ -251,6 +270,13 @@ def test_several_images_and_an_attached_head():
             mm.heat(f"{SITE}.sae", model, image, 0),
         ):
             assert torch.allclose(heat.values, one.values, atol=1e-6) and torch.equal(heat.boxes, one.boxes)
+    both = mm.heat(head, model, images, [2, 0], batch=2)
+    assert [*both] == [2, 0] and all(
+        torch.equal(a.values, b.values) for a, b in zip(both[0], many, strict=True)
+    )
+    assert [heat.feature for heat in both[2]] == [2, 2, 2]
+    lone = mm.heat(head, model, images[0], np.array([0]))
+    assert [*lone] == [0] and torch.allclose(lone[0].values, many[0].values, atol=1e-6)
     with model.hooks(mm.Zero(at=SITE, tokens="patch")):
         assert not mm.heat(head, model, images[0], 0).values.any()
     model.attach(head, at=["image.blocks.0.resid_pre"])
@@ -270,6 +296,8 @@ def test_what_has_no_grid_is_refused():
             mm.heat(head, model, image, 0, site)
     with pytest.raises(ShapeMismatch, match="features of head 'sae'"):
         mm.heat(head, model, image, 3, SITE)
+    with pytest.raises(ShapeMismatch, match="features of head 'sae': expected at least one, got none"):
+        mm.heat(head, model, image, [], SITE)
     with pytest.raises(MMHooksError, match="expected PIL images, got Tensor"):
         mm.heat(head, model, torch.zeros(1, 3, 48, 48), 0, SITE)
     with pytest.raises(MMHooksError, match="expected PIL images, got none"):
@@ -288,7 +316,7 @@ def test_the_gallery_shows_the_strongest_images_on_one_scale():
     model, head = mm.HookedVision(vit(), open_clip(48)), redness(32)
     shades = [(230, 20, 20), (160, 110, 110), (20, 20, 230), (200, 60, 60)]
     images = [scene((96, 96), (40, 30, 70, 60), shade)[0] for shade in shades]
-    heats = {f"feature {n}": mm.heat(head, model, images, n, SITE) for n in (0, 1)}
+    heats = {f"feature {n}": shown for n, shown in mm.heat(head, model, images, [0, 1], SITE).items()}
     gallery = heat_gallery(heats, "Colours.", top=2, side=64)
     assert isinstance(gallery, Gallery) and gallery.caption == "Colours."
     red, green = gallery.cards
