@@ -69,6 +69,7 @@ from .models.diffusion.references import reference as reference
 from .models.extract import extract as extract
 from .models.families import hook as hook
 from .models.hooked import HookedModel as HookedModel
+from .models.stream import stream as stream
 from .models.vision.model import HookedVision as HookedVision
 from .models.vlm.llava import load_llava as load_llava
 from .models.vlm.model import HookedVLM as HookedVLM

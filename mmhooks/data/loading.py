@@ -7,6 +7,7 @@ its end. So the content of a shard does not depend on anything that happened bef
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,7 +32,10 @@ class BatchPlan(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Decoded rows; ``images`` or ``texts`` is None if it was not requested, both if every row was skipped."""
+    """Decoded rows; ``images`` or ``texts`` is None if it was not requested, both if every row was skipped.
+
+    ``inputs``: what :class:`Decoder` 's ``together`` made of images and texts.
+    """
 
     shard: int
     last: bool
@@ -39,6 +43,7 @@ class Batch(NamedTuple):
     images: Float[Tensor, "b ..."] | None
     texts: Int[Tensor, "b l"] | None
     skipped: dict[str, str]
+    inputs: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
 
 
 def plan_batches(
@@ -86,13 +91,19 @@ def _split_into_batches(shard: int, rows: Iterable[RowRef], size: int) -> Iterat
 
 
 class Decoder:
-    """Turns a :class:`BatchPlan` into a :class:`Batch`; runs in the workers."""
+    """Turns a :class:`BatchPlan` into a :class:`Batch`; runs in the workers.
+
+    Args:
+        preprocess, tokenizer: of images one by one and of the texts of a batch; None: not needed.
+        together: instead of both, where one processor reads the images and texts of a batch.
+    """
 
     def __init__(
         self,
         source: Pairs | PairStream,
         preprocess: Callable[[Any], Tensor] | None,
         tokenizer: Callable[[list[str]], Tensor] | None,
+        together: Callable[[list[Any], list[str]], dict[str, Tensor]] | None = None,
     ) -> None:
         if tokenizer is not None and not source.has_texts:
             raise DataError(
@@ -101,7 +112,7 @@ class Decoder:
             )
         self._pairs = source if isinstance(source, Pairs) else None
         self._name, self._on_error = source.name, getattr(source, "on_error", "raise")
-        self._preprocess, self._tokenizer = preprocess, tokenizer
+        self._preprocess, self._tokenizer, self._together = preprocess, tokenizer, together
 
     def __getitem__(self, plan: BatchPlan) -> Batch | MMHooksError:
         try:
@@ -113,6 +124,8 @@ class Decoder:
         ids: list[str] = []
         texts: list[str] = []
         pixels: list[Tensor] = []
+        images: list[Any] = []
+        opens = self._preprocess is not None or self._together is not None
         skipped: dict[str, str] = {}
         for row in plan.rows:
             if isinstance(row, RawRow):
@@ -128,11 +141,13 @@ class Decoder:
             else:
                 assert self._pairs is not None
                 key, text = self._pairs.ids[row], self._pairs.texts[row] if self._pairs.has_texts else ""
-                image = None if self._preprocess is None else self._pairs.image(row)  # opened only if needed
+                image = self._pairs.image(row) if opens else None  # opened only if needed
             ids.append(key)
             texts.append(text)
             if self._preprocess is not None:
                 pixels.append(self._preprocess(image))
+            elif self._together is not None:
+                images.append(image)
         return Batch(
             plan.shard,
             plan.last,
@@ -140,6 +155,7 @@ class Decoder:
             torch.stack(pixels) if pixels else None,
             self._tokenizer(texts) if self._tokenizer is not None and texts else None,
             skipped,
+            self._together(images, texts) if self._together is not None and texts else {},
         )
 
 
@@ -157,6 +173,24 @@ def load_batches(decoder: Decoder, plans: Iterable[BatchPlan], *, workers: int, 
         if isinstance(batch, MMHooksError):
             raise batch
         yield batch
+
+
+def decoding_workers(asked: int | None, pairs: Pairs | PairStream, world: int) -> int:
+    """How many processes decode images for each of ``world``: as many as asked for, or by default the spare cores, at most
+    8, and none for fewer than 1,000 pairs.
+
+    Raises:
+        MMHooksError: a number below 0.
+    """
+    if asked is not None:
+        if asked < 0:
+            raise MMHooksError(f"workers must be at least 0, got {asked}")
+        return asked
+    if isinstance(pairs, Pairs) and len(pairs) < 1000:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return max(0, min(8, cores // local - 1))
 
 
 class _PlanSampler:

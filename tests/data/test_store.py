@@ -504,7 +504,7 @@ def test_a_later_format(tmp_path):
     store, _ = write(tmp_path / "acts", 5)
     path = store.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
-    with pytest.raises(StoreError, match="expected a format up to 2, got 9"):
+    with pytest.raises(StoreError, match="expected a format up to 3, got 9"):
         mm.Store(store.folder)
 
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmhooks.data.store.layout import MANIFEST, columns_of, dataset_files, read_manifest, specs_of
+from mmhooks.data.store.layout import (
+    MANIFEST,
+    columns_in,
+    dataset_files,
+    is_by_token,
+    pairs_in,
+    read_manifest,
+    specs_of,
+)
+from mmhooks.data.store.pair_runs import run_starts
 from mmhooks.data.store.shard import Shard
 from mmhooks.data.store.writer import finished
 from mmhooks.errors import StoreError
@@ -42,7 +51,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
         return [Fault(MANIFEST, "altered", str(fault))]
     entries = manifest["shards"] if manifest["complete"] else _journal_entries(place)
     faults = [] if manifest["complete"] else [_unfinished(manifest, entries)]
-    columns = columns_of(specs_of(manifest).values())
+    columns = columns_in(manifest)
     whole = []
     for entry in track(entries, len(entries), f"verifying {place.name}", show=progress):
         fault = _shard_fault(place, entry)
@@ -68,7 +77,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[Fault]:
                 faults.append(Fault(name, "altered", "it does not match the manifest"))
         surplus = sorted(p.name for p in place.iterdir() if p.name not in known)
         faults += [Fault(name, "surplus", "it is not in the manifest") for name in surplus]
-    return [*faults, *_repeated(whole)]
+    return [*faults, *_repeated(whole, is_by_token(manifest))]
 
 
 def _shard_fault(place: Path, entry: Mapping[str, Any]) -> Fault | None:
@@ -88,8 +97,8 @@ def _shard_fault(place: Path, entry: Mapping[str, Any]) -> Fault | None:
     return None
 
 
-def _repeated(shards: list[Shard]) -> Iterator[Fault]:
-    said = repeated_id(shard.ids for shard in shards)
+def _repeated(shards: list[Shard], by_token: bool) -> Iterator[Fault]:
+    said = repeated_id((run_starts(shard.ids)[1] if by_token else shard.ids) for shard in shards)
     if said is not None:
         yield Fault(MANIFEST, "repeated id", said)
 
@@ -115,7 +124,7 @@ def _journal_entries(place: Path) -> list[dict[str, Any]]:
 
 
 def _unfinished(manifest: Mapping[str, Any], entries: list[dict[str, Any]]) -> Fault:
-    rows, total = sum(entry["rows"] for entry in entries), manifest["data"].get("pairs")
+    rows, total = sum(map(pairs_in, entries)), manifest["data"].get("pairs")
     return Fault(
         MANIFEST, "unfinished", f"{rows} {f'of {total} ' if total else ''}pairs are written in {len(entries)} shards; "
         "repeat the mm.extract call to resume",
@@ -130,8 +139,9 @@ def summary(folder: str | Path) -> dict[str, Any]:
     specs = specs_of(manifest)
     return {
         "complete": manifest["complete"],
-        "pairs": sum(entry["rows"] for entry in entries),
+        "pairs": sum(map(pairs_in, entries)),
         "of": manifest["data"].get("pairs"),
+        **({"rows": sum(entry["rows"] for entry in entries)} if is_by_token(manifest) else {}),
         "skipped": len(manifest.get("skipped", {})),
         "shards": len(entries),
         "bytes": sum(entry["bytes"] for entry in entries),

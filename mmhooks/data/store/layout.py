@@ -1,7 +1,7 @@
 """The files of a store: columns, the manifest, and the two files with which ``datasets`` opens it.
 
     manifest.json        provenance, sites, shards with their checksums
-    data-00000.arrow     one record batch: the column ``id`` and one or two columns per site
+    data-00000.arrow     one record batch: the column ``id``, in a store by token ``token``, and one or two columns per site
     dataset_info.json    features, for datasets.load_from_disk
     state.json           shards in order, likewise
 
@@ -100,6 +100,25 @@ def specs_of(manifest: Mapping[str, Any]) -> dict[str, SiteSpec]:
     return {name: SiteSpec.from_json(name, entry) for name, entry in manifest["sites"].items()}
 
 
+# The number of a row's token among those that were chosen of its pair, from 0.
+TOKEN = Column("token", "int32", ())
+
+
+def is_by_token(manifest: Mapping[str, Any]) -> bool:
+    """Whether a row of the store is a token of a pair, and not a pair."""
+    return "tokens" in manifest["settings"]
+
+
+def columns_in(manifest: Mapping[str, Any]) -> list[Column]:
+    """The columns of a store's shards behind ``id``, in order."""
+    return [*([TOKEN] if is_by_token(manifest) else []), *columns_of(specs_of(manifest).values())]
+
+
+def pairs_in(entry: Mapping[str, Any]) -> int:
+    """How many pairs a shard's rows belong to."""
+    return entry.get("pairs", entry["rows"])
+
+
 def columns_of(specs: Iterable[SiteSpec]) -> list[Column]:
     """The columns of all sites, in order.
 
@@ -111,7 +130,7 @@ def columns_of(specs: Iterable[SiteSpec]) -> list[Column]:
     for column in columns:
         if prod(column.shape) < 1:
             raise ShapeMismatch(f"site {column.name!r}: expected non-empty rows, got shape {column.shape}")
-        if names.count(column.name) > 1 or column.name == "id":
+        if names.count(column.name) > 1 or column.name in ("id", TOKEN.name):
             raise ShapeMismatch(
                 f"expected unique column names, got {column.name!r} twice; attach the head under another name"
             )
@@ -173,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def dataset_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
     """``dataset_info.json`` and ``state.json``, derived from the manifest."""
     features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
-    for column in columns_of(specs_of(manifest).values()):
+    for column in columns_in(manifest):
         feature: dict[str, Any] = {"dtype": ARROW[column.dtype], "_type": "Value"}
         for length in reversed(column.shape):
             # datasets 4 and later reads "Sequence" as List; earlier versions know only "Sequence".

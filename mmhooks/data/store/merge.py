@@ -18,11 +18,13 @@ from mmhooks.data.store.layout import (
     STATE,
     dataset_files,
     differences,
+    is_by_token,
     manifest_bytes,
+    pairs_in,
     shard_name,
 )
 from mmhooks.data.store.lock import LOCK_FILE, Lock
-from mmhooks.data.store.schema import FORMAT, SHARD_NAME
+from mmhooks.data.store.schema import BY_PAIR, BY_TOKEN, SHARD_NAME
 from mmhooks.data.store.store import Store
 from mmhooks.errors import StoreError
 from mmhooks.utils.files import PARTS, explain_os_errors, make_folder, sync_folder, write_atomic, write_bytes
@@ -78,6 +80,10 @@ def _checked(places: Sequence[Path]) -> list[Mapping[str, Any]]:
     manifests = [store.manifest for store in opened]
     for place, manifest in zip(places[1:], manifests[1:], strict=True):
         faults = [d for key in _EQUAL for d in differences(manifest.get(key), manifests[0].get(key), key)]
+        ours, theirs = (
+            {k: m["settings"].get(k) for k in ("tokens", "grid")} for m in (manifest, manifests[0])
+        )
+        faults += differences(ours, theirs, "settings")
         if faults:
             raise StoreError(f"{place} cannot be merged with {places[0]}: {'; '.join(faults[:4])}")
     for place in places:
@@ -86,7 +92,7 @@ def _checked(places: Sequence[Path]) -> list[Mapping[str, Any]]:
             raise StoreError(
                 f"{place} has {len(faults)} faults, the first: {faults[0]}; repair it before merging"
             )
-    shared = repeated_id(chain.from_iterable(store.ids.arrow().chunks for store in opened))
+    shared = repeated_id(chain.from_iterable(store.pairs.ids.chunks for store in opened))
     if shared is not None:
         raise StoreError(f"the stores share pairs: {shared}; every pair needs its own id")
     return manifests
@@ -129,11 +135,11 @@ def _joined(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     marks = json.dumps([d["fingerprint"] for d in data])
     entries = [entry for manifest in manifests for entry in manifest["shards"]]
     shards = [{**entry, "file": shard_name(number)} for number, entry in enumerate(entries)]
-    rows = sum(entry["rows"] for entry in shards)
+    rows = sum(map(pairs_in, shards))
     skipped = {key: why for manifest in manifests for key, why in manifest["skipped"].items()}
     return {
         **manifests[0],
-        "format": FORMAT,
+        "format": BY_TOKEN if is_by_token(manifests[0]) else BY_PAIR,
         "data": {
             **data[0],
             "name": " + ".join(dict.fromkeys(d["name"] for d in data)),

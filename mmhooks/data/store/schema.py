@@ -9,8 +9,10 @@ from typing import Any, TypeGuard
 
 from mmhooks.errors import StoreError
 
-# Format 1 identified what determines the rows only by labels, and had no digests of shard headers.
-FORMAT = 2
+# Format 1 identified what determines the rows only by labels, and had no digests of shard headers. Format 3 is that of
+# stores by token: a version that knows only format 2 would take each token for a pair.
+BY_PAIR, BY_TOKEN = 2, 3
+FORMAT = BY_TOKEN
 SHARD_NAME = re.compile(r"data-\d{5,9}\.arrow")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -43,13 +45,14 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
 
 def check_count(manifest: Mapping[str, Any], path: Path) -> None:
     """Raises StoreError unless a complete store accounts for every pair of its source, stored or skipped."""
-    rows, skipped = sum(entry["rows"] for entry in manifest["shards"]), len(manifest.get("skipped", {}))
+    rows = sum(entry.get("pairs", entry["rows"]) for entry in manifest["shards"])
+    skipped = len(manifest.get("skipped", {}))
     expected = manifest["data"].get("pairs")
     # Format 1 counted only the rows of a merged store.
     left_out = 0 if manifest["format"] == 1 and "merged" in manifest else skipped
     if manifest.get("pairs") != rows or (expected is not None and rows + left_out != expected):
         raise StoreError(
-            f"{path} is marked complete: expected {expected} pairs, got {rows} rows and {skipped} skipped pairs; rows are "
+            f"{path} is marked complete: expected {expected} pairs, got {rows} and {skipped} skipped pairs; rows are "
             "missing: extract again into another folder"
         )
 
@@ -138,6 +141,7 @@ _SHARD: dict[str, Rule] = {
         "a name like data-00000.arrow",
     ),
     "rows": (_is_count, "a number"),
+    "pairs": (lambda v: v is None or _is_count(v), "a number"),
     "bytes": (_is_count, "a number"),
     "sha256": (lambda v: v == "" or _is_hex(v), "64 hexadecimal digits"),
     "head": (_is_head, "an object of bytes and sha256"),

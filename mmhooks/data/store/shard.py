@@ -290,3 +290,7 @@ class Shards:
     def release(self, number: int) -> None:
         if number in self._open:
             self._open[number].release()
+
+    def column(self, name: str) -> Tensor:
+        """A column of all shards in memory."""
+        return torch.cat([self[i].tensor(name) for i in range(len(self))])

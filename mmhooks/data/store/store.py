@@ -7,12 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from mmhooks.data.sparse_rows import SparseRows
 from mmhooks.data.store import order
 from mmhooks.data.store.buffers import Buffers
 from mmhooks.data.store.ids import ChosenIds, Ids, StoredIds
-from mmhooks.data.store.layout import columns_of, read_manifest, specs_of
+from mmhooks.data.store.layout import columns_in, is_by_token, read_manifest, specs_of
+from mmhooks.data.store.pair_runs import PairRuns, one_row_each, pair_runs
+from mmhooks.data.store.pooled_rows import Pool, PooledRows
 from mmhooks.data.store.shard import Shards
 from mmhooks.data.store.site_rows import ChosenRows, HeadRows, Rows, SiteRows, StoredRows, spans
+from mmhooks.data.store.token_numbers import ChosenTokens, StoredTokens, TokenNumbers
 from mmhooks.errors import DataError, MMHooksError, ShapeMismatch, StoreError, UnknownSite
 from mmhooks.utils.indexing import as_places
 
@@ -26,9 +33,12 @@ Sites = str | Sequence[str] | None
 class Store:
     """Activations of ``n`` pairs at named sites, memory-mapped from the folder written by ``mm.extract``.
 
-    A row is a pair: row ``i`` of every site belongs to pair ``i``. Opening reads only the manifest; a shard is mapped
-    when its rows are accessed. Then its size, header, ids and sparse indices are checked, but not its values:
-    ``verify=True`` reads and checks every byte first.
+    A row is a pair: row ``i`` of every site belongs to pair ``i``. In a store by token (``mm.extract(..., tokens=...)``) a
+    row is a token, and the rows of a pair follow each other: :attr:`pairs` has their ranges, :attr:`tokens` the number of
+    each row's token; :meth:`sequence` and :meth:`grid` read one pair, :meth:`pool` gives one row a pair.
+
+    Opening reads only the manifest; a shard is mapped when its rows are accessed. Then its size, header, ids and sparse
+    indices are checked, but not its values: ``verify=True`` reads and checks every byte first.
 
     Args:
         folder: as written by ``mm.extract``.
@@ -36,7 +46,7 @@ class Store:
 
     Attributes:
         sites: names, in the order in which they were requested.
-        ids: of the pairs, in row order.
+        ids: of each row's pair.
         manifest: model, weights, heads, data, settings, versions and shards, as written.
 
     Raises:
@@ -65,7 +75,7 @@ class Store:
         if verify:
             _check_all(place)
         specs = specs_of(manifest)
-        shards = Shards(place, manifest["shards"], columns_of(specs.values()))
+        shards = Shards(place, manifest["shards"], columns_in(manifest))
         if not len(shards):
             raise StoreError(f"{place} contains no rows: every pair of its source was skipped")
         self._fill(
@@ -73,19 +83,35 @@ class Store:
             {name: StoredRows(spec, shards) for name, spec in specs.items()},
             StoredIds(shards),
             manifest,
+            StoredTokens(shards) if is_by_token(manifest) else None,
         )
 
     def _fill(
-        self, place: Path | None, rows: Mapping[str, SiteRows], ids: Ids, manifest: Mapping[str, Any]
+        self,
+        place: Path | None,
+        rows: Mapping[str, SiteRows],
+        ids: Ids,
+        manifest: Mapping[str, Any],
+        tokens: TokenNumbers | None = None,
     ) -> None:
         self.folder, self._rows, self.ids, self.manifest = place, dict(rows), ids, manifest
-        self.sites = list(rows)
+        self.sites, self._read_tokens, self._pairs = list(rows), tokens, None
 
-    @classmethod
-    def _view(cls, rows: Mapping[str, SiteRows], ids: Ids, manifest: Mapping[str, Any]) -> Store:
-        store = cls.__new__(cls)
-        store._fill(None, rows, ids, manifest)
+    def _view(
+        self,
+        rows: Mapping[str, SiteRows],
+        ids: Ids | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        tokens: TokenNumbers | None = None,
+    ) -> Store:
+        """Another store; its rows are this one's unless ``ids`` are given."""
+        store = type(self).__new__(type(self))
+        tokens = self._read_tokens if ids is None else tokens
+        store._fill(None, rows, self.ids if ids is None else ids, manifest or self.manifest, tokens)
         return store
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pairs": None}  # it refers to pages mapped in this process
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,7 +125,81 @@ class Store:
         return self._rows[site]
 
     def __repr__(self) -> str:
-        return f"Store({str(self.folder or 'view')!r}, {len(self)} pairs, sites: {', '.join(self.sites)})"
+        of = f"{len(self)} tokens of {len(self.pairs)} pairs" if self.by_token else f"{len(self)} pairs"
+        return f"Store({str(self.folder or 'view')!r}, {of}, sites: {', '.join(self.sites)})"
+
+    # -- pairs and their tokens ------------------------------------------------------------------------
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a row is a token of a pair."""
+        return self._read_tokens is not None
+
+    @property
+    def pairs(self) -> PairRuns:
+        """The rows of each pair. Of a view with rows in any order: of each run of rows of one pair."""
+        if self._pairs is None:
+            ids = self.ids.arrow()
+            self._pairs = pair_runs(ids) if self.by_token else one_row_each(ids)
+        return self._pairs
+
+    @property
+    def tokens(self) -> Int[Tensor, " rows"]:
+        """The number of each row's token among those of its pair, from 0.
+
+        Raises:
+            MMHooksError: rows are pairs.
+        """
+        if self._read_tokens is None:
+            raise MMHooksError(_BY_PAIR.format("tokens"))
+        return self._read_tokens()
+
+    def sequence(self, site: str, pair: int | str) -> Rows:
+        """All tokens of a pair, by its number or id, ``[tokens d]``, in order."""
+        if not self.by_token:
+            raise MMHooksError(_BY_PAIR.format("a sequence"))
+        return self[site].span(*self.pairs.span(pair))
+
+    def grid(self, site: str, pair: int | str) -> Shaped[Tensor, "rows columns d"]:
+        """The patches of a pair's image at their places, ``[rows columns d]``; sparse features dense.
+
+        Raises:
+            MMHooksError: the tokens of this store are not all patches of an image.
+            ShapeMismatch: a view that left some of this pair's patches out.
+        """
+        sides = self.manifest["settings"].get("grid") if self.by_token else None
+        if sides is None:
+            raise MMHooksError(
+                'grid: expected a store of patches, extracted with tokens="patch", got '
+                + (f"tokens={self.manifest['settings']['tokens']!r}" if self.by_token else "one row a pair")
+            )
+        found = self.sequence(site, pair)
+        rows = found.dense() if isinstance(found, SparseRows) else found
+        if len(rows) != sides[0] * sides[1]:
+            raise ShapeMismatch(
+                f"grid: expected the {sides[0]} x {sides[1]} patches of pair {pair!r}, got {len(rows)} of them in this view"
+            )
+        return rows.unflatten(0, tuple(sides))
+
+    def pool(self, how: Pool, sites: Sites = None) -> Store:
+        """One row a pair from the tokens: the largest or mean value of each feature, or whether any token has it.
+
+        Computed chunk by chunk when read; measures take the result like any store of pairs, so that an image and a text
+        store of one head give its MDS by token: ``mm.mds(images.pool("max")[a], texts.pool("max")[b])``.
+
+        Args:
+            how: "max", "mean" (an inactive feature counts as 0), or "any" (1 where a token's value is not 0, else 0).
+
+        >>> store.pool("max")["image.blocks.4.resid_post.sae.latents"].shape  # doctest: +SKIP
+        (3953, 1024)
+        """
+        if not self.by_token:
+            raise MMHooksError(_BY_PAIR.format("tokens to pool"))
+        rows = {name: PooledRows(base, self.pairs, how) for name, base in self._chosen(sites).items()}
+        settings = {k: v for k, v in self.manifest["settings"].items() if k not in ("tokens", "grid")}
+        tokens = self.manifest["settings"]["tokens"]
+        manifest = {**self.manifest, "settings": settings | {"pooled": {"how": how, "tokens": tokens}}}
+        return self._view(rows, ChosenIds(self.ids, self.pairs.starts[:-1]), manifest)
 
     # -- passes over all rows --------------------------------------------------------------------------
 
@@ -177,16 +277,20 @@ class Store:
     # -- other stores from this one --------------------------------------------------------------------
 
     def select(self, ids: Any) -> Store:
-        """The pairs with these ids, in their order, as a store; nothing is copied.
+        """The pairs with these ids, in their order, as a store; nothing is copied. By token: all tokens of each.
 
         Raises:
             DataError: an unknown id (the message counts them and names the first), or something other than a list of
                 ids: numbers and masks are for :meth:`rows`.
         """
-        return self.rows(self.ids.rows_of(ids, where=str(self.folder or "this store")))
+        where = str(self.folder or "this store")
+        if not self.by_token:
+            return self.rows(self.ids.rows_of(ids, where=where))
+        first = self.ids.rows_of(ids, where=where)
+        return self.rows(self.pairs.rows_of(self.pairs.pair_of(first)))
 
     def rows(self, index: Any) -> Store:
-        """The pairs in these rows, in that order, as a store; nothing is copied.
+        """These rows, in that order, as a store; nothing is copied.
 
         Args:
             index: row numbers, negative ones from the end, or a bool mask of all rows.
@@ -194,7 +298,8 @@ class Store:
         Raises:
             DataError: no row, a row that does not exist, or neither whole numbers nor a mask.
         """
-        what = f"rows of a store of {len(self)} pairs: at least one of 0..{len(self) - 1}"
+        unit = "tokens" if self.by_token else "pairs"
+        what = f"rows of a store of {len(self)} {unit}: at least one of 0..{len(self) - 1}"
         try:
             if isinstance(index, slice):
                 index = range(*index.indices(len(self)))
@@ -204,20 +309,28 @@ class Store:
         if not len(chosen):
             raise DataError(f"{what}, got none")
         rows = {name: ChosenRows(base, chosen) for name, base in self._rows.items()}
-        return self._view(rows, ChosenIds(self.ids, chosen), self.manifest)
+        tokens = None if self._read_tokens is None else ChosenTokens(self._read_tokens, chosen)
+        return self._view(rows, ChosenIds(self.ids, chosen), tokens=tokens)
 
     def join(self, other: Store, *, partial: bool = False) -> Store:
-        """Joins the sites of both stores by pair id, in the order of this one.
+        """Joins the sites of both stores by pair id, in the order of this one; by token, stores of the same rows.
 
         Args:
             partial: leave out pairs that only one of them has, instead of raising.
 
         Raises:
-            DataError: pairs that only one store has, no common pair, or a site that both have.
+            DataError: pairs that only one store has, no common pair, a site that both have, or different tokens.
         """
         shared = [site for site in self.sites if site in other]
         if shared:
             raise DataError(f"both stores have {', '.join(shared)}: join stores of different sites")
+        if self.by_token or other.by_token:
+            same = self.by_token and other.by_token and self.ids == other.ids
+            if not same or not bool((self.tokens == other.tokens).all()):
+                raise DataError(
+                    f"expected stores of the same rows, as one of them is by token, got {self!r} and {other!r}; pool those "
+                    "by token first: store.pool('max')"
+                )
         if self.ids == other.ids:
             ours = theirs = None
         else:
@@ -235,8 +348,8 @@ class Store:
         mine = self if ours is None else self.rows(ours)
         yours = other if theirs is None else other.rows(theirs)
         joined = {**self.manifest, "sites": {**self.manifest["sites"], **other.manifest["sites"]}}
-        return self._view(
-            {**mine._rows, **yours._rows}, mine.ids, joined | {"joined": [self.manifest, other.manifest]}
+        return mine._view(
+            {**mine._rows, **yours._rows}, manifest=joined | {"joined": [self.manifest, other.manifest]}
         )
 
     def apply(
@@ -252,7 +365,7 @@ class Store:
         """
         added = {f"{site}.{name or head.name}.latents": base for site, base in self._chosen(at).items()}
         rows = self._rows | {latents: HeadRows(base, head, latents) for latents, base in added.items()}
-        return self._view(rows, self.ids, self.manifest)
+        return self._view(rows)
 
     # -- the folder ------------------------------------------------------------------------------------
 
@@ -272,6 +385,9 @@ class Store:
         if self.folder is None:
             raise MMHooksError("a view of stores has no files: use info of the stores it was created from")
         return summary(self.folder)
+
+
+_BY_PAIR = "expected a store by token, extracted with tokens=..., for {}, got one whose rows are pairs"
 
 
 def _check_all(place: Path) -> None:

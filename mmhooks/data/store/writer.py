@@ -23,16 +23,18 @@ from torch import Tensor
 from mmhooks.data.store.layout import (
     MANIFEST,
     TORCH,
-    columns_of,
+    Column,
+    columns_in,
     dataset_files,
     differences,
+    is_by_token,
     manifest_bytes,
+    pairs_in,
     read_manifest,
     shard_name,
-    specs_of,
 )
 from mmhooks.data.store.lock import LOCK_FILE
-from mmhooks.data.store.schema import FORMAT, check_count, is_entry
+from mmhooks.data.store.schema import BY_PAIR, BY_TOKEN, check_count, is_entry
 from mmhooks.data.store.shard import write_shard
 from mmhooks.errors import NotFinite, ShapeMismatch, StoreError
 from mmhooks.utils.files import PARTS, explain_os_errors, sync_folder, write_bytes
@@ -57,12 +59,13 @@ def begin(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) ->
                 f"{folder}: expected an empty folder or a store, got one with {', '.join(sorted(others)[:3])}; choose a "
                 "new folder"
             )
-        head = {"format": FORMAT, "complete": False, **plan, "versions": dict(versions), "shards": []}
+        number = BY_TOKEN if is_by_token(plan) else BY_PAIR
+        head = {"format": number, "complete": False, **plan, "versions": dict(versions), "shards": []}
         with explain_store_errors(folder, "its manifest"):
             write_bytes(folder / MANIFEST, manifest_bytes(head))
         return False
     manifest = read_manifest(folder)
-    if manifest["format"] < FORMAT:
+    if manifest["format"] < BY_PAIR:
         raise StoreError(
             f"{folder} contains a store of format {manifest['format']}, which does not record enough to tell whether its "
             f"rows are those of this call{'; mm.Store still opens it' if manifest['complete'] else ''}: choose another "
@@ -128,13 +131,13 @@ def finish(folder: Path, *, ranks: int | None = None) -> None:
     manifest, found = read_manifest(folder), finished(folder)
     _check_whole(folder, manifest, found, ranks)
     entries = [entry for _, entry in sorted(found.items())]
-    keys = ("file", "rows", "bytes", "sha256", "head")
-    shards = [{k: entry[k] for k in keys} for entry in entries if entry["rows"]]
+    keys = ("file", "rows", "pairs", "bytes", "sha256", "head")
+    shards = [{k: entry[k] for k in keys if k in entry} for entry in entries if entry["rows"]]
     skipped = {key: why for entry in entries for key, why in entry["skipped"].items()}
     whole = {
         **manifest,
         "complete": True,
-        "pairs": sum(s["rows"] for s in shards),
+        "pairs": sum(map(pairs_in, shards)),
         "skipped": skipped,
         "shards": shards,
     }
@@ -180,7 +183,7 @@ def _check_whole(
 
 
 def _rows_accounted(entry: Mapping[str, Any]) -> int:
-    return entry["rows"] + len(entry["skipped"])
+    return pairs_in(entry) + len(entry["skipped"])
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -204,8 +207,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         manifest = read_manifest(folder)
-        self._folder, self._specs = folder, specs_of(manifest)
-        self._columns = columns_of(self._specs.values())
+        self._folder, self._by_token = folder, is_by_token(manifest)
+        self._columns = columns_in(manifest)
         self._capacity = int(manifest["settings"]["shard_rows"])
         self._journal = folder / f".journal-{rank:05d}.jsonl"
         if self._journal.exists():
@@ -214,21 +217,30 @@ class ShardWriter:
         self._ids: list[str] = []
         self._skipped: dict[str, str] = {}
         self._rows: dict[str, Tensor] = {}
-        self._filled = 0
+        self._filled = self._pairs = 0
 
     def add(
         self,
         ids: Sequence[str],
         columns: Mapping[str, Shaped[Tensor, "..."]],
         skipped: Mapping[str, str],
+        counts: Sequence[int] | None = None,
     ) -> None:
-        """Appends rows to the current shard; ``columns`` by the column names of the manifest's sites."""
+        """Appends rows to the current shard; ``columns`` by the column names of the manifest's sites.
+
+        Args:
+            ids: of the pairs.
+            counts: how many rows each pair has, in a store by token.
+        """
         self._skipped |= skipped
         if not ids:
             return
+        self._pairs += len(ids)
+        if self._pairs > self._capacity:
+            raise ShapeMismatch(f"expected at most {self._capacity} pairs in a shard, got {self._pairs}")
+        if counts is not None:
+            ids = [key for key, count in zip(ids, counts, strict=True) for _ in range(count)]
         begin, end = self._filled, self._filled + len(ids)
-        if end > self._capacity:
-            raise ShapeMismatch(f"expected at most {self._capacity} rows in a shard, got {end}")
         for column in self._columns:
             value = columns[column.name]
             if tuple(value.shape[1:]) != column.shape:
@@ -238,9 +250,10 @@ class ShardWriter:
                 )
             if len(value) != len(ids):
                 raise ShapeMismatch(
-                    f"site {column.name!r}: expected one row for each of {len(ids)} pairs, got {len(value)} rows"
+                    f"site {column.name!r}: expected one row for each of {len(ids)} "
+                    f"{'tokens' if self._by_token else 'pairs'}, got {len(value)} rows"
                 )
-            kept = self._buffer(column.name, column.shape, column.dtype)[begin:end]
+            kept = self._buffer(column, end)[begin:end]
             kept.copy_(value)
             if kept.is_floating_point():
                 _check_finite(kept, value, ids, column.name, column.dtype)
@@ -255,18 +268,26 @@ class ShardWriter:
             if self._ids:
                 values = {column: rows[: self._filled] for column, rows in self._rows.items()}
                 entry = write_shard(self._folder / name, self._ids, self._columns, values)
+            if self._by_token:
+                entry = {**entry, "pairs": self._pairs}
             self._note({"shard": number, **entry, "skipped": self._skipped})
-        self._ids, self._skipped, self._filled = [], {}, 0
+        self._ids, self._skipped, self._filled, self._pairs = [], {}, 0, 0
 
     def end(self, rank: int, shards: int) -> None:
         """Records that this rank reached the end of its stream after ``shards`` shards in all."""
         with explain_store_errors(self._folder, self._journal.name):
             self._note({"rank": rank, "shards": shards})
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
-        if name not in self._rows:
-            self._rows[name] = torch.empty(self._capacity, *shape, dtype=TORCH[dtype])
-        return self._rows[name]
+    def _buffer(self, column: Column, rows: int) -> Tensor:
+        """Room for ``rows`` rows of a column; of pairs for a whole shard, of tokens, whose number is not known, growing."""
+        room = self._rows.get(column.name)
+        if room is None or len(room) < rows:
+            size = max(rows, 2 * len(room if room is not None else ())) if self._by_token else self._capacity
+            grown = torch.empty(size, *column.shape, dtype=TORCH[column.dtype])
+            if room is not None:
+                grown[: self._filled].copy_(room[: self._filled])
+            room = self._rows[column.name] = grown
+        return room
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         with self._journal.open("ab") as file:
@@ -302,7 +323,7 @@ class explain_store_errors:
         if not isinstance(fault, OSError) or isinstance(fault, StoreError):
             return
         done = finished(self._folder)
-        rows = sum(entry["rows"] for entry in done.values())
+        rows = sum(map(pairs_in, done.values()))
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full" if full else fault.__cause__ or fault
         raise StoreError(

@@ -195,6 +195,12 @@ class HookedVLM(HookedModel):
             MMHooksError: a model without a processor.
             ShapeMismatch: as many images as requests are needed; requests with image tokens of their own.
         """
+        return {name: self.to_input(value) for name, value in self.read(images, requests).items()}
+
+    def read(
+        self, images: Float[Tensor, "n 3 h w"] | Sequence[Any] | None, requests: str | Sequence[str]
+    ) -> dict[str, Any]:
+        """:meth:`inputs` as the processor gives them, not yet on the model's device."""
         if self.processor is None:
             raise MMHooksError(
                 f"{self.name or type(self.model).__name__} has no processor to read images and requests; "
@@ -209,7 +215,7 @@ class HookedVLM(HookedModel):
             made = self.processor(text=texts, **given, padding=True, padding_side="left", return_tensors="pt")
         # Processors also give what only training needs (labels), or what the type does not take (token_type_ids).
         taken = signature(self.model.forward).parameters.keys() - {"labels"}
-        return {name: self.to_input(value) for name, value in made.items() if name in taken}
+        return {name: value for name, value in made.items() if name in taken}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model.
