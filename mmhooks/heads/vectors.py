@@ -94,6 +94,11 @@ Rows = Float[Tensor, "_ d"] | Vectors
 """A modality's training data as passed to an objective: both types have ``len``, slices and ``split``."""
 
 
+def evenly_spaced(rows: Rows, most: int) -> Float[Tensor, "_ d"]:
+    """Evenly spaced rows, fewer than twice ``most``; all rows if there are not more."""
+    return rows.sample(most) if isinstance(rows, Vectors) else rows[:: max(1, len(rows) // most)]
+
+
 def training_rows(data: Any, text: Any = None, sites: Sequence[str] = SITES) -> tuple[Any, Any]:
     """Image rows and text rows (or None) from a pair of tensors or stored sites, a store, or the directory of one.
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmhooks.errors import NotFinite
 from mmhooks.heads.base import Head
 from mmhooks.heads.training.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
+from mmhooks.heads.training.feeds import Batch, Feed, TableFeed
 from mmhooks.heads.training.objective import Objective, StepLoss
 from mmhooks.heads.training.processes import Processes
-from mmhooks.heads.vectors import Vectors
+from mmhooks.heads.training.progress import Update
+from mmhooks.heads.training.schedule import Schedule, lr_factor
+from mmhooks.heads.vectors import Rows, evenly_spaced
 
 
 @dataclass
@@ -27,9 +30,8 @@ class Run:
     head: Head
     objective: Objective
     adam: torch.optim.Optimizer
-    image: Vectors
-    text: Vectors | None
-    per_epoch: int
+    feed: Feed
+    sites: tuple[str, ...]
     total: int
     seed: int
     processes: Processes
@@ -42,28 +44,42 @@ class Run:
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
     best_state: dict[str, Tensor] = field(default_factory=dict)
+    lr: float = 0.0
+    held_out: tuple[Tensor, Tensor | None] | None = None
+    path: Path | None = None  # of the checkpoint
+    mark: Fingerprint = field(default_factory=dict)  # what the checkpoint belongs to
+    fed: Any = None  # of a resumed run: where its feed was
 
     def __post_init__(self) -> None:
+        self.checked = isinstance(self.feed, TableFeed)
         self.bare = self.head.bare()  # rows are already normalised here, and possibly centred
 
     def dead(self) -> Bool[Tensor, " n"]:
-        return self.silent > self.objective.dead_after * len(self.image)
+        return self.silent > self.objective.dead_after * self.feed.rows
 
-    def order(self) -> Int[Tensor, " pairs"]:
-        """The order of pairs in this epoch, a function of the seed and the epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step // self.per_epoch)
-        return torch.randperm(len(self.image), generator=generator)
+    def tables(self) -> tuple[Rows, Rows | None]:
+        """The rows of both sites as the head sees them, for what is computed over all of them."""
+        first, *rest = (self.feed.table(site, self.head) for site in self.sites)
+        return first, rest[0] if rest else None
 
-    def advance(self, rows: Int[Tensor, " b"]) -> dict[str, Tensor]:
-        """Makes one optimiser step on these pairs; returns the loss and its parts."""
-        mine = self.processes.part_of(rows)
-        image, text = self.image[mine], None if self.text is None else self.text[mine]
+    def _vectors(self, batch: Batch) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"] | None]:
+        """A batch as the head sees it."""
+        found = []
+        for site in self.sites:
+            rows = batch[site].to(self.processes.device, torch.float32)
+            # A table's rows were checked before the first step.
+            found.append(self.head.scaled(rows)[0] if self.checked else self.head.prepare(rows))
+        return found[0], found[1] if len(found) > 1 else None
+
+    def advance(self, batch: Batch) -> dict[str, Tensor]:
+        """Makes one optimiser step on these rows; returns the loss and its parts."""
+        image, text = self._vectors(batch)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, fired, parts = self.compute(self.bare, image, text, self.dead())
         # Not at every step on a GPU, where this check synchronises with the device.
         if (loss.device.type == "cpu" or self.step % 50 == 0) and not bool(torch.isfinite(loss)):
             raise NotFinite(
-                f"the loss became {float(loss)} at step {self.step} (epoch {self.step // self.per_epoch}); "
+                f"the loss became {float(loss)} at step {self.step} (epoch {self.step // self.feed.per_epoch}); "
                 "lower lr, or check the data's scale; the last checkpoint is intact"
             )
         self.adam.zero_grad(set_to_none=True)
@@ -73,7 +89,7 @@ class Run:
         self.adam.step()
         self.objective.after_step(self.head)
         self.processes.average_(self.head.buffers())
-        self.silent += len(rows)
+        self.silent += len(image) * self.processes.size
         self.silent[self.processes.any(fired)] = 0
         self.step += 1
         return {"loss": loss.detach(), **parts}
@@ -82,19 +98,17 @@ class Run:
         """The numbers of a step for the progress bar."""
         return {k: float(v) for k, v in parts.items()} | {"dead": float(self.dead().float().mean())}
 
-    def end_epoch(
-        self, parts: dict[str, Tensor], held_out: tuple[Tensor, Tensor | None] | None, patience: int | None
-    ) -> None:
+    def end_epoch(self, parts: dict[str, Tensor], patience: int | None) -> None:
         """Appends a row to the history; with ``patience``, keeps the best weights and decides whether to stop."""
-        epoch = self.step // self.per_epoch
+        epoch = self.step // self.feed.per_epoch
         row = {
             "epoch": float(epoch),
             **{k: float(self.processes.mean(v.float())) for k, v in parts.items()},
             "silent": float(self.dead().float().mean()),
         }
         self.head.eval()
-        if held_out is not None:
-            row |= {f"valid_{k}": v for k, v in self.objective.score(self.head, *held_out).items()}
+        if self.held_out is not None:
+            row |= {f"valid_{k}": v for k, v in self.objective.score(self.head, *self.held_out).items()}
         self.head.train()
         if patience is not None:
             if row["valid_score"] < self.best:
@@ -114,25 +128,90 @@ class Run:
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
         """A fixed sample of the training pairs."""
-        return self.image.sample(4096), None if self.text is None else self.text.sample(4096)
+        return self.first(4096)
 
-    def store(self, path: Path, fingerprint: Fingerprint) -> None:
+    def first(self, most: int) -> tuple[Tensor, Tensor | None]:
+        """Evenly spaced training rows, about as many."""
+        image, text = self.tables()
+        return evenly_spaced(image, most), None if text is None else evenly_spaced(text, most)
+
+    def store(self) -> None:
+        """Writes the checkpoint, if the run has one."""
+        if self.path is None:
+            return
         if self.processes.is_main:
             extra = {"silent": self.silent} | {f"best.{k}": v for k, v in self.best_state.items()}
             meta: dict[str, Any] = {
-                "fingerprint": fingerprint,
+                "fingerprint": self.mark,
                 "step": self.step,
                 "stopped": self.stopped,
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "history": self.history,
+                "feed": self.feed.state,
             }
-            save_checkpoint(path, self.head, self.adam, extra, meta)
+            save_checkpoint(self.path, self.head, self.adam, extra, meta)
         self.processes.wait()
 
-    def resume(self, path: Path, fingerprint: Fingerprint) -> None:
-        extra, meta = load_checkpoint(path, self.head, self.adam, fingerprint)
+    def resume(self) -> None:
+        """Goes on from the checkpoint."""
+        assert self.path is not None
+        extra, meta = load_checkpoint(self.path, self.head, self.adam, self.mark)
         self.silent = extra.pop("silent").to(self.silent.device)
         self.best_state = {k.removeprefix("best."): v.to(self.silent.device) for k, v in extra.items()}
         self.step, self.stopped, self.history = meta["step"], meta["stopped"], meta["history"]
         self.best, self.best_epoch = meta["best"], meta["best_epoch"]
+        self.fed = meta.get("feed")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the learning rate changes, when a run stops early, and how often it is stored within an epoch."""
+
+    schedule: Schedule
+    warmup: float
+    decay: float
+    patience: int | None
+    checkpoint_every: int | None
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """The learning rate at a step, relative to its peak."""
+        return lr_factor(self.schedule, step, total, self.warmup, self.decay)
+
+
+def run_all(
+    runs: Sequence[Run], feed: Feed, pace: Pace, show: Update, logs: Sequence[Callable[..., None]]
+) -> None:
+    """Trains every run to its end, each batch for all of them; a run that is ahead waits for the others' steps."""
+    going = [run for run in runs if not run.stopped]
+    if not going:
+        return
+    last = min(going, key=lambda run: run.step)
+    step, total = last.step, last.total
+    if step % feed.per_epoch:
+        feed.restore(last.fed)
+    parts: list[dict[str, Tensor]] = [{} for _ in runs]
+    while step < total and not all(run.stopped for run in runs):
+        for batch in feed.batches(step // feed.per_epoch, step % feed.per_epoch):
+            factor = pace.lr_factor(step, total)
+            for i, run in enumerate(runs):
+                if run.step == step and not run.stopped:
+                    for group in run.adam.param_groups:
+                        group["lr"] = run.lr * group["lr_factor"] * factor
+                    parts[i] = run.advance(batch)
+                    if run.step % 10 == 0:
+                        numbers = run.numbers(parts[i])
+                        if i == 0:
+                            show(run.step, numbers)
+                        logs[i](run.step, numbers | {"lr": run.lr * factor})
+            step += 1
+            every = pace.checkpoint_every
+            if every and step % every == 0 and step % feed.per_epoch:
+                for run in runs:
+                    if run.step == step and not run.stopped:
+                        run.store()
+        for i, run in enumerate(runs):
+            if run.step == step and not run.stopped and len(run.history) < step // feed.per_epoch:
+                run.end_epoch(parts[i], pace.patience)
+                logs[i](run.step, {f"epoch/{k}": v for k, v in run.history[-1].items()})
+                run.store()

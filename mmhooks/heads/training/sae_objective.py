@@ -23,7 +23,7 @@ from mmhooks.heads.sae.relu import ReLUSAE
 from mmhooks.heads.training.clusters import cluster_directions
 from mmhooks.heads.training.objective import Objective, StepLoss
 from mmhooks.heads.training.resample import resample, strongest_dead
-from mmhooks.heads.vectors import Rows, Vectors
+from mmhooks.heads.vectors import Rows, evenly_spaced
 
 
 @dataclass
@@ -244,7 +244,9 @@ class SAEObjective(Objective):
         if isinstance(head, ReLUSAE):
             head.fold_norms()
         if isinstance(head, BatchTopKSAE):
-            sample = self.stack(_some(image), None if text is None else _some(text))[0]
+            sample = self.stack(
+                evenly_spaced(image, 32768), None if text is None else evenly_spaced(text, 32768)
+            )[0]
             head.threshold.copy_(threshold_at(head, head.k, sample))
         one, two = self.offsets
         if one is not None and two is not None:
@@ -270,8 +272,3 @@ def _sketch(head: Any, centred: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         values, places = sparse.encode(part, head.W_enc, head.b_enc, head.k)
         parts.append(sparse.decode(values, places, head.W_dec))
     return torch.cat(parts)
-
-
-def _some(rows: Rows, most: int = 32768) -> Float[Tensor, "_ d"]:
-    """Evenly spaced rows."""
-    return rows.sample(most) if isinstance(rows, Vectors) else rows[:: max(1, len(rows) // most)]

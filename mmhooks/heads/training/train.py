@@ -7,8 +7,9 @@ generator state and a resumed run is bit-identical to an uninterrupted one.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,26 +17,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmhooks.data.windows import Windows
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.crosscoder import Crosscoder
 from mmhooks.heads.ncl import NCL
 from mmhooks.heads.sae.base import SAE
-from mmhooks.heads.training.checkpoint import clear_leftovers, fingerprint
+from mmhooks.heads.training.checkpoint import Fingerprint, clear_leftovers, fingerprint, rows_hash
 from mmhooks.heads.training.crosscoder_objective import CrosscoderObjective
+from mmhooks.heads.training.feeds import START, Feed, StreamFeed, TableFeed, is_stream, names_in, tables_of
 from mmhooks.heads.training.ncl_objective import NCLObjective
 from mmhooks.heads.training.objective import Objective
 from mmhooks.heads.training.processes import Processes
 from mmhooks.heads.training.progress import tensorboard as tensorboard_log
 from mmhooks.heads.training.progress import training_bar
-from mmhooks.heads.training.run import Run
+from mmhooks.heads.training.run import Pace, Run, run_all
 from mmhooks.heads.training.sae_objective import SAEObjective
-from mmhooks.heads.training.schedule import Schedule, lr_factor
+from mmhooks.heads.training.schedule import Schedule
 from mmhooks.heads.training.transcoder_objective import TranscoderObjective
 from mmhooks.heads.transcoder import Transcoder
-from mmhooks.heads.vectors import SITES, as_vectors, training_rows
-
-START = 65_536  # number of pairs used for data-dependent initialisation
+from mmhooks.heads.vectors import SITES, Rows, as_vectors, training_rows
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,32 @@ class TrainResult:
         return self.history[-1] if self.history else {}
 
 
-@torch.enable_grad()
+@dataclass(frozen=True, eq=False)
+class HeadJob:
+    """A head to train, and what of its training differs from the others' in one pass (:func:`train_heads`).
+
+    Attributes:
+        head: trained in place.
+        sites: one or two; default: those of the call.
+        lr, objective, valid, checkpoint: as in :func:`train_head`.
+    """
+
+    head: Head
+    sites: Sequence[str] | None = None
+    lr: float | None = None
+    objective: Objective | None = None
+    valid: Any = None
+    checkpoint: str | Path | None = None
+
+
 def train_head(
     head: Head,
     image: Any,
     text: Any = None,
     *,
     sites: Sequence[str] = SITES,
-    epochs: int = 60,
+    epochs: int | None = None,
+    steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
     schedule: Schedule = "linear",
@@ -70,6 +89,7 @@ def train_head(
     decay: float = 0.5,
     weight_decay: float = 0.0,
     seed: int = 0,
+    windows: Windows | None = None,
     valid: Any = None,
     patience: int | None = None,
     checkpoint: str | Path | None = None,
@@ -89,9 +109,15 @@ def train_head(
 
     Args:
         image: ``[n, d]``, with or without ``text [n, d]``; or a ``Store`` of activations, or the directory of one,
-            whose ``sites`` are read as needed and never held in memory at once.
+            whose ``sites`` are read as needed and never held in memory at once; or a stream (:func:`mmhooks.stream`),
+            which runs the model while the head trains. From a stream, what is computed over all rows (variance, start,
+            thresholds) is computed over the first 65,536.
+        epochs: passes over the rows, by default 60.
+        steps: instead of ``epochs``, of a stream that does not know its length.
         batch_size, lr: by default the objective's (SAE: 256 and 2e-3, NCL: 512 and 1e-3).
         schedule: how the learning rate decreases: "linear", "cosine", or "constant" (not at all).
+        windows: shuffle rows of a table by windows, as a stream with these ``windows`` does: then a head trained from the
+            store is bit for bit that trained from the stream, if the model's activations are. A stream has its own.
         valid: held-out pairs, scored after every epoch: ``(image, text)``, a Store or a directory.
         patience: stop after this many epochs without a better held-out score, and keep the best weights.
         checkpoint: a file, written after every epoch and every ``checkpoint_every`` steps within one. If it exists,
@@ -112,105 +138,220 @@ def train_head(
     >>> train_head(TopKSAE(8, 32, k=4), x, x, epochs=2, batch_size=64, progress=False).steps
     8
     """
-    _check_gradients(head)
-    objective = objective or default_objective(head)
-    if patience is not None and valid is None:
-        raise MMHooksError("early stopping (patience=) needs held-out pairs: pass valid=(image, text)")
-    processes = Processes(head)
-    if processes.size > 1 and not objective.shares_batches:
-        raise MMHooksError(
-            f"{type(objective).__name__} compares all pairs of a batch, of which each of {processes.size} processes would "
-            "see only a part; train this head in one process"
-        )
-    head.to(processes.device)
-    rows = as_vectors(head, *training_rows(image, text, sites), processes.device)
-    held_out = _held_out(head, valid, sites, processes.device)
-    batch = min(batch_size or objective.default_batch_size, len(rows[0]))
-    processes.check_batch(batch)
-    lr = objective.default_lr if lr is None else lr
-    per_epoch = len(rows[0]) // batch
-    total = epochs * per_epoch
-    path = Path(checkpoint) if checkpoint is not None else None
-    mark = (
-        {}
-        if path is None
-        else fingerprint(
-            {
-                "kind": head.kind,
-                "config": head.config(),
-                "epochs": epochs,
-                "batch": batch,
-                "lr": lr,
-                "schedule": [schedule, warmup, decay],
-                "weight_decay": weight_decay,
-                "seed": seed,
-                "patience": patience,
-                "objective": [type(objective).__name__, objective.settings()],
-                "numerics": [precision, compile, processes.size, processes.device.type],
-                "pairs": len(rows[0]),
-            },
-            head,
-            {
-                "images": rows[0],
-                "texts": rows[1],
-                "held-out images": held_out and held_out[0],
-                "held-out texts": held_out and held_out[1],
-            },
-        )
-    )
-    objective.across = processes.mean
-    objective.measure(*rows)
-    groups = [
-        {"params": [p], "lr_factor": objective.lr_scale(head, name)} for name, p in head.named_parameters()
-    ]
-    adam = torch.optim.Adam(groups, lr=lr, eps=6.25e-10, weight_decay=weight_decay, fused=True)
-    silent = torch.zeros(head.n_features, dtype=torch.long, device=processes.device)
-    compute = torch.compile(objective.loss) if compile else objective.loss
-    run = Run(head, objective, adam, *rows, per_epoch, total, seed, processes, precision, silent, compute)
-    if path is not None and processes.is_main:
-        clear_leftovers(path)
-    if path is not None and path.exists():
-        run.resume(path, mark)
-    else:
-        objective.start(head, rows[0].sample(START), None if rows[1] is None else rows[1].sample(START))
-        processes.broadcast_(head)
+    job = HeadJob(head, sites, lr, objective, valid, checkpoint)
+    return train_heads(
+        [job], image, text, sites=sites, epochs=epochs, steps=steps, batch_size=batch_size, schedule=schedule,
+        warmup=warmup, decay=decay, weight_decay=weight_decay, seed=seed, windows=windows, patience=patience,
+        checkpoint_every=checkpoint_every, precision=precision, compile=compile, tensorboard=tensorboard,
+        progress=progress,
+    )[0]  # fmt: skip
 
-    began, parts = time.perf_counter(), {}
-    head.train()
-    with (
-        training_bar(
-            f"training {head.name}", total, shown=progress and processes.is_main, begin=run.step
-        ) as show,
-        tensorboard_log(tensorboard if processes.is_main else None, begin=run.step) as log,
-    ):
-        while run.step < total and not run.stopped:
-            order = run.order()
-            for i in range(run.step % per_epoch, per_epoch):
-                for group in adam.param_groups:
-                    group["lr"] = (
-                        lr * group["lr_factor"] * lr_factor(schedule, run.step, total, warmup, decay)
-                    )
-                parts = run.advance(order[i * batch : (i + 1) * batch])
-                if run.step % 10 == 0:
-                    numbers = run.numbers(parts)
-                    show(run.step, numbers)
-                    log(
-                        run.step,
-                        numbers | {"lr": lr * lr_factor(schedule, run.step - 1, total, warmup, decay)},
-                    )
-                if path and checkpoint_every and run.step % checkpoint_every == 0 and i + 1 < per_epoch:
-                    run.store(path, mark)
-            run.end_epoch(parts, held_out, patience)
-            log(run.step, {f"epoch/{k}": v for k, v in run.history[-1].items()})
-            if path:
-                run.store(path, mark)
-    if run.best_state:
-        head.load_state_dict(run.best_state)
-    objective.finish(head, *rows)
-    head.eval()
-    return TrainResult(
-        head, len(run.history), run.step, run.stopped, time.perf_counter() - began, run.history
-    )
+
+@torch.enable_grad()
+def train_heads(
+    heads: Sequence[Head | HeadJob],
+    image: Any,
+    text: Any = None,
+    *,
+    sites: Sequence[str] = SITES,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    schedule: Schedule = "linear",
+    warmup: float = 0.05,
+    decay: float = 0.5,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    windows: Windows | None = None,
+    patience: int | None = None,
+    checkpoint_every: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+    tensorboard: str | Path | None = None,
+    progress: bool = True,
+) -> list[TrainResult]:
+    """Trains several heads in one pass over the data: each batch is read, or computed by a stream, once for all of them.
+
+    Every head ends with the bits that :func:`train_head` alone would give it. Heads may differ in kind, width, K, start,
+    objective, learning rate and sites.
+
+    Args:
+        heads: or :class:`HeadJob` s, where something differs between them.
+        image, text: as in :func:`train_head`.
+        batch_size: of all; by default the objectives', if these agree.
+        tensorboard: a folder, in which each of several heads gets one of its own.
+        sites, epochs, steps, schedule, warmup, decay, weight_decay, seed, windows, patience, checkpoint_every, precision,
+            compile, progress: as in :func:`train_head`, the same for all.
+
+    Raises:
+        MMHooksError: no head, one head twice, objectives that disagree on the batch size; as :func:`train_head`.
+
+    >>> from mmhooks.heads import TopKSAE, train_heads
+    >>> x = torch.randn(256, 8)
+    >>> heads = [TopKSAE(8, 32, k=k) for k in (2, 4)]
+    >>> [result.steps for result in train_heads(heads, x, epochs=2, batch_size=64, progress=False)]
+    [8, 8]
+    """
+    jobs = [job if isinstance(job, HeadJob) else HeadJob(job) for job in heads]
+    _check_jobs(jobs, patience)
+    objectives = [job.objective or default_objective(job.head) for job in jobs]
+    processes = Processes(jobs[0].head)
+    for job, objective in zip(jobs, objectives, strict=True):
+        if processes.size > 1 and not objective.shares_batches:
+            raise MMHooksError(
+                f"{type(objective).__name__} compares all pairs of a batch, of which each of {processes.size} processes "
+                "would see only a part; train this head in one process"
+            )
+        job.head.to(processes.device)
+    size = batch_size or _common_batch_size(objectives)
+    asked = [job.sites or sites for job in jobs]
+    feed, named = _feed(image, text, asked, size, seed, processes, steps, windows)
+    size = min(size, feed.rows)
+    processes.check_batch(size)
+    total = steps or (60 if epochs is None else epochs) * feed.per_epoch
+    settings = {
+        "epochs": 60 if epochs is None else epochs,
+        **({"steps": steps} if steps is not None else {}),
+        "batch": size,
+        "schedule": [schedule, warmup, decay],
+        "weight_decay": weight_decay,
+        "seed": seed,
+        **({"windows": asdict(windows)} if windows is not None else {}),
+        "patience": patience,
+        "numerics": [precision, compile, processes.size, processes.device.type],
+        "pairs": feed.rows,
+    }
+    runs, began = [], time.perf_counter()
+    for job, objective, names in zip(jobs, objectives, named, strict=True):
+        lr = objective.default_lr if job.lr is None else job.lr
+        held_out = _held_out(job.head, job.valid, names, processes.device)
+        # The loss's constants are part of a run from its first line on: an option that does not apply raises here.
+        objective.across = processes.mean
+        mark = {} if job.checkpoint is None else _mark(job, objective, lr, settings, feed, names, held_out)
+        objective.measure(*_tables(feed, job.head, names))
+        groups = [
+            {"params": [p], "lr_factor": objective.lr_scale(job.head, name)}
+            for name, p in job.head.named_parameters()
+        ]
+        adam = torch.optim.Adam(groups, lr=lr, eps=6.25e-10, weight_decay=weight_decay, fused=True)
+        silent = torch.zeros(job.head.n_features, dtype=torch.long, device=processes.device)
+        compute = torch.compile(objective.loss) if compile else objective.loss
+        path = None if job.checkpoint is None else Path(job.checkpoint)
+        run = Run(
+            job.head, objective, adam, feed, names, total, seed, processes, precision, silent, compute,
+            lr=lr, held_out=held_out, path=path, mark=mark,
+        )  # fmt: skip
+        if path is not None and processes.is_main:
+            clear_leftovers(path)
+        if path is not None and path.exists():
+            run.resume()
+        else:
+            objective.start(job.head, *run.first(START))
+            processes.broadcast_(job.head)
+        job.head.train()
+        runs.append(run)
+    pace = Pace(schedule, warmup, decay, patience, checkpoint_every)
+    name = runs[0].head.name if len(runs) == 1 else f"{len(runs)} heads"
+    with ExitStack() as held:
+        begin = min(run.step for run in runs)
+        shown = progress and processes.is_main
+        show = held.enter_context(training_bar(f"training {name}", total, shown=shown, begin=begin))
+        logs = [
+            held.enter_context(tensorboard_log(folder if processes.is_main else None, begin=run.step))
+            for run, folder in zip(runs, _log_folders(tensorboard, len(runs)), strict=True)
+        ]
+        run_all(runs, feed, pace, show, logs)
+    results = []
+    for run in runs:
+        if run.best_state:
+            run.head.load_state_dict(run.best_state)
+        run.objective.finish(run.head, *run.tables())
+        run.head.eval()
+        seconds = time.perf_counter() - began
+        results.append(TrainResult(run.head, len(run.history), run.step, run.stopped, seconds, run.history))
+    return results
+
+
+def _feed(
+    image: Any,
+    text: Any,
+    asked: Sequence[Sequence[str]],
+    size: int,
+    seed: int,
+    processes: Processes,
+    steps: int | None,
+    windows: Windows | None,
+) -> tuple[Feed, list[tuple[str, ...]]]:
+    """The feed, and the names of each head's rows in it."""
+    if is_stream(image):
+        if text is not None or windows is not None:
+            raise MMHooksError(
+                "a stream deals both modalities, in windows of its own: expected no text= and no windows="
+            )
+        named = [names_in(image, wanted) for wanted in asked]
+        return StreamFeed(image, sorted({n for names in named for n in names}), size, processes, steps), named
+    if steps is not None:
+        raise MMHooksError("steps= is for a stream that does not know its length: expected epochs=")
+    tables, named, runs = tables_of(image, text, asked)
+    return TableFeed(tables, size, seed, processes, windows, runs), named
+
+
+def _tables(feed: Feed, head: Head, names: Sequence[str]) -> tuple[Rows, Rows | None]:
+    first, *rest = (feed.table(name, head) for name in names)
+    return first, rest[0] if rest else None
+
+
+def _mark(
+    job: HeadJob,
+    objective: Objective,
+    lr: float,
+    settings: Mapping[str, Any],
+    feed: Feed,
+    names: Sequence[str],
+    held_out: tuple[Tensor, Tensor | None] | None,
+) -> Fingerprint:
+    """What the run's checkpoint belongs to."""
+    about = {
+        "kind": job.head.kind,
+        "config": job.head.config(),
+        "lr": lr,
+        "objective": [type(objective).__name__, objective.settings()],
+        **settings,
+    }
+    data = {what: feed.digest(name) for what, name in zip(("images", "texts"), names, strict=False)}
+    for what, rows in zip(("held-out images", "held-out texts"), held_out or (), strict=False):
+        if rows is not None:
+            data[what] = rows_hash(rows)
+    return fingerprint(about, job.head, data)
+
+
+def _check_jobs(jobs: Sequence[HeadJob], patience: int | None) -> None:
+    if not jobs:
+        raise MMHooksError("expected at least one head to train, got none")
+    if len({id(job.head) for job in jobs}) < len(jobs):
+        raise MMHooksError("expected every head once, got one twice; train a copy")
+    paths = [str(job.checkpoint) for job in jobs if job.checkpoint is not None]
+    if len(set(paths)) < len(paths):
+        raise MMHooksError("expected a checkpoint of its own for each head, got a path twice")
+    for job in jobs:
+        _check_gradients(job.head)
+        if patience is not None and job.valid is None:
+            raise MMHooksError("early stopping (patience=) needs held-out pairs: pass valid=(image, text)")
+
+
+def _common_batch_size(objectives: Sequence[Objective]) -> int:
+    sizes = {objective.default_batch_size for objective in objectives}
+    if len(sizes) > 1:
+        raise MMHooksError(
+            f"heads whose objectives take batches of {sorted(sizes)} rows: expected batch_size="
+        )
+    return sizes.pop()
+
+
+def _log_folders(folder: str | Path | None, count: int) -> list[Path | None]:
+    if folder is None or count == 1:
+        return [None if folder is None else Path(folder)] * count
+    return [Path(folder) / f"{i:02d}" for i in range(count)]
 
 
 def _check_gradients(head: Head) -> None:
