@@ -48,7 +48,9 @@ from .heads.sae.matching_pursuit import MatchingPursuitSAE as MatchingPursuitSAE
 from .heads.sae.matryoshka import MatryoshkaSAE as MatryoshkaSAE
 from .heads.sae.relu import ReLUSAE as ReLUSAE
 from .heads.sae.topk import TopKSAE as TopKSAE
+from .heads.training.train import HeadJob as HeadJob
 from .heads.training.train import train_head as train_head
+from .heads.training.train import train_heads as train_heads
 from .heads.transcoder import Transcoder as Transcoder
 from .hooks.across_sites import given_run as given_run
 from .hooks.cache import ActivationCache as ActivationCache

@@ -13,7 +13,7 @@ from mmhooks.heads.sae.matching_pursuit import MatchingPursuitSAE
 from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
 from mmhooks.heads.sae.relu import ReLUSAE
 from mmhooks.heads.sae.topk import TopKSAE
-from mmhooks.heads.training.train import TrainResult, train_head
+from mmhooks.heads.training.train import HeadJob, TrainResult, train_head, train_heads
 from mmhooks.heads.transcoder import Transcoder
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Crosscoder",
     "GatedSAE",
     "Head",
+    "HeadJob",
     "JumpReLUSAE",
     "MatchingPursuitSAE",
     "MatryoshkaSAE",
@@ -36,4 +37,5 @@ __all__ = [
     "prediction",
     "reconstruction",
     "train_head",
+    "train_heads",
 ]

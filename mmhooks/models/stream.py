@@ -242,19 +242,17 @@ class ActivationStream:
         plans = self._plans(epoch, first)
         batches = load_batches(decoder, plans, workers=self._workers, pin=device.type == "cuda")
         table = _Table(list(self._specs.values()), device)
-        ready: tuple[int, dict[str, Tensor]] | None = None
-        with self._reader as reader:
-            for batch in batches:
-                if ready is not None:  # another one follows
-                    yield *ready, False
-                    ready = None
-                if not table.begun:
-                    table.begin(held)
-                table.add(batch.ids, *reader.columns(batch))
-                if batch.last:
-                    ready = batch.shard, table.end()
-            if ready is not None:
-                yield *ready, True
+        batch = next(batches, None)
+        while batch is not None:
+            window, last = batch.shard, False
+            table.begin(held)
+            with (
+                self._reader as reader
+            ):  # closed before anything is dealt: its modes and contexts are not the caller's
+                while batch is not None and not last:
+                    table.add(batch.ids, *reader.columns(batch))
+                    last, batch = batch.last, next(batches, None)
+            yield window, table.end(), batch is None
 
     def _plans(self, epoch: int, first: int) -> Iterator[BatchPlan]:
         rank, world, size = self._ranks.rank, self._ranks.world, self.windows.pairs
@@ -281,11 +279,10 @@ class _Table:
         self._room: dict[str, Tensor] = {}
         self._pairs: list[tuple[str, int]] = []  # ids, and how many rows each has
         self._filled = self._held = 0
-        self.begun = False
 
     def begin(self, held: Mapping[str, Tensor]) -> None:
         """Starts a window with the rows that were held for it."""
-        self._filled, self._pairs, self.begun = 0, [], True
+        self._filled, self._pairs = 0, []
         if held:
             self._append(held)
         self._held = self._filled
@@ -301,7 +298,6 @@ class _Table:
         Raises:
             NotFinite: a pair whose activations are NaN or infinite, or do not fit the dtype.
         """
-        self.begun = False
         table = {name: room[: self._filled] for name, room in self._room.items()}
         for name, rows in table.items():
             if not bool(torch.isfinite(rows).all()):

@@ -68,7 +68,7 @@ def test_mixing_is_counted_against_a_full_shuffle():
     ]
     assert abs(whole.at_best - sum(drawn) / len(drawn)) < 0.5
     assert abs(whole.share - 1) < 0.02
-    assert mixing(Windows(15), runs, 100).share < 0.2
+    assert mixing(Windows(15), runs, 100).share < 0.35  # 15 pairs a window, few of the next: 27 of 87
 
 
 def test_a_window_smaller_than_a_batch_is_refused():

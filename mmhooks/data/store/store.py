@@ -185,7 +185,7 @@ class Store:
         """One row a pair from the tokens: the largest or mean value of each feature, or whether any token has it.
 
         Computed chunk by chunk when read; measures take the result like any store of pairs, so that an image and a text
-        store of one head give its MDS by token: ``mm.mds(images.pool("max")[a], texts.pool("max")[b])``.
+        store of one head give its MDS by token: ``mm.mds(images.pool("max").join(texts.pool("max")), image=…, text=…)``.
 
         Args:
             how: "max", "mean" (an inactive feature counts as 0), or "any" (1 where a token's value is not 0, else 0).
