@@ -38,7 +38,9 @@ class CrashingSAE(SAEObjective):
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,9 @@ def drawings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(model, drawings, tmp_path_factory):
     out = tmp_path_factory.mktemp("stores") / "acts"
-    return mm.extract(model, drawings, [SITE, OTHER], out, tokens="patch", batch_size=4, workers=0, progress=False)
+    return mm.extract(
+        model, drawings, [SITE, OTHER], out, tokens="patch", batch_size=4, workers=0, progress=False
+    )
 
 
 def stream_of(model, drawings, **options):
@@ -101,7 +105,9 @@ def test_from_the_stream_and_from_the_store_in_the_same_order(model, drawings, s
     objective = SAEObjective()
     # What is computed over all rows is, of a stream, computed over the first batches: here these are all rows too.
     rows = torch.cat([b[SITE] for b in stream.batches(24, drop_last=True)])
-    objective.measure = lambda image, text: SAEObjective.measure(objective, rows / rows.norm(dim=1, keepdim=True), None)
+    objective.measure = lambda image, text: SAEObjective.measure(
+        objective, rows / rows.norm(dim=1, keepdim=True), None
+    )
     objective.start = lambda head, image, text: SAEObjective.start(
         objective, head, rows / rows.norm(dim=1, keepdim=True), None
     )
@@ -146,7 +152,10 @@ def test_heads_whose_checkpoints_are_at_different_steps(model, drawings, tmp_pat
     options = {"sites": (SITE,), "epochs": 2, "checkpoint_every": 2, **QUICK}
 
     def jobs(at=10**9):
-        made = [HeadJob(head, objective=CrashingSAE(), checkpoint=tmp_path / f"{i}.safetensors") for i, head in enumerate(some_heads())]
+        made = [
+            HeadJob(head, objective=CrashingSAE(), checkpoint=tmp_path / f"{i}.safetensors")
+            for i, head in enumerate(some_heads())
+        ]
         made[0].objective.at = at
         return made
 
@@ -191,7 +200,9 @@ def test_what_does_not_fit_together_is_refused(pairs, model, drawings):
     with pytest.raises(MMHooksError, match="every head once"):
         train_heads([head, head], *pairs, **QUICK)
     with pytest.raises(MMHooksError, match="a checkpoint of its own"):
-        train_heads([HeadJob(head, checkpoint="a"), HeadJob(TopKSAE(16, 48, 5), checkpoint="a")], *pairs, **QUICK)
+        train_heads(
+            [HeadJob(head, checkpoint="a"), HeadJob(TopKSAE(16, 48, 5), checkpoint="a")], *pairs, **QUICK
+        )
     with pytest.raises(MMHooksError, match=r"batches of \[256, 512\] rows: expected batch_size="):
         train_heads([head, NCL(16, 24)], *pairs, progress=False)
     with pytest.raises(MMHooksError, match="windows of its own"):

@@ -145,11 +145,7 @@ class Store:
 
     @property
     def tokens(self) -> Int[Tensor, " rows"]:
-        """The number of each row's token among those of its pair, from 0.
-
-        Raises:
-            MMHooksError: rows are pairs.
-        """
+        """The number of each row's token among those of its pair, from 0."""
         if self._read_tokens is None:
             raise MMHooksError(_BY_PAIR.format("tokens"))
         return self._read_tokens()

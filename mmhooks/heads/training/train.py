@@ -180,8 +180,8 @@ def train_heads(
         image, text: as in :func:`train_head`.
         batch_size: of all; by default the objectives', if these agree.
         tensorboard: a folder, in which each of several heads gets one of its own.
-        sites, epochs, steps, schedule, warmup, decay, weight_decay, seed, windows, patience, checkpoint_every, precision,
-            compile, progress: as in :func:`train_head`, the same for all.
+        sites, epochs, steps, schedule, warmup, decay: as in :func:`train_head`, the same for all.
+        weight_decay, seed, windows, patience, checkpoint_every, precision, compile, progress: likewise.
 
     Raises:
         MMHooksError: no head, one head twice, objectives that disagree on the batch size; as :func:`train_head`.
