@@ -147,7 +147,7 @@ def train(
             }
         head.info = head.info | {
             "store": str(store),
-            "sites": names,
+            "sites": names if text is not None else names[:1],
             "epochs": result.epochs,
             "held_out": rows,
         }

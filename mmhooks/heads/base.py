@@ -196,6 +196,12 @@ class Head(nn.Module):
         return {"d_in": self.d_in, "n_features": self.n_features, "normalize_input": self.normalize_input}
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that ``info["sites"]`` (or ``"site"``) names: where a model attaches it without ``at=``."""
+        named = self.info.get("sites") or self.info.get("site") or ()
+        return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+
+    @property
     def id(self) -> str:
         """``kind-<hash>`` of the configuration and the weights, rounded to half precision.
 

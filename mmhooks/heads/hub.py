@@ -129,8 +129,17 @@ def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
         f"---\nlibrary_name: {library}\ntags:\n- sparse-autoencoder\n- interpretability\n- mmhooks\n---\n\n"
         f"# {markdown(repo.split('/')[1])}\n\n| | |\n|---|---|\n{rows}\n\n"
         f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}"{where})\n'
-        f'model.attach(head, at=["image.embed", "text.embed"])\n```\n{theirs}'
+        f"model.attach(head{_at(head)})\n```\n{theirs}"
     )
+
+
+def _at(head: Head) -> str:
+    """The ``at=`` of a head that names no site itself."""
+    if head.sites:
+        return ""
+    if head.reconstructs and head.kind != "crosscoder":
+        return ', at=["image.embed", "text.embed"]'
+    return ', at=["<the first of its sites>", "<the second>"]'
 
 
 def _in_saelens(head: Head, repo: str, inside: str | None) -> str:
@@ -154,8 +163,8 @@ def load_head(
 ) -> Head:
     """A sparse head from the package (``"mini/sae"``), a folder or file, or a Hugging Face Hub repository.
 
-    The format is recognised by its files: our own, SAELens, sparsify, dictionary_learning, ViT-Prisma, MSAE and
-    overcomplete (:data:`mmhooks.heads.formats.FORMATS`).
+    The format is recognised by its files: our own, SAELens, sparsify, dictionary_learning, ViT-Prisma, saev, PatchSAE,
+    MSAE and overcomplete (:data:`mmhooks.heads.formats.FORMATS`). Heads of vision models name the site they belong to.
 
     Args:
         source: name, path, or ``owner/name`` on the Hub.

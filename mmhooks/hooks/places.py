@@ -58,6 +58,21 @@ class Places:
             _check_width(site, head.d_in, f"{name!r} reads", widths, shapes)
         return self._add([Attachment(head, name, site, error_term, splice) for site in sites])
 
+    def named_by(self, head: Any, name: str) -> list[str]:
+        """The sites that a head names; a negative layer counts from the last block.
+
+        Raises:
+            MMHooksError: it names none.
+        """
+        named = getattr(head, "sites", ())
+        if not named:
+            said = getattr(head, "info", {}).get("site_missing", "")
+            raise MMHooksError(
+                f"head {name!r} names no site: pass at=, such as at='image.blocks.3.resid_post'"
+                + (f"; {said}" if said else "")
+            )
+        return [_from_the_last(site, self.sites.canonical) for site in named]
+
     def _attach_between(
         self,
         head: Any,
@@ -271,6 +286,24 @@ class Places:
         return [CaptureOp(p, record, binding, detached) for p, record in zip(places, records, strict=True)], [
             binding
         ]
+
+
+def _from_the_last(site: str, known: Iterable[str]) -> str:
+    """The site with a negative layer number replaced by the one that it stands for.
+
+    >>> _from_the_last("image.blocks.-2.ln_1", ["image.blocks.0.ln_1", "image.blocks.1.ln_1", "image.blocks.2.ln_1"])
+    'image.blocks.1.ln_1'
+    """
+    words = site.split(".")
+    at = next((i for i, word in enumerate(words) if word.startswith("-") and word[1:].isdigit()), None)
+    if at is None:
+        return site
+    stem = words[:at]
+    layers = {
+        name.split(".")[at] for name in known if name.split(".")[:at] == stem and len(name.split(".")) > at
+    }
+    words[at] = str(sum(layer.isdigit() for layer in layers) + int(words[at]))
+    return ".".join(words)
 
 
 def _check_width(

@@ -139,7 +139,7 @@ class HookedModel:
     def attach(
         self,
         head: Any,
-        at: Pattern | Sequence[Pattern],
+        at: Pattern | Sequence[Pattern] | None = None,
         name: str | None = None,
         *,
         error_term: bool = True,
@@ -151,9 +151,10 @@ class HookedModel:
 
         Args:
             head: anything with the interface of :class:`~mmhooks.hooks.splice.HeadLike`.
-            at: sites, by name, glob or predicate. A head that maps one site to another, such as a transcoder: the site that
-                it reads and the site that it writes, whose places are then ``<site written>.<name>.latents``. A crosscoder: all
-                its sites, in their order; edits of it need :class:`mmhooks.given_run`.
+            at: sites, by name, glob or predicate; default: those that the head names (``head.sites``). A head that maps one
+                site to another, such as a transcoder: the site that it reads and the site that it writes, whose places are
+                then ``<site written>.<name>.latents``. A crosscoder: all its sites, in their order; edits of it need
+                :class:`mmhooks.given_run`.
             name: default: the head's own.
             error_term: edited output is ``x + (f' - f) W_dec``; ``False``: ``dec(f')``.
             splice: ``False`` leaves the model's flow alone; edits show in the head's latents only (the one
@@ -164,11 +165,14 @@ class HookedModel:
 
         Raises:
             UnknownSite: a site that does not exist.
+            MMHooksError: no ``at=``, and the head names no site.
             ShapeMismatch: a site known to carry another width.
             MMHooksError: that name is taken at that site, or ``head`` is not a head.
         """
-        patterns = [at] if isinstance(at, str) or callable(at) else list(at)
         known = name or getattr(head, "name", "head")
+        if at is None:
+            at = self.places.named_by(head, known)
+        patterns = [at] if isinstance(at, str) or callable(at) else list(at)
         return self.places.attach(
             head, patterns, known, error_term=error_term, splice=splice, shapes=self.shapes
         )

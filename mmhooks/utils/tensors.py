@@ -73,11 +73,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
-def read_checkpoint(path: str | Path, *, stand_ins: str = "") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, stand_ins: str | tuple[str, ...] = "") -> dict[str, Any]:
     """The dictionary in a torch checkpoint (``torch.save``); only tensors are unpickled.
 
     Args:
-        stand_ins: a package such as ``"vit_prisma."`` whose objects are read as :class:`StandIn`: attributes only,
+        stand_ins: a package such as ``"vit_prisma."``, or several, whose objects are read as :class:`StandIn`: attributes only,
             without running any of its code.
 
     Raises:
@@ -148,7 +148,9 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _unpickled(path: Path, content: bytes, stand_ins: str) -> tuple[dict[str, Any], set[str]]:
+def _unpickled(
+    path: Path, content: bytes, stand_ins: str | tuple[str, ...]
+) -> tuple[dict[str, Any], set[str]]:
     names = _globals_of(path, content)
     foreign = {n for n in names - _PLAIN if not (stand_ins and n.startswith(stand_ins))}
     if foreign:

@@ -9,7 +9,16 @@ from typing import NamedTuple
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads import base
 from mmhooks.heads.base import Head
-from mmhooks.heads.formats import dictionary_learning, msae, overcomplete, prisma, saelens, saev, sparsify
+from mmhooks.heads.formats import (
+    dictionary_learning,
+    msae,
+    overcomplete,
+    patchsae,
+    prisma,
+    saelens,
+    saev,
+    sparsify,
+)
 from mmhooks.heads.formats.affine import Options, read_json, read_tensors
 from mmhooks.heads.formats.saelens import load_saelens, save_saelens
 from mmhooks.utils.tensors import read_checkpoint
@@ -90,6 +99,11 @@ def _is_prismas_own(file: Path) -> bool:
     return file.suffix == ".pt" and prisma.is_whole(read_checkpoint(file, stand_ins=prisma.PACKAGE))
 
 
+def _is_patchsae(file: Path) -> bool:
+    packages = (prisma.PACKAGE, *patchsae.PACKAGES)  # so that the other's files are told, not refused
+    return file.suffix == ".pt" and patchsae.fits(read_checkpoint(file, stand_ins=packages))
+
+
 def _from_file(read: Callable[[Path, Options], Head]) -> Callable[[Path, Options], Head]:
     def of(path: Path, options: Options) -> Head:
         file = _one_file(path)
@@ -129,6 +143,8 @@ FORMATS = (
            lambda path: prisma.fits(_config(path)) and (path.suffix == ".pt" or bool(list(path.glob("*.pt")))),
            prisma.read),
     Format("saev", "one .pt file that begins with a JSON header", _file_fits(saev.fits), _from_file(saev.read)),
+    Format("PatchSAE", "a .pt file with state_dict and a cfg that names block_layer",
+           _file_fits(_is_patchsae), _from_file(patchsae.read)),
     Format("ViT-Prisma checkpoint", "a .pt file of its save_model, with cfg and state_dict",
            _file_fits(_is_prismas_own), _from_file(prisma.read)),
     Format("MSAE", "a .pth file with model, mean_center and scaling_factor, under its published name",

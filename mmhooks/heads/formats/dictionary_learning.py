@@ -1,7 +1,11 @@
-"""Reads state dicts of dictionary_learning (``ae.pt`` beside ``config.json``) without it; checked against 0.1."""
+"""Reads state dicts of dictionary_learning (``ae.pt`` beside ``config.json``) without it; checked against 0.1.
+
+sae-for-vlm (Pach et al. 2025) writes this format, and says where a head belongs in the name of its folder only.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,19 @@ from torch import Tensor
 
 from mmhooks.errors import MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, read_tensors, take_tensors
+from mmhooks.heads.formats.located import image_site, located
 from mmhooks.heads.sae.base import SAE
 from mmhooks.heads.sae.jumprelu import from_log
 
 WEIGHTS = "ae.pt"
+FOLDER = re.compile(
+    r"_activations_(?P<model>.+)_(?P<layer>-?\d+)_(?P<point>post_mlp_residual|post_projection)"
+)
 LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_pre": "b_dec"}
 CLASSES = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
-           "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}  # fmt: skip
+           "MatryoshkaBatchTopKSAE": "batchtopk", "MatroyshkaBatchTopKSAE": "batchtopk",
+           "JumpReluAutoEncoder": "jumprelu"}  # fmt: skip
 
 
 def fits(state: dict[str, Any]) -> bool:
@@ -49,7 +58,7 @@ def read(path: Path, options: Options) -> SAE:
         extra["threshold"] = torch.tensor(threshold)
     elif kind == "jumprelu":
         extra["threshold_log"] = from_log(state["threshold"].float().clamp_min(0).log())
-    return affine.build(
+    head = affine.build(
         kind,
         where=where,
         source="dictionary_learning",
@@ -57,6 +66,34 @@ def read(path: Path, options: Options) -> SAE:
         extra=extra,
         about=cfg or None,
         **config,
+    )
+    return _located(head, cfg, where)
+
+
+def _located(head: SAE, cfg: dict[str, Any], where: Path) -> SAE:
+    """The site that the folder names: sae-for-vlm leaves it out of its configuration."""
+    folders = where.absolute().parts[:-1]
+    found = next((found for found in map(FOLDER.search, reversed(folders)) if found), None)
+    if found is None:
+        named = {
+            name: cfg[name]
+            for name in ("lm_name", "layer", "submodule_name")
+            if cfg.get(name) not in (None, "")
+        }
+        said = f"its configuration names {named}" if named else (
+            "its configuration names no layer; sae-for-vlm's folders do (..._activations_<model>_<layer>_post_mlp_residual_...): "
+            "keep them, or pass at='image.blocks.<layer>.resid_post', or 'image.embed' for post_projection"
+        )  # fmt: skip
+        return located(head, None, said)
+    post = found["point"] == "post_projection"
+    drawn = any(
+        folder.startswith("random_k_") for folder in folders
+    )  # its scripts take all tokens there, else the class token
+    return located(
+        head,
+        "image.embed" if post else image_site(int(found["layer"])),
+        model=found["model"],
+        tokens="pooled" if post else "all" if drawn else None,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmhooks.errors import DamagedFile, MMHooksError
 from mmhooks.heads.formats.affine import Affine, Options, read_json, scaling_of, take_tensors
+from mmhooks.heads.formats.located import LEAVES, image_site, located
 from mmhooks.heads.sae.base import SAE
 from mmhooks.utils.tensors import StandIn, read_checkpoint
 
@@ -59,7 +60,35 @@ def read(path: Path, options: Options) -> SAE:
     config: dict[str, Any] = {"k": k} if activation == "topk" else {}
     kind = "topk" if activation == "topk" else "relu"
     about = {k: v for k, v in cfg.items() if isinstance(v, str | int | float | bool | dict | None)}
-    return affine.build(kind, where=where, source="ViT-Prisma", options=options, about=about, **config)
+    head = affine.build(kind, where=where, source="ViT-Prisma", options=options, about=about, **config)
+    site, missing = _site(cfg)
+    tokens = "class" if cfg.get("cls_token_only") else "patch" if cfg.get("use_patches_only") else "all"
+    model, size = cfg.get("model_name"), cfg.get("image_size")
+    return located(head, site, missing, model=model, image_size=size, tokens=tokens if model else None)
+
+
+def _site(cfg: dict[str, Any]) -> tuple[str | None, str]:
+    """Our name of its hook point; or None, and what to pass.
+
+    Its models are loaded with centred weights, so that nothing writes a mean into the stream, unless they are open_clip's:
+    a head that does not take the mean off by itself reads other vectors in the model's own code.
+    """
+    layer, hook = cfg.get("hook_point_layer"), cfg.get("layer_subtype")
+    point = cfg.get("hook_point")
+    if (layer is None or hook is None) and isinstance(point, str) and point.count(".") >= 2:
+        _, number, hook = point.split(".", 2)
+        layer = int(number) if number.lstrip("-").isdigit() else None
+    if type(layer) is not int or hook not in LEAVES or cfg.get("hook_point_head_index") is not None:
+        said = f"hook_point_layer {layer!r} and layer_subtype {hook!r}"
+        return None, f"its configuration has {said}, which has no name here: the sites are in docs/sites.md"
+    site = image_site(layer, LEAVES[hook])
+    own = str(cfg.get("model_name", "")).startswith("open-clip:")
+    if not own and cfg.get("normalize_activations") != "layer_norm" and not hook.startswith("mlp."):
+        return None, (
+            f"it was trained at {cfg.get('hook_point') or hook} of {cfg.get('model_name')!r}, whose weights ViT-Prisma centres "
+            f"when it loads them, and it does not normalise its input: pass at={site!r} if they were loaded without"
+        )
+    return site, ""
 
 
 def _config(payload: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mmhooks.errors import DamagedFile, MMHooksError
-from mmhooks.heads.formats.affine import Affine, Options, take_tensors
+from mmhooks.heads.formats.affine import Affine, Options, read_json, take_tensors
+from mmhooks.heads.formats.located import image_site, located
 from mmhooks.heads.sae.base import SAE
 from mmhooks.utils.tensors import is_headed, read_headed_checkpoint
 
@@ -27,6 +28,47 @@ def fits(path: Path) -> bool:
 
 
 def read(path: Path, options: Options) -> SAE:
+    """:func:`read_weights`, with the layer that ``config.json`` beside the file names, as saev's training writes it."""
+    head = read_weights(path, options)
+    beside = path.parent / "config.json"
+    run = read_json(beside) if beside.is_file() else {}
+    data = run.get("train_data") or run.get("data") or {}
+    shards = path.parent.parent / "links" / "train-shards" / "metadata.json"
+    model = read_json(shards) if shards.is_file() else {}
+    site, missing = _site(data, beside)
+    patches = data.get("tokens", data.get("patches"))
+    kinds = {"content": "patch", "patches": "patch", "special": "class", "cls": "class", "all": "all"}
+    tokens = kinds.get(str(patches))
+    name = f"{model['family']}/{model['ckpt']}" if {"family", "ckpt"} <= model.keys() else None
+    return located(
+        head,
+        site,
+        missing,
+        model=name,
+        tokens=tokens,
+        patches_per_image=model.get("content_tokens_per_example"),
+    )
+
+
+def _site(data: dict[str, Any], beside: Path) -> tuple[str | None, str]:
+    """The site of its layer; or None, and what to pass."""
+    layer = data.get("layer")
+    if type(layer) is not int:
+        found = f"names layer {layer!r}" if data else "is not there"
+        return None, (
+            "saev's checkpoints name no layer; the config.json that its training writes beside them does, but "
+            f"{beside} {found}: fetch it too, or pass at='image.blocks.<layer>.resid_post'"
+        )
+    scaled = [name for name in ("scale_mean", "scale_norm") if data.get(name)]
+    if scaled:
+        return None, (
+            f"it was trained on vectors of layer {layer} with {' and '.join(scaled)}, whose statistics are not in its files: "
+            f"pass at={image_site(layer)!r} after folding them into the weights"
+        )
+    return image_site(layer), ""
+
+
+def read_weights(path: Path, options: Options) -> SAE:
     """A ReLU, TopK or BatchTopK SAE. (There, a TopK feature may be negative where fewer than k are positive.)
 
     Raises:
