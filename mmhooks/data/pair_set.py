@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol, overload, runtime_checkable
@@ -185,15 +185,25 @@ class Pairs(Sequence[Any]):  # not of Pair: type checks at run time must not ope
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
+        places = as_places(indices, len(self), "pairs").tolist()
+        return self._like([self._rows[i] for i in places], self.has_texts)
+
+    def without_texts(self) -> Pairs:
+        """The images alone, in the same splits."""
+        rows = [replace(row, text="", split_by=row.split_by or row.text) for row in self._rows]
+        return self._like(rows, False)
+
+    def _like(self, rows: Iterable[Row], has_texts: bool) -> Pairs:
+        """Other rows of the same images."""
         return type(self)(
-            [self._rows[i] for i in as_places(indices, len(self), "pairs").tolist()],
+            rows,
             self._images,
             name=self.name,
             content=self._content,
             licence=self.licence,
             attribution=self.attribution,
             skipped=self.skipped,
-            has_texts=self.has_texts,
+            has_texts=has_texts,
         )
 
     def _open(self, index: Any) -> Image.Image:

@@ -15,6 +15,7 @@ from mmhooks.errors import DataError, MissingWeights
 from mmhooks.utils.faults import first_line
 
 MAX_BYTES = 2**28  # 256 MiB: four photographs of 20 megapixels without compression
+_WEB_SECONDS = 20.0  # without an answer
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
 _OPT_IN = "allow_outside=True reads it anyway"
 
@@ -42,7 +43,7 @@ class DataRoot:
         """
         if "::" in name or "://" in name:
             self.check(name)
-            return _read_address(name)
+            return _read_web(name) if name.startswith(("http://", "https://")) else _read_address(name)
         if self.folder is None:
             raise DataError(f"{name!r} is a local path in a remote data set; it is not read")
         return read_regular(self.inside(name))
@@ -116,6 +117,27 @@ def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
     if state.st_size > most or len(data) > most:
         raise DataError(f"expected at most {most:,} bytes, got {max(state.st_size, len(data)):,}")
     return data
+
+
+def _read_web(url: str, most: int = MAX_BYTES) -> bytes:
+    """Reads a URL that a row names, such as those of CC3M. Of old tables many are gone, so that no answer is a fault of
+    the row, not of the connection."""
+    import httpx
+
+    data = bytearray()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=_WEB_SECONDS) as answer:
+            if not answer.is_success:
+                raise DataError(f"the server answered {answer.status_code} {answer.reason_phrase}")
+            for part in answer.iter_bytes():
+                data += part
+                if len(data) > most:
+                    raise DataError(f"expected at most {most:,} bytes, got more")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as fault:  # DataError is a ValueError
+        if isinstance(fault, DataError):
+            raise
+        raise DataError(f"it cannot be downloaded ({type(fault).__name__}: {first_line(fault)})") from fault
+    return bytes(data)
 
 
 def _read_address(name: str) -> bytes:

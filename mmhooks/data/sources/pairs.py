@@ -8,6 +8,8 @@ from typing import Literal
 
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.sources.caption_choice import Captions, check_choice
+from mmhooks.data.sources.image_files import pairs_of_files
+from mmhooks.data.sources.local_layouts import local_listing
 from mmhooks.data.splits import choose
 from mmhooks.errors import DataError
 
@@ -25,6 +27,7 @@ def pairs(
     text_column: str | None = None,
     meta_columns: Sequence[str] = (),
     captions: Captions = "first",
+    images: str | Path | None = None,
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
@@ -47,6 +50,7 @@ def pairs(
             for a folder all columns are kept.
         captions: where an image has several: its "first", "all" (one pair each, a family; ids end in ``#0``, ``#1``), a
             "random" one (by ``seed`` and the image's id), or "none", for images alone. All are in ``meta["captions"]``.
+        images: the folder of the images of a file of captions, if it is not found beside it.
         allow_outside: also read files outside the data set's folder, which a table or row may refer to by ``../``, an
             absolute path, a link or a URL. Set it only if you trust the author of the data set.
 
@@ -63,39 +67,49 @@ def pairs(
     if on_error not in ("raise", "skip"):
         raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     check_choice(captions)
-    place = Path(source).expanduser()
     if str(source) == "mini":
         from mmhooks.data.sources.openmoji import openmoji
 
+        if images is not None:
+            raise DataError(f'images: expected it with a file of captions, got it with "mini": {images}')
         found = openmoji(progress=progress)
-    elif (place / "metadata.csv").exists():
-        from mmhooks.data.sources.folder import folder
-
-        return folder(
-            place,
+        if captions == "none":
+            found = found.without_texts()
+        if split is not None:
+            found = found.split(split)
+        return (
+            found if limit is None or limit >= len(found) else found.select(choose(len(found), limit, seed))
+        )
+    listing = local_listing(
+        source,
+        images=images,
+        image_column=image_column,
+        text_column=text_column,
+        texts=captions != "none",
+        allow_outside=allow_outside,
+    )
+    if listing is not None:
+        return pairs_of_files(
+            listing,
             split=split,
             limit=limit,
             on_error=on_error,
             seed=seed,
-            allow_outside=allow_outside,
-            progress=progress,
-        )
-    else:
-        from mmhooks.data.sources.hub import stream
-
-        return stream(
-            str(source),
-            split=split,
-            limit=limit,
-            on_error=on_error,
-            image_column=image_column,
-            text_column=text_column,
-            meta_columns=meta_columns,
             captions=captions,
-            seed=seed,
-            allow_outside=allow_outside,
             progress=progress,
         )
-    if split is not None:
-        found = found.split(split)
-    return found if limit is None or limit >= len(found) else found.select(choose(len(found), limit, seed))
+    from mmhooks.data.sources.hub import stream
+
+    return stream(
+        str(source),
+        split=split,
+        limit=limit,
+        on_error=on_error,
+        image_column=image_column,
+        text_column=text_column,
+        meta_columns=meta_columns,
+        captions=captions,
+        seed=seed,
+        allow_outside=allow_outside,
+        progress=progress,
+    )
