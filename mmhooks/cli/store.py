@@ -66,7 +66,14 @@ def extract(
         int | None, typer.Option(help="Processes that decode images. Default: spare cores, at most 8.")
     ] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(help="Rows per shard. Default: 8192, fewer for large rows.")
+        int | None, typer.Option(help="Pairs per shard. Default: 8192, fewer for large rows.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="A row for each of these tokens: patch, cls, register, text, eot, image, prompt, last; positions 0,3; or a "
+            "slice 1:. Default: a row for each pair."
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, …; under torchrun, cuda means the rank's own.")
@@ -100,9 +107,11 @@ def extract(
         )
         precision = cast("Precision", dtype)  # extract says which there are
         done = mm.extract(
-            hooked, found, sites, out, dtype=precision, batch_size=batch_size, workers=workers, shard_rows=shard_rows
+            hooked, found, sites, out, dtype=precision, batch_size=batch_size, workers=workers, shard_rows=shard_rows,
+            tokens=_tokens(tokens),
         )  # fmt: skip
-        say(f"{out}: {len(done)} pairs, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
+        rows = f"{len(done)} tokens of {len(done.pairs)} pairs" if done.by_token else f"{len(done)} pairs"
+        say(f"{out}: {rows}, {_size(done.info['bytes'])}, sites {', '.join(done.sites)}")
 
 
 @store.command()
@@ -117,7 +126,8 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
             return
         of = f" of {found['of']}" if found["of"] else ""
         state = "finished" if found["complete"] else "unfinished: repeat the extract command to resume"
-        say(f"{found['pairs']}{of} pairs in {found['shards']} shards, {_size(found['bytes'])}, {state}")
+        rows = f" with {found['rows']} rows, one a token," if "rows" in found else ""
+        say(f"{found['pairs']}{of} pairs{rows} in {found['shards']} shards, {_size(found['bytes'])}, {state}")
         if found["skipped"]:
             say(f"{found['skipped']} pairs were skipped; manifest.json lists them with the reasons")
         model, data = found["model"], found["data"]
@@ -158,6 +168,20 @@ def merge(
 
     with clear_errors():
         say(f"{out}: {len(merge(stores, out))} pairs")
+
+
+def _tokens(text: str | None) -> Any:
+    """``--tokens`` as ``mm.extract`` takes it: a kind, positions or a slice."""
+    if text is None or text.isalpha():
+        return text
+    try:
+        if ":" in text:
+            return slice(*(int(part) if part else None for part in text.split(":")))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--tokens: expected a kind such as patch, positions such as 0,3 or a slice such as 1:, got {text!r}"
+        ) from None
 
 
 def _device(asked: str) -> str:

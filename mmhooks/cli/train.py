@@ -9,21 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmhooks.cli.grid import HeadChoice, Kind, read_grid
 from mmhooks.utils.clear_errors import clear_errors
 from mmhooks.utils.say import say
-
-
-class Kind(StrEnum):
-    topk = "topk"
-    batchtopk = "batchtopk"
-    matryoshka = "matryoshka"
-    jumprelu = "jumprelu"
-    relu = "relu"
-    gated = "gated"
-    matching_pursuit = "matching_pursuit"
-    archetypal = "archetypal"
-    transcoder = "transcoder"
-    ncl = "ncl"
 
 
 class Schedule(StrEnum):
@@ -54,6 +42,13 @@ def train(
         Path, typer.Option(help="Output folder of the head, its history and its checkpoint.")
     ] = Path("runs/head"),
     kind: Annotated[Kind, typer.Option(help="Kind of head.")] = Kind.topk,
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file with a list under heads:, each with any of kind, features, k, seed, sites, lr, normalize, name; "
+            "all are trained in one pass, each into a folder of its name."
+        ),
+    ] = None,
     features: Annotated[int, typer.Option(help="Number of features n.")] = 1024,
     k: Annotated[int, typer.Option("--k", help="Active features per vector (target L0 of jumprelu).")] = 32,
     valid: Annotated[
@@ -97,75 +92,98 @@ def train(
     ] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None,
 ) -> None:
-    """Train a sparse head on stored activations. Repeat the command to resume an interrupted run.
+    """Train a sparse head, or several in one pass, on stored activations. Repeat the command to resume an interrupted run.
 
     Example: mmhooks train runs/acts --features 4096 --k 32 --epochs 40 --out runs/sae
 
     On several GPUs or processes: accelerate launch --num_processes 2 -m mmhooks.cli train runs/acts --out runs/sae
     """
+    from mmhooks.data.store import Store
+    from mmhooks.heads.training.processes import Processes
+    from mmhooks.heads.training.train import HeadJob, default_objective, train_heads
+    from mmhooks.heads.vectors import held_out_pairs
+
+    base = HeadChoice(kind, features, k, seed, sites, lr, normalize)
+    with clear_errors():
+        chosen = [base] if heads is None else read_grid(heads, base)
+        acts = Store(store)
+        if valid is None:
+            training, held_out = held_out_pairs(acts)
+        else:
+            training, held_out = acts, Store(valid)
+        jobs = []
+        for choice in chosen:
+            head = _head(choice, acts).to(device)
+            objective: Any = default_objective(head)
+            if choice.kind not in (Kind.ncl, Kind.transcoder):
+                objective.b_pre, objective.centre = b_pre.value, centre.value
+                objective.resample_every = resample_every
+                objective.target_l0 = float(choice.k) if choice.kind is Kind.jumprelu else None
+            jobs.append(
+                HeadJob(
+                    head,
+                    choice.site_names,
+                    choice.lr,
+                    objective,
+                    held_out,
+                    out / choice.name / "checkpoint.safetensors",
+                )
+            )
+        results = train_heads(
+            jobs, training, epochs=epochs, batch_size=batch_size, schedule=schedule.value, warmup=warmup, decay=decay,
+            seed=seed, patience=patience, checkpoint_every=checkpoint_every, precision=precision.value, compile=compile,
+            tensorboard=tensorboard,
+        )  # fmt: skip
+        if Processes.is_first_process():
+            for choice, result in zip(chosen, results, strict=True):
+                _write(choice, result, held_out, store, out / choice.name)
+
+
+def _write(choice: HeadChoice, result: Any, held_out: Any, store: Path, out: Path) -> None:
+    """Writes a head, its history and figure, and says how it does on held-out pairs."""
     from mmhooks.heads.reconstruction import prediction, reconstruction
     from mmhooks.heads.sae.modality_centres import KEY, by_modality
-    from mmhooks.heads.training.processes import Processes
-    from mmhooks.heads.training.train import default_objective, train_head
-    from mmhooks.heads.vectors import hold_out_every_tenth, training_rows
+    from mmhooks.heads.training.feeds import names_in
+    from mmhooks.heads.vectors import training_rows
     from mmhooks.report.style import draw
     from mmhooks.report.training import training_figure
     from mmhooks.utils.files import write_bytes, write_text
 
-    with clear_errors():
-        names = sites.split(",")
-        image, text = training_rows(store, None, names)
-        if valid is None:
-            (image, text), held_out = hold_out_every_tenth(image, text)
-        else:
-            held_out = tuple(rows if rows is None else rows[:] for rows in training_rows(valid, None, names))
-        width_out = image.shape[1] if text is None else text.shape[1]
-        head = _head(kind, image.shape[1], width_out, features, k, seed, normalize).to(device)
-        objective: Any = default_objective(head)
-        if kind not in (Kind.ncl, Kind.transcoder):
-            objective.b_pre, objective.centre = b_pre.value, centre.value
-            objective.resample_every = resample_every
-            objective.target_l0 = float(k) if kind is Kind.jumprelu else None
-        result = train_head(
-            head, image, text, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule.value, warmup=warmup,
-            decay=decay, seed=seed, valid=held_out, patience=patience, checkpoint=out / "checkpoint.safetensors",
-            checkpoint_every=checkpoint_every, objective=objective, precision=precision.value, compile=compile,
-            tensorboard=tensorboard,
-        )  # fmt: skip
-        if not Processes.is_first_process():
-            return
+    head, names = result.head, list(names_in(held_out, choice.site_names))
+    apart = [rows if rows is None else rows[:].float() for rows in training_rows(held_out, None, names)]
+    if choice.kind is Kind.transcoder:
+        read, written = apart
+        assert read is not None and written is not None  # trained on both
+        rows = {"written": prediction(head, read, written).table()[0]}
+    else:
         heads: dict[str, Any] = dict(by_modality(head)) if KEY in head.info else {}
-        if kind is Kind.transcoder:
-            read, written = held_out
-            assert read is not None and written is not None  # trained on both
-            rows = {"written": prediction(head, read, written).table()[0]}
-        else:
-            rows = {
-                name: reconstruction(heads.get(name, head), x).table()[0]
-                for name, x in zip(("image", "text"), held_out, strict=True)
-                if x is not None
-            }
-        head.info = head.info | {
-            "store": str(store),
-            "sites": names if text is not None else names[:1],
-            "epochs": result.epochs,
-            "held_out": rows,
+        rows = {
+            name: reconstruction(heads.get(name, head), x).table()[0]
+            for name, x in zip(("image", "text"), apart, strict=True)
+            if x is not None
         }
-        head.save(out)
-        content = json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
-        write_text(out / "training.json", content)
-        figure, _ = draw(lambda palette: training_figure(result.history, palette), alt="training", dark=False)
-        write_bytes(out / "training.png", figure.data)
-        say(f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}")
-        for name, row in rows.items():
-            say(
-                f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "
-                f"L0 {row['l0']:.1f}, dead {row['dead']:.1%}"
-            )
+    head.info = head.info | {"store": str(store), "sites": names, "epochs": result.epochs, "held_out": rows}
+    head.save(out)
+    content = json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
+    write_text(out / "training.json", content)
+    figure, _ = draw(lambda palette: training_figure(result.history, palette), alt="training", dark=False)
+    write_bytes(out / "training.png", figure.data)
+    say(f"{head.id}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; in {out}")
+    for name, row in rows.items():
+        say(
+            f"  held out, {name}: n {row['n']}, FVU {row['fvu']:.4f}, cosine {row['cosine']:.4f}, "
+            f"L0 {row['l0']:.1f}, dead {row['dead']:.1%}"
+        )
 
 
-def _head(kind: Kind, d: int, d_out: int, n: int, k: int, seed: int, normalize: bool) -> Any:
+def _head(choice: HeadChoice, acts: Any) -> Any:
+    """An untrained head of the widths of its sites."""
     from mmhooks import heads
+    from mmhooks.heads.training.feeds import names_in
+
+    widths = [acts[name].shape[-1] for name in names_in(acts, choice.site_names)]
+    kind, d, d_out, n, k = choice.kind, widths[0], widths[-1], choice.features, choice.k
+    seed, normalize = choice.seed, choice.normalize
 
     if kind is Kind.transcoder:
         return heads.Transcoder(d, n, k, d_out=d_out, seed=seed)

@@ -145,6 +145,12 @@ def hold_out_every_tenth(
     )
 
 
+def held_out_pairs(store: Any) -> tuple[Any, Any]:
+    """A store without every tenth of its pairs, and these pairs; all tokens of a pair are on one side. Nothing is read."""
+    held = torch.arange(len(store.pairs)) % 10 == 9
+    return tuple(store.rows(store.pairs.rows_of(side.nonzero().squeeze(1))) for side in (~held, held))  # type: ignore
+
+
 def as_vectors(head: Head, image: Any, text: Any, device: torch.device) -> tuple[Vectors, Vectors | None]:
     """Both modalities as :class:`Vectors`, after checking every row.
 

@@ -93,3 +93,75 @@ def test_one_site_trains_on_one_modality(store, tmp_path) -> None:
                "--batch-size", 90, "--out", tmp_path / "one")  # fmt: skip
     assert done.exit_code == 0 and "held out, text" not in done.output
     assert torch.isfinite(load_head_dir(tmp_path / "one").W_dec).all()
+
+
+def test_a_grid_of_heads_is_trained_in_one_pass(store, tmp_path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "heads:\n  - {k: 4}\n  - {k: 2, seed: 3, sites: [image.embed], name: small}\n  - {kind: relu, lr: 0.001}\n"
+    )
+    short = ("--features", 32, "--epochs", 2, "--batch-size", 90)
+    done = run("train", store, "--heads", grid, *short, "--out", tmp_path / "heads")
+    assert done.exit_code == 0, done.output
+    folders = {path.name for path in (tmp_path / "heads").iterdir()}
+    assert folders == {"topk-n32-k4-seed0", "small", "relu-n32-k32-seed0"}
+    alone = run("train", store, "--k", 4, *short, "--out", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    together, single = (load_head_dir(tmp_path / name) for name in ("heads/topk-n32-k4-seed0", "alone"))
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), single.parameters(), strict=True))
+    small = load_head_dir(tmp_path / "heads" / "small")
+    assert small.k == 2 and small.info["sites"] == ["image.embed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("heads: 3", "expected a list under heads:"),
+        (
+            "heads: [{wide: 3}]",
+            "head 0: expected the keys kind, features, k, seed, sites, lr, normalize, name, got wide",
+        ),
+        ("heads: [{k: many}]", "head 0: expected k to be int, got 'many'"),
+        ("heads: [{k: true}]", "head 0: expected k to be int, got True"),
+        ("heads: [{kind: best}]", "head 0: expected a kind of topk"),
+        ("heads: [{k: 4}, {k: 4}]", "two heads of"),
+        ("heads: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_grid_that_cannot_be_read_says_why(store, tmp_path, text, said) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(text)
+    done = run("train", store, "--heads", grid, "--out", tmp_path / "heads")
+    assert done.exit_code != 0 and said in " ".join(done.output.replace("│", "").split()), done.output
+
+
+def test_pairs_of_a_store_by_token_are_held_out_whole(tmp_path) -> None:
+    from data.tiny import folder_of_pairs
+
+    folder_of_pairs(tmp_path / "photos", 20)
+    words = ("extract", "mini", "--pairs", tmp_path / "photos", "--site", "image.blocks.0.resid_post")
+    done = run(*words, "--tokens", "patch", "--out", tmp_path / "acts")
+    assert done.exit_code == 0 and "1280 tokens of 20 pairs" in done.output, done.output
+    done = run("store", "info", tmp_path / "acts")
+    assert "20 of 20 pairs with 1280 rows, one a token, in 1 shards" in done.output, done.output
+    short = (
+        "--sites",
+        "image.blocks.0.resid_post",
+        "--features",
+        32,
+        "--k",
+        4,
+        "--epochs",
+        1,
+        "--batch-size",
+        64,
+    )
+    done = run("train", tmp_path / "acts", *short, "--out", tmp_path / "sae")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "sae" / "training.json").read_text())["held_out"]["image"]["n"] == 2 * 64
+    for tokens in ("1:5", "0,7"):
+        done = run(*words, "--tokens", tokens, "--out", tmp_path / tokens.replace(":", "-"))
+        assert done.exit_code == 0 and f"{20 * (4 if ':' in tokens else 2)} tokens" in done.output, (
+            done.output
+        )
+    assert "expected a kind such as patch" in " ".join(run(*words, "--tokens", "1-5").output.split())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -22,6 +23,7 @@ from mmhooks.heads.base import Head
 from mmhooks.heads.training.checkpoint import rows_hash
 from mmhooks.heads.training.processes import Processes
 from mmhooks.heads.vectors import SITES, Rows, Vectors, check_all_rows, training_rows
+from mmhooks.utils.ahead import read_ahead
 
 START = 65_536  # number of rows used for data-dependent initialisation
 
@@ -115,10 +117,14 @@ class TableFeed(Feed):
         self._tables: dict[tuple[str, Head], Vectors] = {}
 
     def batches(self, epoch: int, begin: int) -> Iterator[Batch]:
-        for i, rows in enumerate(self._order(epoch)):
-            if i >= begin:
-                mine = self._processes.part_of(rows)
-                yield {name: _rows_of(table, mine) for name, table in self._rows.items()}
+        found = self._read(epoch, begin)
+        in_memory = all(isinstance(table, Tensor) for table in self._rows.values())
+        return found if in_memory else read_ahead(found)
+
+    def _read(self, epoch: int, begin: int) -> Iterator[Batch]:
+        for rows in islice(self._order(epoch), begin, None):
+            mine = self._processes.part_of(rows)
+            yield {name: _rows_of(table, mine) for name, table in self._rows.items()}
 
     def _order(self, epoch: int) -> Iterator[Tensor]:
         if self._windows is not None:
@@ -165,52 +171,57 @@ class StreamFeed(Feed):
             raise MMHooksError(
                 f"expected at least one batch of {size} rows in a pass, got {stream.rows} rows"
             )
-        self._endless = steps is not None
+        self._state = stream.state
+        self._sample: dict[str, Tensor] = {}
+        self._first: list[
+            tuple[Batch, Any]
+        ] = []  # batches of the first pass that were dealt before the first step
+        self._rest: Iterator[tuple[Batch, Any]] = iter(())
         self._resumed: Any = None
-        self._first: dict[str, Tensor] = {}
 
     def batches(self, epoch: int, begin: int) -> Iterator[Batch]:
-        number, state = begin, self._resumed
-        self._resumed = None
+        state, self._resumed = self._resumed, None
         if (begin > 0) != (state is not None):
             raise MMHooksError(f"a stream goes on from where it was, not from batch {begin}")
-        if state is not None:
-            epoch = state.epoch
+        number, epoch = begin, epoch if state is None else state.epoch
         while number < self.per_epoch:
-            dealt = number
-            for batch in self._stream.batches(
-                self._size, sites=self._sites, epoch=epoch, drop_last=True, state=state
-            ):
+            before = number
+            opening = epoch == 0 and state is None and bool(self._first)
+            found = chain(self._first, self._rest) if opening else self._pass(epoch, state)
+            self._first, self._rest = [], iter(())
+            for batch, self._state in found:
                 yield batch
                 number += 1
                 if number == self.per_epoch:
                     return
-            if number == dealt and state is None:
+            if number == before and state is None:
                 raise MMHooksError(
                     f"expected batches of {self._size} rows, got a pass with fewer rows in all"
                 )
             epoch, state = epoch + 1, None
 
+    def _pass(self, epoch: int, state: Any) -> Iterator[tuple[Batch, Any]]:
+        """A pass of the stream, and where the stream is after each batch."""
+        options = {"sites": self._sites, "epoch": epoch, "drop_last": True, "state": state}
+        for batch in self._stream.batches(self._size, **options):
+            yield batch, self._stream.state
+
     def table(self, site: str, head: Head) -> Float[Tensor, "_ d"]:
-        if not self._first:
-            parts: dict[str, list[Tensor]] = {name: [] for name in self._sites}
-            seen, state = 0, self._stream.state
-            for batch in self._stream.batches(self._size, sites=self._sites, epoch=0, drop_last=True):
-                for name, rows in batch.items():
-                    parts[name].append(rows)
-                seen += self._size
-                if seen >= START:
-                    break
-            self._stream.state = state
-            self._first = {name: torch.cat(rows) for name, rows in parts.items()}
-        return head.prepare(self._first[site].to(self._processes.device, torch.float32))
+        if not self._sample:
+            self._rest = self._pass(0, None)
+            while len(self._first) * self._size < START and (dealt := next(self._rest, None)) is not None:
+                self._first.append(dealt)
+            self._sample = {
+                name: torch.cat([batch[name] for batch, _ in self._first]) for name in self._sites
+            }
+        return head.prepare(self._sample[site].to(self._processes.device, torch.float32))
 
     def digest(self, site: str) -> str:
         return f"{self._stream.fingerprint} {site}"
 
     @property
     def state(self) -> dict[str, Any]:
-        return self._stream.state.to_json()
+        return self._state.to_json()
 
     def restore(self, state: Any) -> None:
         self._resumed = type(self._stream.state).from_json(state)
