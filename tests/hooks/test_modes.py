@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_transformers
 
 import mmhooks as mm
 from mmhooks.errors import MMHooksError
@@ -53,6 +54,46 @@ def test_a_checkpointed_backward_after_the_context_raises(model, images):
         loss = model.encode_image(images).sum()
     with pytest.raises(MMHooksError, match="within the with block"):
         loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_transformers_recompute_under_the_same_edits(kind, reentrant):
+    """Its layers checkpoint their ``forward``, which no hook on the layer's call sees; turned on after hooking."""
+    model = mm.hook(getattr(tiny_transformers, kind)())
+    pixels = torch.randn(2, 3, 32, 32)
+    edits = [
+        mm.Zero([1], at="image.blocks.0.attn.z"),
+        mm.Steer(at="image.blocks.2.mlp_out", strength=2.0, tokens="patch"),
+    ]
+
+    def gradients(threaded):
+        model.model.zero_grad()
+        with model.hooks(*edits):
+            loss = model.encode_image(pixels.requires_grad_()).square().sum()
+            with model.hooks(mm.Zero(at="image.blocks.1.mlp_out"), strict=False):
+                if threaded:  # as CUDA does: backward in a thread that opened no context
+                    thread = threading.Thread(target=loss.backward)
+                    thread.start()
+                    thread.join()
+                else:
+                    loss.backward()
+        return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+
+    plain = gradients(False)
+    model.model.train()  # these have no dropout
+    model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for threaded in (False, True):
+        found = gradients(threaded)
+        assert found.keys() == plain.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, plain[name])
+    with model.hooks(*edits):
+        loss = model.encode_image(pixels.requires_grad_()).sum()
+    with pytest.raises(MMHooksError, match="within the with block"):
+        loss.backward()
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(pixels), model.encode_image(pixels))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -256,6 +256,22 @@ def test_the_end_of_a_text_is_the_token_that_clip_reads(name):
     assert torch.equal(cache[site][:, 0], whole[site][eot])
 
 
+def test_a_recomputed_block_knows_its_texts():
+    model = mm.load("mini")
+    model.model.set_grad_checkpointing(True)
+    model.model.train()  # it has no dropout; open_clip checkpoints in training alone
+    ids = model.tokenizer(["a red circle", "a blue square on green"])
+    site, weight = "text.blocks.2.mlp.post", model.model.transformer.resblocks[1].mlp.c_fc.weight
+    eot = encoder_token_mask(model, site, "eot", ids.shape[1], ids)
+    found = []
+    for tokens in (eot, "eot"):
+        weight.grad = None
+        with model.hooks(mm.Steer(at=site, strength=3.0, tokens=tokens)):
+            model.encode_text(ids).square().sum().backward()  # behind encode_text, texts are unknown
+        found.append(weight.grad)
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_padding_of_masked_texts_belongs_to_no_kind():
     torch.manual_seed(0)
     model = mm.hook(tiny_transformers.chinese_clip().eval())
@@ -335,6 +351,15 @@ def test_the_image_tower_of_a_vlm_has_kinds_of_its_own():
         model.forward(**inputs)
     assert torch.equal(patches[site], whole[site][:, 1:]) and patches[site].shape[1] == 4
     assert text["lm.blocks.0.resid_post"].shape[1] == 3
+    model.model.gradient_checkpointing_enable()
+    model.model.train()
+    grads = []
+    for tokens in ("text", [0, 5, 6]):
+        model.model.zero_grad()
+        with model.hooks(mm.Steer(at="lm.blocks.1.mlp.post", strength=3.0, tokens=tokens)):
+            model.forward(**inputs).logits.square().sum().backward()
+        grads.append(model.model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert torch.equal(*grads) and grads[0].any()
     for at, kind, held in (
         ("lm.blocks.0.resid_post", "patch", "image, text, prompt, generated, last"),
         (site, "text", "cls, patch"),
