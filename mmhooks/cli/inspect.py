@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from mmhooks.utils.clear_errors import clear_errors
 from mmhooks.utils.say import say
+
+if TYPE_CHECKING:
+    from mmhooks.data.sources.caption_choice import Captions
 
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, e.g. openai.")]
 
@@ -58,15 +62,47 @@ def sites(
 
 
 def pairs(
-    source: Annotated[str, typer.Argument(help="mini, a folder with metadata.csv, coco, cc3m, …")] = "mini",
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="mini, a folder, a file of captions, tars, coco, cc3m, …; docs/data.md has a table."
+        ),
+    ] = "mini",
     limit: Annotated[int, typer.Option(help="How many texts to show.")] = 8,
     split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    captions: Annotated[
+        str,
+        typer.Option(
+            help="Of several captions of an image: first, all (a pair each), random, or none (images alone)."
+        ),
+    ] = "first",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images of a file of captions, if not found beside it.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="The image column, if it is not detected.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The text column, if it is not detected.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip pairs that cannot be read instead of stopping.")
+    ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Also read files outside the data set's folder that it names."),
+    ] = False,
 ) -> None:
-    """Show how many pairs a source has, their licence, and the first texts."""
+    """Show how many pairs a source has, their licence, and the first texts, or ids of images without texts."""
     import mmhooks as mm
+    from mmhooks.data.sources.caption_choice import check_choice
 
     with clear_errors():
-        found = mm.data.pairs(source, split=split)
-        say(f"{len(found)} pairs · licence: {found.licence} · fingerprint {found.fingerprint}")
-        for text in list(found.texts)[:limit]:
-            say(f"  {text}")
+        check_choice(captions)
+        choice = cast("Captions", captions)
+        found = mm.data.pairs(
+            source, split=split, captions=choice, images=images, image_column=image_column, text_column=text_column,
+            on_error="skip" if skip_bad else "raise", allow_outside=allow_outside,
+        )  # fmt: skip
+        kind = "pairs" if found.has_texts else "images without texts"
+        say(f"{len(found)} {kind} · licence: {found.licence} · fingerprint {found.fingerprint}")
+        if found.skipped:
+            say(f"{len(found.skipped)} skipped, the first is {' '.join(next(iter(found.skipped.items())))}")
+        for line in (found.texts if found.has_texts else found.ids)[:limit]:
+            say(f"  {line}")

@@ -60,6 +60,16 @@ def extract(
     text_column: Annotated[
         str | None, typer.Option(help="The data set's text column, if it is not detected.")
     ] = None,
+    captions: Annotated[
+        str,
+        typer.Option(
+            help="Of several captions of an image: first, all (a pair each), random, or none (images alone)."
+        ),
+    ] = "first",
+    seed: Annotated[int, typer.Option(help="Of a random caption, and of --limit.")] = 0,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images of a file of captions, if not found beside it.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 128,
     workers: Annotated[
@@ -86,8 +96,10 @@ def extract(
     On several processes: torchrun --nproc-per-node 8 -m mmhooks.cli extract ViT-B-32 --pretrained openai --pairs coco
     """
     import mmhooks as mm
+    from mmhooks.data.sources.caption_choice import check_choice
 
     with clear_errors():
+        check_choice(captions)
         hooked = mm.load(model, pretrained=pretrained, device=_device(device))
         sites = list(site or ["image.embed", "text.embed"])
         for entry in head or []:
@@ -99,11 +111,12 @@ def extract(
             sites += [
                 f"{place}.latents" for place in hooked.attach(mm.load_head(name, device=hooked.device), at=at)
             ]
-        columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column}
+        reading: dict[str, Any] = {"image_column": image_column, "text_column": text_column}
+        reading |= {"captions": captions, "seed": seed, "images": images}
         on_error = "skip" if skip_bad else "raise"
         read = mm.data.pair_stream if streaming else mm.data.pairs
         found = read(
-            pairs, split=split, limit=limit, on_error=on_error, allow_outside=allow_outside, **columns
+            pairs, split=split, limit=limit, on_error=on_error, allow_outside=allow_outside, **reading
         )
         precision = cast("Precision", dtype)  # extract says which there are
         done = mm.extract(

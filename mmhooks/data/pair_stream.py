@@ -14,9 +14,11 @@ from mmhooks.data.pair_set import Pair
 from mmhooks.data.seen_ids import SeenIds
 from mmhooks.data.sources.caption_choice import Captions, check_choice, chosen_texts
 from mmhooks.data.sources.captions import captions_in
+from mmhooks.data.sources.file_rows import listing_state, rows_of_files
 from mmhooks.data.sources.hub import describe_skipped, file_state
 from mmhooks.data.sources.images import open_image, rgb
 from mmhooks.data.sources.local_files import DataRoot
+from mmhooks.data.sources.local_layouts import local_listing
 from mmhooks.data.sources.opening import (
     KNOWN,
     Columns,
@@ -168,6 +170,7 @@ def pair_stream(
     text_column: str | None = None,
     captions: Captions = "first",
     seed: int = 0,
+    images: str | Path | None = None,
     allow_outside: bool = False,
 ) -> PairStream:
     """Pairs of any image-text data set that ``datasets`` can stream; nothing is stored on disk.
@@ -176,7 +179,7 @@ def pair_stream(
     files with image bytes, any data set of the Hub. ``mm.extract`` reads both.
 
     Args:
-        source, split, image_column, text_column, captions, seed, allow_outside: as in :func:`~mmhooks.data.pairs`.
+        source, split, image_column, text_column, captions, seed, images, allow_outside: as in :func:`~mmhooks.data.pairs`.
         limit: stop after this many rows.
         on_error: "raise" at the first row that cannot be used, or "skip" it and continue.
 
@@ -195,8 +198,23 @@ def pair_stream(
     name = str(source)
     known = KNOWN.get(name)
     path, wanted = (known.path, split or known.split) if known else (name, split)
-    opened = open_rows(path, wanted, name, allow_outside=allow_outside)
-    columns = columns_of(opened, known, image_column, text_column, name, texts=captions != "none")
+    texts = captions != "none"
+    listing = None
+    if (
+        images is not None or not (Path(source).expanduser() / "metadata.csv").exists()
+    ):  # which datasets reads
+        listing = local_listing(
+            source, images=images, image_column=image_column, text_column=text_column, texts=texts,
+            allow_outside=allow_outside,
+        )  # fmt: skip
+    if listing is None:
+        opened = open_rows(path, wanted, name, allow_outside=allow_outside)
+        columns = columns_of(opened, known, image_column, text_column, name, texts=texts)
+        state = file_state(Path(path).expanduser())
+    else:
+        opened, columns = rows_of_files(listing, wanted)
+        state = listing_state(listing)
+        captions = captions if listing.has_texts else "none"
     request = [
         path,
         wanted,
@@ -204,7 +222,7 @@ def pair_stream(
         on_error,
         asdict(columns),
         allow_outside,
-        file_state(Path(path).expanduser()),
+        state,
     ]
     if captions != "first":  # stores of first captions keep their identity
         request += [captions, seed]

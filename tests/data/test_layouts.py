@@ -7,10 +7,9 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 
-import mmhooks as mm
+from data.layout_files import CAPTIONS, NAMES, coco, images, put, read, shown
 from data.tiny import encoded
 from mmhooks.data import families
 from mmhooks.errors import DataError
@@ -22,52 +21,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
 
-def put(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def images(folder, *names):
-    """An image of another colour for every name."""
-    for i, name in enumerate(names):
-        put(folder / name, encoded(i))
-
-
-def shown(pairs):
-    """Which of the images above each pair shows."""
-    known = {tuple(np.asarray(_colour(i))): i for i in range(20)}
-    return [known[pair.image.getpixel((8, 8))] for pair in pairs]
-
-
-def _colour(i):
-    return i * 37 % 256, i * 91 % 256, i * 13 % 256
-
-
-def read(source, **options):
-    return mm.data.pairs(source, progress=False, **options)
-
-
 # -- COCO and Karpathy's splits ------------------------------------------------------------------------------
-
-NAMES = ["000000000139.jpg", "000000000285.jpg", "000000000632.jpg"]
-CAPTIONS = {
-    285: ["A big brown bear.", "A bear."],
-    139: ["A woman in a room."],
-    632: ["A bedroom.", "A bed.", "Books."],
-}
-
-
-def coco(top, captions=CAPTIONS):
-    annotations = [
-        {"image_id": number, "id": 100 + i, "caption": text + " \n"}
-        for i, (number, text) in enumerate((n, t) for n, texts in captions.items() for t in texts)
-    ]
-    listed = [
-        {"license": 1, "file_name": name, "height": 16, "width": 16, "id": int(name[:-4])} for name in NAMES
-    ]
-    whole = {"info": {"year": 2017}, "licenses": [], "images": listed, "annotations": annotations}
-    return put(top / "annotations" / "captions_val2017.json", json.dumps(whole))
 
 
 def test_coco_captions(tmp_path):
@@ -373,3 +327,13 @@ def test_rows_of_metadata_csv_that_name_one_image_are_its_captions(tmp_path):
     }
     assert read(place, captions="all").ids == ["a.png#0", "a.png#1", "b.png#0"]
     assert read(place, captions="none").ids == ["a.png", "b.png"]
+
+
+def test_a_folder_with_a_file_of_captions_is_not_read_as_images_alone(tmp_path):
+    images(tmp_path / "Images", "a.jpg")
+    put(tmp_path / "captions.txt", "image,caption\na.jpg,a cat\n")
+    put(tmp_path / "LICENSE.txt", "CC0")
+    with pytest.raises(DataError, match="got none, and captions.txt: name a file of captions itself"):
+        read(tmp_path)
+    assert read(tmp_path, captions="none").ids == ["Images/a.jpg"]
+    assert read(tmp_path / "captions.txt").texts == ["a cat"]

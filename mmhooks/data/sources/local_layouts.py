@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +48,10 @@ def local_listing(
         return None
     if (place / "metadata.csv").exists():
         return folder(place, allow_outside=allow_outside)
-    return _of_folder(place, text_column, allow_outside)
+    return _of_folder(place, text_column, texts, allow_outside)
 
 
-def _of_folder(place: Path, text_column: str | None, allow_outside: bool) -> Listing | None:
+def _of_folder(place: Path, text_column: str | None, texts: bool, allow_outside: bool) -> Listing | None:
     """Image files with or without texts, unless there are tars or tables with the images in them."""
     if any((place / name).exists() for name in _OF_DATASETS) or _has(place, ("metadata.*", "*.tar", "*.zip")):
         return None
@@ -58,8 +59,22 @@ def _of_folder(place: Path, text_column: str | None, allow_outside: bool) -> Lis
     if not files:
         return None
     root = DataRoot(place, allow_outside=allow_outside)
-    entries, has_texts = read_sidecars(root, files, text_column)
+    entries, has_texts = read_sidecars(root, files, text_column, texts=texts)
+    if not has_texts and _has(place, ("*.parquet", "*.arrow")):
+        return None  # of a data set whose images lie in tables
+    others = [] if has_texts or not texts else _caption_files(place)
+    if others:
+        raise DataError(
+            f"{place}: expected texts beside the images (0.jpg, 0.txt), got none, and {', '.join(others[:4])}: name a file of "
+            'captions itself, or read the images alone with captions="none"'
+        )
     return Listing(str(place), tuple(entries), root, has_texts)
+
+
+def _caption_files(place: Path) -> list[str]:
+    """Files that may hold captions, by their names."""
+    names = [path.name for path in sorted(place.iterdir()) if path.suffix.lower() in ENDINGS]
+    return [name for name in names if not re.match(r"(?i)read.?me|licen[cs]e|.*_stats\.json", name)]
 
 
 def _has(place: Path, patterns: Iterable[str]) -> bool:

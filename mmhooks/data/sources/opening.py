@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmhooks.data.sources.braces import expand_braces
 from mmhooks.data.sources.captions import base_column
 from mmhooks.data.sources.local_files import DataRoot
 from mmhooks.data.sources.tars import KEY, fields_of, labels_of, tar_rows
@@ -21,6 +22,7 @@ from mmhooks.utils.faults import first_line
 
 TEXT_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "answer", "title", "label_text", "prompt")
 ID_COLUMNS = ("id", "image_id", KEY, "key", "file_name", "filename")
+_SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 
 
@@ -58,11 +60,13 @@ class OpenDataset:
     Attributes:
         columns: types by name, None if unknown.
         root: the location of the data set.
+        text: the column (or part of one) of the texts, where the layout says so.
     """
 
     rows: Any
     columns: Mapping[str, Any]
     root: DataRoot
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def _root_of_source(path: str, place: Path) -> DataRoot:
     if place.is_dir():
         return DataRoot(place)
     files = list(files_of(place))
+    if not files and _is_pattern(path):
+        raise DataError(f"{path}: expected files of this pattern, there are none")
     if files or os.path.lexists(place):  # a dangling link
         files = files or [place]
         return DataRoot(Path(os.path.commonpath([file.absolute().parent for file in files])))
@@ -107,12 +113,30 @@ def _root_of_source(path: str, place: Path) -> DataRoot:
 
 
 def files_of(place: Path) -> Iterable[Path]:
-    """The files of a local source: all files of a folder, a single file, or those matching a glob."""
+    """The files of a local source: all files of a folder, a single file, or those of a pattern with ``*``, ``?`` or braces.
+
+    Raises:
+        DataError: a file that braces name is not there.
+    """
     if place.is_dir():
         return place.rglob("*")
     if place.exists():
         return [place]
-    return map(Path, sorted(glob(str(place)))) if "*" in place.name else []
+    return [Path(file) for pattern in expand_braces(str(place)) for file in _matching(pattern, str(place))]
+
+
+def _matching(pattern: str, source: str) -> list[str]:
+    if _is_pattern(pattern):
+        return sorted(glob(pattern, recursive=True))
+    if pattern == source:
+        return []
+    if not os.path.exists(pattern):
+        raise DataError(f"{source}: expected a file {pattern}, there is none")
+    return [pattern]
+
+
+def _is_pattern(path: str) -> bool:
+    return "://" not in path and any(wild in path for wild in "*?")
 
 
 def _open_source(path: str, place: Path, split: str | None, name: str, root: DataRoot) -> Any:
@@ -133,6 +157,10 @@ def _open_source(path: str, place: Path, split: str | None, name: str, root: Dat
                 f"{place}: expected a folder, or a .parquet, .arrow or .tar file, got {place.suffix!r}"
             )
         builder = datasets.load_dataset_builder(format, data_files=files)
+    elif place.is_dir() and (tars := _tars_among_others(place)):
+        chosen = tars[choose_split(list(tars), split, name)]
+        root.check_all(chosen)
+        return _from_tars(chosen)
     else:
         if place.is_dir():
             root.check_all(_named_by_card(root))
@@ -150,6 +178,24 @@ def _open_source(path: str, place: Path, split: str | None, name: str, root: Dat
     )
     found: Any = builder.as_streaming_dataset()
     return found[choose_split([str(s) for s in found], split, name)]
+
+
+def _tars_among_others(place: Path) -> dict[str, list[str]]:
+    """The tars by split of a folder with tables or texts beside them, of which ``datasets`` would read one kind.
+
+    So do img2dataset (a Parquet table a tar) and CLIP-benchmark (``test/0.tar``, ``test/nshards.txt``) write them. A split
+    is a folder in which all tars lie.
+    """
+    tars = sorted(place.rglob("*.tar"))
+    others = (path for end in (".parquet", ".txt", ".json") for path in place.rglob(f"*{end}"))
+    if not tars or (place / "README.md").exists() or next(others, None) is None:
+        return {}
+    inside = [tar.relative_to(place).parts for tar in tars]
+    in_splits = all(len(parts) == 2 and parts[0] in _SPLIT_FOLDERS for parts in inside)
+    found: dict[str, list[str]] = {}
+    for tar, parts in zip(tars, inside, strict=True):
+        found.setdefault(parts[0] if in_splits else "train", []).append(str(tar))
+    return found
 
 
 def _named_by_card(root: DataRoot) -> Iterator[str]:
@@ -210,13 +256,17 @@ def _from_tars(tars: Sequence[str]) -> Any:
     import datasets
 
     parts = {"tars": list(tars), "labels": labels_of(tars)}
-    return datasets.IterableDataset.from_generator(tar_rows, gen_kwargs=parts), fields_of(tars)
+    fields = fields_of(tars)
+    # CLIP-benchmark's tars: a text file has one caption a line.
+    lines = "txt" in fields and (Path(tars[0]).parent / "nshards.txt").exists()
+    rows = datasets.IterableDataset.from_generator(tar_rows, gen_kwargs=parts)
+    return rows, fields, "txt.lines" if lines else None
 
 
 def _without_decoding(found: Any, root: DataRoot) -> OpenDataset:
     if isinstance(found, tuple):
-        rows, fields = found
-        return OpenDataset(rows, dict.fromkeys([KEY, *fields]), root)
+        rows, fields, text = found
+        return OpenDataset(rows, dict.fromkeys([KEY, *fields]), root, text)
     features = found.features or found._resolve_features().features
     # datasets would open images in any column with any decoder of Pillow, including Ghostscript.
     return OpenDataset(found.decode(False) if found.features else found, features, root)
@@ -258,7 +308,8 @@ def columns_of(
     image = image or (known.image if known else None)
     image = image or next((c for c, f in columns.items() if isinstance(f, datasets.Image)), None)
     image = image or next((c for c in IMAGE_COLUMNS if c in columns), None)
-    text = text or (known.text if known else None) or next((c for c in TEXT_COLUMNS if c in columns), None)
+    text = text or (known.text if known else opened.text)
+    text = text or next((c for c in TEXT_COLUMNS if c in columns), None)
     key = known.id if known else next((c for c in ID_COLUMNS if c in columns), None)
     text = text if texts else None
     named = text is not None and base_column(text, columns) is not None

@@ -24,7 +24,7 @@ def image_files(place: Path) -> list[Path]:
 
 
 def read_sidecars(
-    root: DataRoot, files: Sequence[Path], text_column: str | None
+    root: DataRoot, files: Sequence[Path], text_column: str | None, *, texts: bool = True
 ) -> tuple[list[Captioned], bool]:
     """The images with the captions beside them, and whether there are captions: ``a/0.jpg`` with ``a/0.txt``.
 
@@ -34,6 +34,7 @@ def read_sidecars(
     Args:
         text_column: "txt" (the default), "txt.lines" (each line a caption), "txt.whole", or a part of the ``.json`` beside
             an image, such as "json.caption" (img2dataset).
+        texts: False where images are read alone.
 
     Raises:
         DataError: ``text_column`` names another file.
@@ -45,7 +46,8 @@ def read_sidecars(
             f"{root.folder}: expected a text_column in the files beside the images, txt or json (or a part of one: "
             f"txt.lines, json.caption), got {text_column!r}"
         )
-    has_texts = text_column is not None or any(file.with_suffix(f".{field}").exists() for file in files)
+    beside = (file.with_suffix(f".{field}") for file in files)
+    has_texts = texts and (text_column is not None or any(file.exists() for file in beside))
     return [_entry(root, file, field, text_column or "txt", has_texts) for file in files], has_texts
 
 
