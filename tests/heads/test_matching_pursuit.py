@@ -49,6 +49,21 @@ def test_features_equal_the_loop(k) -> None:
     assert set(dict(head.named_parameters())) == {"W_dec", "b_pre"}
 
 
+def test_both_ways_to_get_the_products_agree_and_so_do_their_gradients(monkeypatch) -> None:
+    head, x = (
+        MatchingPursuitSAE(16, 24, 5, normalize_input=False, seed=2).double(),
+        paired_clouds(30)[0].double(),
+    )
+    found = []
+    for largest in (4096, 0):
+        monkeypatch.setattr("mmhooks.heads.sae.matching_pursuit.LARGEST_TABLE", largest)
+        f = head.encode(x)
+        (grad,) = torch.autograd.grad(head.decode(f).square().sum(), head.W_dec)
+        found.append((f.detach(), grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_where_no_atom_points_along_the_residual_nothing_is_active() -> None:
     head = MatchingPursuitSAE(2, 2, 2, normalize_input=False)
     with torch.no_grad():

@@ -182,6 +182,19 @@ def test_other_inputs_and_wrong_places_are_refused(model, images, texts):
         model.hooks(bwd_hooks=[("image.embed.crosscoder.latents", lambda g, *, hook: g)]).__enter__()
 
 
+def test_a_model_in_another_precision(model, images):
+    head = shaken(16)
+    model.model.to(torch.bfloat16)
+    model.attach(head, at=LAYERS)
+    with torch.no_grad(), model.caching([*LAYERS, f"{LAYERS[0]}.crosscoder.latents"]) as cache:
+        plain = model.encode_image(images.bfloat16())
+    want = head.encode(head.join([cache[site] for site in LAYERS]))
+    torch.testing.assert_close(cache[f"{LAYERS[0]}.crosscoder.latents"], want)
+    with torch.no_grad(), mm.given_run(cache), model.hooks(mask=S):
+        got = model.encode_image(images.bfloat16())
+    assert got.dtype == torch.bfloat16 and not torch.equal(got, plain)
+
+
 def test_copies_and_nested_contexts(model, images):
     head = shaken(16)
     model.attach(head, at=LAYERS)

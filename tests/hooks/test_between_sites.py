@@ -180,6 +180,19 @@ def test_a_compiled_model_gives_the_same(model, images, transcoder):
         torch.testing.assert_close(compiled(images), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision(model, images, transcoder, dtype):
+    """The head computes in its own precision, and what it writes has the model's."""
+    model.model.to(dtype)
+    model.attach(transcoder, at=AT)
+    with torch.no_grad():
+        plain = model.encode_image(images.to(dtype))
+        with model.hooks(mask=S), model.caching([AT[0], LATENTS]) as cache:
+            got = model.encode_image(images.to(dtype))
+    assert got.dtype == dtype and cache[LATENTS].dtype == torch.float32 and not torch.equal(got, plain)
+    torch.testing.assert_close(cache[LATENTS], zeroed(transcoder.encode(cache[AT[0]].float())))
+
+
 def test_copies_and_detaching(model, images, transcoder):
     model.attach(transcoder, at=AT)
     twin = copy.deepcopy(model)

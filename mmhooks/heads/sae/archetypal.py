@@ -43,7 +43,7 @@ class ArchetypalSAE(TopKSAE):
         k: int = 32,
         *,
         n_points: int | None = None,
-        delta: float = 0.05,
+        delta: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, n_features, k, **kwargs)
@@ -54,7 +54,8 @@ class ArchetypalSAE(TopKSAE):
         del self.W_dec
         self.register_buffer("W_dec", torch.zeros(n_features, d_in))
         self.register_buffer("points", torch.zeros(self.n_points, d_in))
-        places = torch.arange(n_features) % self.n_points
+        # Atoms start at points of all kinds, also where there are more points than atoms.
+        places = torch.arange(n_features) * self.n_points // n_features
         self.mix = nn.Parameter(torch.nn.functional.one_hot(places, self.n_points).float())
         self.relax = nn.Parameter(torch.zeros(n_features, d_in))
         self.b_pre.requires_grad_(False)

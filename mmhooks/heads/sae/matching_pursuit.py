@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.sae.base import SAE
 
+LARGEST_TABLE = 4096
+"""Up to this many features, the products of all rows with each other are computed once (64 MiB)."""
+
 
 class MatchingPursuitSAE(SAE):
     """Takes ``k`` steps; each adds the feature whose unit row explains most of the residual, and subtracts its part.
@@ -21,7 +24,7 @@ class MatchingPursuitSAE(SAE):
     points along the residual changes nothing. The residual never grows.
 
     ``pre`` are the first step's products; later steps follow from them and from the products of rows, so features of
-    edited pre-activations are well defined. A step costs as much as the encoder's product: ``k`` times a TopK SAE's.
+    edited pre-activations are well defined. With many features a step costs as much as the encoder's product.
 
     >>> sae = MatchingPursuitSAE(d_in=8, n_features=32, k=4)
     >>> x = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
@@ -44,10 +47,14 @@ class MatchingPursuitSAE(SAE):
 
     def activate(self, pre: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         """The features that pursuit finds, starting from the products of all rows with the vector."""
+        # All rows' products with each other once, where that is less than k products for every vector.
+        once = self.n_features <= min(LARGEST_TABLE, self.k * (pre.numel() // self.n_features))
+        table = F.linear(self.W_dec, self.W_dec) if once else None
         left, f = pre, torch.zeros_like(pre)
         for _ in range(self.k):
             value, index = left.max(dim=-1, keepdim=True)
-            value = value.relu()
+            value, chosen = value.relu(), index.squeeze(-1)
             f = f.scatter_add(-1, index, value)
-            left = left - value * F.linear(self.W_dec[index.squeeze(-1)], self.W_dec)
+            products = F.linear(self.W_dec[chosen], self.W_dec) if table is None else table[chosen]
+            left = left - value * products
         return f

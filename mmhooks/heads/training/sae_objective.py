@@ -116,8 +116,8 @@ class SAEObjective(Objective):
             isinstance(head, ArchetypalSAE) and name == "mix"
         ):  # Adam would move every one of many weights that sum to 1 by the rate
             return 1 / head.n_points**0.5
-        if name == "relax":
-            return self.spread / head.d_in**0.5
+        if name == "relax":  # a decoder's rows, at the data's scale
+            return self.spread
         return self.spread / head.d_in**0.5 if name in ("b_enc", "b_pre") and hasattr(head, "k") else 1.0
 
     def measure(self, image: Rows, text: Rows | None) -> None:
