@@ -32,6 +32,12 @@ def distilled():
     return tiny_transformers.build("DeiTModel", made)
 
 
+def timm_distilled():
+    from timm.models.deit import VisionTransformerDistilled
+
+    return VisionTransformerDistilled(32, 8, num_classes=5, embed_dim=32, depth=2, num_heads=2)
+
+
 def dinov2_with_registers():
     sizes = {**tiny_transformers.SIZES, "mlp_ratio": 2}
     made = tiny_transformers.config(
@@ -50,6 +56,7 @@ IMAGES = {
     "open_clip": (openclip, 1, 0),
     "timm, registers": (registers, 1, 3),
     "timm, no class token": (lambda: registers(class_token=False, reg_tokens=0, global_pool="avg"), 0, 0),
+    "timm, distilled": (timm_distilled, 2, 0),
     "timm, Eva": (lambda: families.eva(num_reg_tokens=2).visual.trunk, 1, 2),
     "CLIP": (tiny_transformers.clip, 1, 0),
     "SigLIP": (tiny_transformers.siglip, 0, 0),
@@ -197,6 +204,12 @@ def test_inside_a_head_the_kinds_are_those_of_its_site():
         with model.hooks(mm.Clamp([3], value=2.0, at=latents, tokens=tokens)):
             edited.append(model.encode_image(pixels))
     assert torch.equal(*edited)
+
+
+def test_a_distilled_vit_gives_its_class_token():
+    model = hooked("timm, distilled")
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.encode_image(pixels), model.model.forward_features(pixels)[:, 0])
 
 
 # -- texts ---------------------------------------------------------------------------------------------------

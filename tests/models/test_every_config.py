@@ -15,6 +15,7 @@ import torch
 
 import mmhooks as mm
 from mmhooks.models.clip.sites import example_inputs
+from mmhooks.models.encoder_tokens import encoder_token_mask, patch_grid
 
 from .families import hf_text
 
@@ -78,3 +79,11 @@ def test_every_listed_model_has_sites_that_fire(name):
         word in config.get("timm_model_name", "") for word in ("convnext", "fastvit", "swin")
     )
     assert leaves >= ({"resid_pre", "resid_post"} if staged else BLOCK)
+    site = model.places.sites.canonical["image.blocks.1.resid_post"]
+    assert site.kinds is not None and "patch" in site.kinds.kinds
+    if not site.is_map:
+        rows, columns = patch_grid(model, (images.shape[2], images.shape[3]))
+        patches = encoder_token_mask(model, site.name, "patch", cache[site.name].shape[1])
+        assert int(patches.sum()) == rows * columns
+    stream, length = "text.blocks.0.resid_post", cache["text.tokens"].shape[1]
+    assert int(encoder_token_mask(model, stream, "eot", length, texts).sum()) == len(texts)

@@ -72,7 +72,8 @@ class _Images:
 
 
 class Timm(_Images):
-    """timm's networks. ``image.embed`` is what the classifier reads, with or without a classifier."""
+    """timm's networks. ``image.embed`` is what the classifier reads, with or without a classifier; of a distilled ViT, which has
+    two, the first one: its class token."""
 
     def matches(self, model: Any) -> bool:
         return all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier"))
@@ -80,7 +81,8 @@ class Timm(_Images):
     def sites(self, model: Any) -> SiteMap:
         sites = SiteMap(model)
         add_timm_trunk(sites, "image", model)
-        tap = sites.input(model.get_classifier())
+        classifier = model.get_classifier()
+        tap = sites.input(classifier[0] if isinstance(classifier, tuple) else classifier)
         sites.add(Site("image.pooled", tap, tokens=None, layout="batch d"))
         add_embed_as_pooled(sites, "image")
         return sites
