@@ -19,7 +19,10 @@ def sweep(
     k: Annotated[str, typer.Option("--k", help="Values of K, separated by commas.")] = "16,32,64",
     n: Annotated[str, typer.Option("--n", help="Numbers of features, separated by commas.")] = "1024",
     variants: Annotated[
-        str, typer.Option(help="topk, batchtopk, matryoshka, jumprelu, separated by commas.")
+        str,
+        typer.Option(
+            help="topk, batchtopk, matryoshka, matching_pursuit, archetypal, jumprelu, separated by commas."
+        ),
     ] = "topk",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     valid: Annotated[

@@ -22,8 +22,10 @@ from mmhooks.analysis.results import Records, Result, plain
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads.base import Head
 from mmhooks.heads.reconstruction import reconstruction
+from mmhooks.heads.sae.archetypal import ArchetypalSAE
 from mmhooks.heads.sae.batchtopk import BatchTopKSAE
 from mmhooks.heads.sae.jumprelu import JumpReLUSAE
+from mmhooks.heads.sae.matching_pursuit import MatchingPursuitSAE
 from mmhooks.heads.sae.matryoshka import MatryoshkaSAE
 from mmhooks.heads.sae.topk import TopKSAE
 from mmhooks.heads.training.checkpoint import rows_hash
@@ -35,7 +37,14 @@ from mmhooks.utils.json_files import read_json
 from mmhooks.utils.progress import track
 from mmhooks.utils.tensors import digest_of
 
-VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu")
+KINDS = {
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "matryoshka": MatryoshkaSAE,
+    "matching_pursuit": MatchingPursuitSAE,
+    "archetypal": ArchetypalSAE,
+}
+VARIANTS = (*KINDS, "jumprelu")
 """Variants whose sparsity K sets: the first three by construction, JumpReLU by its target L0."""
 
 
@@ -69,10 +78,9 @@ def make_head(
     given: dict[str, Any] = dict(options or {})
     if variant == "jumprelu":
         return JumpReLUSAE(d, n, seed=seed), SAEObjective(**{**given, "target_l0": float(k)})
-    kinds = {"topk": TopKSAE, "batchtopk": BatchTopKSAE, "matryoshka": MatryoshkaSAE}
-    if variant not in kinds:
+    if variant not in KINDS:
         raise MMHooksError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-    return kinds[variant](d, n, k, seed=seed), SAEObjective(**given)
+    return KINDS[variant](d, n, k, seed=seed), SAEObjective(**given)
 
 
 def sweep(

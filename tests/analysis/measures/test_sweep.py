@@ -43,6 +43,16 @@ def test_every_combination_has_a_row_that_its_saved_head_confirms(tmp_path) -> N
     assert row["ImgD"] + row["TextD"] + row["CrossD"] == int(scores.alive.sum())
 
 
+@pytest.mark.parametrize("variant", ["matching_pursuit", "archetypal"])
+def test_other_kinds_with_a_k(tmp_path, variant) -> None:
+    result = mm.sweep(
+        *clouds(), out=tmp_path, **GRID | {"n": (24,), "k": (2, 4), "seeds": (0,)}, variants=[variant]
+    )
+    assert [r["variant"] for r in result.rows] == [variant] * 2
+    assert result.rows[0]["L0"] <= 2 < result.rows[1]["L0"] <= 4
+    assert load_head_dir(tmp_path / "heads" / f"{variant}-n24-k4-seed0").kind == variant
+
+
 def test_results_are_written_and_drawn(tmp_path) -> None:
     result = mm.sweep(*clouds(), out=tmp_path, **GRID | {"n": (24,), "seeds": (0,)})
     stored = json.loads((tmp_path / "sweep.json").read_text())
