@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmhooks.data.pair_set import Pairs
 from mmhooks.data.sources.caption_choice import Captions, check_choice
@@ -17,7 +17,7 @@ OnError = Literal["raise", "skip"]
 
 
 def pairs(
-    source: str | Path = "mini",
+    source: Any = "mini",
     *,
     split: str | None = None,
     limit: int | None = None,
@@ -31,12 +31,15 @@ def pairs(
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Pairs:
-    """Image-text pairs from the embedded corpus, a folder, or any image-text data set of ``datasets``.
+    """Image-text pairs from the embedded corpus, files in their usual layouts, an object in memory, or the Hub.
 
     Args:
-        source: ``"mini"`` (OpenMoji, offline); a folder with ``metadata.csv`` (columns ``file_name,text``,
-            optional ``id`` and ``split``, others kept as ``meta``); a folder or file that ``datasets`` reads
-            (Parquet, Arrow, image folder, WebDataset); ``"coco"``, ``"cc3m"``; or any data set's name on the Hub.
+        source: ``"mini"`` (OpenMoji, offline); a folder of images with ``metadata.csv`` (columns ``file_name,text``,
+            optional ``id`` and ``split``, others kept as ``meta``), with a text file beside each, or without texts; a file
+            of captions (COCO, Karpathy, Flickr8k, Flickr30k, open_clip, CC3M, CC12M, records in JSON); files or a folder of
+            tars, Parquet or Arrow, also by ``*`` and ``{00000..00012}``; ``"coco"``, ``"cc3m"``, or any data set's name on
+            the Hub. In memory: a ``datasets.Dataset``, a torch ``Dataset``, or a list of (image, text), where an image is
+            Pillow's, uint8 samples or a path, and a text may be a list of captions. docs/data.md has a table.
         split: for ``mini`` and folders "train", "heldout_pictures" or "heldout_concepts"; for data sets one of their
             own splits (default: validation if there is one).
         limit: at most this many images: a random subset by ``seed``, in the source's order; of a data set the first
@@ -67,6 +70,26 @@ def pairs(
     if on_error not in ("raise", "skip"):
         raise DataError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     check_choice(captions)
+    if not isinstance(source, (str, Path)):
+        from mmhooks.data.sources.memory import pairs_in_memory
+
+        if images is not None:
+            raise DataError(
+                f"images: expected it with a file of captions, got it with a {type(source).__name__}"
+            )
+        return pairs_in_memory(
+            source,
+            split=split,
+            limit=limit,
+            on_error=on_error,
+            seed=seed,
+            image_column=image_column,
+            text_column=text_column,
+            meta_columns=meta_columns,
+            captions=captions,
+            allow_outside=allow_outside,
+            progress=progress,
+        )
     if str(source) == "mini":
         from mmhooks.data.sources.openmoji import openmoji
 
