@@ -11,11 +11,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmhooks.errors import ShapeMismatch
 from mmhooks.heads.sae.topk import TopKSAE
+
+
+class JoinedRows:
+    """Rows of several stored sites as rows of a crosscoder, fetched on access: nothing is copied as a whole.
+
+    >>> rows = JoinedRows([torch.zeros(3, 2), torch.ones(3, 1)])
+    >>> rows.shape, rows[1:2]
+    ((3, 3), tensor([[0., 0., 1.]]))
+    """
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        lengths = [len(table) for table in tables]
+        if not lengths or len(set(lengths)) > 1:
+            raise ShapeMismatch(f"expected tables with as many rows each, got {lengths}")
+        self.tables = list(tables)
+        self.shape = (lengths[0], sum(table.shape[-1] for table in tables))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        return torch.cat([table[which].float() for table in self.tables], dim=-1)
 
 
 class Crosscoder(TopKSAE):

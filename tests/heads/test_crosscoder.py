@@ -7,7 +7,10 @@ import torch
 
 from mmhooks.errors import MMHooksError, ShapeMismatch
 from mmhooks.heads import Crosscoder, load_head_dir, train_head
+from mmhooks.heads.crosscoder import JoinedRows
 from mmhooks.heads.training.crosscoder_objective import CrosscoderObjective
+
+from .stores import write_store
 
 
 def sites(n: int, seed: int = 0, scales: tuple[float, float] = (1.0, 1.0)) -> list[torch.Tensor]:
@@ -109,6 +112,20 @@ def test_files_and_resume(tmp_path, trained) -> None:
     resumed = Crosscoder(24, 36, 4, widths=(10, 14))
     train_head(resumed, rows, epochs=3, progress=False, checkpoint=path)
     assert resumed.id == heads[0].id
+
+
+def test_stored_sites_are_joined_as_they_are_read(tmp_path) -> None:
+    parts = sites(300)
+    store = write_store(tmp_path / "s", image_a=parts[0], image_b=parts[1])
+    heads = [Crosscoder(24, 36, 4, widths=(10, 14)) for _ in range(2)]
+    for head, rows in zip(
+        heads, (torch.cat(parts, 1), JoinedRows([store["image.a"], store["image.b"]])), strict=True
+    ):
+        assert torch.equal(rows[torch.tensor([7, 3])], torch.cat(parts, 1)[[7, 3]])
+        train_head(head, rows, epochs=2, progress=False)
+    assert heads[0].id == heads[1].id
+    with pytest.raises(ShapeMismatch, match="as many rows each"):
+        JoinedRows([parts[0], parts[1][:5]])
 
 
 def test_what_does_not_fit_is_refused(trained) -> None:
