@@ -120,3 +120,20 @@ def test_the_uploaded_folder_is_a_head_on_its_own(hub) -> None:
     mm.TopKSAE(6, 20, 3).push_to_hub("me/one")
     meta = json.loads((hub.root / "me/one/config.json").read_text())
     assert meta["kind"] == "topk" and meta["format"] == 1
+
+
+def test_transcoders_and_crosscoders_are_published_with_the_code_that_attaches_them(hub) -> None:
+    head = mm.Transcoder(16, 48, 4, skip=True)
+    crosscoder = mm.Crosscoder(16, 48, 4, widths=(6, 10))
+    for name, one in (("t", head), ("c", crosscoder)):
+        one.push_to_hub(f"me/{name}", dtype="fp32")
+        back = mm.load_head(f"me/{name}")
+        assert type(back) is type(one) and back.id == one.id
+        text = (hub.root / "me" / name / "README.md").read_text()
+        assert 'model.attach(head, at=["<the first of its sites>", "<the second>"])' in text
+    head.info["sites"] = ["image.blocks.0.ln_2", "image.blocks.0.mlp_out"]
+    head.push_to_hub("me/s")
+    assert "model.attach(head)\n" in (hub.root / "me" / "s" / "README.md").read_text()
+    assert mm.load_head("me/s").sites == head.sites
+    with pytest.raises(MMHooksError, match="for which SAELens has no architecture"):
+        head.push_to_hub("me/s", format="saelens")
