@@ -103,6 +103,6 @@ def pairs(
         kind = "pairs" if found.has_texts else "images without texts"
         say(f"{len(found)} {kind} · licence: {found.licence} · fingerprint {found.fingerprint}")
         if found.skipped:
-            say(f"{len(found.skipped)} skipped, the first is {' '.join(next(iter(found.skipped.items())))}")
+            say(f"{len(found.skipped)} skipped, the first is {': '.join(next(iter(found.skipped.items())))}")
         for line in (found.texts if found.has_texts else found.ids)[:limit]:
             say(f"  {line}")

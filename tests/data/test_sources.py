@@ -172,6 +172,9 @@ def test_coco_as_parquet(coco):
         TEXTS[1],
         TEXTS[1] + ", again",
     ]
+    every = mm.data.pairs("coco", captions="all", progress=False)
+    assert every.ids[:3] == ["000000000000.jpg#0", "000000000000.jpg#1", "000000000001.jpg#0"]
+    assert every.image_numbers == [0, 0, 1, 1, 2, 2, 3, 3]
     assert "COCO" in pairs.attribution and "CC BY" in pairs.licence
     some = mm.data.pairs("coco", limit=2, progress=False)
     check_all(some, 2, tolerance=4)
