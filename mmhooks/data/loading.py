@@ -105,11 +105,6 @@ class Decoder:
         tokenizer: Callable[[list[str]], Tensor] | None,
         together: Callable[[list[Any], list[str]], dict[str, Tensor]] | None = None,
     ) -> None:
-        if tokenizer is not None and not source.has_texts:
-            raise DataError(
-                f"{source.name}: expected pairs with texts for sites of the text tower, got images without; extract sites "
-                "of the image tower only, or give captions to them"
-            )
         self._pairs = source if isinstance(source, Pairs) else None
         self._name, self._on_error = source.name, getattr(source, "on_error", "raise")
         self._preprocess, self._tokenizer, self._together = preprocess, tokenizer, together

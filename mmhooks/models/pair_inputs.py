@@ -36,6 +36,15 @@ def preprocess_for(model: HookedModel, medium: str, pairs: Pairs | PairStream) -
     return required_part(model, "preprocess", "image")
 
 
+def check_texts(pairs: Pairs | PairStream) -> None:
+    """Raises MMHooksError if a model that reads texts is given images alone."""
+    if not pairs.has_texts:
+        raise MMHooksError(
+            f"{pairs.name}: expected pairs with texts for sites of the text tower, or for a model that reads both together, "
+            "got images without; extract sites of the image tower only, or give captions to the images"
+        )
+
+
 def required_part(model: HookedModel, what: str, tower: str) -> Callable[..., Any]:
     """The model's ``preprocess`` or ``tokenizer``.
 

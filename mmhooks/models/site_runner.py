@@ -24,7 +24,7 @@ from mmhooks.hooks.sites import Pattern
 from mmhooks.hooks.splice import HeadSite
 from mmhooks.models.encoder_tokens import patch_grid
 from mmhooks.models.hooked import HookedModel
-from mmhooks.models.pair_inputs import preprocess_for, required_part
+from mmhooks.models.pair_inputs import check_texts, preprocess_for, required_part
 from mmhooks.models.token_rows import TokenChoice, TokenRows, grid_of, same_counts
 from mmhooks.utils.modes import evaluating
 
@@ -78,6 +78,8 @@ class SiteRunner:
         self.tokenizer = (
             required_part(model, "tokenizer", "text") if one_by_one and "text" in towers else None
         )
+        if self.tokenizer is not None or self.together is not None:
+            check_texts(pairs)
         self._blank = pairs.image(0) if isinstance(pairs, TensorPairs) else Image.new("RGB", (64, 64))
         self._sparse = sparse
         self._held = ExitStack()

@@ -13,7 +13,7 @@ import mmhooks as mm
 from data.tiny import encoded, tiny_clip
 from mmhooks.data import families
 from mmhooks.data.sources.caption_choice import check_choice, chosen_texts
-from mmhooks.errors import DataError
+from mmhooks.errors import DataError, MMHooksError
 
 CAPTIONS = [["a cat", "a grey cat", "an animal"], ["a dog"], ["a cup", "a white cup"]]
 EVERY = [text for texts in CAPTIONS for text in texts]
@@ -107,11 +107,20 @@ def test_images_alone(source, tmp_path):
     both = mm.extract(model, read(source, "first"), ["image.embed"], out=tmp_path / "both", progress=False)
     assert torch.equal(store["image.embed"][:], both["image.embed"][:])
     for given in (pairs, mm.data.pair_stream(source, captions="none")):
-        out = tmp_path / type(given).__name__
         with pytest.raises(
-            DataError, match="expected pairs with texts for sites of the text tower, got images"
+            MMHooksError, match="expected pairs with texts for sites of the text tower.*got images"
         ):
-            mm.extract(model, given, ["text.embed"], out=out, progress=False)
+            mm.extract(model, given, ["text.embed"], out=tmp_path / "texts", progress=False)
+    assert not (tmp_path / "texts").exists()
+
+
+def test_a_model_that_reads_both_needs_texts(source, tmp_path):
+    pairs = mm.data.pairs(source, captions="none", progress=False)
+    with pytest.raises(MMHooksError, match="a model that reads both together, got images without"):
+        mm.extract(
+            mm.load("mini-vlm"), pairs, ["image.blocks.0.resid_pre"], out=tmp_path / "vlm", progress=False
+        )
+    assert not (tmp_path / "vlm").exists()
 
 
 def test_captions_are_a_known_word():
