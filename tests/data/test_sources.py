@@ -182,6 +182,14 @@ def test_coco_as_parquet(coco):
     assert mm.data.pairs("coco", progress=False).fingerprint == pairs.fingerprint != some.fingerprint
 
 
+def test_a_folder_of_the_same_name_is_not_read_instead(coco, tmp_path, monkeypatch):
+    (tmp_path / "here" / "coco").mkdir(parents=True)
+    (tmp_path / "here" / "coco" / "x.png").write_bytes(encoded((1, 2, 3)))
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(mm.data.pairs("coco", progress=False)) == len(list(mm.data.pair_stream("coco"))) == 4
+    assert mm.data.pairs("./coco", progress=False).ids == ["x.png"]
+
+
 def test_cc3m_as_webdataset_tar(tmp_path, monkeypatch):
     place = tmp_path / "cc3m"
     place.mkdir()

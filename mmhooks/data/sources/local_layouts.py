@@ -11,6 +11,7 @@ from mmhooks.data.sources.caption_files import ENDINGS, read_caption_file
 from mmhooks.data.sources.folder import folder
 from mmhooks.data.sources.image_files import Captioned, Listing
 from mmhooks.data.sources.local_files import DataRoot
+from mmhooks.data.sources.opening import KNOWN
 from mmhooks.data.sources.sidecars import image_files, read_sidecars
 from mmhooks.errors import DataError
 
@@ -44,7 +45,7 @@ def local_listing(
         raise DataError(
             f"images: expected it with a file of captions ({', '.join(ENDINGS)}), got it with {source}"
         )
-    if not place.is_dir():
+    if not place.is_dir() or str(source) in KNOWN:
         return None
     if (place / "metadata.csv").exists():
         return folder(place, allow_outside=allow_outside)
