@@ -438,7 +438,7 @@ def test_a_full_disk_keeps_finished_shards(model, pairs, tmp_path, monkeypatch):
     ("size", "message"),
     [
         # Room for the values but not for the files around them, and not even for the values.
-        ("56k", r"the disk is full.*shards with \d+ pairs are kept"),
+        ("64k", r"the disk is full.*shards with \d+ pairs are kept"),
         ("48k", r"expected room for .* GiB of rows that are still to be written, got .* GiB free"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from mmhooks.models.stream import StreamState
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tiny import encoded, folder_of_pairs, text, tiny_clip
 
+DATA = Path(__file__).parents[1] / "data"
 N, SITES = 41, ["image.blocks.1.resid_post", "image.blocks.0.attn.z"]
 
 
@@ -162,3 +166,64 @@ def test_its_fingerprint_is_that_of_what_decides_its_rows(model, pairs):
         stream_of(model, pairs[:40]),
     ]
     assert len({one, *(other.fingerprint for other in others)}) == 6
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+def environment():
+    root = str(Path(mm.__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, str(DATA)]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_training_killed_twenty_times_ends_with_the_same_bits(tmp_path):
+    command = [sys.executable, str(DATA / "kill_streams.py"), str(tmp_path), "20", "0"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rounds = json.loads(done.stdout)
+    assert sum(r["kills"] for r in rounds) == 20
+    assert all(r["same"] for r in rounds), rounds
+
+
+TWO = """
+import sys, torch
+import mmhooks as mm
+from tiny import tiny_clip
+torch.set_num_threads(1)
+pairs = mm.data.pairs(sys.argv[1], progress=False)
+torch.distributed.init_process_group("gloo")
+site = "image.blocks.1.resid_post"
+stream = mm.stream(tiny_clip(), pairs, site, tokens="patch", batch_size=4, workers=0, buffer=40)
+rank = torch.distributed.get_rank()
+rows = [batch[site] for batch in stream.batches(24)]
+torch.save({"rows": torch.cat(rows), "sizes": [len(r) for r in rows], "len": len(stream)}, f"{sys.argv[2]}/{rank}.pt")
+try:
+    mm.stream(tiny_clip(), pairs, "text.blocks.0.resid_post", tokens="text")
+except mm.errors.MMHooksError as fault:
+    assert "every pair has as many" in str(fault)
+else:
+    raise AssertionError("ragged tokens were let in")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_deal_every_row_once(pairs, store, tmp_path):
+    """Each deals half of every batch; together they hold the rows of the largest even number of pairs."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder = str(Path(pairs.name)) if Path(pairs.name).exists() else None
+    assert folder is not None
+    done = subprocess.run(
+        [*command, str(script), folder, str(tmp_path)], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert found[0]["sizes"] == found[1]["sizes"] and set(found[0]["sizes"][:-1]) == {12}
+    assert found[0]["len"] == 40 * 4
+    rows = torch.cat([part["rows"] for part in found]).mul(1e3).round()
+    known = store[SITES[0]].tensor().mul(1e3).round()
+    assert len(rows) == 160
+    assert {tuple(row.tolist()) for row in rows} <= {tuple(row.tolist()) for row in known}
+    assert len({tuple(row.tolist()) for row in rows}) >= 150  # images of one colour have equal patches
