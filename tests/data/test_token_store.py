@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import mmhooks as mm
+from mmhooks.data.store.layout import SiteSpec
+from mmhooks.data.store.lock import Lock
 from mmhooks.data.store.merge import merge
+from mmhooks.data.store.writer import ShardWriter, begin, finish
 from mmhooks.errors import DataError, MMHooksError, OutOfRange, ShapeMismatch, StoreError
 from mmhooks.heads import TopKSAE
 
@@ -71,8 +74,8 @@ def test_one_pair_one_grid_one_token(stores, pairs):
     dense = by_pair[LATENTS].tensor()[:, 1:]
     assert torch.equal(store.grid(LATENTS, 3), dense[3].view(2, 2, -1))
     assert torch.equal(store[SITE][5 * PATCHES + 2], whole[5, 2])
-    for begin, end in store.pairs.starts.unfold(0, 2, 1).tolist():
-        assert len(set(store.ids[begin:end])) == 1
+    for first, last in store.pairs.starts.unfold(0, 2, 1).tolist():
+        assert len(set(store.ids[first:last])) == 1
 
 
 @pytest.mark.parametrize("how", ["max", "mean", "any"])
@@ -115,6 +118,44 @@ def test_mds_by_token_is_that_of_the_pooled_tables(model, pairs, stores, tmp_pat
     found = mm.mds(both, image=LATENTS, text=f"{TEXT}.sae.latents")
     wanted = mm.mds(image[LATENTS].tensor(), text[f"{TEXT}.sae.latents"].tensor())
     assert torch.equal(found.R.nan_to_num(9), wanted.R.nan_to_num(9)) and not bool(found.R.isnan().all())
+
+
+def test_measures_by_token_are_those_of_the_pooled_tables(model, pairs, stores, tmp_path):
+    """EmbedSim, WinRate, MonoSemanticity and the others, in one pass over computed rows, as over tables in memory."""
+    texts = mm.extract(model, pairs, [f"{TEXT}.sae.latents"], tmp_path / "acts", tokens="text", **OPTIONS)
+    embeds = mm.extract(model, pairs, out=tmp_path / "embeds", **OPTIONS)
+    both = stores[1].pool("max").join(texts.pool("max")).join(embeds)
+    options = {
+        "image": LATENTS,
+        "text": f"{TEXT}.sae.latents",
+        "m": 3,
+        "pool": 15,
+        "min_fires": 1,
+        "progress": False,
+    }
+    found = mm.measure(both, **options)
+    sites = {name: both[name][:] for name in both.sites}
+    folder = tmp_path / "tables"
+    specs = [SiteSpec(name, tuple(x.shape[1:]), "fp32") for name, x in sites.items()]
+    plan = {key: embeds.manifest[key] for key in ("model", "data", "content")}
+    plan |= {"sites": {spec.name: spec.to_json() for spec in specs}, "settings": {"shard_rows": N}}
+    folder.mkdir()
+    with Lock(folder):
+        begin(folder, plan, {})
+        writer = ShardWriter(folder)
+        writer.add(pairs.ids, sites, {})
+        writer.close(0)
+        finish(folder)
+    wanted = mm.measure(mm.Store(folder), **options)
+    rows = [(r["measure"], r["side"], r["value"], r["n"]) for r in found.table()]
+    assert {name for name, *_ in rows} >= {"MDS μ", "EmbedSim", "WinRate", "MonoSemanticity"}
+    for (name, side, value, n), row in zip(rows, wanted.table(), strict=True):
+        assert (name, side, n) == (row["measure"], row["side"], row["n"])
+        assert value == pytest.approx(row["value"], rel=1e-5, abs=1e-6, nan_ok=True), name
+    with pytest.raises(MMHooksError, match=r"rows are pairs.*pool its tokens first"):
+        mm.measure(stores[1], **options)
+    with pytest.raises(MMHooksError, match=r"rows are pairs.*pool its tokens first"):
+        mm.mds(stores[1], image=LATENTS, text=SITE)
 
 
 def test_views_keep_pairs_together(stores, pairs):

@@ -85,8 +85,13 @@ def latent_rows(
         UnknownSite: the site is not in the store.
         ShapeMismatch: the site does not hold one vector per row, or not of the head's width.
         WrongHead: the stored latents are of another head.
-        MMHooksError: there are several sites of latents to choose from, or the head is given by name.
+        MMHooksError: there are several sites of latents to choose from, the head is given by name, or rows are tokens.
     """
+    if getattr(store, "by_token", False):
+        raise MMHooksError(
+            f"expected a store whose rows are pairs, as measures compare the sides of pairs, got {store!r}: pool its tokens "
+            'first, store.pool("max")'
+        )
     if isinstance(head, str) and head:
         raise MMHooksError(
             f"head=: expected a head over a store, got the name {head!r}; load it: mm.load_head({head!r})"
