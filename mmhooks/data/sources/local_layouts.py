@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,14 +54,20 @@ def local_listing(
 
 def _of_folder(place: Path, text_column: str | None, texts: bool, allow_outside: bool) -> Listing | None:
     """Image files with or without texts, unless there are tars or tables with the images in them."""
-    if any((place / name).exists() for name in _OF_DATASETS) or _has(place, ("metadata.*", "*.tar", "*.zip")):
+    below = list(place.rglob("*"))  # once: a folder may hold millions of files
+    endings, stems = {path.suffix.lower() for path in below}, {path.stem for path in below}
+    if (
+        any((place / name).exists() for name in _OF_DATASETS)
+        or "metadata" in stems
+        or endings & {".tar", ".zip"}
+    ):
         return None
-    files = image_files(place)
+    files = image_files(place, below)
     if not files:
         return None
     root = DataRoot(place, allow_outside=allow_outside)
     entries, has_texts = read_sidecars(root, files, text_column, texts=texts)
-    if not has_texts and _has(place, ("*.parquet", "*.arrow")):
+    if not has_texts and endings & {".parquet", ".arrow"}:
         return None  # of a data set whose images lie in tables
     others = [] if has_texts or not texts else _caption_files(place)
     if others:
@@ -76,10 +82,6 @@ def _caption_files(place: Path) -> list[str]:
     """Files that may hold captions, by their names."""
     names = [path.name for path in sorted(place.iterdir()) if path.suffix.lower() in ENDINGS]
     return [name for name in names if not re.match(r"(?i)read.?me|licen[cs]e|.*_stats\.json", name)]
-
-
-def _has(place: Path, patterns: Iterable[str]) -> bool:
-    return any(next(place.rglob(pattern), None) is not None for pattern in patterns)
 
 
 # -- caption files -------------------------------------------------------------------------------------------

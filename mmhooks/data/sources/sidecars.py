@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmhooks.data.sources.captions import captions_in
@@ -14,10 +14,10 @@ from mmhooks.errors import DataError
 CAPTION_ENDINGS = (".txt", ".json")
 
 
-def image_files(place: Path) -> list[Path]:
-    """The image files of a folder and of its folders, by name; hidden ones are left out."""
+def image_files(place: Path, below: Iterable[Path]) -> list[Path]:
+    """The image files among those below a folder, by name; hidden ones are left out."""
     endings = image_endings()
-    found = (path for path in place.rglob("*") if path.suffix.lower() in endings)
+    found = (path for path in below if path.suffix.lower() in endings)
     return sorted(
         path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)
     )
