@@ -32,7 +32,8 @@ class PooledRows(SiteRows):
         if how not in get_args(Pool):
             raise MMHooksError(f'pool: expected "max", "mean" or "any", got {how!r}')
         self.spec = SiteSpec(base.spec.name, base.spec.shape, "fp32", None, base.spec.head)
-        self._base, self._pairs, self._how = base, pairs, how
+        self._base, self._pairs = base, pairs
+        self._how: Pool = how
         starts = pairs.starts.tolist()
         # A shard of the base holds whole pairs; a view's rows are in one piece.
         self.cuts = [bisect_right(starts, cut) - 1 for cut in base.cuts]
