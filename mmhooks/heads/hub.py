@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads.base import Head
 from mmhooks.heads.formats import Options, read_head, save_saelens
-from mmhooks.utils.assets import ASSETS, EMBEDDED
+from mmhooks.utils.assets import ASSETS, EMBEDDED, EMBEDDED_VLMS
 from mmhooks.utils.escape import markdown
 from mmhooks.utils.files import write_text
 
@@ -194,7 +194,9 @@ def load_head(
             f"{source} is a local path, which has no revisions: expected no revision=, got {revision!r}; "
             "leave it out, or name a repository of the Hub"
         )
-    if not path.exists() and (str(source).split("/")[0] in EMBEDDED or str(source).count("/") != 1):
+    if not path.exists() and (
+        str(source).split("/")[0] in (*EMBEDDED, *EMBEDDED_VLMS) or str(source).count("/") != 1
+    ):
         raise MissingWeights(
             f"no head at {str(source)!r}: embedded heads are {', '.join(embedded_heads())}; otherwise give the path of a "
             "directory or file of weights, or a Hub id owner/name"

@@ -96,7 +96,8 @@ def test_embedded_heads_fit_their_model() -> None:
     widths = {"mini/sae": 256, "mini/sae-wide": 1024, "mini/ncl": 256, "mini/ncl-wide": 1024}
     widths |= {f"mini/{kind}-seed{seed}": 256 for kind in ("sae", "ncl") for seed in range(1, 5)}
     widths |= {f"mini-reader/sae{end}": 256 for end in ("", "-seed1", "-seed2")}
-    assert set(widths) == set(embedded_heads())
+    on_tokens = {"mini/patch-sae", "mini-vlm/lm-sae"}  # tests/models/test_token_heads.py
+    assert {*widths, *on_tokens} == set(embedded_heads())
     for number, (name, n) in enumerate(widths.items()):
         head = mm.load_head(name)
         assert (head.d_in, head.n_features) == (mini.EMBED_DIM, n)
@@ -129,6 +130,7 @@ def test_a_directory_is_a_head_too(tmp_path) -> None:
         (lambda: mm.load("ViT-B-32", pretrained="opneai"), MissingWeights, ["opneai", "openai"]),
         (lambda: mm.load("mini", pretrained="openai"), MMHooksError, ["embedded", "openai"]),
         (lambda: mm.load_head("mini/sea"), MissingWeights, ["mini/sea", "mini/sae"]),
+        (lambda: mm.load_head("mini-vlm/sea"), MissingWeights, ["mini-vlm/sea", "mini-vlm/lm-sae"]),
         (lambda: mm.load_head("nowhere"), MissingWeights, ["nowhere", "directory"]),
         (lambda: card("maxi"), MissingWeights, ["maxi", "mini"]),
     ],

@@ -1,0 +1,1 @@
+"""How the embedded heads on tokens were trained: patches of mini, and the prompt of mini-vlm."""
