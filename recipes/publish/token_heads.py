@@ -23,10 +23,10 @@ def patch_block(card: Mapping[str, Any]) -> str:
     shipped, recipe = card["site"], card["recipe"]
     rows: list[list[str | Cell]] = []
     for row in card["candidates"]:
-        mark = "**" if (row["site"], row["k"]) == (shipped, recipe["k"]) else ""
+        mark = " (ships)" if (row["site"], row["k"]) == (shipped, recipe["k"]) else ""
         rows.append(
             [
-                f"{mark}{row['site'].split('.')[2]}{mark}",
+                f"{row['site'].split('.')[2]}{mark}",
                 str(row["k"]),
                 _cell(row["fvu"]),
                 f"{row['dead']:.2f} / {row['dead_in_training']:.2f}",
@@ -78,10 +78,10 @@ def language_block(card: Mapping[str, Any]) -> str:
     """The tables of mini-vlm/lm-sae: candidates, and answers with all tokens rebuilt by kind of question."""
     rows: list[list[str | Cell]] = []
     for row in card["candidates"]:
-        mark = "**" if (row["site"], row["k"]) == (card["site"], card["recipe"]["k"]) else ""
+        mark = " (ships)" if (row["site"], row["k"]) == (card["site"], card["recipe"]["k"]) else ""
         rows.append(
             [
-                f"{mark}{row['site'].split('.')[2]}{mark}",
+                f"{row['site'].split('.')[2]}{mark}",
                 str(row["k"]),
                 _cell(row["fvu"]["image"]),
                 _cell(row["fvu"]["question"]),

@@ -3,7 +3,7 @@
     PYTHONPATH=recipes python -m embedded.token_heads.language --acts runs/lm_acts
 
 Image and text tokens share one dictionary (``tokens="prompt"``): the answer is computed from both, so a reconstruction can
-take the place of the whole residual stream, and a feature that fires on a patch and on the word for it is one feature.
+take the place of the whole residual stream, and a feature may fire on patches and on words.
 """
 
 from __future__ import annotations
