@@ -13,6 +13,9 @@ from mmhooks.cli.grid import HeadChoice, Kind, read_grid
 from mmhooks.utils.clear_errors import clear_errors
 from mmhooks.utils.say import say
 
+# What a head keeps of its store's data, for the card that it is published with.
+DATA_FACTS = ("name", "pairs", "licence", "attribution")
+
 
 class Schedule(StrEnum):
     linear = "linear"
@@ -141,6 +144,7 @@ def train(
 
 def _write(choice: HeadChoice, result: Any, held_out: Any, store: Path, out: Path) -> None:
     """Writes a head, its history and figure, and says how it does on held-out pairs."""
+    from mmhooks.data.store import Store
     from mmhooks.heads.reconstruction import prediction, reconstruction
     from mmhooks.heads.sae.modality_centres import KEY, by_modality
     from mmhooks.heads.training.feeds import names_in
@@ -162,7 +166,10 @@ def _write(choice: HeadChoice, result: Any, held_out: Any, store: Path, out: Pat
             for name, x in zip(("image", "text"), apart, strict=True)
             if x is not None
         }
-    head.info = head.info | {"store": str(store), "sites": names, "epochs": result.epochs, "held_out": rows}
+    told = Store(store).info
+    about = {"model": told["model"]["name"], "data": {k: told["data"].get(k) for k in DATA_FACTS}}
+    head.info = head.info | about | {"store": str(store), "sites": names, "epochs": result.epochs}
+    head.info["held_out"] = rows
     head.save(out)
     content = json.dumps({"held_out": rows, "history": result.history}, indent=1) + "\n"
     write_text(out / "training.json", content)

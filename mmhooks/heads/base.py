@@ -302,8 +302,16 @@ class Head(nn.Module):
         subfolder: str | None = None,
         message: str | None = None,
         token: str | bool | None = None,
+        licence: str | None = None,
+        base_model: str | None = None,
+        data: str | None = None,
     ) -> str:
         """Publishes the head as ``owner/name`` with a model card; returns the URL of the commit.
+
+        Args:
+            licence: of the weights, as the Hub calls it: ``"apache-2.0"``, ``"cc-by-4.0"``.
+            base_model: whose vectors it reads: ``owner/name`` on the Hub. data: what it was trained on.
+                Each is read from ``head.info`` by default, and a warning names those that are stated nowhere.
 
         Raises:
             MMHooksError: an invalid name, no token or no network; the message includes the Hub's own.
@@ -311,15 +319,9 @@ class Head(nn.Module):
         from mmhooks.heads.hub import push
 
         return push(
-            self,
-            repo,
-            private=private,
-            format=format,
-            dtype=dtype,
-            inside=subfolder,
-            message=message,
-            token=token,
-        )
+            self, repo, private=private, format=format, dtype=dtype, inside=subfolder, message=message, token=token,
+            licence=licence, base_model=base_model, data=data,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config().items())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmhooks.errors import MissingWeights, MMHooksError
 from mmhooks.heads.base import Head
+from mmhooks.heads.card import card_facts, head_card
 from mmhooks.heads.formats import Options, read_head, save_saelens
 from mmhooks.utils.assets import ASSETS, EMBEDDED, EMBEDDED_VLMS
-from mmhooks.utils.escape import markdown
 from mmhooks.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -78,12 +79,16 @@ def read_pretrained(
 
 def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhooks", "saelens"] = "mmhooks",
          dtype: Literal["fp32", "fp16"] = "fp16", inside: str | None = None, message: str | None = None,
-         token: str | bool | None = None) -> str:  # fmt: skip
+         token: str | bool | None = None, licence: str | None = None, base_model: str | None = None,
+         data: str | None = None) -> str:  # fmt: skip
     """Publishes ``head`` as the repository ``owner/name`` and returns the URL of the commit.
+
+    Warns if its card does not state a licence, the base model or the data.
 
     Args:
         format: ours, or SAELens's (always fp32).
         inside: folder of the repository to write to, for several heads in one.
+        licence, base_model, data: of the card (:func:`mmhooks.heads.card.card_facts`); by default what ``head.info`` says.
 
     Raises:
         MMHooksError: a name other than ``owner/name``, no token, no network; the message includes the Hub's own.
@@ -92,12 +97,19 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
 
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise MMHooksError(f"expected a repository as owner/name, got {repo!r}")
+    facts = card_facts(head, licence=licence, base_model=base_model, data=data)
+    if facts.missing:
+        warnings.warn(
+            f"expected {', '.join(facts.missing)} of {repo!r}, got none: its card says not stated; pass "
+            f"{', '.join(f'{name}=' for name in facts.missing)} or set them in head.info",
+            stacklevel=3,
+        )
     with tempfile.TemporaryDirectory() as folder:
         if format == "saelens":
             save_saelens(head, folder)
         else:
             head.save(folder, dtype=dtype)
-        write_text(Path(folder) / "README.md", card(head, repo, format, inside))
+        write_text(Path(folder) / "README.md", head_card(head, repo, format, inside, facts))
         try:
             api = HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
@@ -110,46 +122,6 @@ def push(head: Head, repo: str, *, private: bool = False, format: Literal["mmhoo
                 "token with write access (huggingface-cli login, or token=). head.save(path) saves it locally"
             ) from error
     return str(getattr(done, "commit_url", done))
-
-
-def card(head: Head, repo: str, format: str, inside: str | None = None) -> str:
-    """The model card: what the head is, how to load it, and the training facts in ``head.info``."""
-    facts = {"kind": head.kind, "id": head.id, "width": head.d_in, "features": head.n_features} | {
-        k: v for k, v in head.info.items() if isinstance(v, (str, int, float, bool))
-    }
-    rows = "\n".join(f"| {markdown(k)} | {markdown(str(v).replace('|', '/'))} |" for k, v in facts.items())
-    library = "sae_lens" if format == "saelens" else "mmhooks"
-    theirs = (
-        f"\nWith SAELens, on the same raw vectors:\n\n{_in_saelens(head, repo, inside)}"
-        if format == "saelens"
-        else ""
-    )
-    where = f', subfolder="{inside}"' if inside else ""
-    return (
-        f"---\nlibrary_name: {library}\ntags:\n- sparse-autoencoder\n- interpretability\n- mmhooks\n---\n\n"
-        f"# {markdown(repo.split('/')[1])}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f'```python\nimport mmhooks as mm\n\nhead = mm.load_head("{repo}"{where})\n'
-        f"model.attach(head{_at(head)})\n```\n{theirs}"
-    )
-
-
-def _at(head: Head) -> str:
-    """The ``at=`` of a head that names no site itself."""
-    if head.sites:
-        return ""
-    if head.reconstructs and head.kind != "crosscoder":
-        return ', at=["image.embed", "text.embed"]'
-    return ', at=["<the first of its sites>", "<the second>"]'
-
-
-def _in_saelens(head: Head, repo: str, inside: str | None) -> str:
-    """Code that loads the published head in SAELens."""
-    sae_id = inside or "."
-    return (
-        "```python\nfrom huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\n"
-        f'sae = SAE.load_from_disk(snapshot_download("{repo}") + "/{sae_id}")\n'
-        f"features = sae.encode(x)  # x [*b, {head.d_in}]: vectors as they come\nrecon = sae(x)\n```\n"
-    )
 
 
 def load_head(

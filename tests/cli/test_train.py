@@ -39,6 +39,9 @@ def test_train_writes_a_head_its_history_and_a_figure(store, tmp_path) -> None:
     assert [row["epoch"] for row in said["history"]] == [1, 2, 3] and "valid_fvu_text" in said["history"][0]
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert head.id in done.output and head.info["sites"] == ["image.embed", "text.embed"]
+    # What its card says when it is published.
+    assert (head.info["model"], head.info["data"]["name"]) == ("m", "made up")
+    assert head.info["held_out"] == said["held_out"]
     again = run(*words)  # a finished run: the same head, nothing trained
     assert again.exit_code == 0 and head.id in again.output
     other = run(*words, "--seed", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -67,6 +68,20 @@ def test_what_is_pushed_is_what_is_loaded(hub, format) -> None:
     card = (hub.root / "me/clip-sae/README.md").read_text()
     assert ("SAE.load_from_disk(" in card and "sae.encode(x)" in card) == (format == "saelens")
     assert "mini / pairs" in card and sae.id in card and 'mm.load_head("me/clip-sae")' in card
+
+
+def test_a_card_is_completed_or_says_what_it_lacks(hub) -> None:
+    sae = mm.TopKSAE(6, 20, 3)
+    with pytest.warns(
+        UserWarning, match=r"expected licence, base_model, data of 'me/sae'.*licence=, base_model="
+    ):
+        sae.push_to_hub("me/sae")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sae.push_to_hub("me/sae", licence="mit", base_model="them/clip", data="their pairs")
+    text = (hub.root / "me/sae/README.md").read_text()
+    assert "license: mit\n" in text and "base_model: them/clip\n" in text and "| data | their pairs |" in text
+    assert 'mm.load("hf:them/clip")' in text
 
 
 def test_several_heads_in_one_repository(hub) -> None:
