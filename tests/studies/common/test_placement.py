@@ -92,16 +92,26 @@ def test_live_masking_of_a_half_precision_model_is_near_that_of_fp32(
     half: mm.HookedCLIP, kind: str, tmp_path: Path
 ) -> None:
     pairs, found = mm.data.pairs("mini", limit=8), []
-    inputs = model_inputs(half, pairs, range(8))
+    pixels, tokens = inputs = model_inputs(half, pairs, range(8))
+    active = []
     for model in (mm.load("mini"), half):
         encoded = encode(model, "mini", pairs, tmp_path, batch=8, progress=False)
         head = mm.load_head(f"mini/{kind}")
         group = mm.FeatureSet(range(200), head.n_features, head=head.id)
         with LiveTowers(StudyModel("m", encoded, head), inputs) as live:
             found.append(live.masked(group))
-    for exact, rounded in zip(*found, strict=True):
+        with torch.no_grad():
+            embeds = (model.encode_image(model.to_input(pixels)), model.encode_text(tokens))
+            active.append([head.encode(head.prepare(x.float())) > 0 for x in embeds])
+    for side, (exact, rounded) in enumerate(zip(*found, strict=True)):
         assert rounded.dtype == torch.float32 and rounded.device.type == "cpu"
-        assert torch.cosine_similarity(exact, rounded, dim=1).min() > 0.99
+        near = torch.cosine_similarity(exact, rounded, dim=1)
+        # Rounding can take another of two features that are nearly as strong into the K of a row, depending on the
+        # processor; what is left of that row is then another vector.
+        same = (
+            (active[0][side] == active[1][side]).all(1) if kind == "sae" else torch.ones(8, dtype=torch.bool)
+        )
+        assert near[same].min() > 0.99 and same.sum() >= 6
 
 
 def test_the_gradient_attack_moves_images_of_a_half_precision_model(half: mm.HookedCLIP) -> None:
