@@ -69,8 +69,8 @@ def card_facts(
     Args:
         licence, base_model, data: as in :class:`CardFacts`.
 
-    >>> from mmhooks.heads import load_head
-    >>> facts = card_facts(load_head("mini/sae"))
+    >>> import mmhooks as mm
+    >>> facts = card_facts(mm.load_head("mini/sae"))
     >>> facts.base_model, facts.licence, facts.missing
     ('mini', 'apache-2.0', [])
     """
@@ -107,8 +107,8 @@ def head_card(
         format: of the published files.
         inside: the folder of the repository that they are in.
 
-    >>> from mmhooks.heads import load_head
-    >>> sae = load_head("mini/sae")
+    >>> import mmhooks as mm
+    >>> sae = mm.load_head("mini/sae")
     >>> text = head_card(sae, "me/sae", "mmhooks", None, card_facts(sae))
     >>> [line for line in text.splitlines() if line.startswith(("license", "| fvu_image", "model ="))]
     ['license: apache-2.0', '| fvu_image | 0.2632 | 0.2684 | 0.2526 |', 'model = mm.load("mini")']
