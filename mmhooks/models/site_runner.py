@@ -211,7 +211,7 @@ def chosen_places(model: HookedModel, sites: Pattern | Sequence[Pattern]) -> lis
     """The places that patterns select, each once.
 
     Raises:
-        MMHooksError: none.
+        MMHooksError: no pattern.
         UnknownSite: a pattern that matches nothing.
     """
     patterns = [sites] if isinstance(sites, str) or callable(sites) else list(sites)

@@ -227,3 +227,43 @@ def test_two_processes_deal_every_row_once(pairs, store, tmp_path):
     assert len(rows) == 160
     assert {tuple(row.tolist()) for row in rows} <= {tuple(row.tolist()) for row in known}
     assert len({tuple(row.tolist()) for row in rows}) >= 150  # images of one colour have equal patches
+
+
+TRAINED = """
+import sys, torch
+import mmhooks as mm
+from mmhooks.heads.training.processes import Processes
+from mmhooks.heads.training.sae_objective import SAEObjective
+from tiny import tiny_clip
+torch.set_num_threads(1)
+pairs = mm.data.pairs(sys.argv[1], progress=False)
+head, objective, site = mm.TopKSAE(32, 48, k=3), SAEObjective(), "image.blocks.1.resid_post"
+Processes(head)
+stream = mm.stream(tiny_clip(), pairs, site, tokens="patch", batch_size=4, workers=0, buffer=40)
+result = mm.train_head(head, stream, sites=[site], epochs=2, batch_size=24, objective=objective, progress=False)
+rank = torch.distributed.get_rank()
+torch.save({"head": head.state_dict(), "variance": objective.variance, "steps": result.steps}, f"{sys.argv[2]}/t{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_head_over_a_stream(pairs, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAINED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, pairs.name, str(tmp_path)],
+        env=environment() | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"t{rank}.pt") for rank in range(2))
+    assert one["variance"] == two["variance"] and one["steps"] == two["steps"] == 2 * (160 // 24)
+    assert all(torch.equal(value, two["head"][name]) for name, value in one["head"].items())

@@ -211,8 +211,10 @@ class StreamFeed(Feed):
             self._rest = self._pass(0, None)
             while len(self._first) * self._size < START and (dealt := next(self._rest, None)) is not None:
                 self._first.append(dealt)
+            # What is computed from them has to be the same in every process.
             self._sample = {
-                name: torch.cat([batch[name] for batch, _ in self._first]) for name in self._sites
+                name: self._processes.gather(torch.cat([batch[name] for batch, _ in self._first]))
+                for name in self._sites
             }
         return head.prepare(self._sample[site].to(self._processes.device, torch.float32))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmhooks.errors import MMHooksError
@@ -56,6 +56,10 @@ class Processes:
     def mean(self, x: Tensor) -> Tensor:
         """Average over the processes."""
         return x if self.size == 1 else self._accelerator.reduce(x.detach().clone(), "mean")
+
+    def gather(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "_ d"]:
+        """The rows of all processes, the same in each."""
+        return rows if self.size == 1 else self._accelerator.gather(rows.contiguous())
 
     def any(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """True where it is in any process."""
