@@ -188,7 +188,8 @@ class ActivationStream:
     ) -> Iterator[dict[str, Rows]]:
         """``{site: rows}`` in batches of ``size``, over one pass of the pairs.
 
-        Under several processes each deals its own part of every batch, ``size`` divided by their number.
+        Under several processes each deals its own part of every batch, ``size`` divided by their number; pairs left over by
+        that number, fewer than it, are left out of the pass.
 
         Args:
             sites: all by default; the model runs for all of them.
