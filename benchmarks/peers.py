@@ -1,8 +1,8 @@
 """The other libraries' TopK training steps, each by its own public code, behind one interface.
 
-overcomplete and sparsify are imported where they are installed (``pip install "mmhooks[bench]"``). SAELens pins
-a TransformerLens other than ours, so it lives in an environment of its own, whose interpreter
-``MMHOOKS_SAELENS_PYTHON`` names; it is served from a child process, one step a request:
+overcomplete and sparsify are imported where they are installed (``pip install "mmhooks[bench]"``). SAELens asks for
+a TransformerLens below 4 and may live in an environment of its own, whose interpreter ``MMHOOKS_SAELENS_PYTHON``
+names; it is served from a child process, one step a request:
 
     python -m venv peers-saelens && peers-saelens/bin/pip install sae-lens
     export MMHOOKS_SAELENS_PYTHON=peers-saelens/bin/python

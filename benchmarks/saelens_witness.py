@@ -1,7 +1,7 @@
 """SAELens itself as a witness: it loads what we wrote, we load what it wrote, and the numbers are compared.
 
-Runs in two environments, since SAELens wants other versions than we do. This script is run with ours; it starts
-itself again with the python of an environment that has ``sae-lens`` and needs nothing of ours:
+Runs in two environments, so that SAELens's side has nothing of ours. This script is run with ours; it starts itself
+again with the python of an environment that has ``sae-lens`` (``tests/environments/saelens.py`` has both in one):
 
     python benchmarks/saelens_witness.py --python /path/to/env-with-sae-lens/bin/python
 """

@@ -33,6 +33,11 @@ def inputs():
     return torch.randn(2, 3, 16, 16), torch.randint(1, 31, (2, 6))
 
 
+def no_hooks(lens) -> bool:
+    """Whether no HookPoint has a hook; ``list_hooks`` of TransformerLens tells it from 3.9 on only."""
+    return not any(point.fwd_hooks or point.bwd_hooks for point in lens.hook_dict.values())
+
+
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_three_toolkits_agree(model, inputs, name):
     site, change = INTERVENTIONS[name]
@@ -175,7 +180,7 @@ def test_filters_that_match_nothing_raise(model, inputs, names):
     ):
         with pytest.raises(UnknownSite):
             act()
-    assert lens.list_hooks() == {}
+    assert no_hooks(lens)
 
 
 def test_the_cache_is_transformer_lens_own(model, inputs):
@@ -249,7 +254,7 @@ def test_incl_bwd_acts_on_a_number_and_else_refuses(model, inputs):
     lens = model.as_transformer_lens()
     with pytest.raises(ShapeMismatch, match=r"one number, got CLIPOutput.*get_caching_hooks"):
         lens.run_with_cache(*inputs, incl_bwd=True)
-    assert lens.list_hooks() == {}
+    assert no_hooks(lens)
     values, fwd, bwd = lens.get_caching_hooks("image.embed", incl_bwd=True)
     with lens.hooks(fwd, bwd):
         lens(*inputs).image.sum().backward()

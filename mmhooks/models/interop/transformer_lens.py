@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import get_act_name
 
 from mmhooks.errors import MMHooksError, ShapeMismatch, UnknownSite
 from mmhooks.hooks.program import layer_of
 from mmhooks.models.interop.tree import Hooked, flowing, plant
+
+try:
+    from transformer_lens import HookedRootModule
+    from transformer_lens.utilities import get_act_name
+except ImportError:  # TransformerLens 2 has both elsewhere
+    from transformer_lens.hook_points import HookedRootModule
+    from transformer_lens.utils import get_act_name  # pyright: ignore[reportMissingImports]
 
 # TransformerLens's names inside a block, where ours differ: blocks.3.attn.hook_result, blocks.3.ln1.hook_normalized.
 _LEAVES = {"attn.result": "attn.head_out", "ln1.normalized": "ln_1", "ln2.normalized": "ln_2"}
@@ -108,10 +114,22 @@ class LensView(HookedRootModule):
         return super().add_caching_hooks(self._found(names_filter), *args, **kwargs)
 
     def get_caching_hooks(
-        self, names_filter: Any = None, *args: Any, **kwargs: Any
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], Any, Any]:
         """As TransformerLens's; a filter that matches nothing raises."""
-        return super().get_caching_hooks(self._found(names_filter), *args, **kwargs)
+        # The row is taken out here: before release 4, TransformerLens's own way fails for sites without positions.
+        values, *hooks = super().get_caching_hooks(
+            self._found(names_filter), incl_bwd, device, cache=cache, pos_slice=pos_slice
+        )
+        if remove_batch_dim:
+            hooks = [[(name, _of_one_row(save)) for name, save in pairs] for pairs in hooks]
+        return values, hooks[0], hooks[1]
 
     def run_with_cache(
         self,
@@ -285,6 +303,11 @@ class LensCache(ActivationCache):
     def _depth(self, tower: str) -> int:
         found = (re.match(rf"{re.escape(tower)}\.blocks\.(\d+)\.", name) for name in self.cache_dict)
         return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _of_one_row(save: Callable[..., None]) -> Callable[..., None]:
+    """The hook ``save`` on the only row of a batch of one; other tensors stay as they are."""
+    return lambda t, hook: save(t[0] if t.dim() and len(t) == 1 else t, hook=hook)
 
 
 def _refuse_bool(layer: Any) -> None:
