@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmhooks.heads.base import Head
 from mmhooks.utils.assets import EMBEDDED, EMBEDDED_VLMS, card
-from mmhooks.utils.escape import markdown
+from mmhooks.utils.escape import markdown, one_line
 
 # What ships with the package is under its licence; the licences of the drawings are listed with the data.
 OWN_LICENCE = "apache-2.0"
@@ -130,7 +130,7 @@ def _metadata(facts: CardFacts, format: str) -> str:
     listed = facts.licence is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", facts.licence)
     return ModelCardData(
         license=facts.licence if listed else "other" if facts.licence else None,
-        license_name=None if listed else facts.licence,
+        license_name=None if listed or facts.licence is None else one_line(facts.licence),
         base_model=facts.base_model if facts.base_on_hub else None,
         library_name="sae_lens" if format == "saelens" else "mmhooks",
         tags=["sparse-autoencoder", "interpretability", "mmhooks"],
@@ -216,9 +216,9 @@ def _in_mmhooks(head: Head, repo: str, inside: str | None, facts: CardFacts) -> 
     ]
     latents = json.dumps(f"{sites[0]}.{head.name}.latents") if sites else ""
     if sites and sites[0].startswith("image.") and head.reconstructs:
-        lines[0] += "\nfrom PIL import Image"
         lines += [
-            'pixels = model.preprocess(Image.open("image.png"))[None]',
+            'images = mm.data.pairs("<a folder of images>", captions="none")',
+            "pixels = model.preprocess(images.image(0))[None]",
             f"_, cache = model.run_with_cache(images=pixels, sites=[{latents}])",
             f"features = cache[{latents}]",
         ]

@@ -152,13 +152,13 @@ def test_tables_keep_their_rows_and_columns(rounds):
 
 def test_a_card_shows_what_a_head_says_of_itself(rounds):
     import mmhooks as mm
-    from mmhooks.heads.hub import card
+    from mmhooks.heads.card import card_facts, head_card
 
     sae = mm.TopKSAE(4, 8, 2)
 
     def run(text: str) -> None:
         sae.info = {"licence": text, "x" + text: text}
-        said = card(sae, "me/head", "mmhooks")
+        said = head_card(sae, "me/head", "mmhooks", None, card_facts(sae))
         assert not acts(said)
         table = [line for line in said.splitlines() if line.startswith("|")]
         blocks, _ = rendered("\n".join(table))

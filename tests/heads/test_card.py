@@ -101,7 +101,8 @@ def test_the_code_of_a_card_runs(sites: list[str], tmp_path: Path, monkeypatch: 
     width = 192 if sites and "blocks" in sites[0] else 256
     head = mm.TopKSAE(width, 24, 3, normalize_input=False)
     head.info = {"model": "mini", "sites": sites}
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
+    (tmp_path / "<a folder of images>").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "<a folder of images>" / "image.png")
     saved = head.save(tmp_path / "sae", dtype="fp32")
 
     def fetched(repo: str, **_: object) -> str:
