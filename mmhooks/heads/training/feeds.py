@@ -70,6 +70,11 @@ class Feed(ABC):
     def table(self, site: str, head: Head) -> Rows:
         """The rows at a site as ``head`` sees them, for what is computed over all of them; of a stream, of its first rows."""
 
+    def tables(self, sites: Sequence[str], head: Head) -> tuple[Rows, Rows | None]:
+        """:meth:`table` of one site, or of two."""
+        first, *rest = (self.table(site, head) for site in sites)
+        return first, rest[0] if rest else None
+
     @abstractmethod
     def digest(self, site: str) -> str:
         """A hash of everything that decides the rows at a site."""
@@ -115,6 +120,7 @@ class TableFeed(Feed):
         self.per_epoch = self.rows // self._size
         self._windows, self._runs = windows, runs or PairRuns(torch.arange(first + 1), None)
         self._tables: dict[tuple[str, Head], Vectors] = {}
+        self._digests: dict[str, str] = {}  # every row is read for one: once, however many heads train on it
 
     def batches(self, epoch: int, begin: int) -> Iterator[Batch]:
         found = self._read(epoch, begin)
@@ -142,7 +148,9 @@ class TableFeed(Feed):
         return self._tables[key]
 
     def digest(self, site: str) -> str:
-        return rows_hash(self._rows[site])
+        if site not in self._digests:
+            self._digests[site] = rows_hash(self._rows[site])
+        return self._digests[site]
 
 
 class StreamFeed(Feed):

@@ -59,8 +59,7 @@ class Run:
 
     def tables(self) -> tuple[Rows, Rows | None]:
         """The rows of both sites as the head sees them, for what is computed over all of them."""
-        first, *rest = (self.feed.table(site, self.head) for site in self.sites)
-        return first, rest[0] if rest else None
+        return self.feed.tables(self.sites, self.head)
 
     def _vectors(self, batch: Batch) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"] | None]:
         """A batch as the head sees it."""

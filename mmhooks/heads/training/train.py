@@ -36,7 +36,7 @@ from mmhooks.heads.training.sae_objective import SAEObjective
 from mmhooks.heads.training.schedule import Schedule
 from mmhooks.heads.training.transcoder_objective import TranscoderObjective
 from mmhooks.heads.transcoder import Transcoder
-from mmhooks.heads.vectors import SITES, Rows, as_vectors, training_rows
+from mmhooks.heads.vectors import SITES, as_vectors, training_rows
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def train_heads(
         # The loss's constants are part of a run from its first line on: an option that does not apply raises here.
         objective.across = processes.mean
         mark = {} if job.checkpoint is None else _mark(job, objective, lr, settings, feed, names, held_out)
-        objective.measure(*_tables(feed, job.head, names))
+        objective.measure(*feed.tables(names, job.head))
         groups = [
             {"params": [p], "lr_factor": objective.lr_scale(job.head, name)}
             for name, p in job.head.named_parameters()
@@ -294,11 +294,6 @@ def _feed(
         raise MMHooksError("steps= is for a stream that does not know its length: expected epochs=")
     tables, named, runs = tables_of(image, text, asked)
     return TableFeed(tables, size, seed, processes, windows, runs), named
-
-
-def _tables(feed: Feed, head: Head, names: Sequence[str]) -> tuple[Rows, Rows | None]:
-    first, *rest = (feed.table(name, head) for name in names)
-    return first, rest[0] if rest else None
 
 
 def _mark(
